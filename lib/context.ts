@@ -1,0 +1,184 @@
+import type { z } from "zod";
+import { StatusError } from "./error.ts";
+
+export const logLevels = ["debug", "info", "warning", "error"] as const;
+export type LogLevel = typeof logLevels[number];
+
+/** The facts that a log line may carry. `volume` is the UUID: one grep follows a volume from creation to deletion. */
+export interface Fields {
+  readonly rpc?: string;
+  /** Tells the lines of one call from those of another. */
+  readonly call?: number;
+  readonly volume?: string;
+  readonly name?: string;
+  readonly node?: string;
+  readonly device?: string;
+  readonly path?: string;
+  readonly subsystem?: string;
+  readonly address?: string;
+  readonly code?: string;
+  readonly ms?: number;
+  /** Exit status of a command. */
+  readonly exit?: number;
+  /** Program and arguments of a command that changes the host. */
+  readonly command?: string;
+  /** A request with its secrets taken out, at level debug. */
+  readonly request?: unknown;
+  readonly error?: string;
+  /** Which part of the driver speaks: `controller`, `node`, `simulator`. */
+  readonly role?: string;
+  readonly version?: string;
+}
+
+/** Writes one line per event to stderr: a constant verb phrase, with the facts in fields. */
+export interface Logger {
+  debug(event: string, fields?: Fields): void;
+  info(event: string, fields?: Fields): void;
+  warning(event: string, fields?: Fields): void;
+  error(event: string, fields?: Fields): void;
+  with(fields: Fields): Logger;
+}
+
+// Our own logger, not a library: @logtape/logtape costs 7 MiB of RSS in every node plugin for what is 30 lines here.
+
+/**
+ * A Logger that writes JSON lines (or, for people, text lines) of `level` and above.
+ *
+ * @param write receives one line with its newline; stderr unless told otherwise
+ */
+export function createLogger(
+  level: LogLevel,
+  format: "json" | "text" = "json",
+  write: (line: string) => void = writeToStderr,
+): Logger {
+  const threshold = logLevels.indexOf(level);
+  const make = (fixed: Fields): Logger => {
+    const at = (level: LogLevel) => (event: string, fields: Fields = {}) => {
+      if (logLevels.indexOf(level) < threshold) return;
+      const line = { ts: new Date().toISOString(), level, event, ...fixed, ...fields };
+      write((format === "json" ? JSON.stringify(line, jsonValue) : textLine(line)) + "\n");
+    };
+    return {
+      debug: at("debug"),
+      info: at("info"),
+      warning: at("warning"),
+      error: at("error"),
+      with: (fields) => make({ ...fixed, ...fields }),
+    };
+  };
+  return make({});
+}
+
+function jsonValue(_key: string, value: unknown): unknown {
+  return typeof value === "bigint" ? value.toString() : value;
+}
+
+function textLine({ ts, level, event, ...fields }: { ts: string; level: LogLevel; event: string }): string {
+  const facts = Object.entries(fields).filter(([, value]) => value !== undefined).map(([key, value]) => {
+    const text = typeof value === "string" ? value : JSON.stringify(value, jsonValue);
+    return `${key}=${/[\s"=]/.test(text) ? JSON.stringify(text) : text}`;
+  });
+  return [ts, level.padEnd(7), event, ...facts].join(" ");
+}
+
+const encoder = new TextEncoder();
+function writeToStderr(line: string): void {
+  let bytes = encoder.encode(line);
+  // A full pipe takes part of a long line; a closed one must not end the driver.
+  try {
+    while (bytes.length > 0) bytes = bytes.subarray(Deno.stderr.writeSync(bytes));
+  } catch {
+    return;
+  }
+}
+
+/** What a piece of work needs to know of the call that asked for it. */
+export interface RequestContext {
+  /** Aborts shortly before the deadline, or when the caller hangs up; its reason is a StatusError. */
+  readonly signal: AbortSignal;
+  /** When the caller stops listening. */
+  readonly deadline: Date;
+  readonly log: Logger;
+  /** The same call, with more facts in its log lines. */
+  with(fields: Fields): RequestContext;
+}
+
+export function requestContext(signal: AbortSignal, deadline: Date, log: Logger): RequestContext {
+  return { signal, deadline, log, with: (fields) => requestContext(signal, deadline, log.with(fields)) };
+}
+
+/** A RequestContext for work that no caller asked for (start-up, background): it ends after `timeoutMs`, or with `parent`. */
+export function backgroundContext(what: string, log: Logger, timeoutMs: number, parent?: AbortSignal): RequestContext {
+  const timeout = new AbortController();
+  const timer = setTimeout(() => {
+    timeout.abort(new StatusError("DEADLINE_EXCEEDED", `Cannot ${what}: not done within ${timeoutMs} ms`));
+  }, timeoutMs);
+  Deno.unrefTimer(timer);
+  const signal = parent === undefined ? timeout.signal : AbortSignal.any([timeout.signal, parent]);
+  return requestContext(signal, new Date(Date.now() + timeoutMs), log);
+}
+
+/** Resolves after `ms`, or rejects with `signal.reason` when that comes first. */
+export function sleep(ms: number, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    if (signal.aborted) return reject(signal.reason);
+    const giveUp = () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", giveUp);
+      resolve();
+    }, ms);
+    signal.addEventListener("abort", giveUp, { once: true });
+  });
+}
+
+/** `promise`, or a rejection with `signal.reason` when that comes first. The work behind `promise` goes on. */
+export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  return new Promise<T>((resolve, reject) => {
+    const giveUp = () => reject(signal.reason);
+    if (signal.aborted) {
+      promise.catch(() => {});
+      return giveUp();
+    }
+    signal.addEventListener("abort", giveUp, { once: true });
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", giveUp));
+  });
+}
+
+/**
+ * The secrets of one call. They can be read through a schema only, and print as `[secrets]` wherever they end up: JSON,
+ * template strings, `console.log`, an inspected error.
+ */
+export class Secrets {
+  readonly #values: Readonly<Record<string, string>>;
+
+  constructor(values: Readonly<Record<string, string>> = {}) {
+    this.#values = values;
+  }
+
+  /** The values that `schema` picks; throws INVALID_ARGUMENT that names the bad keys and never a value. */
+  parse<T>(schema: z.ZodType<T>): T {
+    const result = schema.safeParse(this.#values);
+    if (result.success) return result.data;
+    const problems = result.error.issues.map((issue) => `${issue.path.join(".") || "secrets"}: ${issue.message}`);
+    throw new StatusError("INVALID_ARGUMENT", `Cannot use the secrets of this call: ${problems.join("; ")}`);
+  }
+
+  toJSON(): string {
+    return "[secrets]";
+  }
+
+  toString(): string {
+    return "[secrets]";
+  }
+
+  [Symbol.for("nodejs.util.inspect.custom")](): string {
+    return "[secrets]";
+  }
+
+  [Symbol.for("Deno.customInspect")](): string {
+    return "[secrets]";
+  }
+}

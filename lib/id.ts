@@ -1,0 +1,130 @@
+/**
+ * Volume and snapshot IDs of LightOS: the incumbent driver's text form, key for key, so that existing PersistentVolumes
+ * keep working (spec/lightos.md section 2).
+ *
+ *     id        = "mgmt:" endpoints "|nguid:" uuid [ "|proj:" project ] [ "|scheme:" scheme ] [ "|hostcrypto:luks2" ]
+ *     endpoints = endpoint *( "," endpoint )
+ *     endpoint  = ( name-or-IPv4 / "[" IPv6 "]" ) ":" port
+ *     scheme    = "grpc" / "grpcs"                      ; absent: grpcs
+ *     project   = 1 to 63 of a-z 0-9 "." "-", with a-z 0-9 at both ends
+ *
+ * An ID says which volume on which cluster, and that for good. Its endpoints are a way in and may be out of date.
+ */
+import { StatusError } from "./error.ts";
+
+export const schemes = ["grpc", "grpcs"] as const;
+export type Scheme = typeof schemes[number];
+
+/** A management endpoint of a cluster. */
+export interface Endpoint {
+  /** Host name, IPv4 or IPv6 address, without brackets. */
+  readonly host: string;
+  readonly port: number;
+}
+
+/** Which volume (or snapshot) on which cluster. */
+export interface VolumeId {
+  /** Sorted by text, without duplicates, never empty. */
+  readonly endpoints: readonly Endpoint[];
+  /** UUID of the volume or snapshot, lower case; of a volume also the NVMe namespace UUID. */
+  readonly uuid: string;
+  readonly project: string | undefined;
+  readonly scheme: Scheme;
+  /** How the node encrypts the volume, if it does. */
+  readonly hostEncryption: "luks2" | undefined;
+}
+
+/**
+ * Reads a volume or snapshot ID.
+ *
+ * @param what names the object in the error: `volume`, `snapshot`
+ * @throws StatusError NOT_FOUND when `text` is not an ID of this driver: nothing of that name can exist (CSI's tools
+ *   and admins of static volumes send such IDs, and delete-like calls answer them with success)
+ */
+export function parseVolumeId(text: string, what = "volume"): VolumeId {
+  const malformed = (problem: string) =>
+    new StatusError("NOT_FOUND", `Cannot find ${what} "${text}": its ID is not one of this driver, ${problem}`);
+  const fields = new Map<string, string>();
+  let last = -1;
+  for (const segment of text.split("|")) {
+    const colon = segment.indexOf(":");
+    const key = segment.slice(0, Math.max(colon, 0));
+    const at = segmentOrder.indexOf(key);
+    if (at < 0) throw malformed(`"${segment}" is not one of ${segmentOrder.join(":…, ")}:…`);
+    if (fields.has(key)) throw malformed(`${key} is given twice`);
+    if (at < last) throw malformed(`${key} is out of order`);
+    last = at;
+    fields.set(key, segment.slice(colon + 1));
+  }
+  const mgmt = fields.get("mgmt");
+  if (mgmt === undefined) throw malformed("mgmt is missing");
+  const endpoints = parseEndpoints(mgmt);
+  if (typeof endpoints === "string") throw malformed(endpoints);
+  const uuid = fields.get("nguid")?.toLowerCase();
+  if (uuid === undefined) throw malformed("nguid is missing");
+  if (!uuidPattern.test(uuid)) throw malformed(`nguid "${uuid}" is not a UUID`);
+  if (uuid === nilUuid) throw malformed("nguid is the nil UUID");
+  const project = fields.get("proj");
+  if (project !== undefined && !isProjectName(project)) throw malformed(`proj "${project}" is not a project name`);
+  const scheme = fields.get("scheme") ?? "grpcs";
+  if (!isScheme(scheme)) throw malformed(`scheme "${scheme}" is not one of ${schemes.join(", ")}`);
+  const crypto = fields.get("hostcrypto");
+  if (crypto !== undefined && crypto !== "luks2") throw malformed(`hostcrypto "${crypto}" is not luks2`);
+  return { endpoints, uuid, project, scheme, hostEncryption: crypto };
+}
+
+/** The canonical text of an ID: fixed order of segments, endpoints sorted, `scheme` always written. */
+export function formatVolumeId(id: VolumeId): string {
+  const parts = [`mgmt:${formatEndpoints(id.endpoints)}`, `nguid:${id.uuid}`];
+  if (id.project !== undefined) parts.push(`proj:${id.project}`);
+  parts.push(`scheme:${id.scheme}`);
+  if (id.hostEncryption !== undefined) parts.push(`hostcrypto:${id.hostEncryption}`);
+  return parts.join("|");
+}
+
+/**
+ * Reads a comma list of `host:port`, as in volume IDs and in the StorageClass parameter `mgmt-endpoint`; the result is
+ * sorted by text and free of duplicates. Answers a text that says what is wrong when it cannot.
+ */
+export function parseEndpoints(list: string): readonly Endpoint[] | string {
+  const byText = new Map<string, Endpoint>();
+  for (const text of list.split(",")) {
+    const match = /^(?:\[([A-Za-z0-9.%:-]+)\]|([A-Za-z0-9.%-]+)):(\d+)$/.exec(text);
+    if (match === null) return `"${text}" is not host:port`;
+    const host = match[1] ?? match[2] ?? "";
+    const port = Number(match[3]);
+    if (port > 65535) return `port ${match[3]} of "${text}" is above 65535`;
+    const endpoint = { host, port };
+    byText.set(formatEndpoint(endpoint), endpoint);
+  }
+  return [...byText].sort(([a], [b]) => a < b ? -1 : 1).map(([, endpoint]) => endpoint);
+}
+
+/** `host:port`, with brackets around an IPv6 address. */
+export function formatEndpoint({ host, port }: Endpoint): string {
+  return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+/** The canonical comma list. */
+export function formatEndpoints(endpoints: readonly Endpoint[]): string {
+  return endpoints.map(formatEndpoint).join(",");
+}
+
+/** Whether LightOS takes `text` as the name of a project. */
+export function isProjectName(text: string): boolean {
+  return /^[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?$/.test(text);
+}
+
+/** Whether `text` is a UUID in its usual form with dashes, and not the nil UUID. */
+export function isUuid(text: string): boolean {
+  const lower = text.toLowerCase();
+  return uuidPattern.test(lower) && lower !== nilUuid;
+}
+
+const segmentOrder = ["mgmt", "nguid", "proj", "scheme", "hostcrypto"];
+const uuidPattern = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
+const nilUuid = "00000000-0000-0000-0000-000000000000";
+
+function isScheme(text: string): text is Scheme {
+  return schemes.some((scheme) => scheme === text);
+}

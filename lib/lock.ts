@@ -1,0 +1,71 @@
+import { StatusError } from "./error.ts";
+
+interface Held {
+  readonly holder: string;
+  readonly since: number;
+  readonly queue: Array<() => void>;
+}
+
+/**
+ * One holder per key. `take` refuses at once (volumes: the orchestrator retries), `wait` queues first come, first served
+ * (subsystems: unrelated volumes share one). The holder keeps the key until the returned Disposable is disposed, which
+ * belongs at the real end of the work, not at the caller's deadline.
+ */
+export class KeyedLock {
+  readonly #held = new Map<string, Held>();
+
+  /**
+   * Takes `key`, or throws ABORTED that names who holds it and for how long.
+   * Check and take are one synchronous step, so two callers can never both pass.
+   *
+   * @param holder what is running, as it should be read in the second caller's error: `NodeStageVolume`
+   */
+  take(key: string, holder: string): Disposable {
+    const held = this.#held.get(key);
+    if (held !== undefined) {
+      const seconds = Math.round((performance.now() - held.since) / 1000);
+      throw new StatusError(
+        "ABORTED",
+        `Cannot start ${holder} for ${key}: ${held.holder} has been running for ${seconds} s, repeat the call later`,
+      );
+    }
+    return this.#hold(key, holder, []);
+  }
+
+  /** Takes `key` as soon as all earlier callers have let go of it; rejects with `signal.reason` when that comes first. */
+  async wait(key: string, holder: string, signal: AbortSignal): Promise<Disposable> {
+    signal.throwIfAborted();
+    const held = this.#held.get(key);
+    if (held === undefined) return this.#hold(key, holder, []);
+    await new Promise<void>((resolve, reject) => {
+      const turn = () => {
+        signal.removeEventListener("abort", giveUp);
+        resolve();
+      };
+      const giveUp = () => {
+        // The queue travels from holder to holder, so the entry is looked for in whichever is current.
+        const queue = this.#held.get(key)?.queue ?? [];
+        const at = queue.indexOf(turn);
+        if (at >= 0) queue.splice(at, 1);
+        reject(signal.reason);
+      };
+      signal.addEventListener("abort", giveUp, { once: true });
+      held.queue.push(turn);
+    });
+    return this.#hold(key, holder, this.#held.get(key)?.queue ?? []);
+  }
+
+  #hold(key: string, holder: string, queue: Array<() => void>): Disposable {
+    const mine: Held = { holder, since: performance.now(), queue };
+    this.#held.set(key, mine);
+    return {
+      [Symbol.dispose]: () => {
+        if (this.#held.get(key) !== mine) return;
+        const next = mine.queue.shift();
+        // The entry stays while the next in line wakes up, so that nobody slips in between.
+        if (next === undefined) this.#held.delete(key);
+        else next();
+      },
+    };
+  }
+}

@@ -1,0 +1,69 @@
+/**
+ * What the CSI controller asks of a storage cluster.
+ *
+ * Every method is an intent and may be repeated: after success it answers the same again, after a failure or a lost
+ * answer it goes on from what the cluster shows. States of the cluster, polling and retries stay behind it; it answers
+ * when the wish has come true or throws a StatusError before `ctx.signal` has aborted, shortly before the orchestrator
+ * stops listening. Calls for different volumes may run at once; the caller keeps calls for one volume apart.
+ *
+ * Error messages reach the person who reads `kubectl describe`: they name the volume, the management endpoint that
+ * answered and the cluster's own words.
+ *
+ * Optional parts: present means announced in the CSI capabilities, absent means not. No flag can disagree.
+ */
+import type { RequestContext, Secrets } from "../context.ts";
+import type { RemoteNamespace } from "../namespace.ts";
+
+/** What CreateVolume asks for. */
+export interface VolumeWanted {
+  /** CSI's idempotency key. */
+  readonly name: string;
+  /** Bytes; 0 when not given. */
+  readonly requiredBytes: bigint;
+  /** Bytes; 0 when not given. */
+  readonly limitBytes: bigint;
+  /** StorageClass parameters that are the backend's to read. */
+  readonly parameters: Readonly<Record<string, string>>;
+}
+
+/** A volume as the cluster shows it. */
+export interface Volume {
+  /** CSI volume ID. */
+  readonly id: string;
+  /** NVMe namespace UUID. */
+  readonly uuid: string;
+  readonly name: string;
+  readonly capacityBytes: bigint;
+  /** Host NQNs that may connect. */
+  readonly hosts: readonly string[];
+  /** What limits the use of the volume now, or undefined when it is well. */
+  readonly trouble: string | undefined;
+}
+
+export interface Grant {
+  readonly hostNqn: string;
+  /** Whether other hosts may have access at the same time. */
+  readonly shared: boolean;
+}
+
+export interface StorageBackend extends AsyncDisposable {
+  readonly name: "lightos" | "poseidon";
+  /** The UUID in a volume ID, for logs and locks. Throws NOT_FOUND for an ID that is not one of this backend. */
+  uuidOf(volumeId: string): string;
+  /**
+   * Same name, same wish: same volume. Throws ALREADY_EXISTS that lists each difference when the name is taken by
+   * another wish, OUT_OF_RANGE for an impossible size, INVALID_ARGUMENT for bad parameters.
+   */
+  createVolume(ctx: RequestContext, secrets: Secrets, wanted: VolumeWanted): Promise<Volume>;
+  /** Absent: done. Throws FAILED_PRECONDITION while a host may still connect. */
+  deleteVolume(ctx: RequestContext, secrets: Secrets, volumeId: string): Promise<void>;
+  /** Absent: NOT_FOUND. */
+  getVolume(ctx: RequestContext, secrets: Secrets, volumeId: string): Promise<Volume>;
+  /**
+   * Lets a host connect and says where. Throws FAILED_PRECONDITION that names the other hosts when access cannot be
+   * shared with them. Two racing calls for one volume cannot both win exclusive access.
+   */
+  grantAccess(ctx: RequestContext, secrets: Secrets, volumeId: string, grant: Grant): Promise<RemoteNamespace>;
+  /** Takes access away from a host, or from every host when `hostNqn` is undefined. Absent volume or host: done. */
+  revokeAccess(ctx: RequestContext, secrets: Secrets, volumeId: string, hostNqn: string | undefined): Promise<void>;
+}
