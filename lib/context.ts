@@ -32,6 +32,8 @@ export interface Fields {
 
 /** Writes one line per event to stderr: a constant verb phrase, with the facts in fields. */
 export interface Logger {
+  /** Whether debug lines are written: saves the making of costly ones. */
+  readonly verbose: boolean;
   debug(event: string, fields?: Fields): void;
   info(event: string, fields?: Fields): void;
   warning(event: string, fields?: Fields): void;
@@ -59,6 +61,7 @@ export function createLogger(
       write((format === "json" ? JSON.stringify(line, jsonValue) : textLine(line)) + "\n");
     };
     return {
+      verbose: threshold <= logLevels.indexOf("debug"),
       debug: at("debug"),
       info: at("info"),
       warning: at("warning"),

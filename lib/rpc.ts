@@ -74,8 +74,10 @@ export interface ServeOptions {
   readonly listen: Listen;
   readonly services: readonly Service[];
   readonly log: Logger;
-  /** Facts about a request for its log line, free of secrets. */
+  /** Facts about a request for the log lines of its call, free of secrets. */
   readonly describe?: (method: DescMethod, request: Message) => Fields;
+  /** The whole request without its secrets, for one line at level debug. */
+  readonly redact?: (method: DescMethod, request: Message) => unknown;
   /** Calls that come too often to be logged at level info. */
   readonly quiet?: (method: DescMethod) => boolean;
   /** Runs before each handler and may refuse the call by throwing; for authentication, counting, faults. */
@@ -226,6 +228,9 @@ function beginCall(options: ServeOptions, state: { calls: number }, method: Desc
   });
   const facts = options.describe?.(method, call.request) ?? {};
   const log = options.log.with({ rpc: method.name, call: ++state.calls, ...facts });
+  if (options.redact !== undefined && log.verbose) {
+    log.debug("received", { request: options.redact(method, call.request) });
+  }
   const context: CallContext = {
     ...requestContext(aborted.signal, deadline, log),
     header: (name) => call.metadata.get(name)[0]?.toString(),

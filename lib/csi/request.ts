@@ -1,0 +1,158 @@
+/**
+ * What every CSI request is checked for, and how requests are described in logs.
+ *
+ * Order of checks (spec/csi.md 2.3): a missing or malformed required field is INVALID_ARGUMENT before anything is looked
+ * up; an ID that cannot be ours is "unknown", not malformed.
+ */
+import { clone, type DescMessage, type DescMethod, hasOption, type Message, toJson } from "@bufbuild/protobuf";
+import { reflect } from "@bufbuild/protobuf/reflect";
+import type { Fields } from "../context.ts";
+import { StatusError } from "../error.ts";
+import { type FsType, fsTypes } from "../host/filesystem.ts";
+import { parseVolumeId } from "../id.ts";
+import { csi_secret, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import type { VolumeCapability } from "../../proto/gen/csi_pb.ts";
+
+/** How a volume is to be used: `VolumeCapability`, checked. */
+export type Access = MountAccess | BlockAccess;
+
+export interface MountAccess {
+  readonly type: "mount";
+  readonly mode: Mode;
+  /** Undefined: the driver's default for a new file system, whatever is there on an old one. */
+  readonly fsType: FsType | undefined;
+  readonly mountFlags: readonly string[];
+}
+
+export interface BlockAccess {
+  readonly type: "block";
+  readonly mode: Mode;
+}
+
+/**
+ * Checks one capability.
+ *
+ * @param action what cannot be done when it is bad: `create volume "pvc-1"`
+ * @throws StatusError INVALID_ARGUMENT for a missing part, an unknown file system or an access mode that a plain file
+ *   system cannot have (two nodes that write, or one that reads what another writes)
+ */
+export function parseCapability(action: string, capability: VolumeCapability | undefined): Access {
+  const refuse = (problem: string) => new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${problem}`);
+  if (capability === undefined) throw refuse("volume_capability is missing");
+  const mode = capability.accessMode?.mode ?? Mode.UNKNOWN;
+  if (Mode[mode] === undefined) throw refuse(`access mode ${mode} is unknown to this driver`);
+  if (mode === Mode.UNKNOWN) throw refuse("volume_capability.access_mode is missing");
+  switch (capability.accessType.case) {
+    case undefined:
+      throw refuse("volume_capability has neither mount nor block");
+    case "block":
+      return { type: "block", mode };
+    case "mount": {
+      const { fsType, mountFlags, volumeMountGroup } = capability.accessType.value;
+      if (mode === Mode.MULTI_NODE_MULTI_WRITER || mode === Mode.MULTI_NODE_SINGLE_WRITER) {
+        throw refuse(
+          `access mode ${Mode[mode]} is for raw block volumes: a file system that several nodes mount is damaged by ` +
+            `the first write; use volumeMode: Block, or ReadOnlyMany`,
+        );
+      }
+      if (fsType !== "" && !isFsType(fsType)) {
+        throw refuse(`file system "${fsType}" is not one of ${fsTypes.join(", ")}`);
+      }
+      if (volumeMountGroup !== "") throw refuse("volume_mount_group is not announced by this driver");
+      if (mountFlags.some((flag) => flag === "" || flag.includes("\0"))) throw refuse("a mount flag is empty");
+      return { type: "mount", mode, fsType: fsType === "" ? undefined : fsType, mountFlags };
+    }
+  }
+}
+
+export function isFsType(text: string): text is FsType {
+  return fsTypes.some((fsType) => fsType === text);
+}
+
+/** Whether hosts may have the volume at the same time. */
+export function isShared(mode: Mode): boolean {
+  return mode === Mode.MULTI_NODE_READER_ONLY || mode === Mode.MULTI_NODE_SINGLE_WRITER ||
+    mode === Mode.MULTI_NODE_MULTI_WRITER;
+}
+
+/** Whether nobody writes through this access mode. */
+export function isReaderOnly(mode: Mode): boolean {
+  return mode === Mode.SINGLE_NODE_READER_ONLY || mode === Mode.MULTI_NODE_READER_ONLY;
+}
+
+/** The value of a required text field; throws INVALID_ARGUMENT when it is empty or has more than `longest` bytes. */
+export function requireText(action: string, field: string, value: string, longest = 128): string {
+  if (value === "") throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${field} is missing`);
+  const bytes = new TextEncoder().encode(value).length;
+  if (bytes <= longest) return value;
+  throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${field} has ${bytes} bytes, ${longest} are allowed`);
+}
+
+/** The longest volume ID that is taken: CSI allows 128 bytes, PersistentVolumes of large clusters have more. */
+export const longestVolumeId = 1024;
+
+/** A path that the orchestrator gave; throws INVALID_ARGUMENT when it is empty, not absolute or longer than PATH_MAX. */
+export function requirePath(action: string, field: string, value: string): string {
+  requireText(action, field, value, 4095);
+  if (!value.startsWith("/") || value.includes("\0") || value.split("/").includes("..")) {
+    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${field} "${value}" is not a plain absolute path`);
+  }
+  return value;
+}
+
+/**
+ * The keys of a parameter or context map that are meant for a driver. Sidecars and kubelet add keys of their own, which
+ * differ between calls for one volume (spec/csi.md 15, 16.4).
+ */
+export function withoutOrchestratorKeys(map: Readonly<Record<string, string>>): Record<string, string> {
+  return Object.fromEntries(
+    Object.entries(map).filter(([key]) =>
+      !key.startsWith("csi.storage.k8s.io/") && !key.startsWith("storage.kubernetes.io/")
+    ),
+  );
+}
+
+/** The facts of a CSI request which go into every log line of its call. */
+export function describeRequest(_method: DescMethod, request: Message): Fields {
+  const text = (key: string) => {
+    const value = (request as unknown as Record<string, unknown>)[key];
+    return typeof value === "string" && value !== "" ? value : undefined;
+  };
+  const volumeId = text("volumeId") ?? text("sourceVolumeId");
+  const facts = {
+    volume: volumeId === undefined ? undefined : uuidIn(volumeId),
+    name: text("name"),
+    node: text("nodeId"),
+    path: text("targetPath") ?? text("volumePath") ?? text("stagingTargetPath"),
+  };
+  return Object.fromEntries(Object.entries(facts).filter(([, value]) => value !== undefined));
+}
+
+function uuidIn(volumeId: string): string {
+  try {
+    return parseVolumeId(volumeId).uuid;
+  } catch {
+    return volumeId.slice(0, longestVolumeId);
+  }
+}
+
+/** A request as JSON, with every field that the schema marks as secret emptied. */
+export function redactRequest(method: DescMethod, request: Message): unknown {
+  return toJson(method.input, withoutSecrets(method.input, request));
+}
+
+// Kubelet can put service account tokens into the volume context, which the schema does not mark (spec/csi.md 15).
+const secretContextKey = "csi.storage.k8s.io/serviceAccount.tokens";
+
+function withoutSecrets(schema: DescMessage, message: Message): Message {
+  const copy = reflect(schema, clone(schema, message));
+  for (const field of schema.fields) {
+    if (!copy.isSet(field)) continue;
+    if (hasOption(field, csi_secret)) copy.clear(field);
+    else if (field.fieldKind === "map" && field.mapKind === "scalar") {
+      const map = copy.get(field);
+      if (map.has(secretContextKey)) map.set(secretContextKey, "[secret]");
+    }
+  }
+  return copy.message;
+}
