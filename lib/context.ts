@@ -121,6 +121,27 @@ export function backgroundContext(what: string, log: Logger, timeoutMs: number, 
   return requestContext(signal, new Date(Date.now() + timeoutMs), log);
 }
 
+/**
+ * A signal that aborts with `parent`, or with a TimeoutError after `ms`. Dispose it when the work is done: that ends the
+ * timer and lets go of `parent`, which AbortSignal.any and AbortSignal.timeout would hold for longer.
+ */
+export function timeLimit(parent: AbortSignal, ms: number): Disposable & { readonly signal: AbortSignal } {
+  const limit = new AbortController();
+  const follow = () => limit.abort(parent.reason);
+  if (parent.aborted) follow();
+  else parent.addEventListener("abort", follow, { once: true });
+  const timer = setTimeout(() => {
+    limit.abort(new DOMException(`not done within ${ms} ms`, "TimeoutError"));
+  }, Math.min(ms, 2 ** 31 - 1));
+  return {
+    signal: limit.signal,
+    [Symbol.dispose]: () => {
+      clearTimeout(timer);
+      parent.removeEventListener("abort", follow);
+    },
+  };
+}
+
 /** Resolves after `ms`, or rejects with `signal.reason` when that comes first. */
 export function sleep(ms: number, signal: AbortSignal): Promise<void> {
   return new Promise((resolve, reject) => {

@@ -418,13 +418,13 @@ export class CallError extends Error {
   override readonly name = "CallError";
   /** gRPC's name of the code, `UNKNOWN` and `DATA_LOSS` included. */
   readonly code: StatusCode | "UNKNOWN" | "DATA_LOSS";
-  /** Whether the request may have reached the server: false when no connection could be made. */
-  readonly sent: boolean;
+  /** Who says so: the server, or our side because the connection could not be made or was lost during the call. */
+  readonly origin: "server" | "not connected" | "connection lost";
 
-  constructor(code: CallError["code"], details: string, sent: boolean) {
+  constructor(code: CallError["code"], details: string, origin: CallError["origin"]) {
     super(details);
     this.code = code;
-    this.sent = sent;
+    this.origin = origin;
   }
 }
 
@@ -475,7 +475,7 @@ export class Channel implements Disposable {
   /**
    * Calls a unary method.
    *
-   * @throws CallError with the server's code and words, or with `sent` false when no connection could be made;
+   * @throws CallError with the server's code and words, or with an `origin` that tells that no answer of the server came;
    *   `signal.reason` when the signal aborts first
    */
   async call<I extends DescMessage, O extends DescMessage>(
@@ -487,6 +487,7 @@ export class Channel implements Disposable {
     await this.#connected(options);
     const definition = methodDefinition(method);
     return await new Promise((resolve, reject) => {
+      let headersCame = false;
       const pending = this.#client.makeUnaryRequest(
         definition.path,
         definition.requestSerialize,
@@ -496,10 +497,11 @@ export class Channel implements Disposable {
         options.deadline === undefined ? {} : { deadline: options.deadline },
         (error, response) => {
           options.signal.removeEventListener("abort", giveUp);
-          if (error !== null) reject(options.signal.aborted ? options.signal.reason : callError(error));
+          if (error !== null) reject(options.signal.aborted ? options.signal.reason : callError(error, headersCame));
           else resolve(response as MessageShape<O>);
         },
       );
+      pending.on("metadata", () => headersCame = true);
       const giveUp = () => pending.cancel();
       options.signal.addEventListener("abort", giveUp, { once: true });
     });
@@ -522,12 +524,14 @@ export class Channel implements Disposable {
       metadata(options),
       options.deadline === undefined ? {} : { deadline: options.deadline },
     );
+    let headersCame = false;
+    pending.on("metadata", () => headersCame = true);
     const giveUp = () => pending.cancel();
     options.signal.addEventListener("abort", giveUp, { once: true });
     try {
       for await (const message of pending) yield message as MessageShape<O>;
     } catch (error) {
-      throw options.signal.aborted ? options.signal.reason : callError(error as grpc.ServiceError);
+      throw options.signal.aborted ? options.signal.reason : callError(error as grpc.ServiceError, headersCame);
     } finally {
       options.signal.removeEventListener("abort", giveUp);
       pending.cancel();
@@ -541,6 +545,9 @@ export class Channel implements Disposable {
     const until = Date.now() + timeoutMs;
     for (;;) {
       const state = channel.getConnectivityState(true);
+      if (state === grpc.connectivityState.SHUTDOWN) {
+        throw new CallError("UNAVAILABLE", "the connection was given up", "not connected");
+      }
       if (state !== grpc.connectivityState.IDLE && state !== grpc.connectivityState.CONNECTING) return;
       const changed = await new Promise<boolean>((resolve, reject) => {
         const giveUp = () => reject(options.signal.reason);
@@ -550,7 +557,7 @@ export class Channel implements Disposable {
           resolve(error === undefined || error === null);
         });
       });
-      if (!changed) throw new CallError("UNAVAILABLE", `no connection within ${timeoutMs} ms`, false);
+      if (!changed) throw new CallError("UNAVAILABLE", `no connection within ${timeoutMs} ms`, "not connected");
     }
   }
 
@@ -565,11 +572,14 @@ function metadata(options: CallOptions): grpc.Metadata {
   return metadata;
 }
 
-function callError(error: grpc.ServiceError): CallError {
+function callError(error: grpc.ServiceError, headersCame: boolean): CallError {
   const code = (grpc.status[error.code] ?? "UNKNOWN") as CallError["code"];
   const details = error.details || error.message;
-  // grpc-js words a failure before the request was handed to a connection like this.
-  return new CallError(code, details, !(code === "UNAVAILABLE" && /^No connection established/.test(details)));
+  // An answer of the server comes with headers, or with trailers that carry at least a content-type; what grpc-js makes up
+  // for a lost connection has none. It words a failure before the request was handed to a connection like this.
+  const answered = headersCame || error.metadata?.get("content-type").length > 0;
+  const origin = answered ? "server" : /^No connection established/.test(details) ? "not connected" : "connection lost";
+  return new CallError(code, details, origin);
 }
 
 function credentials({ address, tls: security }: ChannelOptions): grpc.ChannelCredentials {

@@ -112,6 +112,9 @@ export function withoutOrchestratorKeys(map: Readonly<Record<string, string>>): 
   );
 }
 
+/** StorageClass parameter for mkfs, kept in the volume context: the node needs it when it makes the file system. */
+export const mkfsOptionsKey = "mkfs-options";
+
 /** The facts of a CSI request which go into every log line of its call. */
 export function describeRequest(_method: DescMethod, request: Message): Fields {
   const text = (key: string) => {

@@ -1,0 +1,202 @@
+/**
+ * The CSI controller service: turns wishes into volumes and access, through a StorageBackend.
+ *
+ * It remembers nothing. One call at a time per volume (and per name, while a volume is being made); a second one is told
+ * which call is running. The sections of the CSI specification are named at each handler.
+ */
+import type { MessageInitShape } from "@bufbuild/protobuf";
+import { Secrets } from "../context.ts";
+import { hasCode, messageOf, StatusError } from "../error.ts";
+import { type FsType, mkfsOptions } from "../host/filesystem.ts";
+import type { KeyedLock } from "../lock.ts";
+import { hostNqn, nodeIdProblem, toPublishContext } from "../namespace.ts";
+import type { Handlers } from "../rpc.ts";
+import type { StorageBackend } from "../storage/backend.ts";
+import {
+  type Controller,
+  type ControllerGetCapabilitiesResponseSchema,
+  ControllerServiceCapability_RPC_Type as Rpc,
+} from "../../proto/gen/csi_pb.ts";
+import {
+  type Access,
+  isShared,
+  longestVolumeId,
+  mkfsOptionsKey,
+  parseCapability,
+  requireText,
+  withoutOrchestratorKeys,
+} from "./request.ts";
+
+export interface ControllerOptions {
+  readonly backend: StorageBackend;
+  readonly locks: KeyedLock;
+  /** The file system of a volume whose StorageClass names none, for checking mkfs options early. */
+  readonly defaultFsType: FsType;
+  /**
+   * How every node ID of this deployment ends; empty when nothing is known of them. The cluster knows host NQNs and no
+   * nodes, so this is all there is to tell a node that cannot exist.
+   */
+  readonly nodeIdSuffix: string;
+}
+
+/** The Controller service over `backend`. What it does not announce answers UNIMPLEMENTED. */
+export function controllerHandlers(
+  { backend, locks, defaultFsType, nodeIdSuffix }: ControllerOptions,
+): Handlers<typeof Controller> {
+  /** Takes the volume for this call, or throws ABORTED; the caller disposes it when the work has ended. */
+  const hold = (rpc: string, volumeId: string) => locks.take(`volume ${backend.uuidOf(volumeId)}`, rpc);
+
+  return {
+    controllerGetCapabilities: () => Promise.resolve({ capabilities: controllerCapabilities() }),
+
+    /** CSI specification, "CreateVolume". */
+    async createVolume(request, call) {
+      const name = requireText("create a volume", "name", request.name);
+      const action = `create volume "${name}"`;
+      // deno-lint-ignore no-control-regex
+      if (/[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]/.test(name)) {
+        throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: the name holds control characters`);
+      }
+      if (request.volumeCapabilities.length === 0) {
+        throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: volume_capabilities is missing`);
+      }
+      const accesses = request.volumeCapabilities.map((capability) => parseCapability(action, capability));
+      if (request.accessibilityRequirements !== undefined) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action}: accessibility_requirements is given, but every node reaches every volume of this driver`,
+        );
+      }
+      if (request.volumeContentSource !== undefined) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action}: volume_content_source is given, but this driver announces neither snapshots nor clones`,
+        );
+      }
+      if (Object.keys(withoutOrchestratorKeys(request.mutableParameters)).length > 0) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action}: mutable_parameters is given, but this driver does not announce MODIFY_VOLUME`,
+        );
+      }
+      const { [mkfsOptionsKey]: mkfsText, ...parameters } = withoutOrchestratorKeys(request.parameters);
+      if (mkfsText !== undefined) checkMkfsOptions(action, mkfsText, accesses, defaultFsType);
+
+      using _held = locks.take(`volume name "${name}"`, "CreateVolume");
+      const volume = await backend.createVolume(call, new Secrets(request.secrets), {
+        name,
+        requiredBytes: request.capacityRange?.requiredBytes ?? 0n,
+        limitBytes: request.capacityRange?.limitBytes ?? 0n,
+        parameters,
+      });
+      if (volume.trouble !== undefined) {
+        call.log.warning("created a volume in trouble", { volume: volume.uuid, error: volume.trouble });
+      }
+      return {
+        volume: {
+          volumeId: volume.id,
+          capacityBytes: volume.capacityBytes,
+          volumeContext: mkfsText === undefined ? {} : { [mkfsOptionsKey]: mkfsText },
+        },
+      };
+    },
+
+    /** CSI specification, "DeleteVolume". */
+    async deleteVolume(request, call) {
+      const volumeId = requireText("delete a volume", "volume_id", request.volumeId, longestVolumeId);
+      try {
+        using _held = hold("DeleteVolume", volumeId);
+        await backend.deleteVolume(call, new Secrets(request.secrets), volumeId);
+      } catch (error) {
+        // An ID that cannot be ours names nothing that could be there.
+        if (!hasCode(error, "NOT_FOUND")) throw error;
+        call.log.warning("had nothing to delete", { error: messageOf(error) });
+      }
+      return {};
+    },
+
+    /** CSI specification, "ControllerPublishVolume". */
+    async controllerPublishVolume(request, call) {
+      const volumeId = requireText("publish a volume", "volume_id", request.volumeId, longestVolumeId);
+      const nodeId = requireText("publish a volume", "node_id", request.nodeId, 256);
+      const action = `publish volume "${volumeId}" to node "${nodeId}"`;
+      const access = parseCapability(action, request.volumeCapability);
+      if (request.readonly) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action}: readonly is set, but this driver does not announce PUBLISH_READONLY`,
+        );
+      }
+      requireOurNode(action, nodeId, nodeIdSuffix);
+      using _held = hold("ControllerPublishVolume", volumeId);
+      const namespace = await backend.grantAccess(call, new Secrets(request.secrets), volumeId, {
+        hostNqn: hostNqn(nodeId),
+        shared: isShared(access.mode),
+      });
+      return { publishContext: toPublishContext(namespace) };
+    },
+
+    /** CSI specification, "ControllerUnpublishVolume". An empty node_id means every node. */
+    async controllerUnpublishVolume(request, call) {
+      const volumeId = requireText("unpublish a volume", "volume_id", request.volumeId, longestVolumeId);
+      const host = request.nodeId === "" ? undefined : hostNqn(request.nodeId);
+      try {
+        using _held = hold("ControllerUnpublishVolume", volumeId);
+        await backend.revokeAccess(call, new Secrets(request.secrets), volumeId, host);
+      } catch (error) {
+        if (!hasCode(error, "NOT_FOUND")) throw error;
+        call.log.warning("had nothing to unpublish", { error: messageOf(error) });
+      }
+      return {};
+    },
+
+    /** CSI specification, "ValidateVolumeCapabilities". */
+    async validateVolumeCapabilities(request, call) {
+      const action = "validate volume capabilities";
+      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      if (request.volumeCapabilities.length === 0) {
+        throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: volume_capabilities is missing`);
+      }
+      await backend.getVolume(call, new Secrets(request.secrets), volumeId);
+      try {
+        for (const capability of request.volumeCapabilities) parseCapability(action, capability);
+      } catch (error) {
+        if (!hasCode(error, "INVALID_ARGUMENT")) throw error;
+        return { message: error.message };
+      }
+      return {
+        confirmed: {
+          volumeContext: request.volumeContext,
+          volumeCapabilities: request.volumeCapabilities,
+          parameters: request.parameters,
+          mutableParameters: request.mutableParameters,
+        },
+      };
+    },
+  };
+}
+
+type Capabilities = NonNullable<MessageInitShape<typeof ControllerGetCapabilitiesResponseSchema>["capabilities"]>;
+
+function controllerCapabilities(): Capabilities {
+  const announced = [Rpc.CREATE_DELETE_VOLUME, Rpc.PUBLISH_UNPUBLISH_VOLUME, Rpc.SINGLE_NODE_MULTI_WRITER];
+  return announced.map((type) => ({ type: { case: "rpc", value: { type } } }));
+}
+
+function requireOurNode(action: string, nodeId: string, suffix: string): void {
+  const problem = nodeIdProblem(nodeId) ?? (nodeId.endsWith(suffix) ? undefined : `it does not end in "${suffix}"`);
+  if (problem !== undefined) {
+    throw new StatusError("NOT_FOUND", `Cannot ${action}: no node of this driver has that ID, ${problem}`);
+  }
+}
+
+function checkMkfsOptions(
+  action: string,
+  text: string,
+  accesses: readonly Access[],
+  defaultFsType: FsType,
+): void {
+  for (const access of accesses) {
+    if (access.type === "mount") mkfsOptions(action, access.fsType ?? defaultFsType, text);
+  }
+}

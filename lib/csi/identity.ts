@@ -1,0 +1,41 @@
+import type { MessageInitShape } from "@bufbuild/protobuf";
+import type { Handlers } from "../rpc.ts";
+import {
+  type GetPluginCapabilitiesResponseSchema,
+  type Identity,
+  PluginCapability_Service_Type as ServiceType,
+  PluginCapability_VolumeExpansion_Type as ExpansionType,
+} from "../../proto/gen/csi_pb.ts";
+
+/** What the Identity service says of the driver; the same in every role. */
+export interface DriverIdentity {
+  /** The CSIDriver object's name and the StorageClass provisioner. */
+  readonly name: string;
+  readonly version: string;
+  /** Whether volumes can grow. */
+  readonly expansion: boolean;
+}
+
+/**
+ * The Identity service (CSI specification, "Identity Service RPC").
+ *
+ * Probe answers for this process alone: its callers restart the driver when it fails, and a lost storage cluster is not
+ * mended by that.
+ */
+export function identityHandlers(identity: DriverIdentity): Handlers<typeof Identity> {
+  return {
+    getPluginInfo: () => Promise.resolve({ name: identity.name, vendorVersion: identity.version }),
+    getPluginCapabilities: () => Promise.resolve({ capabilities: pluginCapabilities(identity) }),
+    probe: () => Promise.resolve({ ready: true }),
+  };
+}
+
+type Capabilities = NonNullable<MessageInitShape<typeof GetPluginCapabilitiesResponseSchema>["capabilities"]>;
+
+function pluginCapabilities({ expansion }: DriverIdentity): Capabilities {
+  const capabilities: Capabilities = [{
+    type: { case: "service", value: { type: ServiceType.CONTROLLER_SERVICE } },
+  }];
+  if (expansion) capabilities.push({ type: { case: "volumeExpansion", value: { type: ExpansionType.ONLINE } } });
+  return capabilities;
+}

@@ -1,0 +1,971 @@
+/**
+ * LightOS behind the StorageBackend contract, through its gRPC management API (facts: spec/lightos.md sections 3, 6, 15).
+ *
+ * Three things decide the flows below:
+ * - Every answer can be lost. So after any failure that leaves the outcome open, the cluster is looked at again before
+ *   anything is repeated; the object that is found there, not the answer that we got, is the result.
+ * - Names do not identify for ever. A volume that is being deleted, and the husk of a failed creation, keep their name
+ *   without blocking it; both are looked through.
+ * - Changes are made with the ETag of what was read (`if-match`), so two racing changes cannot both win.
+ *
+ * CreateVolume is tried before looking for the name: a new volume then costs one call and one look at its state, and the
+ * cluster itself, not a gap between two calls of ours, decides whether the name is taken.
+ */
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
+import { createHash } from "node:crypto";
+import { clearInterval, setInterval } from "node:timers";
+import { z } from "zod";
+import { type Logger, type RequestContext, type Secrets, sleep, timeLimit } from "../context.ts";
+import { hasCode, messageOf, type StatusCode, StatusError } from "../error.ts";
+import {
+  type Endpoint,
+  formatEndpoint,
+  formatEndpoints,
+  formatVolumeId,
+  isProjectName,
+  parseEndpoints,
+  parseVolumeId,
+  type Scheme,
+  schemes,
+  type VolumeId,
+} from "../id.ts";
+import { nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
+import { CallError, Channel } from "../rpc.ts";
+import {
+  type ClusterInfoV2,
+  DurosAPI,
+  ProtectionStateEnum as Protection,
+  type Volume as LightosVolume,
+  Volume_StateEnum as State,
+} from "../../proto/gen/lightos_pb.ts";
+import type { StorageBackend, Volume, VolumeWanted } from "./backend.ts";
+
+/** What the process was told about reaching LightOS. */
+export interface LightosOptions {
+  readonly log: Logger;
+  /** The token for calls that bring none of their own; undefined when there is none now. */
+  readonly globalJwt: () => string | undefined;
+  /** Where that token comes from, for messages. */
+  readonly globalJwtPath: string;
+  /** PEM certificates to trust instead of the system's. */
+  readonly ca: string | undefined;
+  /** False accepts any certificate of the management API. */
+  readonly verifyTls: boolean;
+  readonly userAgent: string;
+}
+
+/** The LightOS backend. Its connections are made on first use, shared by all calls, and closed after ten idle minutes. */
+export function lightosBackend(options: LightosOptions): StorageBackend {
+  const clusters = new ClusterPool(options);
+  const idOf = (volumeId: string) => parseVolumeId(volumeId);
+  return {
+    name: "lightos",
+    uuidOf: (volumeId) => idOf(volumeId).uuid,
+    async createVolume(ctx, secrets, wanted) {
+      const action = `create volume "${wanted.name}"`;
+      const parameters = parseParameters(action, wanted.parameters);
+      const sizeBytes = volumeSize(action, wanted);
+      const cluster = clusters.open(secrets, parameters.endpoints, parameters.scheme);
+      return await createVolume(ctx, cluster, action, wanted, parameters, sizeBytes);
+    },
+    async deleteVolume(ctx, secrets, volumeId) {
+      const id = idOf(volumeId);
+      await deleteVolume(ctx, clusters.open(secrets, id.endpoints, id.scheme), id);
+    },
+    async getVolume(ctx, secrets, volumeId) {
+      const id = idOf(volumeId);
+      const cluster = clusters.open(secrets, id.endpoints, id.scheme);
+      return toVolume(id, await readVolume(ctx, cluster, `read volume ${id.uuid}`, id));
+    },
+    async grantAccess(ctx, secrets, volumeId, { hostNqn, shared }) {
+      const id = idOf(volumeId);
+      const cluster = clusters.open(secrets, id.endpoints, id.scheme);
+      const action = `give ${nodeIdOf(hostNqn)} access to volume ${id.uuid}`;
+      await changeAcl(ctx, cluster, action, id, (acl) => aclWith(action, acl, hostNqn, shared));
+      return await remoteNamespace(ctx, cluster, action, id.uuid);
+    },
+    async revokeAccess(ctx, secrets, volumeId, hostNqn) {
+      const id = idOf(volumeId);
+      const cluster = clusters.open(secrets, id.endpoints, id.scheme);
+      const who = hostNqn === undefined ? "every host" : nodeIdOf(hostNqn);
+      try {
+        await changeAcl(
+          ctx,
+          cluster,
+          `take access to volume ${id.uuid} from ${who}`,
+          id,
+          (acl) => aclWithout(acl, hostNqn),
+        );
+      } catch (error) {
+        if (!hasCode(error, "NOT_FOUND")) throw error;
+      }
+    },
+    async [Symbol.asyncDispose]() {
+      await clusters[Symbol.asyncDispose]();
+    },
+  };
+}
+
+// ------------------------------------------------------------------------------------------------------- parameters
+
+interface Parameters {
+  readonly endpoints: readonly Endpoint[];
+  readonly scheme: Scheme;
+  readonly replicaCount: number;
+  readonly compression: boolean;
+  readonly project: string | undefined;
+  readonly qosPolicyName: string | undefined;
+}
+
+const onOff = (name: string) =>
+  z.enum(["enabled", "disabled", ""], { error: `is not "enabled" or "disabled"` }).default("").transform((text) =>
+    text === "enabled"
+  ).describe(name);
+
+/** StorageClass parameters (spec/lightos.md 3.1). */
+const parametersSchema = z.strictObject({
+  "mgmt-endpoint": z.string({ error: "is missing, give host:port of one or more management endpoints" })
+    .transform((list, check) => {
+      const endpoints = parseEndpoints(list);
+      if (typeof endpoints !== "string") return endpoints;
+      check.addIssue(endpoints);
+      return z.NEVER;
+    }),
+  "mgmt-scheme": z.enum([...schemes, ""], { error: `is not one of ${schemes.join(", ")}` }).default("grpcs")
+    .transform((scheme): Scheme => scheme === "" ? "grpcs" : scheme),
+  "replica-count": z.string({ error: "is missing, give 1, 2 or 3" })
+    .regex(/^[1-9]\d{0,2}$/, "is not a number from 1 to 128").transform(Number)
+    .refine((count) => count <= 128, "is not a number from 1 to 128"),
+  "compression": onOff("compression"),
+  "project-name": z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')
+    .optional(),
+  "qos-policy-name": z.string().optional(),
+  "host-encryption": onOff("host-encryption")
+    .refine((enabled) => !enabled, "is enabled, but this version cannot encrypt on the host"),
+  // The vendor's documents name these two and its driver never read them; classes that have them keep working.
+  "encryption-secret-name": z.string().optional(),
+  "encryption-secret-namespace": z.string().optional(),
+});
+
+function parseParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
+  const parsed = parametersSchema.safeParse(parameters);
+  if (!parsed.success) {
+    const problems = parsed.error.issues.map((issue) => {
+      if (issue.code === "unrecognized_keys") {
+        return `${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${
+          Object.keys(parametersSchema.shape).join(", ")
+        })`;
+      }
+      const key = String(issue.path[0]);
+      const value = parameters[key];
+      return `"${key}"${value === undefined ? "" : ` "${value}"`} ${issue.message}`;
+    });
+    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problems.join("; ")}`);
+  }
+  const { data } = parsed;
+  return {
+    endpoints: data["mgmt-endpoint"],
+    scheme: data["mgmt-scheme"],
+    replicaCount: data["replica-count"],
+    compression: data.compression,
+    project: data["project-name"],
+    qosPolicyName: data["qos-policy-name"] === "" ? undefined : data["qos-policy-name"],
+  };
+}
+
+const gib = 1n << 30n;
+const largestInt64 = (1n << 63n) - 1n;
+
+/** The size to ask LightOS for: whole GiB, at least one (spec/lightos.md 9.3). */
+export function volumeSize(
+  action: string,
+  { requiredBytes, limitBytes }: Pick<VolumeWanted, "requiredBytes" | "limitBytes">,
+): bigint {
+  if (requiredBytes < 0n || limitBytes < 0n) {
+    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);
+  }
+  if (limitBytes !== 0n && limitBytes < requiredBytes) {
+    throw new StatusError(
+      "INVALID_ARGUMENT",
+      `Cannot ${action}: limit_bytes ${limitBytes} is below required_bytes ${requiredBytes}`,
+    );
+  }
+  const wanted = requiredBytes === 0n ? gib : requiredBytes;
+  const rounded = (wanted + gib - 1n) / gib * gib;
+  if (rounded > largestInt64) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: ${requiredBytes} bytes rounded up to whole GiB are too many`,
+    );
+  }
+  if (limitBytes !== 0n && rounded > limitBytes) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: LightOS allocates whole GiB, and ${rounded} bytes are above limit_bytes ${limitBytes}`,
+    );
+  }
+  return rounded;
+}
+
+// ---------------------------------------------------------------------------------------------------------- volumes
+
+/** Delays between looks at a state that is about to change. */
+function* growingDelays(): Generator<number, never> {
+  for (let ms = 100;; ms = Math.min(ms * 1.5, 2000)) yield ms;
+}
+
+async function createVolume(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  wanted: VolumeWanted,
+  parameters: Parameters,
+  sizeBytes: bigint,
+): Promise<Volume> {
+  const projectName = parameters.project ?? "";
+  const delays = growingDelays();
+  for (;;) {
+    let found: LightosVolume | undefined;
+    try {
+      found = await cluster.call(ctx, action, DurosAPI.method.createVolume, {
+        name: wanted.name,
+        size: `${sizeBytes}b`,
+        acl: { values: [nobody] },
+        compression: String(parameters.compression),
+        replicaCount: parameters.replicaCount,
+        projectName,
+        ...(parameters.qosPolicyName === undefined
+          ? {}
+          : { qosPolicyID: { case: "qosPolicyName", value: parameters.qosPolicyName } }),
+      });
+    } catch (error) {
+      if (!(error instanceof LightosError) || surelyNotDone.has(error.code)) throw error;
+      found = await findByName(ctx, cluster, action, wanted.name, projectName);
+      if (found === undefined) {
+        // Nobody has the name. Where the cluster said so a moment ago, or the answer was lost, trying again is right.
+        if (error.code !== "ALREADY_EXISTS" && !error.outcomeUnknown) throw error;
+        await pause(ctx, delays, action, messageOf(error));
+        continue;
+      }
+    }
+    const created = await settled(ctx, cluster, action, found, delays);
+    if (created === undefined) continue;
+    refuseDifferences(action, created, wanted, parameters, sizeBytes);
+    const project = created.projectName === "" ? parameters.project : created.projectName;
+    return toVolume(
+      {
+        endpoints: parameters.endpoints,
+        uuid: created.UUID.toLowerCase(),
+        project,
+        scheme: parameters.scheme,
+        hostEncryption: undefined,
+      },
+      created,
+    );
+  }
+}
+
+/** Codes that the cluster gives before it begins anything. */
+const surelyNotDone: ReadonlySet<StatusCode> = new Set(
+  [
+    "INVALID_ARGUMENT",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+    "UNIMPLEMENTED",
+    "NOT_FOUND",
+    "OUT_OF_RANGE",
+    "RESOURCE_EXHAUSTED",
+  ] satisfies StatusCode[],
+);
+
+/** The living volume of this name: neither one that is being deleted nor the husk of a failed creation. */
+async function findByName(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  name: string,
+  projectName: string,
+): Promise<LightosVolume | undefined> {
+  const { volumes } = await cluster.call(ctx, action, DurosAPI.method.listVolumes, { name, projectName });
+  const living = volumes.filter((volume) =>
+    volume.name === name && ![State.Deleting, State.Deleted, State.Failed].includes(volume.state)
+  );
+  return living.find((volume) => volume.state !== State.Creating) ?? living[0];
+}
+
+/** Waits until a new volume can be used; undefined when it went away meanwhile. */
+async function settled(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  volume: LightosVolume,
+  delays: Iterator<number, never>,
+): Promise<LightosVolume | undefined> {
+  for (let now = volume;;) {
+    switch (now.state) {
+      case State.Available:
+      case State.Updating:
+      case State.Migrating:
+        return now;
+      case State.Deleting:
+      case State.Deleted:
+        return undefined;
+      case State.Failed:
+        // The husk cannot be deleted and does not block the name: the repeat makes a new volume.
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot ${action}: LightOS at ${cluster.lastAddress} could not make it (volume ${now.UUID} is Failed), ` +
+            `the next attempt makes another`,
+        );
+      case State.Creating:
+      case State.Rollback:
+      case State.Unknown:
+        break;
+      default:
+        throw unknownState(action, now);
+    }
+    await pause(ctx, delays, action, `LightOS shows volume ${now.UUID} as ${State[now.state]}`);
+    try {
+      now = await cluster.call(ctx, action, DurosAPI.method.getVolume, {
+        UUID: now.UUID,
+        projectName: now.projectName,
+      });
+    } catch (error) {
+      if (hasCode(error, "NOT_FOUND")) return undefined;
+      throw error;
+    }
+  }
+}
+
+function refuseDifferences(
+  action: string,
+  found: LightosVolume,
+  wanted: VolumeWanted,
+  parameters: Parameters,
+  sizeBytes: bigint,
+): void {
+  const differences: string[] = [];
+  const differ = (what: string, is: unknown, asked: unknown) => differences.push(`${what} is ${is}, asked is ${asked}`);
+  if (found.size < sizeBytes) differ("size", `${found.size} bytes`, `${sizeBytes} bytes`);
+  else if (wanted.limitBytes !== 0n && found.size > wanted.limitBytes) {
+    differ("size", `${found.size} bytes`, `at most ${wanted.limitBytes} bytes`);
+  }
+  if (found.replicaCount !== parameters.replicaCount) {
+    differ("replica-count", found.replicaCount, parameters.replicaCount);
+  }
+  const compressed = found.compression.toLowerCase() === "true";
+  if (compressed !== parameters.compression) differ("compression", compressed, parameters.compression);
+  if (parameters.project !== undefined && found.projectName !== parameters.project) {
+    differ("project-name", `"${found.projectName}"`, `"${parameters.project}"`);
+  }
+  if (parameters.qosPolicyName !== undefined && found.qosPolicyName !== parameters.qosPolicyName) {
+    differ("qos-policy-name", `"${found.qosPolicyName}"`, `"${parameters.qosPolicyName}"`);
+  }
+  if (found.sourceSnapshotUUID !== "") differ("content source", `snapshot ${found.sourceSnapshotUUID}`, "none");
+  if (differences.length === 0) return;
+  throw new StatusError(
+    "ALREADY_EXISTS",
+    `Cannot ${action}: volume ${found.UUID} has that name and differs: ${differences.join("; ")}`,
+  );
+}
+
+async function readVolume(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  id: VolumeId,
+): Promise<LightosVolume> {
+  const volume = await cluster.call(ctx, action, DurosAPI.method.getVolume, {
+    UUID: id.uuid,
+    projectName: id.project ?? "",
+  });
+  if ([State.Deleting, State.Deleted, State.Failed].includes(volume.state)) {
+    throw new StatusError("NOT_FOUND", `Cannot ${action}: LightOS shows the volume as ${State[volume.state]}`);
+  }
+  return volume;
+}
+
+async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId): Promise<void> {
+  const action = `delete volume ${id.uuid}`;
+  const delays = growingDelays();
+  for (;;) {
+    let volume: LightosVolume;
+    try {
+      volume = await readVolume(ctx, cluster, action, id);
+    } catch (error) {
+      // Deleting, deleted, or a husk that LightOS does not let anybody delete.
+      if (hasCode(error, "NOT_FOUND")) return;
+      throw error;
+    }
+    if (![State.Available, State.Migrating].includes(volume.state)) {
+      if (State[volume.state] === undefined) throw unknownState(action, volume);
+      await pause(ctx, delays, action, `LightOS shows it as ${State[volume.state]}`);
+      continue;
+    }
+    const hosts = hostsIn(aclOf(volume));
+    if (hosts.length > 0) {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: ${hosts.map(nodeIdOf).join(", ")} may still connect to it, detach it there first`,
+      );
+    }
+    try {
+      await cluster.call(ctx, action, DurosAPI.method.deleteVolume, {
+        UUID: id.uuid,
+        projectName: id.project ?? "",
+      });
+      return;
+    } catch (error) {
+      if (hasCode(error, "NOT_FOUND")) return;
+      if (!(error instanceof LightosError) || surelyNotDone.has(error.code)) throw error;
+      // INTERNAL is what older servers answer for a volume that is gone; the next look tells.
+      const lastWords = messageOf(error);
+      await pause(ctx, delays, action, lastWords);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------- ACL
+
+const nobody = "ALLOW_NONE";
+const anybody = "ALLOW_ANY";
+
+function aclOf(volume: LightosVolume): readonly string[] {
+  return [...new Set(volume.acl?.values ?? [])].sort();
+}
+
+function hostsIn(acl: readonly string[]): readonly string[] {
+  return acl.filter((entry) => entry !== nobody && entry !== anybody);
+}
+
+/** The ACL with this host in it, or undefined when it needs no change. */
+function aclWith(
+  action: string,
+  acl: readonly string[],
+  hostNqn: string,
+  shared: boolean,
+): readonly string[] | undefined {
+  if (acl.includes(anybody)) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: its access list is open to any host (${anybody}), set it to ${nobody} on LightOS first`,
+    );
+  }
+  const hosts = hostsIn(acl);
+  const others = hosts.filter((host) => host !== hostNqn);
+  if (!shared && others.length > 0) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: ${others.map(nodeIdOf).join(", ")} has it, and its access mode is for one node; ` +
+        `it must be detached there first`,
+    );
+  }
+  if (hosts.includes(hostNqn) && !acl.includes(nobody)) return undefined;
+  return [...new Set([...hosts, hostNqn])].sort();
+}
+
+/** The ACL without this host (undefined: without any), or undefined when it needs no change. */
+function aclWithout(acl: readonly string[], hostNqn: string | undefined): readonly string[] | undefined {
+  // An open list was never made by us; taking one host from it means nothing, taking every host does.
+  if (hostNqn !== undefined && !acl.includes(hostNqn) && acl.length > 0) return undefined;
+  if (acl.length === 1 && acl[0] === nobody) return undefined;
+  const left = hostNqn === undefined ? [] : acl.filter((entry) => entry !== hostNqn);
+  return left.length === 0 ? [nobody] : left;
+}
+
+async function changeAcl(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  id: VolumeId,
+  decide: (acl: readonly string[]) => readonly string[] | undefined,
+): Promise<void> {
+  const delays = growingDelays();
+  for (;;) {
+    const volume = await readVolume(ctx, cluster, action, id);
+    const values = decide(aclOf(volume));
+    if (values === undefined) return;
+    switch (volume.state) {
+      case State.Available:
+      case State.Migrating:
+        break;
+      case State.Creating:
+      case State.Updating:
+      case State.Rollback:
+      case State.Unknown:
+        await pause(ctx, delays, action, `LightOS shows the volume as ${State[volume.state]}`);
+        continue;
+      default:
+        throw unknownState(action, volume);
+    }
+    try {
+      const change = { UUID: id.uuid, projectName: id.project ?? "", acl: { values: [...values] } };
+      await cluster.call(ctx, action, DurosAPI.method.updateVolume, change, { "if-match": volume.ETag });
+      return;
+    } catch (error) {
+      // FAILED_PRECONDITION is another ETag or another state: both are seen by reading again.
+      const worthAnother = error instanceof LightosError &&
+        (error.outcomeUnknown || hasCode(error, "FAILED_PRECONDITION", "ABORTED", "UNAVAILABLE"));
+      if (!worthAnother) throw error;
+      await pause(ctx, delays, action, messageOf(error));
+    }
+  }
+}
+
+async function remoteNamespace(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  uuid: string,
+): Promise<RemoteNamespace> {
+  const info = await cluster.info(ctx, action);
+  const addresses = toAddresses(ctx.log, info.nvmeEndpoints);
+  const discovery = toAddresses(ctx.log, info.discoveryEndpoints);
+  if (addresses.length === 0 && discovery.length === 0) {
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${action}: LightOS at ${cluster.lastAddress} names no NVMe and no discovery endpoint`,
+    );
+  }
+  return { uuid, subsystemNqn: info.subsystemNQN, addresses, discovery };
+}
+
+function toAddresses(log: Logger, endpoints: readonly string[]): readonly TransportAddress[] {
+  return [...new Set(endpoints)].sort().flatMap((text) => {
+    const address = parseAddress(text);
+    if (address === undefined) log.warning("passed over an endpoint that is not an IP address", { address: text });
+    return address === undefined ? [] : [address];
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------- helpers
+
+function toVolume(id: VolumeId, volume: LightosVolume): Volume {
+  return {
+    id: formatVolumeId(id),
+    uuid: id.uuid,
+    name: volume.name,
+    capacityBytes: volume.size,
+    hosts: hostsIn(aclOf(volume)),
+    trouble: troubleOf(volume),
+  };
+}
+
+function troubleOf({ protectionState, rebuildProgress }: LightosVolume): string | undefined {
+  const rebuild = rebuildProgress === "" || rebuildProgress === "None" ? "" : `, rebuild ${rebuildProgress}`;
+  switch (protectionState) {
+    case Protection.Degraded:
+      return `a replica is missing: reads and writes go on (LightOS: Degraded${rebuild})`;
+    case Protection.ReadOnly:
+      return `too few replicas are left: writes fail (LightOS: ReadOnly${rebuild})`;
+    case Protection.NotAvailable:
+      return `no replica can be reached: reads and writes fail (LightOS: NotAvailable${rebuild})`;
+    default:
+      return undefined;
+  }
+}
+
+function unknownState(action: string, volume: LightosVolume): StatusError {
+  return new StatusError(
+    "INTERNAL",
+    `Cannot ${action}: LightOS shows volume ${volume.UUID} in unknown state ${volume.state}`,
+  );
+}
+
+/** Waits before the next look; at the deadline the error tells what was last seen. */
+async function pause(
+  ctx: RequestContext,
+  delays: Iterator<number, never>,
+  action: string,
+  seen: string,
+): Promise<void> {
+  try {
+    await sleep(delays.next().value, ctx.signal);
+  } catch (reason) {
+    throw new StatusError(codeOf(ctx.signal), `Cannot ${action} in time: ${seen}; repeat the call`, { cause: reason });
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ connections
+
+/** A StatusError for what the management API answered, or for its silence. */
+class LightosError extends StatusError {
+  /** The request may have been carried out although no answer came. */
+  readonly outcomeUnknown: boolean;
+
+  constructor(code: StatusCode, message: string, outcomeUnknown: boolean, options?: ErrorOptions) {
+    super(code, message, options);
+    this.outcomeUnknown = outcomeUnknown;
+  }
+}
+
+const secretsSchema = z.object({
+  jwt: z.string().optional(),
+  "mgmt-ca.crt": z.string().includes("-----BEGIN CERTIFICATE-----", { error: "holds no PEM certificate" }).optional(),
+});
+
+interface Credentials {
+  readonly jwt: string | undefined;
+  /** Where the token came from, for messages. */
+  readonly source: string;
+}
+
+/** How long an unused connection is kept. */
+const idleMs = 10 * 60 * 1000;
+
+class ClusterPool implements AsyncDisposable {
+  readonly #options: LightosOptions;
+  readonly #connections = new Map<string, Connections>();
+  readonly #sweeper: ReturnType<typeof setInterval>;
+
+  constructor(options: LightosOptions) {
+    this.#options = options;
+    this.#sweeper = setInterval(() => this.#sweep(), idleMs / 10);
+    this.#sweeper.unref();
+  }
+
+  /** The cluster behind these endpoints, with the credentials of this call. Connects to nothing yet. */
+  open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme): Cluster {
+    const given = secrets.parse(secretsSchema);
+    const ca = given["mgmt-ca.crt"] ?? this.#options.ca;
+    const trust = ca === undefined ? "" : createHash("sha256").update(ca).digest("hex");
+    const key = [formatEndpoints(endpoints), scheme, trust].join(" ");
+    let connections = this.#connections.get(key);
+    if (connections === undefined) {
+      const tls = scheme === "grpc"
+        ? undefined
+        : { verify: this.#options.verifyTls, ...(ca === undefined ? {} : { ca }) };
+      connections = new Connections(this.#options, endpoints, tls);
+      this.#connections.set(key, connections);
+    }
+    return new Cluster(connections, this.#credentials(given.jwt));
+  }
+
+  #credentials(fromSecrets: string | undefined): Credentials {
+    const [text, source] = fromSecrets !== undefined
+      ? [fromSecrets, `key "jwt" of the call's secrets`]
+      : [this.#options.globalJwt(), this.#options.globalJwtPath];
+    const jwt = text?.trim() ?? "";
+    if (jwt === "") {
+      return {
+        jwt: undefined,
+        source: `none was given: no key "jwt" in the secrets, no ${this.#options.globalJwtPath}`,
+      };
+    }
+    if (!/^[\x21-\x7e]+$/.test(jwt)) {
+      throw new StatusError(
+        "INVALID_ARGUMENT",
+        `Cannot use the JWT of ${source}: it holds blanks or control characters`,
+      );
+    }
+    return { jwt, source };
+  }
+
+  #sweep(): void {
+    for (const [key, connections] of this.#connections) {
+      if (!connections.idleFor(idleMs)) continue;
+      connections[Symbol.dispose]();
+      this.#connections.delete(key);
+    }
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    clearInterval(this.#sweeper);
+    for (const connections of this.#connections.values()) connections[Symbol.dispose]();
+    this.#connections.clear();
+    return Promise.resolve();
+  }
+}
+
+/** One cluster as one call sees it: shared connections, its own credentials. */
+class Cluster {
+  readonly #connections: Connections;
+  readonly #credentials: Credentials;
+
+  constructor(connections: Connections, credentials: Credentials) {
+    this.#connections = connections;
+    this.#credentials = credentials;
+  }
+
+  /** The endpoint that answered last, for messages. */
+  get lastAddress(): string {
+    return this.#connections.lastAddress;
+  }
+
+  /** See Connections.call. */
+  call<I extends DescMessage, O extends DescMessage>(
+    ctx: RequestContext,
+    action: string,
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    headers: Readonly<Record<string, string>> = {},
+  ): Promise<MessageShape<O>> {
+    return this.#connections.call(ctx, action, method, request, headers, this.#credentials);
+  }
+
+  /** What the cluster says of itself, at most a minute old. */
+  async info(ctx: RequestContext, action: string): Promise<ClusterInfoV2> {
+    const known = this.#connections.freshInfo();
+    if (known !== undefined) return known;
+    const info = await this.call(ctx, action, DurosAPI.method.getClusterInfo, {});
+    if (!info.subsystemNQN.startsWith("nqn.")) {
+      throw new StatusError(
+        "UNAVAILABLE",
+        `Cannot ${action}: LightOS at ${this.lastAddress} has no subsystem NQN yet ("${info.subsystemNQN}")`,
+      );
+    }
+    this.#connections.learn(info);
+    return info;
+  }
+}
+
+interface Member {
+  readonly endpoint: Endpoint;
+  channel: Channel | undefined;
+  /** The API version was seen to be ours on this connection. */
+  checked: boolean;
+  /** Not before this time (ms of performance.now) is a failed member tried again. */
+  retryAt: number;
+  failures: number;
+  lastFailure: string;
+}
+
+const apiVersion = "v2.0";
+const infoMs = 60_000;
+/** Methods that change nothing, so that they can be sent again after a lost answer. */
+const reads: ReadonlySet<string> = new Set(["GetVersion", "GetVolume", "ListVolumes", "GetClusterInfo"]);
+
+/**
+ * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s, growing
+ * to 10 s), so a dead one costs one connect attempt per period and not one per call; meanwhile the others serve.
+ */
+class Connections implements Disposable {
+  readonly #options: LightosOptions;
+  readonly #tls: { readonly ca?: string; readonly verify: boolean } | undefined;
+  readonly #members: Member[];
+  #current: Member | undefined;
+  #lastUse = performance.now();
+  #running = 0;
+  #info: { readonly value: ClusterInfoV2; readonly at: number } | undefined;
+
+  constructor(
+    options: LightosOptions,
+    endpoints: readonly Endpoint[],
+    tls: { readonly ca?: string; readonly verify: boolean } | undefined,
+  ) {
+    this.#options = options;
+    this.#tls = tls;
+    this.#members = endpoints.map(newMember);
+  }
+
+  get lastAddress(): string {
+    const member = this.#current ?? this.#members[0];
+    return member === undefined ? "no endpoint" : formatEndpoint(member.endpoint);
+  }
+
+  idleFor(ms: number): boolean {
+    return this.#running === 0 && performance.now() - this.#lastUse > ms;
+  }
+
+  freshInfo(): ClusterInfoV2 | undefined {
+    return this.#info !== undefined && performance.now() - this.#info.at < infoMs ? this.#info.value : undefined;
+  }
+
+  /** Keeps the cluster's own account of itself; endpoints that it names are fallen back on when all others fail. */
+  learn(info: ClusterInfoV2): void {
+    this.#info = { value: info, at: performance.now() };
+    const known = new Set(this.#members.map(({ endpoint }) => formatEndpoint(endpoint)));
+    for (const text of info.apiEndpoints) {
+      const parsed = parseEndpoints(text);
+      if (typeof parsed === "string") continue;
+      this.#members.push(...parsed.filter((endpoint) => !known.has(formatEndpoint(endpoint))).map(newMember));
+    }
+  }
+
+  /**
+   * Calls the management API at the endpoint in use, or at the next one that answers. A request that changes something is
+   * sent on to another endpoint only when it surely did not reach the first.
+   *
+   * @throws LightosError with LightOS' code (its UNKNOWN and DATA_LOSS become INTERNAL) and words, or UNAVAILABLE that
+   *   lists what each endpoint said; DEADLINE_EXCEEDED when the caller's time is over
+   */
+  async call<I extends DescMessage, O extends DescMessage>(
+    ctx: RequestContext,
+    action: string,
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    headers: Readonly<Record<string, string>>,
+    credentials: Credentials,
+  ): Promise<MessageShape<O>> {
+    this.#running++;
+    try {
+      const authorization = credentials.jwt === undefined ? {} : { authorization: `Bearer ${credentials.jwt}` };
+      const allHeaders = { ...headers, ...authorization };
+      for (;;) {
+        const candidates = this.#candidates();
+        for (const [at, member] of candidates.entries()) {
+          const othersLeft = at < candidates.length - 1;
+          const answer = await this.#try(ctx, action, member, method, request, allHeaders, credentials, othersLeft);
+          if (answer !== undefined) return answer;
+        }
+        if (candidates.length > 0) throw this.#allFailed("UNAVAILABLE", action);
+        // All failed a moment ago, in another call: wait for the first that may be tried again.
+        const next = Math.min(...this.#members.map((member) => member.retryAt));
+        try {
+          await sleep(Math.max(1, next - performance.now()), ctx.signal);
+        } catch {
+          throw this.#allFailed(codeOf(ctx.signal), action);
+        }
+      }
+    } finally {
+      this.#running--;
+      this.#lastUse = performance.now();
+    }
+  }
+
+  #allFailed(code: StatusCode, action: string): LightosError {
+    const failures = this.#members.map((member) => `${formatEndpoint(member.endpoint)}: ${member.lastFailure}`);
+    const message = `Cannot ${action}: no LightOS management endpoint answers (${failures.join("; ")})`;
+    return new LightosError(code, message, false);
+  }
+
+  /** The members worth trying now, the one in use first. */
+  #candidates(): readonly Member[] {
+    const now = performance.now();
+    const ready = this.#members.filter((member) => member.retryAt <= now);
+    return ready.sort((a, b) => Number(b === this.#current) - Number(a === this.#current));
+  }
+
+  /** One attempt at one member; undefined when it failed in a way that lets another member be asked. */
+  async #try<I extends DescMessage, O extends DescMessage>(
+    ctx: RequestContext,
+    action: string,
+    member: Member,
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    headers: Readonly<Record<string, string>>,
+    credentials: Credentials,
+    othersLeft: boolean,
+  ): Promise<MessageShape<O> | undefined> {
+    const address = formatEndpoint(member.endpoint);
+    const leftMs = Math.max(1, ctx.deadline.getTime() - Date.now());
+    // A server that accepted the connection and went silent must not use up the time of the others.
+    const attemptMs = Math.max(1000, othersLeft ? leftMs / 2 : leftMs);
+    using limit = timeLimit(ctx.signal, attemptMs);
+    const options = { signal: limit.signal, headers, connectTimeoutMs: Math.min(3000, attemptMs) };
+    const started = performance.now();
+    const channelUsed = member.channel ??= new Channel({
+      address,
+      userAgent: this.#options.userAgent,
+      ...(this.#tls === undefined ? {} : { tls: this.#tls }),
+    });
+    let sent = false;
+    try {
+      if (!member.checked) await this.#checkVersion(action, member, channelUsed, options);
+      sent = true;
+      const response = await channelUsed.call(method, request, options);
+      ctx.log.debug("called the management API", { rpc: method.name, address, code: "OK", ms: elapsed(started) });
+      member.failures = 0;
+      this.#current = member;
+      return response;
+    } catch (error) {
+      if (error instanceof StatusError && !ctx.signal.aborted) throw error;
+      const outcomeUnknown = sent && !reads.has(method.name);
+      if (ctx.signal.aborted) {
+        const message = `Cannot ${action} in time: LightOS at ${address} has not answered ${method.name} after ${
+          elapsed(started)
+        } ms`;
+        throw new LightosError(codeOf(ctx.signal), message, outcomeUnknown, { cause: ctx.signal.reason });
+      }
+      if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
+      const details = error instanceof CallError ? error.message : `no answer within ${Math.round(attemptMs)} ms`;
+      const code = error instanceof CallError ? error.code : "UNAVAILABLE";
+      ctx.log.debug("called the management API", {
+        rpc: method.name,
+        address,
+        code,
+        ms: elapsed(started),
+        error: details,
+      });
+      if (error instanceof CallError && error.origin === "server") {
+        member.failures = 0;
+        this.#current = member;
+        throw answered(action, address, method.name, error, credentials);
+      }
+      this.#rest(member, channelUsed, details);
+      if (!outcomeUnknown || (error instanceof CallError && error.origin === "not connected")) return undefined;
+      throw new LightosError(
+        "UNAVAILABLE",
+        `Cannot ${action}: the connection to LightOS at ${address} was lost during ${method.name} (${details})`,
+        true,
+      );
+    }
+  }
+
+  async #checkVersion(
+    action: string,
+    member: Member,
+    channel: Channel,
+    options: { readonly signal: AbortSignal; readonly headers: Readonly<Record<string, string>> },
+  ): Promise<void> {
+    const version = await channel.call(DurosAPI.method.getVersion, {}, options);
+    if (version.apiVersion !== apiVersion) {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: LightOS at ${
+          formatEndpoint(member.endpoint)
+        } speaks management API "${version.apiVersion}", ` +
+          `this driver speaks "${apiVersion}"`,
+      );
+    }
+    member.checked = true;
+  }
+
+  #rest(member: Member, channel: Channel, failure: string): void {
+    // Of several calls that fail together on one connection, the first counts.
+    if (member.channel !== channel) return;
+    member.failures++;
+    member.lastFailure = failure;
+    member.checked = false;
+    member.retryAt = performance.now() + Math.min(1000 * 1.5 ** (member.failures - 1), 10_000);
+    if (this.#current === member) this.#current = undefined;
+    // A new channel begins without the half-dead connection of the old one, which lets its running calls end.
+    channel[Symbol.dispose]();
+    member.channel = undefined;
+    this.#options.log.warning("lost a management endpoint", {
+      address: formatEndpoint(member.endpoint),
+      error: failure,
+    });
+  }
+
+  [Symbol.dispose](): void {
+    for (const member of this.#members) member.channel?.[Symbol.dispose]();
+  }
+}
+
+function newMember(endpoint: Endpoint): Member {
+  return { endpoint, channel: undefined, checked: false, retryAt: 0, failures: 0, lastFailure: "not tried" };
+}
+
+function answered(
+  action: string,
+  address: string,
+  method: string,
+  { code, message: details }: CallError,
+  credentials: Credentials,
+): LightosError {
+  const token = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED" ? `; JWT: ${credentials.source}` : "";
+  const message = `Cannot ${action}: LightOS at ${address} answered ${method} with ${code}: ${details}${token}`;
+  const known = code === "UNKNOWN" || code === "DATA_LOSS" ? "INTERNAL" : code;
+  // These say that the server broke off in the middle, not that it refused.
+  const open = ["INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED"].includes(known) && !reads.has(method);
+  return new LightosError(known, message, open);
+}
+
+function codeOf(signal: AbortSignal): StatusCode {
+  return signal.reason instanceof StatusError ? signal.reason.code : "DEADLINE_EXCEEDED";
+}
+
+function elapsed(started: number): number {
+  return Math.round(performance.now() - started);
+}
