@@ -1,0 +1,117 @@
+/**
+ * Command-line options of a subcommand: a flag wins over its environment variable, that over the default; an empty text
+ * counts as not given. Every value is checked by a zod schema, and a bad one is reported with the place it came from.
+ *
+ * The table of options is also the help text, so the two cannot differ.
+ */
+import { parseArgs, type ParseArgsConfig } from "node:util";
+import { z } from "zod";
+
+/** One option. `schema` reads the text given; it must accept `fallback`, or `undefined` where there is none. */
+export interface Option<S extends z.ZodType = z.ZodType> {
+  readonly short?: string;
+  /** Environment variables, the first that is set wins. */
+  readonly env?: readonly string[];
+  readonly fallback?: string;
+  /** How the value is called in the help text; none: a switch that takes no value. */
+  readonly value?: string;
+  readonly meaning: string;
+  readonly schema: S;
+}
+
+export type Options = Readonly<Record<string, Option>>;
+export type Settings<O extends Options> = { readonly [K in keyof O]: z.output<O[K]["schema"]> };
+
+/** Words on the command line that cannot be used; the message is for the person at the shell. */
+export class UsageError extends Error {
+  override readonly name = "UsageError";
+}
+
+/**
+ * The settings that `args` and `environment` give; throws UsageError that lists every bad one.
+ */
+export function readOptions<O extends Options>(
+  options: O,
+  args: readonly string[],
+  environment: (name: string) => string | undefined,
+): Settings<O> {
+  const config: NonNullable<ParseArgsConfig["options"]> = {};
+  for (const [name, { short, value }] of Object.entries(options)) {
+    config[name] = { type: value === undefined ? "boolean" : "string", ...(short === undefined ? {} : { short }) };
+  }
+  const given = parseWords([...args], config);
+  const settings: Record<string, unknown> = {};
+  const problems: string[] = [];
+  for (const [name, option] of Object.entries(options)) {
+    const { text, source } = find(name, option, given[name], environment);
+    const parsed = option.schema.safeParse(text);
+    if (parsed.success) settings[name] = parsed.data;
+    else if (text === undefined) problems.push(`--${name} is missing${hint(option)}`);
+    else problems.push(`${source} "${text}": ${parsed.error.issues.map(({ message }) => message).join("; ")}`);
+  }
+  if (problems.length > 0) throw new UsageError(problems.join("\n"));
+  return settings as Settings<O>;
+}
+
+type Words = Readonly<Record<string, string | boolean | undefined>>;
+
+function parseWords(args: string[], config: NonNullable<ParseArgsConfig["options"]>): Words {
+  try {
+    return parseArgs({ args, options: config, strict: true, allowPositionals: false }).values as Words;
+  } catch (error) {
+    throw new UsageError(error instanceof Error ? error.message : String(error));
+  }
+}
+
+function find(
+  name: string,
+  option: Option,
+  flag: string | boolean | undefined,
+  environment: (name: string) => string | undefined,
+): { readonly text: string | undefined; readonly source: string } {
+  if (flag !== undefined && flag !== "") return { text: String(flag), source: `--${name}` };
+  for (const variable of option.env ?? []) {
+    const text = environment(variable)?.trim();
+    if (text !== undefined && text !== "") return { text, source: variable };
+  }
+  return { text: option.fallback, source: `the default of --${name}` };
+}
+
+function hint({ env }: Option): string {
+  return env === undefined ? "" : ` (or set ${env.join(", ")})`;
+}
+
+/** The options as aligned help lines. */
+export function describeOptions(options: Options): string {
+  const rows = Object.entries(options).map(([name, option]) => {
+    const short = option.short === undefined ? "    " : `-${option.short}, `;
+    const flag = `  ${short}--${name}${option.value === undefined ? "" : ` ${option.value}`}`;
+    const facts = [
+      ...(option.fallback === undefined ? [] : [`default: ${option.fallback}`]),
+      ...(option.env === undefined ? [] : [`env: ${option.env.join(", ")}`]),
+    ];
+    return { flag, text: option.meaning + (facts.length === 0 ? "" : ` (${facts.join("; ")})`) };
+  });
+  const width = Math.min(40, Math.max(...rows.map(({ flag }) => flag.length)) + 2);
+  return rows.map(({ flag, text }) =>
+    flag.length < width ? flag.padEnd(width) + text : `${flag}\n${" ".repeat(width)}${text}`
+  ).join("\n");
+}
+
+/** A switch: off unless its flag is there or its variable says `true`. */
+export const switchSchema = z.enum(["true", "false"], { error: "is not true or false" }).default("false")
+  .transform((text) => text === "true");
+
+/** A whole number from `least` to `most`. */
+export function wholeNumber(least: number, most: number): z.ZodType<number, string> {
+  const problem = `is not a whole number from ${least} to ${most}`;
+  return z.string().regex(/^\d{1,15}$/, problem).transform(Number)
+    .refine((number) => number >= least && number <= most, problem);
+}
+
+/** A path from the root. */
+export const absolutePath = z.string().startsWith("/", "is not an absolute path");
+
+/** A CSI endpoint, `unix:///path`; gives the path. */
+export const unixEndpoint = z.string().regex(/^unix:\/\/\/[^/]/, "is not of the form unix:///path/to/csi.sock")
+  .transform((url) => url.slice("unix://".length));

@@ -1,0 +1,324 @@
+/**
+ * lbcsi: a CSI driver for NVMe/TCP storage. This file turns the command line into settings and is the only place where
+ * concrete parts meet. Subcommands load what they need when they start, so a node plugin never pays for a simulator.
+ */
+import "./lib/goaway.ts";
+import { readFileSync } from "node:fs";
+import { z } from "zod";
+import config from "./deno.json" with { type: "json" };
+import { createLogger, type Logger, logLevels } from "./lib/context.ts";
+import { StatusError } from "./lib/error.ts";
+import {
+  absolutePath,
+  describeOptions,
+  type Options,
+  readOptions,
+  type Settings,
+  switchSchema,
+  unixEndpoint,
+  UsageError,
+  wholeNumber,
+} from "./lib/options.ts";
+
+const driverName = "csi.lightbitslabs.com";
+const version = config.version;
+
+interface Command {
+  readonly summary: string;
+  /** More for `--help`, after the summary. */
+  readonly text?: string;
+  readonly options: Options;
+  run(args: readonly string[]): Promise<number>;
+}
+
+function command<O extends Options>(
+  summary: string,
+  options: O,
+  run: (settings: Settings<O>) => Promise<number>,
+  text?: string,
+): Command {
+  return {
+    summary,
+    options,
+    run: (args) => run(readOptions(options, args, (name) => Deno.env.get(name))),
+    ...(text === undefined ? {} : { text }),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------------- options
+
+const logOptions = {
+  "log-level": {
+    short: "l",
+    env: ["LB_CSI_LOG_LEVEL"],
+    fallback: "info",
+    value: "LEVEL",
+    meaning: `least level that is written: ${logLevels.join(", ")}`,
+    schema: z.preprocess(
+      (text) => text === "warn" ? "warning" : text,
+      z.enum(logLevels, { error: `is not one of ${logLevels.join(", ")}` }),
+    ),
+  },
+  "log-fmt": {
+    short: "f",
+    env: ["LB_CSI_LOG_FMT"],
+    fallback: "json",
+    value: "FORMAT",
+    meaning: "json, or text for people",
+    schema: z.enum(["json", "text"], { error: "is not json or text" }),
+  },
+} as const satisfies Options;
+
+const serviceOptions = {
+  endpoint: {
+    short: "e",
+    env: ["CSI_ENDPOINT"],
+    fallback: "unix:///tmp/csi.sock",
+    value: "URL",
+    meaning: "socket to serve CSI on; its directory must exist",
+    schema: unixEndpoint,
+  },
+  ...logOptions,
+} as const satisfies Options;
+
+const fsOption = {
+  "default-fs": {
+    short: "F",
+    env: ["LB_CSI_DEFAULT_FS"],
+    fallback: "ext4",
+    value: "TYPE",
+    meaning: "file system of a new volume whose StorageClass names none: ext4, xfs, btrfs",
+    schema: z.enum(["ext4", "xfs", "btrfs"], { error: "is not ext4, xfs or btrfs" }),
+  },
+  "node-id-suffix": {
+    env: ["LB_CSI_NODE_ID_SUFFIX"],
+    fallback: ".node",
+    value: "TEXT",
+    meaning: "how every node ID of this deployment ends; others are refused as unknown nodes",
+    schema: z.string(),
+  },
+} as const satisfies Options;
+
+const controllerOptions = {
+  ...serviceOptions,
+  ...fsOption,
+  "jwt-path": {
+    short: "j",
+    env: ["LB_CSI_JWT_PATH"],
+    fallback: "/etc/lb-csi/jwt",
+    value: "FILE",
+    meaning: "token for calls that bring none in their secrets; read at each use, so it may change or come later",
+    schema: absolutePath,
+  },
+  "mgmt-ca": {
+    env: ["LB_CSI_MGMT_CA"],
+    value: "FILE",
+    meaning: "PEM certificates to trust for management endpoints, instead of the system's",
+    schema: absolutePath.optional(),
+  },
+  "mgmt-tls-verify": {
+    env: ["LB_CSI_MGMT_TLS_VERIFY"],
+    fallback: "true",
+    value: "true|false",
+    meaning: "false accepts any certificate of a management endpoint: whoever sits in between can read the token",
+    schema: z.enum(["true", "false"], { error: "is not true or false" }).transform((text) => text === "true"),
+  },
+} as const satisfies Options;
+
+const nodeOptions = {
+  ...serviceOptions,
+  ...fsOption,
+  "node-id": {
+    short: "n",
+    env: ["LB_CSI_NODE_ID"],
+    value: "ID",
+    meaning: "name of this node in access lists: letters, digits, '.', '-'; Kubernetes: <node name>.node",
+    schema: z.string({ error: "is missing" }),
+  },
+  attach: {
+    env: ["LB_CSI_ATTACH"],
+    fallback: "discovery-client",
+    value: "HOW",
+    meaning: "who connects to subsystems: discovery-client (a daemon follows files that we write), direct (nvme-cli)",
+    schema: z.enum(["discovery-client", "direct"], { error: "is not discovery-client or direct" }),
+  },
+  "discovery-dir": {
+    env: ["LB_CSI_DISCOVERY_DIR"],
+    fallback: "/etc/discovery-client/discovery.d",
+    value: "DIR",
+    meaning: "input directory of the Discovery-Client",
+    schema: absolutePath,
+  },
+  sysfs: {
+    env: ["LB_CSI_SYSFS"],
+    fallback: "/sys",
+    value: "DIR",
+    meaning: "where sysfs is mounted",
+    schema: absolutePath,
+  },
+  dev: {
+    env: ["LB_CSI_DEV"],
+    fallback: "/dev",
+    value: "DIR",
+    meaning: "where device nodes are",
+    schema: absolutePath,
+  },
+  "max-volumes": {
+    env: ["LB_CSI_MAX_VOLUMES"],
+    fallback: "0",
+    value: "COUNT",
+    meaning: "volumes that this node can take; 0: the orchestrator decides",
+    schema: wholeNumber(0, 100_000),
+  },
+} as const satisfies Options;
+
+// --------------------------------------------------------------------------------------------------------- commands
+
+const commands: Readonly<Record<string, Command>> = {
+  controller: command(
+    "serve the CSI identity and controller services",
+    controllerOptions,
+    async (settings) => {
+      const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "controller" });
+      const { controllerHandlers } = await import("./lib/csi/controller.ts");
+      const { lightosBackend } = await import("./lib/storage/lightos.ts");
+      const { KeyedLock } = await import("./lib/lock.ts");
+      const { service } = await import("./lib/rpc.ts");
+      const { Controller } = await import("./proto/gen/csi_pb.ts");
+      if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
+      await using backend = lightosBackend({
+        log,
+        globalJwt: () => readIfThere(settings["jwt-path"]),
+        globalJwtPath: settings["jwt-path"],
+        ca: settings["mgmt-ca"] === undefined ? undefined : readRequired("--mgmt-ca", settings["mgmt-ca"]),
+        verifyTls: settings["mgmt-tls-verify"],
+        userAgent: `lbcsi/${version}`,
+      });
+      const handlers = controllerHandlers({
+        backend,
+        locks: new KeyedLock(),
+        defaultFsType: settings["default-fs"],
+        nodeIdSuffix: settings["node-id-suffix"],
+      });
+      return await serveCsi(settings.endpoint, log, [service(Controller, handlers)]);
+    },
+  ),
+
+  node: command("serve the CSI identity and node services", nodeOptions, async (settings) => {
+    const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "node" });
+    const { nodeIdProblem } = await import("./lib/namespace.ts");
+    const suffix = settings["node-id-suffix"];
+    const problem = nodeIdProblem(settings["node-id"]) ??
+      (settings["node-id"].endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
+    if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
+    const { nodeService } = await import("./lib/csi/node.ts");
+    return await serveCsi(settings.endpoint, log, [await nodeService()]);
+  }),
+
+  identity: command("serve the CSI identity service alone", serviceOptions, async (settings) => {
+    const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });
+    return await serveCsi(settings.endpoint, log, []);
+  }),
+};
+
+/** Serves CSI until SIGTERM or SIGINT, then lets running calls end. */
+async function serveCsi(
+  path: string,
+  log: Logger,
+  services: readonly import("./lib/rpc.ts").Service[],
+): Promise<number> {
+  const { serve, service } = await import("./lib/rpc.ts");
+  const { identityHandlers } = await import("./lib/csi/identity.ts");
+  const { describeRequest, redactRequest } = await import("./lib/csi/request.ts");
+  const { Identity } = await import("./proto/gen/csi_pb.ts");
+  const stopped = untilStopped();
+  const server = await serve({
+    listen: { path },
+    services: [service(Identity, identityHandlers({ name: driverName, version, expansion: false })), ...services],
+    log,
+    describe: describeRequest,
+    redact: redactRequest,
+    quiet: ({ name }) => /^(Probe|GetPlugin.*|.*GetCapabilities|NodeGetInfo|NodeGetVolumeStats)$/.test(name),
+  });
+  log.info("serves", { path, version });
+  const signal = await stopped;
+  log.info("stops on a signal", { name: signal });
+  // Kubernetes kills 30 s after SIGTERM unless the manifest says otherwise.
+  await server.stop(25_000);
+  log.info("stopped");
+  return 0;
+}
+
+function untilStopped(): Promise<Deno.Signal> {
+  return new Promise((resolve) => {
+    for (const signal of ["SIGTERM", "SIGINT"] as const) Deno.addSignalListener(signal, () => resolve(signal));
+  });
+}
+
+function readIfThere(path: string): string | undefined {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return undefined;
+  }
+}
+
+function readRequired(flag: string, path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    throw new UsageError(`${flag} "${path}": ${error instanceof Error ? error.message : String(error)}`);
+  }
+}
+
+function help(): string {
+  const width = Math.max(...Object.keys(commands).map((name) => name.length)) + 2;
+  const rows = Object.entries(commands).map(([name, { summary }]) => `  ${name.padEnd(width)}${summary}`);
+  return [
+    `lbcsi ${version}: CSI driver for NVMe/TCP storage`,
+    "",
+    "usage: lbcsi COMMAND [OPTIONS]",
+    "",
+    ...rows,
+    `  ${"version".padEnd(width)}print the version`,
+    "",
+    "lbcsi COMMAND --help lists the options of a command.",
+  ].join("\n");
+}
+
+async function main(args: readonly string[]): Promise<number> {
+  const [name, ...rest] = args;
+  if (name === undefined || name === "help" || name === "--help" || name === "-h") {
+    console.log(help());
+    return name === undefined ? 2 : 0;
+  }
+  if (name === "version" || name === "--version") {
+    console.log(`lbcsi ${version} (CSI 1.12, Deno ${Deno.version.deno})`);
+    return 0;
+  }
+  const chosen = Object.hasOwn(commands, name) ? commands[name] : undefined;
+  if (chosen === undefined) {
+    console.error(`lbcsi: there is no command "${name}"; lbcsi --help lists them`);
+    return 2;
+  }
+  if (rest.includes("--help") || rest.includes("-h")) {
+    const text = chosen.text === undefined ? [] : ["", chosen.text];
+    console.log([`lbcsi ${name}: ${chosen.summary}`, ...text, "", describeOptions(chosen.options)].join("\n"));
+    return 0;
+  }
+  try {
+    return await chosen.run(rest);
+  } catch (error) {
+    if (error instanceof UsageError) {
+      console.error(`lbcsi ${name}: ${error.message}\nlbcsi ${name} --help lists the options.`);
+      return 2;
+    }
+    if (error instanceof StatusError) {
+      console.error(`lbcsi ${name}: ${error.message}`);
+      return 1;
+    }
+    throw error;
+  }
+}
+
+if (import.meta.main) Deno.exit(await main(Deno.args));
