@@ -1,0 +1,84 @@
+import { deepStrictEqual, match, strictEqual, throws } from "node:assert/strict";
+import { z } from "zod";
+import {
+  absolutePath,
+  describeOptions,
+  type Options,
+  readOptions,
+  switchSchema,
+  unixEndpoint,
+  UsageError,
+  wholeNumber,
+} from "../lib/options.ts";
+
+const options = {
+  endpoint: {
+    short: "e",
+    env: ["CSI_ENDPOINT"],
+    fallback: "unix:///run/csi.sock",
+    value: "URL",
+    meaning: "socket",
+    schema: unixEndpoint,
+  },
+  count: { env: ["COUNT"], fallback: "3", value: "N", meaning: "a number", schema: wholeNumber(1, 10) },
+  name: { value: "TEXT", meaning: "required", schema: z.string() },
+  quick: { meaning: "a switch", schema: switchSchema },
+} as const satisfies Options;
+
+const noEnvironment = () => undefined;
+
+Deno.test("readOptions takes a flag before the environment and that before the default", () => {
+  const environment = (name: string) => ({ COUNT: "5", CSI_ENDPOINT: "unix:///env.sock" })[name];
+
+  const settings = readOptions(options, ["--name", "a", "-e", "unix:///flag.sock"], environment);
+
+  deepStrictEqual(settings, { endpoint: "/flag.sock", count: 5, name: "a", quick: false });
+});
+
+Deno.test("readOptions counts an empty flag and an empty variable as not given", () => {
+  const settings = readOptions(options, ["--name", "a", "--endpoint", "", "--quick"], () => " ");
+
+  deepStrictEqual(settings, { endpoint: "/run/csi.sock", count: 3, name: "a", quick: true });
+});
+
+Deno.test("readOptions lists every bad value with the place that it came from", () => {
+  const environment = (name: string) => name === "COUNT" ? "eleven" : undefined;
+
+  throws(() => readOptions(options, ["--endpoint", "tcp://1.2.3.4"], environment), (error) => {
+    strictEqual(error instanceof UsageError, true);
+    const { message } = error as UsageError;
+    match(message, /--endpoint "tcp:\/\/1\.2\.3\.4": is not of the form unix:\/\/\/path/);
+    match(message, /COUNT "eleven": is not a whole number from 1 to 10/);
+    match(message, /--name is missing/);
+    return true;
+  });
+});
+
+for (
+  const [args, problem] of [
+    [["--nmae", "x"], /Unknown option '--nmae'/],
+    [["--name"], /'--name <value>' argument missing/],
+    [["name"], /Unexpected argument 'name'/],
+    [["--quick=yes"], /does not take an argument/],
+  ] as const
+) {
+  Deno.test(`readOptions refuses ${args.join(" ")}`, () => {
+    throws(() => readOptions(options, args, noEnvironment), problem);
+  });
+}
+
+Deno.test("describeOptions shows each flag with its default and its variable", () => {
+  const text = describeOptions(options);
+
+  match(text, /-e, --endpoint URL +socket \(default: unix:\/\/\/run\/csi\.sock; env: CSI_ENDPOINT\)/);
+  match(text, /--quick +a switch/);
+});
+
+for (const text of ["unix://relative.sock", "unix:/one.sock", "/plain", "unix:////double", "http://x", ""]) {
+  Deno.test(`unixEndpoint refuses "${text}"`, () => strictEqual(unixEndpoint.safeParse(text).success, false));
+}
+
+Deno.test("absolutePath refuses a relative path", () => {
+  strictEqual(absolutePath.safeParse("etc/x").success, false);
+  strictEqual(absolutePath.safeParse("/etc/x").success, true);
+});
