@@ -1,0 +1,54 @@
+import assert from "node:assert/strict";
+import { mkdtempSync, rmSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+
+const support = (name: string) => fileURLToPath(new URL(`./support/${name}`, import.meta.url));
+
+/**
+ * How a server process fares while clients in other processes connect, call and close with GOAWAY.
+ * glibc's MALLOC_PERTURB_ overwrites freed memory, so that the use of a freed session is noticed at once and not only
+ * on unlucky days.
+ */
+async function fate(server: string, rounds: number, connections: number): Promise<{ end: string; served: number }> {
+  const directory = mkdtempSync("/tmp/lbcsi-goaway-");
+  const path = `${directory}/csi.sock`;
+  const child = new Deno.Command(Deno.execPath(), {
+    args: ["run", "-A", "--no-check", "--quiet", support(server), path],
+    env: { MALLOC_PERTURB_: "165" },
+    stdout: "piped",
+    stderr: "null",
+  }).spawn();
+  let end = "alive";
+  const ended = child.status.then(({ code, signal }) => end = signal ?? `exit ${code}`);
+  try {
+    const { value } = await child.stdout.getReader().read();
+    assert.equal(new TextDecoder().decode(value), "listening\n");
+    let served = 0;
+    for (let round = 0; round < rounds && end === "alive"; round++) {
+      const { success } = await new Deno.Command(Deno.execPath(), {
+        args: ["run", "-A", "--no-check", "--quiet", support("probe_client.ts"), path, "3", String(connections)],
+        stdout: "null",
+        stderr: "null",
+      }).output();
+      if (success) served++;
+    }
+    // Gives a crash that the last close has caused the time to show.
+    await Promise.race([ended, new Promise((resolve) => setTimeout(resolve, 300))]);
+    return { end, served };
+  } finally {
+    if (end === "alive") child.kill("SIGKILL");
+    await ended;
+    rmSync(directory, { recursive: true });
+  }
+}
+
+Deno.test("serve lives through clients that send GOAWAY when they close", async () => {
+  assert.deepEqual(await fate("probe_server.ts", 2, 50), { end: "alive", served: 2 });
+});
+
+Deno.test("the test above notices a server without the guard of lib/goaway.ts", async () => {
+  // When this fails after an upgrade of Deno, denoland/deno#36788 may be fixed, and the guard can go.
+  const { end } = await fate("unguarded_probe_server.ts", 3, 50);
+
+  assert.match(end, /^SIG(SEGV|ABRT|BUS|ILL)$/);
+});

@@ -1,0 +1,12 @@
+// A process that serves Identity.Probe on a socket path through lib/rpc.ts; prints a line when it listens.
+import { createLogger } from "../../lib/context.ts";
+import { serve, service } from "../../lib/rpc.ts";
+import { Identity } from "../../proto/gen/csi_pb.ts";
+
+const [path = ""] = Deno.args;
+await serve({
+  listen: { path },
+  log: createLogger("warning"),
+  services: [service(Identity, { probe: () => Promise.resolve({ ready: true }) })],
+});
+console.log("listening");
