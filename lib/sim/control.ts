@@ -1,0 +1,388 @@
+/**
+ * The simulator's control port: HTTP with JSON, on a loopback address only.
+ *
+ * Every answer is JSON. A body that does not fit is answered with status 400 and `{"error": …}` that names the field, a
+ * path that does not exist with 404.
+ *
+ * | request                       | body                                                        | effect                      |
+ * | ----------------------------- | ----------------------------------------------------------- | --------------------------- |
+ * | GET /                         |                                                             | addresses and tokens        |
+ * | GET /model                    |                                                             | everything the cluster holds |
+ * | GET /leftovers                |                                                             | what was not cleaned up     |
+ * | GET /settled                  |                                                             | answers when hosts see what they may |
+ * | GET /visible?host=NQN         |                                                             | namespaces a host may reach |
+ * | GET /calls, DELETE /calls     |                                                             | calls per RPC; reset        |
+ * | POST /faults                  | {rpc, count?, code?, message?, delayMs?, drop?, when?, endpoint?} | adds a rule, see faults.ts |
+ * | DELETE /faults                |                                                             | forgets the rules           |
+ * | GET /behaviour, PATCH         | any of {creationMs, deletionMs, updateMs, rollbackMs, holdCreations, failCreations, nameShowsDead, snapshotWaitsForClones} | how the cluster behaves |
+ * | POST /creations/release       |                                                             | lets held creations go on   |
+ * | PATCH /volumes/UUID           | {state?, protection?}                                       | sets them, for good         |
+ * | POST /projects                | {name}                                                      | adds a project              |
+ * | POST /policies                | {name, kind, read, write, projects?, description?}          | adds a QoS policy           |
+ * | PATCH /features/NAME          | {enabled}                                                   | switches a feature          |
+ * | POST /tokens                  | {projects?, lifeMs?}                                        | a token; without projects for the cluster |
+ * | GET /endpoints                |                                                             | management endpoints, state |
+ * | POST /endpoints/stop, /start, /hang, /drop | {server?, scheme?, address?}                   | to those that match         |
+ * | POST /restart                 | {memory?: boolean}                                          | the cluster, as after a power cut |
+ * | GET /devices                  |                                                             | block devices of the machine |
+ * | POST /devices/remove, /heal   | {uuid}                                                      | see Machine in data_plane.ts |
+ * | POST /devices/restore         | {uuid, name?}                                               | the same                    |
+ * | POST /devices/damage          | {uuid, how: "unreadable" or "empty"}                        | the same                    |
+ * | POST /devices/swap            | {uuid, other}                                               | the same                    |
+ */
+import { z } from "zod";
+import type { Logger } from "../context.ts";
+import { messageOf, StatusError } from "../error.ts";
+import type { Scheme } from "../id.ts";
+import type { Behaviour, Cluster, Protection, SimPolicy, VolumeState } from "./cluster.ts";
+import { protections, volumeStates } from "./cluster.ts";
+import type { Machine } from "./data_plane.ts";
+import type { CallCount, FaultRule, Faults } from "./faults.ts";
+import type { ApiEndpoint } from "./lightos.ts";
+import type { Tokens } from "./token.ts";
+
+/** Which management endpoints: those that match every given field; all of them when none is given. */
+export interface EndpointFilter {
+  /** Number of the server, from 0. */
+  readonly server?: number | undefined;
+  readonly scheme?: Scheme | undefined;
+  /** `host:port`. */
+  readonly address?: string | undefined;
+}
+
+/** A management endpoint and what it does now. */
+export interface EndpointState {
+  readonly server: number;
+  readonly scheme: Scheme;
+  readonly address: string;
+  readonly state: ApiEndpoint["state"];
+}
+
+/** What somebody made on the cluster or the machine, and nobody took away. */
+export interface Leftovers {
+  /** Volumes, `<name> <uuid> <state>`; without husks of failed creations, which cannot be deleted. */
+  readonly volumes: readonly string[];
+  readonly snapshots: readonly string[];
+  /** Access list entries, `<volume uuid> <host NQN>`. */
+  readonly access: readonly string[];
+  /** Block devices that hosts see, by name. */
+  readonly devices: readonly string[];
+}
+
+/** A fault to add: one call, before its effect, unless it says otherwise. */
+export type FaultWish = { readonly rpc: string } & { readonly [K in Exclude<keyof FaultRule, "rpc">]?: FaultRule[K] };
+
+/** All that a test can do to a simulator, callable in its process; the control port offers the same over HTTP. */
+export interface Control {
+  readonly cluster: Cluster;
+  /** Calls per RPC since the last reset. */
+  calls(): Readonly<Record<string, CallCount>>;
+  /** Calls of all RPCs since the last reset. */
+  callsInAll(): number;
+  resetCalls(): void;
+  fail(fault: FaultWish): void;
+  clearFaults(): void;
+  behave(change: Partial<Behaviour>): void;
+  releaseCreations(): void;
+  setVolume(uuid: string, to: { readonly state?: VolumeState; readonly protection?: Protection }): void;
+  addProject(name: string): void;
+  addPolicy(policy: Omit<SimPolicy, "uuid">): SimPolicy;
+  /** A token for these projects, or for the whole cluster. */
+  token(projects?: readonly string[], lifeMs?: number): string;
+  visible(hostNqn: string): readonly string[];
+  leftovers(): Leftovers;
+  /** Resolves when hosts see what they may. */
+  settled(): Promise<void>;
+  endpoints(): readonly EndpointState[];
+  stopEndpoints(which?: EndpointFilter): Promise<void>;
+  startEndpoints(which?: EndpointFilter): Promise<void>;
+  hangEndpoints(which?: EndpointFilter): Promise<void>;
+  dropConnections(which?: EndpointFilter): void;
+  /** Ends and starts the cluster, with everything it remembers or as one that was installed anew. */
+  restart(options?: { readonly memory?: boolean }): Promise<void>;
+  /** @throws StatusError UNIMPLEMENTED for a data plane without a machine */
+  machine(): Machine;
+}
+
+export function control(
+  cluster: Cluster,
+  endpoints: readonly ApiEndpoint[],
+  faults: Faults,
+  tokens: Tokens,
+): Control {
+  const matching = (which: EndpointFilter = {}) => {
+    const found = endpoints.filter((endpoint) =>
+      (which.server === undefined || endpoint.server === which.server) &&
+      (which.scheme === undefined || endpoint.scheme === which.scheme) &&
+      (which.address === undefined || endpoint.address === which.address)
+    );
+    if (found.length > 0) return found;
+    throw new StatusError("NOT_FOUND", `Cannot find an endpoint with ${JSON.stringify(which)}`);
+  };
+  const each = async (which: EndpointFilter | undefined, step: (endpoint: ApiEndpoint) => Promise<void>) => {
+    await Promise.all(matching(which).map(step));
+  };
+  const self: Control = {
+    cluster,
+    calls: () => faults.calls(),
+    callsInAll: () => Object.values(faults.calls()).reduce((sum, { total }) => sum + total, 0),
+    resetCalls: () => faults.resetCalls(),
+    fail: (fault) => faults.add({ ...fault, count: fault.count ?? 1, when: fault.when ?? "before" }),
+    clearFaults: () => faults.clear(),
+    behave: (change) => {
+      Object.assign(cluster.behaviour, change);
+    },
+    releaseCreations: () => cluster.releaseCreations(),
+    setVolume: (uuid, to) => cluster.setVolume(uuid, to),
+    addProject: (name) => cluster.addProject(name),
+    addPolicy: (policy) => cluster.addPolicy(policy),
+    token: (projects, lifeMs) =>
+      tokens.issue(projects === undefined ? { scope: "cluster" } : { scope: "projects", projects }, lifeMs),
+    visible: (hostNqn) => cluster.visibleTo(hostNqn),
+    leftovers: () => ({
+      volumes: cluster.volumes.filter(({ state }) => state !== "Failed")
+        .map(({ name, uuid, state }) => `${name} ${uuid} ${state}`),
+      snapshots: cluster.snapshots.filter(({ state }) => state !== "Failed")
+        .map(({ name, uuid, state }) => `${name} ${uuid} ${state}`),
+      access: cluster.volumes.filter(({ state }) => state !== "Failed").flatMap(({ uuid, acl }) =>
+        acl.filter((entry) => entry !== "ALLOW_NONE").map((entry) => `${uuid} ${entry}`)
+      ),
+      devices: (cluster.dataPlane.machine?.devices ?? []).map(({ name }) => name),
+    }),
+    settled: () => cluster.dataPlane.settled(),
+    endpoints: () => endpoints.map(({ server, scheme, address, state }) => ({ server, scheme, address, state })),
+    stopEndpoints: (which) => each(which, (endpoint) => endpoint.stop()),
+    startEndpoints: (which) => each(which, (endpoint) => endpoint.start()),
+    hangEndpoints: (which) => each(which, (endpoint) => endpoint.hang()),
+    dropConnections: (which) => {
+      for (const endpoint of matching(which)) endpoint.dropConnections();
+    },
+    async restart({ memory = true } = {}) {
+      const running = endpoints.filter(({ state }) => state === "running");
+      await Promise.all(running.map((endpoint) => endpoint.stop()));
+      cluster.pause();
+      if (memory) await cluster.resume();
+      else await cluster.forget();
+      await Promise.all(running.map((endpoint) => endpoint.start()));
+    },
+    machine: () => {
+      if (cluster.dataPlane.machine !== undefined) return cluster.dataPlane.machine;
+      throw new StatusError(
+        "UNIMPLEMENTED",
+        `Cannot change a device: data plane "${cluster.dataPlane.kind}" has none, use another one`,
+      );
+    },
+  };
+  return self;
+}
+
+/** A running control port. */
+export interface ControlPort extends AsyncDisposable {
+  readonly url: string;
+}
+
+const schemeSchema = z.enum(["grpc", "grpcs"]);
+const filterSchema = z.strictObject({
+  server: z.int().min(0).optional(),
+  scheme: schemeSchema.optional(),
+  address: z.string().optional(),
+});
+const faultSchema = z.strictObject({
+  rpc: z.string().min(1),
+  count: z.int().min(0).default(1),
+  code: z.enum([
+    "CANCELLED",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "UNAUTHENTICATED",
+  ]).optional(),
+  message: z.string().optional(),
+  delayMs: z.number().min(0).optional(),
+  drop: z.boolean().optional(),
+  when: z.enum(["before", "after"]).default("before"),
+  endpoint: z.string().optional(),
+}).refine(({ code, delayMs, drop }) => code !== undefined || delayMs !== undefined || drop === true, {
+  message: "one of code, delayMs and drop is needed",
+});
+const milliseconds = z.number().min(0);
+const behaviourSchema = z.strictObject({
+  creationMs: milliseconds,
+  deletionMs: milliseconds,
+  updateMs: milliseconds,
+  rollbackMs: milliseconds,
+  holdCreations: z.boolean(),
+  failCreations: z.int().min(0),
+  nameShowsDead: z.boolean(),
+  snapshotWaitsForClones: z.boolean(),
+}).partial();
+const volumeSchema = z.strictObject({ state: z.enum(volumeStates), protection: z.enum(protections) }).partial();
+const policySchema = z.strictObject({
+  name: z.string(),
+  description: z.string().default(""),
+  kind: z.enum(["iops", "bandwidth", "iopsPerGb"]),
+  read: z.int().min(0),
+  write: z.int().min(0),
+  projects: z.array(z.string()).optional(),
+});
+const tokenSchema = z.strictObject({ projects: z.array(z.string()), lifeMs: z.number() }).partial();
+const uuidSchema = z.strictObject({ uuid: z.uuid() });
+
+/**
+ * Serves the control port.
+ *
+ * @param about what GET / answers
+ * @throws StatusError INVALID_ARGUMENT for a host that is not a loopback address: whoever reaches the port may do all
+ */
+export async function serveControl(
+  control: Control,
+  about: () => unknown,
+  { host, port, log }: { readonly host: string; readonly port: number; readonly log: Logger },
+): Promise<ControlPort> {
+  if (!/^(127\.|::1$|localhost$)/.test(host)) {
+    throw new StatusError("INVALID_ARGUMENT", `Cannot serve the control port on ${host}: only loopback is safe`);
+  }
+  const routes = routesOf(control, about);
+  const started = Promise.withResolvers<number>();
+  let server: Deno.HttpServer;
+  try {
+    server = Deno.serve(
+      { hostname: host, port, onListen: (address) => started.resolve(address.port) },
+      async (request) => {
+        const url = new URL(request.url);
+        const reply = (status: number, body: unknown) =>
+          new Response(
+            `${JSON.stringify(body, (_key, value) => typeof value === "bigint" ? String(value) : value)}\n`,
+            {
+              status,
+              headers: { "content-type": "application/json" },
+            },
+          );
+        try {
+          const text = await request.text();
+          for (const [method, pattern, run] of routes) {
+            const match = method === request.method ? pattern.exec(url.pathname) : null;
+            if (match === null) continue;
+            const body = await run({ text, url, argument: decodeURIComponent(match[1] ?? "") });
+            return reply(200, body ?? {});
+          }
+          return reply(404, { error: `Cannot find ${request.method} ${url.pathname}` });
+        } catch (error) {
+          const known = error instanceof StatusError;
+          if (!known) log.error("control port failed", { error: messageOf(error) });
+          return reply(known ? 400 : 500, { error: messageOf(error) });
+        }
+      },
+    );
+  } catch (cause) {
+    throw new StatusError("FAILED_PRECONDITION", `Cannot listen on ${host}:${port}: ${messageOf(cause)}`, { cause });
+  }
+  return {
+    url: `http://${host.includes(":") ? `[${host}]` : host}:${await started.promise}`,
+    [Symbol.asyncDispose]: () => server.shutdown(),
+  };
+}
+
+interface ControlRequest {
+  readonly text: string;
+  readonly url: URL;
+  readonly argument: string;
+}
+type Route = readonly ["GET" | "POST" | "PATCH" | "DELETE", RegExp, (request: ControlRequest) => unknown];
+
+function routesOf(control: Control, about: () => unknown): readonly Route[] {
+  const { cluster } = control;
+  const endpointRoute = (name: string, run: (which: EndpointFilter) => Promise<void> | void): Route => [
+    "POST",
+    new RegExp(`^/endpoints/${name}$`),
+    async ({ text }) => {
+      await run(parse(filterSchema, text));
+      return control.endpoints();
+    },
+  ];
+  return [
+    ["GET", /^\/$/, about],
+    ["GET", /^\/model$/, () => cluster.dump()],
+    ["GET", /^\/leftovers$/, () => control.leftovers()],
+    ["GET", /^\/settled$/, () => control.settled()],
+    ["GET", /^\/visible$/, ({ url }) => control.visible(url.searchParams.get("host") ?? "")],
+    ["GET", /^\/calls$/, () => control.calls()],
+    ["DELETE", /^\/calls$/, () => control.resetCalls()],
+    ["POST", /^\/faults$/, ({ text }) => control.fail(parse(faultSchema, text))],
+    ["DELETE", /^\/faults$/, () => control.clearFaults()],
+    ["GET", /^\/behaviour$/, () => cluster.behaviour],
+    ["PATCH", /^\/behaviour$/, ({ text }) => {
+      control.behave(defined(parse(behaviourSchema, text)));
+      return cluster.behaviour;
+    }],
+    ["POST", /^\/creations\/release$/, () => control.releaseCreations()],
+    ["PATCH", /^\/volumes\/([^/]+)$/, ({ text, argument }) => {
+      control.setVolume(argument, defined(parse(volumeSchema, text)));
+    }],
+    ["POST", /^\/projects$/, ({ text }) => control.addProject(parse(z.strictObject({ name: z.string() }), text).name)],
+    ["POST", /^\/policies$/, ({ text }) => {
+      const { kind, read, write, ...policy } = parse(policySchema, text);
+      return control.addPolicy({ ...policy, limit: { kind, read, write } });
+    }],
+    ["PATCH", /^\/features\/([^/]+)$/, ({ text, argument }) => {
+      cluster.setFeature(argument, parse(z.strictObject({ enabled: z.boolean() }), text).enabled);
+    }],
+    ["POST", /^\/tokens$/, ({ text }) => {
+      const { projects, lifeMs } = parse(tokenSchema, text);
+      return { token: control.token(projects, lifeMs) };
+    }],
+    ["GET", /^\/endpoints$/, () => control.endpoints()],
+    endpointRoute("stop", control.stopEndpoints),
+    endpointRoute("start", control.startEndpoints),
+    endpointRoute("hang", control.hangEndpoints),
+    endpointRoute("drop", control.dropConnections),
+    ["POST", /^\/restart$/, async ({ text }) => {
+      const { memory = true } = parse(z.strictObject({ memory: z.boolean().optional() }), text);
+      await control.restart({ memory });
+    }],
+    ["GET", /^\/devices$/, () => control.machine().devices],
+    ["POST", /^\/devices\/remove$/, ({ text }) => control.machine().remove(parse(uuidSchema, text).uuid)],
+    ["POST", /^\/devices\/heal$/, ({ text }) => control.machine().heal(parse(uuidSchema, text).uuid)],
+    ["POST", /^\/devices\/restore$/, ({ text }) => {
+      const { uuid, name } = parse(z.strictObject({ uuid: z.uuid(), name: z.string().optional() }), text);
+      return control.machine().restore(uuid, name);
+    }],
+    ["POST", /^\/devices\/damage$/, ({ text }) => {
+      const { uuid, how } = parse(z.strictObject({ uuid: z.uuid(), how: z.enum(["unreadable", "empty"]) }), text);
+      return control.machine().damage(uuid, how);
+    }],
+    ["POST", /^\/devices\/swap$/, ({ text }) => {
+      const { uuid, other } = parse(z.strictObject({ uuid: z.uuid(), other: z.uuid() }), text);
+      return control.machine().swap(uuid, other);
+    }],
+  ];
+}
+
+function parse<T>(schema: z.ZodType<T>, text: string): T {
+  let value: unknown;
+  try {
+    value = JSON.parse(text.trim() === "" ? "{}" : text);
+  } catch (cause) {
+    throw new StatusError("INVALID_ARGUMENT", `Cannot read the body: ${messageOf(cause)}`, { cause });
+  }
+  const parsed = schema.safeParse(value);
+  if (parsed.success) return parsed.data;
+  const problems = parsed.error.issues.map(({ path, message }) => `${path.join(".") || "body"}: ${message}`);
+  throw new StatusError("INVALID_ARGUMENT", `Cannot read the body: ${problems.join("; ")}`);
+}
+
+/** Without the keys whose value is undefined. */
+function defined<T extends object>(value: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
+  return Object.fromEntries(Object.entries(value).filter(([, entry]) => entry !== undefined)) as {
+    [K in keyof T]?: Exclude<T[K], undefined>;
+  };
+}

@@ -1,0 +1,41 @@
+import { createLogger } from "../../lib/context.ts";
+import { defaultSimulateSettings, simulate, type SimulateSettings, type Simulator } from "../../lib/sim/simulate.ts";
+
+/** A simulator in this process. Dispose it, with `await using`, to end it and remove every file of its own. */
+export type TestSimulator = Simulator & AsyncDisposable;
+
+/**
+ * Starts a simulator on free ports, with delays of a few milliseconds and no output.
+ *
+ * `sim.addresses` has the management endpoints (`grpc`, `grpcs`), `ca`, `jwt`, `adminJwt`, and with `data: "loop"` the
+ * directories `discoveryDir`, `devRoot` and `sysfsRoot`; `sim.control` injects faults, counts calls and shows leftovers.
+ */
+export async function startSimulator(overrides: Partial<SimulateSettings> = {}): Promise<TestSimulator> {
+  const settings: SimulateSettings = {
+    ...defaultSimulateSettings,
+    ...overrides,
+    behaviour: { creationMs: 5, deletionMs: 5, rollbackMs: 5, ...overrides.behaviour },
+  };
+  const simulator = await simulate(settings, createLogger("error"));
+  return { ...simulator, [Symbol.asyncDispose]: () => simulator.stop() };
+}
+
+/** The `mgmt-endpoint` StorageClass parameter for a simulator. */
+export function managementEndpoints(simulator: Simulator, scheme: "grpc" | "grpcs" = "grpc"): string {
+  return simulator.addresses[scheme].join(",");
+}
+
+/** Resolves when `condition` gives something else than false or undefined; rejects after `timeoutMs`. */
+export async function eventually<T>(
+  what: string,
+  condition: () => T | Promise<T>,
+  timeoutMs = 10_000,
+): Promise<Exclude<T, false | undefined>> {
+  const until = Date.now() + timeoutMs;
+  for (;;) {
+    const result = await condition();
+    if (result !== false && result !== undefined) return result as Exclude<T, false | undefined>;
+    if (Date.now() > until) throw new Error(`${what} did not happen within ${timeoutMs} ms`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
