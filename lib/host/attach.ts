@@ -1,0 +1,236 @@
+/**
+ * Attachers: what makes the kernel connect to a namespace's subsystem, or let go of it.
+ *
+ * attach: may be repeated, also for a namespace that is connected. When it returns, what this strategy can do for the
+ * connection has been done; the device itself may still be on its way, and waitForDevice is who waits for it.
+ *
+ * detach: may be repeated, also for a namespace that was never attached. Its file system must be unmounted before. It
+ * needs nothing but the UUID: NodeUnstageVolume has no publish context. Other namespaces of the same subsystem keep
+ * their connection.
+ *
+ * Two strategies, and the node service cannot tell which it has. With the Discovery-Client of LightOS, a daemon connects
+ * and follows the cluster as it moves; the driver tells it what to know by one file per namespace. Direct uses nvme-cli.
+ */
+import { createHash } from "node:crypto";
+import type { RequestContext } from "../context.ts";
+import { messageOf, StatusError } from "../error.ts";
+import type { KeyedLock } from "../lock.ts";
+import { formatAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
+import type { Host } from "./host.ts";
+import {
+  addressOf,
+  connectController,
+  controllersOf,
+  devicesOf,
+  disconnectController,
+  findDevice,
+  type NvmeController,
+} from "./nvme.ts";
+
+export interface Attacher {
+  /** What to look at when an attached namespace does not show up as a device; ends the error that says so. */
+  readonly hint: string;
+  /**
+   * Makes the kernel connect.
+   *
+   * @throws StatusError FAILED_PRECONDITION when this node lacks what the strategy needs; UNAVAILABLE when no controller
+   *   of the subsystem could be connected
+   */
+  attach(ctx: RequestContext, namespace: RemoteNamespace): Promise<void>;
+  /** Lets go of a namespace; throws UNAVAILABLE when that failed and may be repeated. */
+  detach(ctx: RequestContext, namespaceUuid: string): Promise<void>;
+}
+
+/**
+ * The NVMe host ID of a node: a UUID (version 8) made of the node ID, so that it is the same after each restart and
+ * differs between nodes. The kernel wants host NQN and host ID in pairs, and nvme-cli would take a random ID.
+ */
+export function hostIdOf(nodeId: string): string {
+  return nameUuid(`nvme host ID of ${nodeId}`);
+}
+
+/** A UUID (version 8, RFC 9562) that depends on `name` alone. */
+export function nameUuid(name: string): string {
+  const bytes = createHash("sha256").update(name).digest().subarray(0, 16);
+  bytes[6] = ((bytes[6] ?? 0) & 0x0f) | 0x80;
+  bytes[8] = ((bytes[8] ?? 0) & 0x3f) | 0x80;
+  return bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
+}
+
+export interface DiscoveryClientOptions {
+  readonly host: Host;
+  /** The directory that the Discovery-Client watches (its setting `clientConfigDir`). */
+  readonly directory: string;
+  readonly hostNqn: string;
+}
+
+/** The name of a temporary file in the watched directory begins with this, and the daemon looks away (spec/lightos.md 12.3). */
+const temporaryPrefix = "tmp.dc.";
+
+/**
+ * Attaches through LightOS' Discovery-Client: one file per namespace UUID in its directory (spec/lightos.md 10.2, 12.3).
+ *
+ * The daemon takes up a file when it appears and ignores its removal until it starts again; connections stay. A file
+ * that is right already is not written again, for every write makes the daemon read the directory anew.
+ */
+export function discoveryClient({ host, directory, hostNqn }: DiscoveryClientOptions): Attacher {
+  const fileOf = (uuid: string) => `${directory}/${uuid.toLowerCase()}`;
+  return {
+    hint: `see that the Discovery-Client runs on this node, watches ${directory}, and reaches the cluster`,
+
+    async attach(ctx, namespace) {
+      const refuse = (problem: string, cause?: unknown) =>
+        new StatusError("FAILED_PRECONDITION", `Cannot attach namespace ${namespace.uuid}: ${problem}`, { cause });
+      if (namespace.discovery.length === 0) {
+        throw refuse(`the publish context names no discovery controller of ${namespace.subsystemNqn}`);
+      }
+      const path = fileOf(namespace.uuid);
+      const text = discoveryFile(namespace, hostNqn);
+      const kind = await host.kindOf(directory);
+      if (kind !== "directory") {
+        throw refuse(
+          `${directory} is ${kind === "absent" ? "missing" : "not a directory"}, ` +
+            `the LightOS Discovery-Client has to be installed on this node and share its directory with the driver`,
+        );
+      }
+      try {
+        if (await host.readText(path) === text) return;
+        await host.replaceText(path, text, temporaryPrefix);
+      } catch (error) {
+        throw refuse(`${path} cannot be written (${messageOf(error)})`, error);
+      }
+      ctx.log.info("told the Discovery-Client", { path, subsystem: namespace.subsystemNqn });
+    },
+
+    async detach(ctx, uuid) {
+      const path = fileOf(uuid);
+      try {
+        if (await host.readText(path) === undefined) return;
+        await host.remove(path);
+      } catch (error) {
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot detach namespace ${uuid}: ${path} cannot be removed (${messageOf(error)})`,
+          { cause: error },
+        );
+      }
+      ctx.log.info("untold the Discovery-Client", { path });
+    },
+  };
+}
+
+/** The Discovery-Client's input for one namespace: one line per discovery controller, in the order of their text. */
+export function discoveryFile(namespace: RemoteNamespace, hostNqn: string): string {
+  const byText = new Map(namespace.discovery.map((address) => [formatAddress(address), address]));
+  const texts = [...byText.keys()].sort();
+  return texts.map((text) => {
+    const address = byText.get(text) as TransportAddress;
+    return `-t tcp -a ${address.traddr} -s ${address.trsvcid} -q ${hostNqn} -n ${namespace.subsystemNqn}\n`;
+  }).join("");
+}
+
+export interface DirectOptions {
+  readonly host: Host;
+  readonly hostNqn: string;
+  readonly hostId: string;
+  /** Holds `subsystem <nqn>` while connections of that subsystem are made or dropped. */
+  readonly locks: KeyedLock;
+}
+
+/**
+ * Attaches with nvme-cli, to the I/O controllers in the publish context.
+ *
+ * One connection is enough, for the others come back by multipath: those that fail are logged. On detach, a subsystem is
+ * disconnected when this machine sees no other namespace of it; unrelated LightOS volumes share one. Only our own
+ * connections are dropped, by controller and not by NQN: another program may be connected under another host NQN.
+ */
+export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attacher {
+  return {
+    hint: "see that this host is on the volume's access list, and the kernel log (dmesg) of this node",
+
+    async attach(ctx, namespace) {
+      const nqn = namespace.subsystemNqn;
+      if (namespace.addresses.length === 0) {
+        throw new StatusError(
+          "FAILED_PRECONDITION",
+          `Cannot attach namespace ${namespace.uuid}: the publish context names no I/O controller of ${nqn}`,
+        );
+      }
+      using _held = await locks.wait(`subsystem ${nqn}`, "attach", ctx.signal);
+      const connected = await controllersOf(host, nqn);
+      const outcomes = await Promise.all(namespace.addresses.map(async (address) => {
+        const there = connected.find((controller) => isAt(controller, address) && isUsable(controller));
+        if (there !== undefined) {
+          // The kernel allows one connection per address and NQN, whatever the host NQN.
+          return there.hostNqn === hostNqn
+            ? { address, problem: undefined }
+            : { address, problem: `${there.name} is connected there as host ${there.hostNqn}, disconnect it first` };
+        }
+        return {
+          address,
+          problem: await connectController(host, ctx, { address, subsystemNqn: nqn, hostNqn, hostId }),
+        };
+      }));
+      const problems = outcomes.flatMap(({ address, problem }) =>
+        problem === undefined ? [] : [`${formatAddress(address)}: ${problem}`]
+      );
+      if (problems.length === outcomes.length) {
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot attach namespace ${namespace.uuid}: no I/O controller of ${nqn} took the connection (${
+            problems.join("; ")
+          })`,
+        );
+      }
+      for (const problem of problems) ctx.log.warning("could not connect", { subsystem: nqn, error: problem });
+    },
+
+    async detach(ctx, uuid) {
+      const device = await findDevice(host, uuid);
+      // Without its device nothing tells which subsystem it belonged to. What is left is a connection without this
+      // namespace: the cluster's access list decides about the data, not the connection.
+      if (device === undefined) return;
+      const nqn = device.subsystemNqn;
+      using _held = await locks.wait(`subsystem ${nqn}`, "detach", ctx.signal);
+      // Looked at again under the lock: a name or a neighbour may have come meanwhile.
+      const devices = await devicesOf(host, nqn);
+      if (!devices.some((other) => other.uuid === uuid)) return;
+      if (devices.some((other) => other.uuid !== uuid)) {
+        ctx.log.debug("left a subsystem connected that has other namespaces here", { subsystem: nqn });
+        return;
+      }
+      const users = await usersOf(host, device.name);
+      if (users.length > 0) {
+        throw new StatusError(
+          "FAILED_PRECONDITION",
+          `Cannot detach namespace ${uuid}: ${device.path} is in use by ${users.join(", ")}`,
+        );
+      }
+      for (const controller of await controllersOf(host, nqn)) {
+        if (controller.hostNqn === hostNqn) await disconnectController(host, ctx, controller);
+      }
+    },
+  };
+}
+
+function isAt(controller: NvmeController, address: TransportAddress): boolean {
+  const at = addressOf(controller);
+  return at !== undefined && at.trsvcid === address.trsvcid && canonical(at.traddr) === canonical(address.traddr);
+}
+
+/** IPv6 has many spellings of one address. */
+function canonical(traddr: string): string {
+  if (!traddr.includes(":")) return traddr;
+  const [plain = "", zone] = traddr.split("%");
+  const url = URL.parse(`http://[${plain}]`);
+  return `${url === null ? plain.toLowerCase() : url.hostname}${zone === undefined ? "" : `%${zone}`}`;
+}
+
+/** A connecting controller heals by itself; one that is being deleted never does. */
+function isUsable(controller: NvmeController): boolean {
+  return !controller.state.startsWith("deleting") && controller.state !== "dead";
+}
+
+async function usersOf(host: Host, name: string): Promise<readonly string[]> {
+  return await host.list(`${host.roots.sysfs}/class/block/${name}/holders`) ?? [];
+}

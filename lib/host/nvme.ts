@@ -1,0 +1,382 @@
+/**
+ * Block devices of NVMe namespaces: found in sysfs by namespace UUID, never by name or number.
+ *
+ * What the kernel shows (measured on 6.1): `class/block/nvmeXnY` is the multipath head of a namespace, `nvmeXcYnZ` are its
+ * paths (`hidden` is 1, no device node). `wwid` begins with `uuid.` if the namespace has a UUID; the file `uuid` shows the
+ * NGUID when it has none, so only `wwid` decides. X is the subsystem's number, Y is not the NSID, and a name can belong to
+ * another namespace after a reconnect: identity is read again before each step that relies on it.
+ */
+import type { RequestContext } from "../context.ts";
+import { hasCode, messageOf, StatusError } from "../error.ts";
+import { formatAddress, type TransportAddress } from "../namespace.ts";
+import type { Host } from "./host.ts";
+
+/** A namespace as this machine sees it. */
+export interface BlockDevice {
+  /** `nvme0n1`. Says nothing for long. */
+  readonly name: string;
+  /** Its node, below the root of device nodes. */
+  readonly path: string;
+  /** `major:minor`. */
+  readonly number: string;
+  /** Namespace UUID, lower case. */
+  readonly uuid: string;
+  readonly subsystemNqn: string;
+  readonly sizeBytes: bigint;
+  /** Whether the kernel refuses writes to it. */
+  readonly readOnly: boolean;
+}
+
+/** A connection of this machine to a subsystem: one path to each of its namespaces. */
+export interface NvmeController {
+  /** `nvme0`. */
+  readonly name: string;
+  /** `live`, `connecting`, `resetting`, `deleting` … */
+  readonly state: string;
+  readonly subsystemNqn: string;
+  readonly hostNqn: string;
+  readonly transport: string;
+  /** As sysfs has it: `traddr=192.0.2.1,trsvcid=4420,src_addr=…`. */
+  readonly address: string;
+}
+
+/**
+ * The block device with this namespace UUID, or undefined. Does not touch the device itself.
+ *
+ * @throws StatusError FAILED_PRECONDITION when two devices claim the UUID, so that no choice is safe
+ */
+export async function findDevice(host: Host, uuid: string, subsystemNqn?: string): Promise<BlockDevice | undefined> {
+  const found = (await devicesWithUuid(host, uuid)).filter((device) =>
+    subsystemNqn === undefined || device.subsystemNqn === subsystemNqn
+  );
+  if (found.length > 1) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot tell which block device is namespace ${uuid}: ${
+        found.map(describeDevice).join(" and ")
+      } both claim it, ` +
+        `one subsystem has to be disconnected`,
+    );
+  }
+  return found[0];
+}
+
+/** All block devices of a subsystem on this machine. */
+export async function devicesOf(host: Host, subsystemNqn: string): Promise<readonly BlockDevice[]> {
+  const devices = await Promise.all((await namespaceNames(host)).map((name) => readDevice(host, name)));
+  return devices.filter((device) => device !== undefined).filter((device) => device.subsystemNqn === subsystemNqn);
+}
+
+/** All connections of this machine to a subsystem. */
+export async function controllersOf(host: Host, subsystemNqn: string): Promise<readonly NvmeController[]> {
+  const names = await host.list(`${host.roots.sysfs}/class/nvme`) ?? [];
+  const controllers = await Promise.all(names.map((name) => readController(host, name)));
+  return controllers.filter((controller) => controller !== undefined)
+    .filter((controller) => controller.subsystemNqn === subsystemNqn);
+}
+
+/** The traddr and trsvcid in a controller's address. */
+export function addressOf(controller: NvmeController): TransportAddress | undefined {
+  const fields = new Map(
+    controller.address.split(",").map((field) => {
+      const equals = field.indexOf("=");
+      return [field.slice(0, equals), field.slice(equals + 1)] as const;
+    }),
+  );
+  const traddr = fields.get("traddr");
+  const trsvcid = fields.get("trsvcid");
+  return traddr === undefined || trsvcid === undefined ? undefined : { traddr, trsvcid };
+}
+
+export interface WaitOptions {
+  /** Only a namespace of this subsystem will do. */
+  readonly subsystemNqn?: string | undefined;
+  /** What to look at when the device does not come. */
+  readonly hint: string;
+  readonly pollMs?: number;
+}
+
+/**
+ * The block device with this namespace UUID and its node in the directory of devices, as soon as both are there: sysfs is
+ * polled and the directory is watched, until `ctx.signal` aborts.
+ *
+ * @throws StatusError UNAVAILABLE at the deadline, saying what is there instead and what to look at; FAILED_PRECONDITION
+ *   as findDevice
+ */
+export async function waitForDevice(
+  host: Host,
+  ctx: RequestContext,
+  uuid: string,
+  options: WaitOptions,
+): Promise<BlockDevice> {
+  const ready = async () => {
+    const device = await findDevice(host, uuid, options.subsystemNqn);
+    if (device === undefined) return undefined;
+    return await host.blockNumber(device.path) === device.number && device.sizeBytes > 0n ? device : undefined;
+  };
+  const here = await ready();
+  if (here !== undefined) return here;
+  const started = performance.now();
+  // Watches before it looks again, or it would miss what came in between.
+  const bell = new Bell();
+  using _watch = host.watch(host.roots.dev, () => bell.ring());
+  for (;;) {
+    const device = await ready();
+    if (device !== undefined) {
+      ctx.log.debug("device arrived", { device: device.path, ms: Math.round(performance.now() - started) });
+      return device;
+    }
+    try {
+      await bell.wait(options.pollMs ?? 100, ctx.signal);
+    } catch (error) {
+      if (hasCode(error, "CANCELLED")) throw error;
+      const seconds = Math.round((performance.now() - started) / 1000);
+      throw new StatusError(
+        "UNAVAILABLE",
+        `Cannot find a block device of namespace ${uuid} after ${seconds} s: ` +
+          `${await describeAbsence(host, uuid, options.subsystemNqn)}; ${options.hint}`,
+        { cause: error },
+      );
+    }
+  }
+}
+
+/**
+ * The same device read again; use it before each step that would hurt another namespace.
+ *
+ * @throws StatusError UNAVAILABLE when its name is gone, or now belongs to another namespace or number
+ */
+export async function recheckDevice(host: Host, device: BlockDevice, action: string): Promise<BlockDevice> {
+  const refuse = (problem: string) =>
+    new StatusError("UNAVAILABLE", `Cannot ${action}: ${problem}, namespace ${device.uuid} has to be found again`);
+  const now = await readDevice(host, device.name);
+  if (now === undefined) throw refuse(`${device.path} is gone`);
+  if (now.uuid !== device.uuid || now.subsystemNqn !== device.subsystemNqn) {
+    throw refuse(`${device.path} is ${describeDevice(now)} now`);
+  }
+  if (now.number !== device.number) throw refuse(`${device.path} has become device ${now.number}`);
+  const node = await host.blockNumber(device.path);
+  if (node !== now.number) {
+    throw refuse(`the node ${device.path} is device ${node ?? "none"}, sysfs says ${now.number}`);
+  }
+  return now;
+}
+
+/**
+ * Asks the kernel to look at the namespaces of a subsystem again: their sizes, and which there are. At best effort, for
+ * the kernel does so by itself when the cluster announces a change.
+ */
+export async function rescanNamespaces(host: Host, ctx: RequestContext, subsystemNqn: string): Promise<void> {
+  for (const controller of await controllersOf(host, subsystemNqn)) {
+    if (controller.state !== "live") continue;
+    const path = `${host.roots.dev}/${controller.name}`;
+    try {
+      const result = await host.run("nvme", ["ns-rescan", path], {
+        signal: ctx.signal,
+        onAbort: "finish",
+        log: ctx.log,
+      });
+      if (result.code === 0) return;
+      ctx.log.warning("could not rescan", { device: path, exit: result.code, error: result.stderr.trim() });
+    } catch (error) {
+      ctx.signal.throwIfAborted();
+      ctx.log.warning("could not rescan", { device: path, error: messageOf(error) });
+    }
+  }
+}
+
+export interface ConnectWish {
+  readonly address: TransportAddress;
+  readonly subsystemNqn: string;
+  readonly hostNqn: string;
+  readonly hostId: string;
+}
+
+/**
+ * `nvme connect` to one I/O controller. Connected already: done. Answers undefined, or why it failed, in words for an
+ * error message. The reasons are those of nvme-cli 2.3, which exits 1 for all of them.
+ */
+export async function connectController(
+  host: Host,
+  ctx: RequestContext,
+  { address, subsystemNqn, hostNqn, hostId }: ConnectWish,
+): Promise<string | undefined> {
+  // Both host names are always given: without them nvme-cli takes a random host ID each time.
+  const result = await host.run("nvme", [
+    "connect",
+    "--transport=tcp",
+    `--traddr=${address.traddr}`,
+    `--trsvcid=${address.trsvcid}`,
+    `--nqn=${subsystemNqn}`,
+    `--hostnqn=${hostNqn}`,
+    `--hostid=${hostId}`,
+  ], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
+  const text = result.stderr.trim();
+  if (result.code === 0 || /already connected|Operation already in progress/i.test(text)) return undefined;
+  if (/Connection refused/.test(text)) return "refused, nothing listens there";
+  if (/Connection timed out|No route to host|Network is unreachable/.test(text)) return `no way there (${text})`;
+  if (/Input\/output error/.test(text)) {
+    return `not allowed: the subsystem is unknown there or has no access for host NQN ${hostNqn}`;
+  }
+  if (/fabrics/.test(text) && /No such file|Failed to open/.test(text)) {
+    return `${text}; the kernel module nvme_tcp is not loaded`;
+  }
+  return text === "" ? `nvme connect exits ${result.code}` : text;
+}
+
+/**
+ * `nvme disconnect` of one controller. Not connected: done.
+ *
+ * @throws StatusError UNAVAILABLE with nvme-cli's words
+ */
+export async function disconnectController(
+  host: Host,
+  ctx: RequestContext,
+  controller: NvmeController,
+): Promise<void> {
+  const result = await host.run("nvme", ["disconnect", `--device=${controller.name}`], {
+    signal: ctx.signal,
+    onAbort: "finish",
+    log: ctx.log,
+  });
+  if (result.code === 0) return;
+  throw new StatusError(
+    "UNAVAILABLE",
+    `Cannot disconnect ${controller.name} from ${controller.subsystemNqn}: ${
+      result.stderr.trim() || `nvme exits ${result.code}`
+    }`,
+  );
+}
+
+/** `nvme0n1 (namespace <uuid> of <subsystem NQN>)`. */
+export function describeDevice(device: BlockDevice): string {
+  return `${device.name} (namespace ${device.uuid} of ${device.subsystemNqn})`;
+}
+
+async function devicesWithUuid(host: Host, uuid: string): Promise<readonly BlockDevice[]> {
+  const found: BlockDevice[] = [];
+  for (const name of await namespaceNames(host)) {
+    // One file tells most devices apart; the rest is read of the right one only.
+    if (await readUuid(host, name) !== uuid.toLowerCase()) continue;
+    const device = await readDevice(host, name);
+    if (device !== undefined) found.push(device);
+  }
+  return found;
+}
+
+async function namespaceNames(host: Host): Promise<readonly string[]> {
+  // Neither paths (nvme0c1n1) nor partitions (nvme0n1p1).
+  return (await host.list(`${host.roots.sysfs}/class/block`) ?? []).filter((name) => /^nvme\d+n\d+$/.test(name));
+}
+
+async function readUuid(host: Host, name: string): Promise<string | undefined> {
+  const wwid = await attribute(host, `class/block/${name}/wwid`);
+  return wwid?.startsWith("uuid.") ? wwid.slice("uuid.".length).toLowerCase() : undefined;
+}
+
+async function readDevice(host: Host, name: string): Promise<BlockDevice | undefined> {
+  const base = `class/block/${name}`;
+  const [uuid, number, size, hidden, ro, nqn] = await Promise.all([
+    readUuid(host, name),
+    attribute(host, `${base}/dev`),
+    attribute(host, `${base}/size`),
+    attribute(host, `${base}/hidden`),
+    attribute(host, `${base}/ro`),
+    attribute(host, `${base}/device/subsysnqn`),
+  ]);
+  // A device on its way out loses its files one by one; then it is not there.
+  if (uuid === undefined || number === undefined || size === undefined || nqn === undefined) return undefined;
+  if (hidden === "1" || !/^\d+$/.test(size)) return undefined;
+  return {
+    name,
+    path: `${host.roots.dev}/${name}`,
+    number,
+    uuid,
+    subsystemNqn: nqn,
+    // The kernel counts in 512 bytes whatever the device's own sectors are.
+    sizeBytes: BigInt(size) * 512n,
+    readOnly: ro === "1",
+  };
+}
+
+async function readController(host: Host, name: string): Promise<NvmeController | undefined> {
+  const base = `class/nvme/${name}`;
+  const [subsystemNqn, state, hostNqn, transport, address] = await Promise.all([
+    attribute(host, `${base}/subsysnqn`),
+    attribute(host, `${base}/state`),
+    attribute(host, `${base}/hostnqn`),
+    attribute(host, `${base}/transport`),
+    attribute(host, `${base}/address`),
+  ]);
+  if (subsystemNqn === undefined || state === undefined) return undefined;
+  return { name, subsystemNqn, state, hostNqn: hostNqn ?? "", transport: transport ?? "", address: address ?? "" };
+}
+
+async function attribute(host: Host, path: string): Promise<string | undefined> {
+  try {
+    return (await host.readText(`${host.roots.sysfs}/${path}`))?.trim();
+  } catch (error) {
+    // An attribute of a device that is being removed answers ENODEV or EIO.
+    if (/No such device|os error (5|19)\b/.test(messageOf(error))) return undefined;
+    throw error;
+  }
+}
+
+async function describeAbsence(host: Host, uuid: string, subsystemNqn: string | undefined): Promise<string> {
+  const elsewhere = await devicesWithUuid(host, uuid);
+  const other = elsewhere.find((device) => device.subsystemNqn !== subsystemNqn);
+  if (subsystemNqn !== undefined && other !== undefined) {
+    return `${describeDevice(other)} has this UUID, but belongs to another subsystem than ${subsystemNqn}`;
+  }
+  const device = elsewhere[0];
+  if (device !== undefined) {
+    if (device.sizeBytes === 0n) return `sysfs has ${device.name}, but its size is zero`;
+    const node = await host.blockNumber(device.path);
+    return `sysfs has ${device.name} as device ${device.number}, but the node ${device.path} is ` +
+      `${node === undefined ? "missing" : `device ${node}`}`;
+  }
+  if (await host.list(`${host.roots.sysfs}/class/nvme`) === undefined) {
+    return `this machine has no NVMe controllers at all, the kernel module nvme_tcp is needed`;
+  }
+  if (subsystemNqn === undefined) return "sysfs has no such namespace";
+  const controllers = await controllersOf(host, subsystemNqn);
+  if (controllers.length === 0) return `this machine has no connection to ${subsystemNqn}`;
+  const list = controllers.map((controller) => {
+    const address = addressOf(controller);
+    return `${controller.name} to ${
+      address === undefined ? controller.address : formatAddress(address)
+    } is ${controller.state}`;
+  });
+  return `of ${subsystemNqn}, ${list.join(", ")}, but it shows no such namespace to this host`;
+}
+
+/** Wakes one waiter; a ring while nobody waits is kept for the next. */
+class Bell {
+  #rung = false;
+  #wake: (() => void) | undefined;
+  #end: (() => void) | undefined;
+
+  ring(): void {
+    this.#rung = true;
+    this.#wake?.();
+  }
+
+  /** Resolves at the next ring or after `ms`; rejects with `signal.reason`. */
+  wait(ms: number, signal: AbortSignal): Promise<void> {
+    return new Promise<void>((resolve, reject) => {
+      if (signal.aborted) return reject(signal.reason);
+      const timer = setTimeout(resolve, this.#rung ? 0 : ms);
+      this.#wake = resolve;
+      const giveUp = () => reject(signal.reason);
+      signal.addEventListener("abort", giveUp, { once: true });
+      this.#end = () => {
+        clearTimeout(timer);
+        signal.removeEventListener("abort", giveUp);
+      };
+    }).finally(() => {
+      this.#end?.();
+      this.#rung = false;
+      this.#wake = undefined;
+    });
+  }
+}
