@@ -172,6 +172,88 @@ const nodeOptions = {
   },
 } as const satisfies Options;
 
+/** `10Gi`, `2Ti` or bytes. */
+const sizeSchema = z.string().regex(/^[1-9]\d{0,17}(?:[KMGTP]i)?$/, "is not a size such as 500Gi, 16Ti or bytes")
+  .transform((text) => {
+    const power = " KMGTP".indexOf(text.replace(/[\di]/g, "") || " ");
+    return BigInt(text.replace(/\D/g, "")) << BigInt(10 * power);
+  });
+
+const port = wholeNumber(0, 65535);
+const delayMs = wholeNumber(0, 3_600_000);
+
+const simulateOptions = {
+  data: {
+    fallback: "none",
+    value: "PLANE",
+    meaning: "none: management only; loop: volumes are files behind loop devices of this machine (root)",
+    schema: z.enum(["none", "loop"], { error: "is not none or loop" }),
+  },
+  state: {
+    value: "DIR",
+    meaning: "remember the cluster here; without it everything is forgotten at the end",
+    schema: absolutePath.optional(),
+  },
+  host: { fallback: "127.0.0.1", value: "IP", meaning: "address of the management API", schema: z.string() },
+  servers: { fallback: "3", value: "COUNT", meaning: "storage servers, 1 to 16", schema: wholeNumber(1, 16) },
+  "grpc-port": {
+    fallback: "0",
+    value: "PORT",
+    meaning: "first server's clear-text port, the others follow; 0: free ones",
+    schema: port,
+  },
+  "grpcs-port": { fallback: "0", value: "PORT", meaning: "the same for TLS", schema: port },
+  "control-port": { fallback: "0", value: "PORT", meaning: "port of the control port on 127.0.0.1", schema: port },
+  name: { fallback: "simulated", value: "TEXT", meaning: "name of the cluster", schema: z.string() },
+  projects: {
+    fallback: "default",
+    value: "LIST",
+    meaning: "projects, separated by commas",
+    schema: z.string().transform((list) => list.split(",")),
+  },
+  capacity: {
+    fallback: "16Ti",
+    value: "SIZE",
+    meaning: "space of the cluster; a volume takes its size times its replicas",
+    schema: sizeSchema,
+  },
+  "no-auth": { meaning: "admit calls without a token", schema: switchSchema },
+  "creation-ms": { fallback: "50", value: "MS", meaning: "how long a new volume is Creating", schema: delayMs },
+  "deletion-ms": { fallback: "50", value: "MS", meaning: "how long a deleted volume is Deleting", schema: delayMs },
+  "update-ms": { fallback: "0", value: "MS", meaning: "how long a changed volume is Updating", schema: delayMs },
+  "discovery-dir": {
+    value: "DIR",
+    meaning: "directory that the simulated Discovery-Client watches; default: in the state",
+    schema: absolutePath.optional(),
+  },
+  dev: { value: "DIR", meaning: "where block devices appear; default: in the state", schema: absolutePath.optional() },
+  sysfs: {
+    value: "DIR",
+    meaning: "where the sysfs tree of these devices appears; default: in the state",
+    schema: absolutePath.optional(),
+  },
+  ...logOptions,
+  "log-level": { ...logOptions["log-level"], fallback: "warning" },
+} as const satisfies Options;
+
+const simulateText =
+  `A LightOS cluster to try and to test against: the management API over gRPC and TLS, tokens, projects, asynchronous
+creation and deletion, and (with --data loop) a machine whose block devices are loop devices.
+
+It prints one line of JSON with everything that is needed to use it, and runs until SIGTERM or Ctrl-C:
+  grpc, grpcs            management endpoints: join them with commas for the StorageClass parameter mgmt-endpoint
+  jwt, adminJwt          tokens: the key "jwt" of the StorageClass' secrets, or a file for --jwt-path
+  ca                     certificate to trust for mgmt-scheme grpcs: key "mgmt-ca.crt", or a file for --mgmt-ca
+  discoveryDir, devRoot, sysfsRoot
+                         with --data loop: start the node with --discovery-dir, --dev and --sysfs set to these
+  control                control port: counters, faults, delays, states; GET it, the routes are in lib/sim/control.ts
+
+  lbcsi simulate --data loop --state /var/tmp/cluster &
+  lbcsi controller --endpoint unix:///tmp/controller.sock &
+  lbcsi node --endpoint unix:///tmp/node.sock --node-id here.node --discovery-dir DIR --dev DIR --sysfs DIR &
+
+lbcsi demo does all of this by itself.`;
+
 // --------------------------------------------------------------------------------------------------------- commands
 
 const commands: Readonly<Record<string, Command>> = {
@@ -214,6 +296,43 @@ const commands: Readonly<Record<string, Command>> = {
     const { nodeService } = await import("./lib/csi/node.ts");
     return await serveCsi(settings.endpoint, log, [await nodeService()]);
   }),
+
+  simulate: command(
+    "run a simulated storage cluster, to try and to test against",
+    simulateOptions,
+    async (settings) => {
+      const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "simulator" });
+      const { defaultSimulateSettings, simulate } = await import("./lib/sim/simulate.ts");
+      const stopped = untilStopped();
+      const simulator = await simulate({
+        ...defaultSimulateSettings,
+        host: settings.host,
+        servers: settings.servers,
+        grpcPort: settings["grpc-port"],
+        grpcsPort: settings["grpcs-port"],
+        controlPort: settings["control-port"],
+        clusterName: settings.name,
+        projects: settings.projects,
+        capacityBytes: settings.capacity,
+        authentication: !settings["no-auth"],
+        behaviour: {
+          creationMs: settings["creation-ms"],
+          deletionMs: settings["deletion-ms"],
+          updateMs: settings["update-ms"],
+        },
+        data: settings.data,
+        stateDir: settings.state,
+        discoveryDir: settings["discovery-dir"],
+        devRoot: settings.dev,
+        sysfsRoot: settings.sysfs,
+      }, log);
+      console.log(JSON.stringify(simulator.addresses));
+      await stopped;
+      await simulator.stop();
+      return 0;
+    },
+    simulateText,
+  ),
 
   identity: command("serve the CSI identity service alone", serviceOptions, async (settings) => {
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });

@@ -26,7 +26,7 @@ for _ in $(seq 100); do
 done
 control=$(sed -nE 's/.*"control": ?"([^"]+)".*/\1/p' "$work/out")
 [[ $control == http://* ]] || { echo "no control port in: $(head -c 500 "$work/out")"; exit 1; }
-node -e 'fetch(process.argv[1] + "/dump").then(async (r) => { if (!r.ok) throw new Error(r.status); await r.json(); })' "$control"
+node -e 'fetch(process.argv[1] + "/model").then(async (r) => { if (!r.ok) throw new Error(r.status); await r.json(); })' "$control"
 kill -TERM "$simulator"
 wait "$simulator"
 simulator=
