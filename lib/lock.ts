@@ -58,9 +58,12 @@ export class KeyedLock {
   #hold(key: string, holder: string, queue: Array<() => void>): Disposable {
     const mine: Held = { holder, since: performance.now(), queue };
     this.#held.set(key, mine);
+    let released = false;
     return {
       [Symbol.dispose]: () => {
-        if (this.#held.get(key) !== mine) return;
+        // Once only: the entry is still ours while the next in line wakes up, and a second one would wake another.
+        if (released) return;
+        released = true;
         const next = mine.queue.shift();
         // The entry stays while the next in line wakes up, so that nobody slips in between.
         if (next === undefined) this.#held.delete(key);
