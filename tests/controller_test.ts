@@ -206,6 +206,9 @@ for (
       volumeContentSource: { type: { case: "snapshot" as const, value: { snapshotId: "x" } } },
     }, /volume_content_source is given/],
     ["mutable parameters", { mutableParameters: { a: "b" } }, /mutable_parameters is given/],
+    ["a mount flag that mounts something else", {
+      volumeCapabilities: [{ ...writer, accessType: { case: "mount" as const, value: { mountFlags: ["bind"] } } }],
+    }, /Cannot use mount flag "bind"/],
     ["a negative size", { capacityRange: { requiredBytes: -1n } }, /negative/],
   ] as const
 ) {
@@ -227,13 +230,13 @@ Deno.test("CreateVolume with mkfs options that force or point elsewhere answers 
   await using env = await start();
   const { parameters } = env.creation();
 
-  for (const options of ["-F", "-m 0 /dev/sda", "-J device=/dev/sda"]) {
+  for (const options of ["-F", "-m 0 /dev/sda", "-J device=x", "stray"]) {
     await rejects(
       env.call(
         Controller.method.createVolume,
         env.creation({ parameters: { ...parameters, "mkfs-options": options } }),
       ),
-      answers("INVALID_ARGUMENT", /^Cannot create volume "pvc-1": /),
+      answers("INVALID_ARGUMENT", /^Cannot use mkfs-options ".*" for ext4: /),
     );
   }
 });

@@ -7,7 +7,8 @@
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { Secrets } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
-import { type FsType, mkfsOptions } from "../host/filesystem.ts";
+import type { FsType } from "../host/filesystem.ts";
+import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
 import type { KeyedLock } from "../lock.ts";
 import { hostNqn, nodeIdProblem, toPublishContext } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
@@ -80,7 +81,7 @@ export function controllerHandlers(
         );
       }
       const { [mkfsOptionsKey]: mkfsText, ...parameters } = withoutOrchestratorKeys(request.parameters);
-      if (mkfsText !== undefined) checkMkfsOptions(action, mkfsText, accesses, defaultFsType);
+      checkNodeSettings(accesses, mkfsText ?? "", defaultFsType);
 
       using _held = locks.take(`volume name "${name}"`, "CreateVolume");
       const volume = await backend.createVolume(call, new Secrets(request.secrets), {
@@ -190,13 +191,11 @@ function requireOurNode(action: string, nodeId: string, suffix: string): void {
   }
 }
 
-function checkMkfsOptions(
-  action: string,
-  text: string,
-  accesses: readonly Access[],
-  defaultFsType: FsType,
-): void {
+/** What only the node will use is refused here already, where the author of the StorageClass is told. */
+function checkNodeSettings(accesses: readonly Access[], mkfsText: string, defaultFsType: FsType): void {
   for (const access of accesses) {
-    if (access.type === "mount") mkfsOptions(action, access.fsType ?? defaultFsType, text);
+    if (access.type !== "mount") continue;
+    parseMkfsOptions(access.fsType ?? defaultFsType, mkfsText);
+    parseMountFlags(access.mountFlags);
   }
 }

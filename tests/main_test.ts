@@ -1,0 +1,143 @@
+import { match, ok, strictEqual } from "node:assert/strict";
+import { fileURLToPath } from "node:url";
+import { Channel } from "../lib/rpc.ts";
+import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
+import config from "../deno.json" with { type: "json" };
+import { startSimulator } from "./support/simulator.ts";
+
+const mainPath = fileURLToPath(new URL("../main.ts", import.meta.url));
+
+function lbcsi(args: readonly string[], env: Record<string, string> = {}): Deno.Command {
+  return new Deno.Command(Deno.execPath(), {
+    args: ["run", "-A", "--no-check", mainPath, ...args],
+    env: { NO_COLOR: "1", ...env },
+    stdin: "null",
+    stdout: "piped",
+    stderr: "piped",
+  });
+}
+
+async function run(...args: string[]) {
+  const { code, stdout, stderr } = await lbcsi(args).output();
+  const decoder = new TextDecoder();
+  return { code, out: decoder.decode(stdout), err: decoder.decode(stderr) };
+}
+
+Deno.test("lbcsi version prints the version of deno.json", async () => {
+  const { code, out } = await run("version");
+
+  strictEqual(code, 0);
+  ok(out.startsWith(`lbcsi ${config.version} (CSI 1.12, Deno `), out);
+});
+
+Deno.test("lbcsi --help lists every command, and each of them explains its options", async () => {
+  const { code, out } = await run("--help");
+  const names = [...out.matchAll(/^ {2}([a-z-]+) {2,}/gm)].flatMap(([, name]) => name === undefined ? [] : [name]);
+
+  strictEqual(code, 0);
+  ok(names.length >= 5, out);
+  for (const name of names.filter((name) => name !== "version")) {
+    const help = await run(name, "--help");
+    strictEqual(help.code, 0, name);
+    match(help.out, new RegExp(`^lbcsi ${name}: `));
+  }
+});
+
+for (
+  const [args, code, message] of [
+    [[], 2, /usage: lbcsi COMMAND/],
+    [["contrller"], 2, /there is no command "contrller"/],
+    [["constructor"], 2, /there is no command "constructor"/],
+    [["node"], 2, /--node-id is missing \(or set LB_CSI_NODE_ID\)/],
+    [["node", "--node-id", "worker 1.node"], 2, /only letters, digits/],
+    [["node", "--node-id", "worker"], 2, /does not end in "\.node" \(see --node-id-suffix\)/],
+    [["controller", "--endpoint", "tcp://127.0.0.1:1"], 2, /is not of the form unix:\/\/\//],
+    [["controller", "--mgmt-ca", "/nonexistent/ca.pem"], 2, /--mgmt-ca "\/nonexistent\/ca\.pem": /],
+    [["identity", "--endpoint", "unix:///nonexistent/csi.sock"], 1, /its directory is missing, create \/nonexistent/],
+  ] as const
+) {
+  Deno.test(`lbcsi ${args.join(" ")} ends with status ${code} and says why`, async () => {
+    const result = await run(...args);
+
+    strictEqual(result.code, code, result.err);
+    match(result.err + result.out, message);
+  });
+}
+
+for (const role of ["identity", "controller", "node"] as const) {
+  Deno.test(`lbcsi ${role} serves Identity on its socket and ends with 0 on SIGTERM`, async () => {
+    const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
+    const process = lbcsi([role, ...(role === "node" ? ["--node-id", "a.node"] : [])], {
+      CSI_ENDPOINT: `unix://${directory}/csi.sock`,
+    }).spawn();
+    try {
+      using channel = new Channel({ address: `unix://${directory}/csi.sock` });
+      const info = await untilAnswered(channel);
+
+      strictEqual(info.name, "csi.lightbitslabs.com");
+      process.kill("SIGTERM");
+      const { code, stderr } = await process.output();
+      strictEqual(code, 0, new TextDecoder().decode(stderr));
+      strictEqual((await Array.fromAsync(Deno.readDir(directory))).length, 0, "the socket must be gone");
+    } finally {
+      end(process);
+      await Deno.remove(directory, { recursive: true });
+    }
+  });
+}
+
+Deno.test("lbcsi controller lets a running call end after SIGTERM", async () => {
+  await using simulator = await startSimulator();
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
+  const process = lbcsi(["controller", "--endpoint", `unix://${directory}/csi.sock`]).spawn();
+  try {
+    using channel = new Channel({ address: `unix://${directory}/csi.sock` });
+    await untilAnswered(channel);
+    simulator.control.fail({ rpc: "CreateVolume", delayMs: 1000 });
+
+    const created = channel.call(Controller.method.createVolume, {
+      name: "pvc-1",
+      volumeCapabilities: [{
+        accessType: { case: "block", value: {} },
+        accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+      }],
+      parameters: {
+        "mgmt-endpoint": simulator.addresses.grpc.join(","),
+        "mgmt-scheme": "grpc",
+        "replica-count": "1",
+        "project-name": "default",
+      },
+      secrets: { jwt: simulator.addresses.jwt },
+    }, { signal: AbortSignal.timeout(10_000) });
+    while ((simulator.control.calls()["CreateVolume"]?.total ?? 0) === 0) {
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+    process.kill("SIGTERM");
+
+    ok((await created).volume?.volumeId);
+    strictEqual((await process.output()).code, 0);
+  } finally {
+    end(process);
+    await Deno.remove(directory, { recursive: true });
+  }
+});
+
+async function untilAnswered(channel: Channel) {
+  const until = Date.now() + 20_000;
+  for (;;) {
+    try {
+      return await channel.call(Identity.method.getPluginInfo, {}, { signal: AbortSignal.timeout(5000) });
+    } catch (error) {
+      if (Date.now() > until) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    }
+  }
+}
+
+function end(process: Deno.ChildProcess): void {
+  try {
+    process.kill("SIGKILL");
+  } catch {
+    return; // It has ended.
+  }
+}
