@@ -301,6 +301,7 @@ export class Cluster implements AsyncDisposable {
     }
     for (const snapshot of cluster.#snapshots.values()) await cluster.#resumeSnapshot(snapshot);
     for (const volume of cluster.#volumes.values()) cluster.#resumeVolume(volume);
+    await options.dataPlane.start();
     cluster.#save();
     return cluster;
   }

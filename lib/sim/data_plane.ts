@@ -70,6 +70,8 @@ export interface DataPlane extends AsyncDisposable {
   readonly kind: "none" | "loop";
   /** The machine whose kernel the data plane plays; absent without one. */
   readonly machine?: Machine;
+  /** Shows what has been exposed, and from now on each change: called once, when the model is complete. */
+  start(): Promise<void>;
   /** Makes the content of a volume: zeros, or a copy of a snapshot with zeros behind it. Done already: nothing. */
   createVolume(uuid: string, sizeBytes: bigint, sourceSnapshotUuid: string | undefined): Promise<void>;
   /** Changes the size, keeping what fits. */
@@ -112,6 +114,7 @@ export function noDataPlane(): DataPlane {
   const done = () => Promise.resolve();
   return {
     kind: "none",
+    start: done,
     createVolume: done,
     resizeVolume: done,
     deleteVolume: done,

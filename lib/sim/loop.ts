@@ -1,9 +1,27 @@
+/**
+ * A data plane of sparse files behind loop devices, which plays one machine: its kernel's NVMe driver and its
+ * Discovery-Client. File systems on it are real, and no NVMe is needed.
+ *
+ * - For each namespace that a connected host may see there is a device node `nvmeXnY` with the loop device's number, an
+ *   entry in a tree like sysfs, and the link that udev would make. They come and go with the access list.
+ * - A device that vanishes under a mount leaves a dead mount, as in the kernel: the old loop device keeps a file of its
+ *   own, which is emptied, so that every read and write of it fails; the volume lives on in a copy. Writes that are on
+ *   their way at that moment may be in the copy or not, in any order. So does a deleted volume.
+ * - Controllers stay: the driver never disconnects in this mode, and removing a file of the Discovery-Client does nothing.
+ * - An adopted device: after a crash, a simulator with the same directories takes over loop devices that still stand for
+ *   its volumes, names and mounts included, and detaches the rest. A loop device is ours when its backing file is.
+ */
+import { basename, dirname, join } from "node:path";
 import type { Logger } from "../context.ts";
+import { messageOf, StatusError } from "../error.ts";
+import { parseAddress } from "../namespace.ts";
 import type { ClusterIdentity } from "./cluster.ts";
-import { StatusError } from "../error.ts";
-import type { DataPlane } from "./data_plane.ts";
+import { type ChangedRun, type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
+import { type DiscoveryEntry, watchDiscoveryDirectory } from "./discovery_client.ts";
+import { nameInTree, subsystemInstance, type SysfsController, type SysfsTree, sysfsTree } from "./sysfs.ts";
 
 export interface LoopOptions {
+  /** Where the contents live. */
   readonly contentDir: string;
   readonly discoveryDir: string;
   readonly devRoot: string;
@@ -11,8 +29,678 @@ export interface LoopOptions {
   readonly identity: ClusterIdentity;
   readonly log: Logger;
 }
-export function openLoopPlane(_options: LoopOptions): Promise<DataPlane> {
-  return Promise.reject(
-    new StatusError("UNIMPLEMENTED", `Cannot simulate with data plane "loop": it is not there yet`),
-  );
+
+/** Marks a directory whose contents the simulator may remove. */
+const marker = ".lbcsi-simulator";
+
+interface Attached {
+  readonly namespace: ExposedNamespace;
+  readonly name: string;
+  /** `/dev/loop5`. */
+  readonly loop: string;
+  /** `7:5`. */
+  readonly number: string;
+  /** Controllers that have a path to it, by name. */
+  readonly paths: string;
+  readonly damage?: { readonly how: "unreadable" | "empty"; readonly loop: string; readonly file: string };
+}
+
+/**
+ * Opens the data plane, with the contents that are in its directories.
+ *
+ * @throws StatusError FAILED_PRECONDITION that names what is missing on this machine, or a directory that holds
+ *   something else
+ */
+export async function openLoopPlane(options: LoopOptions): Promise<DataPlane> {
+  await checkMachine(options);
+  // The kernel names the files behind loop devices by their real paths.
+  return await LoopPlane.open({ ...options, contentDir: await Deno.realPath(options.contentDir) });
+}
+
+class LoopPlane implements DataPlane {
+  readonly kind = "loop";
+  readonly machine: NonNullable<DataPlane["machine"]>;
+  readonly #options: LoopOptions;
+  readonly #log: Logger;
+  readonly #tree: SysfsTree;
+  readonly #exposed = new Map<string, ExposedNamespace>();
+  /** Namespaces that are kept away although a host may see them. */
+  readonly #removed = new Map<string, string>();
+  readonly #wantedNames = new Map<string, string>();
+  readonly #attached = new Map<string, Attached>();
+  readonly #controllers: SysfsController[] = [];
+  /** Loop devices of an earlier run that may be taken over, with the names they had. */
+  readonly #adoptable: Map<string, { readonly loop: string; readonly name: string | undefined }>;
+  /** Names whose device is gone and still held open by somebody. */
+  readonly #zombies = new Map<string, string>();
+  readonly #machineId = crypto.randomUUID();
+  #watch: AsyncDisposable | undefined;
+  #queue: Promise<unknown> = Promise.resolve();
+  #reconcilePending = false;
+  #started = false;
+  #cuts = 0;
+
+  static async open(options: LoopOptions): Promise<LoopPlane> {
+    const adoptable = await leftovers(options);
+    const plane = new LoopPlane(options, adoptable);
+    plane.#watch = await watchDiscoveryDirectory(
+      options.discoveryDir,
+      options.log,
+      (entries) => plane.#connect(entries),
+    );
+    return plane;
+  }
+
+  private constructor(
+    options: LoopOptions,
+    adoptable: Map<string, { readonly loop: string; readonly name: string | undefined }>,
+  ) {
+    this.#options = options;
+    this.#log = options.log;
+    this.#adoptable = adoptable;
+    this.#tree = sysfsTree(options.sysfsRoot, options.identity.subsystemNqn);
+    clearNodes(options.devRoot);
+    Deno.mkdirSync(join(options.devRoot, "disk/by-id"), { recursive: true });
+    const deviceOf = (uuid: string) => {
+      const device = this.#attached.get(uuid);
+      if (device !== undefined) return device;
+      throw new StatusError("NOT_FOUND", `Cannot change the device of namespace ${uuid}: it has none`);
+    };
+    const machine: NonNullable<DataPlane["machine"]> = {
+      devices: [],
+      remove: (uuid) =>
+        this.#enqueue(async () => {
+          const device = deviceOf(uuid);
+          this.#removed.set(uuid, device.name);
+          await this.#detach(device, true);
+        }),
+      restore: (uuid, name) =>
+        this.#enqueue(async () => {
+          const old = this.#removed.get(uuid);
+          if (old === undefined) {
+            throw new StatusError("NOT_FOUND", `Cannot restore the device of namespace ${uuid}: it was not removed`);
+          }
+          this.#removed.delete(uuid);
+          this.#wantedNames.set(uuid, name ?? this.#freeName(old));
+          await this.#reconcile();
+          return shown(this.#options.devRoot, deviceOf(uuid));
+        }),
+      swap: (uuid, otherUuid) =>
+        this.#enqueue(async () => {
+          const one = deviceOf(uuid);
+          const two = deviceOf(otherUuid);
+          for (const device of [one, two]) this.#hideDevice(device);
+          await this.#showDevice({ ...one, name: two.name });
+          await this.#showDevice({ ...two, name: one.name });
+        }),
+      damage: (uuid, how) => this.#enqueue(() => this.#damage(deviceOf(uuid), how)),
+      heal: (uuid) => this.#enqueue(() => this.#heal(deviceOf(uuid))),
+    };
+    Object.defineProperty(machine, "devices", {
+      get: () => [...this.#attached.values()].map((device) => shown(options.devRoot, device)),
+      enumerable: true,
+    });
+    this.machine = machine;
+  }
+
+  // ------------------------------------------------------------------------------------------------------- contents
+
+  createVolume(uuid: string, sizeBytes: bigint, sourceSnapshotUuid: string | undefined): Promise<void> {
+    return this.#enqueue(async () => {
+      const file = this.#volumeFile(uuid);
+      if (exists(file)) return;
+      if (sourceSnapshotUuid === undefined) {
+        await Deno.writeFile(`${file}.new`, new Uint8Array());
+      } else {
+        await copySparse(this.#snapshotFile(sourceSnapshotUuid), `${file}.new`);
+      }
+      await Deno.truncate(`${file}.new`, Number(sizeBytes));
+      await Deno.rename(`${file}.new`, file);
+    });
+  }
+
+  resizeVolume(uuid: string, sizeBytes: bigint): Promise<void> {
+    return this.#enqueue(() => Deno.truncate(this.#volumeFile(uuid), Number(sizeBytes)));
+  }
+
+  deleteVolume(uuid: string): Promise<void> {
+    this.#exposed.delete(uuid);
+    return this.#enqueue(async () => {
+      const device = this.#attached.get(uuid);
+      if (device !== undefined) await this.#detach(device, false);
+      this.#removed.delete(uuid);
+      this.#wantedNames.delete(uuid);
+      const adoptable = this.#adoptable.get(uuid);
+      this.#adoptable.delete(uuid);
+      if (adoptable !== undefined) await this.#release(adoptable.loop, uuid, false);
+      await removeFile(this.#volumeFile(uuid));
+      await removeFile(`${this.#volumeFile(uuid)}.new`);
+    });
+  }
+
+  createSnapshot(uuid: string, volumeUuid: string): Promise<void> {
+    return this.#enqueue(async () => {
+      const file = this.#snapshotFile(uuid);
+      await copySparse(this.#volumeFile(volumeUuid), `${file}.new`);
+      await Deno.rename(`${file}.new`, file);
+    });
+  }
+
+  hasSnapshot(uuid: string): Promise<boolean> {
+    return Promise.resolve(exists(this.#snapshotFile(uuid)));
+  }
+
+  deleteSnapshot(uuid: string): Promise<void> {
+    return this.#enqueue(async () => {
+      await removeFile(this.#snapshotFile(uuid));
+      await removeFile(`${this.#snapshotFile(uuid)}.new`);
+    });
+  }
+
+  rollbackVolume(uuid: string, snapshotUuid: string, sizeBytes: bigint): Promise<void> {
+    return this.#enqueue(async () => {
+      const device = this.#attached.get(uuid);
+      if (device !== undefined) await this.#detach(device, false);
+      const file = this.#volumeFile(uuid);
+      await copySparse(this.#snapshotFile(snapshotUuid), `${file}.new`);
+      await Deno.truncate(`${file}.new`, Number(sizeBytes));
+      await Deno.rename(`${file}.new`, file);
+    });
+  }
+
+  async *changedRuns(
+    snapshotUuid: string,
+    baseUuid: string | undefined,
+    blockSizeBytes: number,
+    start: bigint,
+  ): AsyncIterable<ChangedRun> {
+    using newer = await Deno.open(this.#snapshotFile(snapshotUuid));
+    using older = baseUuid === undefined ? undefined : await Deno.open(this.#snapshotFile(baseUuid));
+    const chunkBytes = blockSizeBytes * Math.max(1, (1 << 20) / blockSizeBytes);
+    const from = start * BigInt(blockSizeBytes);
+    await newer.seek(from, Deno.SeekMode.Start);
+    await older?.seek(from, Deno.SeekMode.Start);
+    let run: { start: bigint; end: bigint } | undefined;
+    for (let block = start;;) {
+      const bytes = await readFully(newer, chunkBytes);
+      if (bytes.length === 0) break;
+      const base = Buffer.alloc(bytes.length);
+      if (older !== undefined) base.set((await readFully(older, chunkBytes)).subarray(0, bytes.length));
+      const same = bytes.equals(base);
+      for (let at = 0; at < bytes.length; at += blockSizeBytes, block++) {
+        const changed = !same &&
+          !bytes.subarray(at, at + blockSizeBytes).equals(base.subarray(at, at + blockSizeBytes));
+        if (changed && run?.end === block) run.end++;
+        else if (changed) {
+          if (run !== undefined) yield run;
+          run = { start: block, end: block + 1n };
+        }
+      }
+    }
+    if (run !== undefined) yield run;
+  }
+
+  // --------------------------------------------------------------------------------------------------------- hosts
+
+  expose(namespace: ExposedNamespace): void {
+    this.#exposed.set(namespace.uuid, namespace);
+    this.#changed();
+  }
+
+  hide(uuid: string): void {
+    if (this.#exposed.delete(uuid)) this.#changed();
+  }
+
+  connectedHosts() {
+    const nqns = new Set(this.#controllers.map(({ hostNqn }) => hostNqn));
+    return [...nqns].map((hostNqn) => ({ hostNqn, address: "127.0.0.1", hostname: Deno.hostname() }));
+  }
+
+  async start(): Promise<void> {
+    this.#started = true;
+    await this.#enqueue(async () => {
+      await this.#reconcile();
+      // What no volume needs any more: its namespace was deleted, or taken away, while nobody watched.
+      for (const [uuid, { loop }] of this.#adoptable) await this.#release(loop, uuid, true);
+      this.#adoptable.clear();
+    });
+  }
+
+  async settled(): Promise<void> {
+    await this.#queue;
+  }
+
+  clear(): Promise<void> {
+    this.#exposed.clear();
+    return this.#enqueue(async () => {
+      for (const device of [...this.#attached.values()]) await this.#detach(device, false);
+      this.#removed.clear();
+      this.#wantedNames.clear();
+      for (const kind of ["volumes", "snapshots"]) {
+        for await (const { name } of Deno.readDir(join(this.#options.contentDir, kind))) {
+          await removeFile(join(this.#options.contentDir, kind, name));
+        }
+      }
+    });
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#watch?.[Symbol.asyncDispose]();
+    await this.#enqueue(async () => {
+      for (const device of [...this.#attached.values()]) {
+        this.#hideDevice(device);
+        if (device.damage !== undefined) await this.#dropDamage(device.damage);
+        // Without cutting off who still uses it: its content stays whole until the last of them is gone.
+        await this.#free(device.loop);
+      }
+      this.#attached.clear();
+      this.#tree.clear();
+      clearNodes(this.#options.devRoot);
+      for (const root of [this.#options.devRoot, this.#options.sysfsRoot]) await removeFile(join(root, marker));
+    });
+  }
+
+  // -------------------------------------------------------------------------------------------------------- inside
+
+  /** Runs `step` after everything that was asked for before. */
+  #enqueue<T>(step: () => Promise<T>): Promise<T> {
+    const result = this.#queue.then(step);
+    this.#queue = result.catch(() => {});
+    return result;
+  }
+
+  #changed(): void {
+    if (this.#reconcilePending || !this.#started) return;
+    this.#reconcilePending = true;
+    this.#enqueue(async () => {
+      this.#reconcilePending = false;
+      await this.#reconcile();
+    }).catch((error) => this.#log.error("could not show the namespaces", { error: messageOf(error) }));
+  }
+
+  #connect(entries: readonly DiscoveryEntry[]): void {
+    const { identity } = this.#options;
+    for (const { traddr, trsvcid, hostNqn, subsystemNqn, hostId } of entries) {
+      const address = traddr.includes(":") ? `[${traddr}]:${trsvcid}` : `${traddr}:${trsvcid}`;
+      const known = identity.servers.some(({ discoveryEndpoint }) => discoveryEndpoint === address);
+      if (!known || subsystemNqn !== identity.subsystemNqn) {
+        this.#log.warning("discovery client found nobody", { address, subsystem: subsystemNqn });
+        continue;
+      }
+      if (this.#controllers.some((controller) => controller.hostNqn === hostNqn)) continue;
+      for (const { nvmeEndpoint } of identity.servers) {
+        const endpoint = parseAddress(nvmeEndpoint) ?? { traddr: nvmeEndpoint, trsvcid: "4420" };
+        const name = `nvme${this.#controllers.length}`;
+        const controller = { name, hostNqn, hostId: hostId ?? this.#machineId, ...endpoint };
+        this.#controllers.push(controller);
+        this.#tree.addController(controller);
+      }
+    }
+    this.#changed();
+  }
+
+  /** Makes the devices of the machine what the access lists say. */
+  async #reconcile(): Promise<void> {
+    const wanted = [...this.#exposed.values()]
+      .filter(({ uuid }) => !this.#removed.has(uuid) && this.#pathsTo(uuid).length > 0)
+      .sort((a, b) => a.nsid - b.nsid);
+    for (const device of [...this.#attached.values()]) {
+      if (!wanted.some(({ uuid }) => uuid === device.namespace.uuid)) await this.#detach(device, true);
+    }
+    for (const namespace of wanted) {
+      try {
+        const device = this.#attached.get(namespace.uuid);
+        if (device === undefined) await this.#attach(namespace);
+        else await this.#refresh(device, namespace);
+      } catch (error) {
+        this.#log.error("could not show a namespace", { volume: namespace.uuid, error: messageOf(error) });
+      }
+    }
+  }
+
+  #pathsTo(uuid: string): SysfsController[] {
+    const acl = this.#exposed.get(uuid)?.acl ?? [];
+    return this.#controllers.filter(({ hostNqn }) => mayAccess(acl, hostNqn));
+  }
+
+  #pathText(uuid: string): string {
+    return this.#pathsTo(uuid).map(({ name }) => name).join();
+  }
+
+  async #attach(namespace: ExposedNamespace): Promise<void> {
+    const { uuid, sectorSizeBytes } = namespace;
+    const adopted = this.#adoptable.get(uuid);
+    this.#adoptable.delete(uuid);
+    const loop = adopted?.loop ??
+      await output("losetup", "-f", "--show", "-b", String(sectorSizeBytes), this.#volumeFile(uuid));
+    if (adopted !== undefined) await output("losetup", "-c", loop);
+    const name = this.#wantedNames.get(uuid) ?? adopted?.name ?? this.#freeName();
+    this.#wantedNames.delete(uuid);
+    await this.#showDevice({ namespace, name, loop, number: numberOf(loop), paths: "" });
+    this.#log.info("showed a namespace", { volume: uuid, device: name });
+  }
+
+  async #refresh(device: Attached, namespace: ExposedNamespace): Promise<void> {
+    if (namespace.sizeBytes !== device.namespace.sizeBytes) {
+      await output("losetup", "-c", device.loop);
+      if (device.damage === undefined) this.#tree.setSize(device.name, namespace.sizeBytes);
+    }
+    const changed = { ...device, namespace, paths: this.#pathText(namespace.uuid) };
+    this.#attached.set(namespace.uuid, changed);
+    if (changed.paths !== device.paths) this.#tree.putNamespace(this.#sysfsOf(changed));
+  }
+
+  /** Everything of a device that can be seen: first sysfs, then the node, then udev's link, as the kernel does. */
+  async #showDevice(device: Attached): Promise<void> {
+    const { namespace: { uuid }, name } = device;
+    this.#attached.set(uuid, { ...device, paths: this.#pathText(uuid) });
+    this.#tree.putNamespace(this.#sysfsOf(device));
+    await this.#makeNode(device);
+    const link = this.#linkOf(uuid);
+    await removeFile(link);
+    await Deno.symlink(`../../${name}`, link);
+  }
+
+  async #makeNode(device: Attached): Promise<void> {
+    const [major = "", minor = ""] = (device.damage === undefined ? device.number : numberOf(device.damage.loop))
+      .split(":");
+    const node = join(this.#options.devRoot, device.name);
+    await removeFile(`${node}~`);
+    await output("mknod", "-m", "0660", `${node}~`, "b", major, minor);
+    await Deno.rename(`${node}~`, node);
+  }
+
+  #hideDevice(device: Attached): void {
+    this.#attached.delete(device.namespace.uuid);
+    this.#tree.removeNamespace(device.name);
+    for (const path of [this.#linkOf(device.namespace.uuid), join(this.#options.devRoot, device.name)]) {
+      if (exists(path)) Deno.removeSync(path);
+    }
+  }
+
+  #sysfsOf({ namespace, name, number, damage }: Attached) {
+    return {
+      ...namespace,
+      name,
+      number: damage === undefined ? number : numberOf(damage.loop),
+      sizeBytes: damage?.how === "empty" ? 0n : namespace.sizeBytes,
+      controllers: this.#pathsTo(namespace.uuid),
+    };
+  }
+
+  async #detach(device: Attached, keepContent: boolean): Promise<void> {
+    this.#hideDevice(device);
+    if (device.damage !== undefined) await this.#dropDamage(device.damage);
+    await this.#release(device.loop, device.namespace.uuid, keepContent, device.name);
+    this.#log.info("took a namespace away", { volume: device.namespace.uuid, device: device.name });
+  }
+
+  /** Detaches a loop device; one that is in use loses its content, while the volume keeps it when `keepContent`. */
+  async #release(loop: string, uuid: string, keepContent: boolean, name?: string): Promise<void> {
+    const file = this.#volumeFile(uuid);
+    await this.#free(loop);
+    // Whoever only looked at the device, as blkid does, has let go of it in a moment.
+    for (let tries = 0; tries < 20; tries++) {
+      if (backingFile(loop)?.startsWith(file) !== true) return;
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+    if (name !== undefined) this.#zombies.set(name, loop);
+    await this.#cut(loop, file, keepContent);
+  }
+
+  /** Detaches a loop device, now or when its last user is gone, unless somebody else has it by now. */
+  async #free(loop: string): Promise<void> {
+    if (backingFile(loop)?.startsWith(this.#options.contentDir)) await run("losetup", "-d", loop);
+  }
+
+  async #cut(loop: string, file: string, keepContent: boolean): Promise<void> {
+    const dead = `${file}.dead${++this.#cuts}`;
+    await Deno.link(file, dead);
+    if (keepContent) {
+      await copySparse(file, `${file}.new`);
+      await Deno.rename(`${file}.new`, file);
+    } else {
+      await removeFile(file);
+    }
+    await Deno.truncate(dead, 0);
+    await run("losetup", "-c", loop);
+    await removeFile(dead);
+  }
+
+  /** The lowest name that no device has, and no mount of a device that is gone. */
+  #freeName(butNot?: string): string {
+    for (const [name, loop] of this.#zombies) {
+      if (backingFile(loop)?.startsWith(this.#options.contentDir) !== true) this.#zombies.delete(name);
+    }
+    const taken = new Set([...this.#attached.values()].map(({ name }) => name));
+    for (const { name } of this.#adoptable.values()) if (name !== undefined) taken.add(name);
+    for (let head = 1;; head++) {
+      const name = `nvme${subsystemInstance}n${head}`;
+      if (!taken.has(name) && !this.#zombies.has(name) && name !== butNot) return name;
+    }
+  }
+
+  async #damage(device: Attached, how: "unreadable" | "empty"): Promise<void> {
+    if (device.damage !== undefined) await this.#heal(device);
+    const { uuid, sizeBytes, sectorSizeBytes } = device.namespace;
+    const file = join(this.#options.contentDir, "volumes", `${uuid}.damaged`);
+    await Deno.writeFile(file, new Uint8Array());
+    if (how === "unreadable") await Deno.truncate(file, Number(sizeBytes));
+    const loop = await output("losetup", "-f", "--show", "-b", String(sectorSizeBytes), file);
+    // A loop device keeps its size when its file is emptied behind its back; what lies past the end cannot be read.
+    await Deno.truncate(file, 0);
+    if (how === "unreadable" && await canRead(loop)) {
+      await run("losetup", "-d", loop);
+      await removeFile(file);
+      throw new StatusError("UNIMPLEMENTED", "Cannot make a device unreadable: this kernel's loop driver reads zeros");
+    }
+    const damaged = { ...device, damage: { how, loop, file } };
+    this.#attached.set(uuid, damaged);
+    this.#tree.putNamespace(this.#sysfsOf(damaged));
+    await this.#makeNode(damaged);
+  }
+
+  async #heal(device: Attached): Promise<{ readonly written: boolean }> {
+    const { damage, ...healthy } = device;
+    if (damage === undefined) return { written: false };
+    this.#attached.set(device.namespace.uuid, healthy);
+    this.#tree.putNamespace(this.#sysfsOf(healthy));
+    await this.#makeNode(healthy);
+    return await this.#dropDamage(damage);
+  }
+
+  async #dropDamage({ loop, file }: NonNullable<Attached["damage"]>): Promise<{ readonly written: boolean }> {
+    await this.#free(loop);
+    const { size } = await Deno.stat(file);
+    await removeFile(file);
+    return { written: size > 0 };
+  }
+
+  #volumeFile(uuid: string): string {
+    return join(this.#options.contentDir, "volumes", `${uuid}.img`);
+  }
+
+  #snapshotFile(uuid: string): string {
+    return join(this.#options.contentDir, "snapshots", `${uuid}.img`);
+  }
+
+  #linkOf(uuid: string): string {
+    return join(this.#options.devRoot, "disk/by-id", `nvme-uuid.${uuid}`);
+  }
+}
+
+function shown(devRoot: string, { namespace: { uuid }, name, loop, number }: Attached): ShownDevice {
+  return { uuid, name, path: join(devRoot, name), loop, number };
+}
+
+// -------------------------------------------------------------------------------------------------------- the machine
+
+async function checkMachine(options: LoopOptions): Promise<void> {
+  const refuse = (problem: string, cause?: unknown) =>
+    new StatusError("FAILED_PRECONDITION", `Cannot use data plane "loop": ${problem}`, { cause });
+  if (Deno.build.os !== "linux") throw refuse("loop devices need Linux");
+  if (Deno.uid() !== 0) throw refuse("it needs root, this process has user ID " + Deno.uid());
+  if (!exists("/dev/loop-control")) throw refuse("/dev/loop-control is missing, load the module loop");
+  for (const kind of ["volumes", "snapshots"]) {
+    await Deno.mkdir(join(options.contentDir, kind), { recursive: true, mode: 0o700 });
+  }
+  for (const root of [options.devRoot, options.sysfsRoot]) {
+    await Deno.mkdir(root, { recursive: true });
+    const names = [...Deno.readDirSync(root)].map(({ name }) => name);
+    if (names.length > 0 && !names.includes(marker)) {
+      throw refuse(`directory ${root} holds ${names[0]}, an empty one or one of its own is needed`);
+    }
+    await Deno.writeTextFile(join(root, marker), "lbcsi simulate may remove what is here\n");
+  }
+  // The real thing is tried once: containers forbid any of these steps, each in its own way.
+  const file = join(options.contentDir, `probe-${crypto.randomUUID()}`);
+  const node = join(options.devRoot, `probe-${crypto.randomUUID()}`);
+  let loop: string | undefined;
+  try {
+    await Deno.writeFile(file, new Uint8Array(4096));
+    loop = await output("losetup", "-f", "--show", file).catch((cause) => {
+      throw refuse(`no loop device can be set up (${messageOf(cause)})`, cause);
+    });
+    const [major = "", minor = ""] = numberOf(loop).split(":");
+    await output("mknod", node, "b", major, minor).catch((cause) => {
+      throw refuse(`no device node can be made in ${options.devRoot} (${messageOf(cause)})`, cause);
+    });
+    try {
+      (await Deno.open(node)).close();
+    } catch (cause) {
+      throw refuse(`device nodes in ${options.devRoot} cannot be opened, it must not be mounted "nodev"`, cause);
+    }
+  } finally {
+    if (loop !== undefined) await run("losetup", "-d", loop);
+    await removeFile(node);
+    await removeFile(file);
+  }
+}
+
+/**
+ * Loop devices that an earlier run left behind, by the UUID of their volume. What cannot be taken over (its volume is
+ * gone, or it was given up already) is detached as far as possible.
+ */
+async function leftovers(
+  { contentDir, sysfsRoot, log }: LoopOptions,
+): Promise<Map<string, { readonly loop: string; readonly name: string | undefined }>> {
+  const found = new Map<string, { readonly loop: string; readonly name: string | undefined }>();
+  const volumes = join(contentDir, "volumes");
+  for (const { name: device } of Deno.readDirSync("/sys/block")) {
+    if (!/^loop\d+$/.test(device)) continue;
+    const loop = `/dev/${device}`;
+    const file = backingFile(loop);
+    if (file === undefined || dirname(file) !== volumes) continue;
+    const uuid = /^([0-9a-f-]{36})\.img$/.exec(basename(file))?.[1];
+    const givenUp = readText(`/sys/block/${device}/loop/autoclear`) === "1";
+    if (uuid !== undefined && !givenUp && exists(file) && !found.has(uuid)) {
+      found.set(uuid, { loop, name: nameInTree(sysfsRoot, numberOf(loop)) });
+      continue;
+    }
+    log.info("detaches a loop device of an earlier run", { device: loop });
+    await run("losetup", "-d", loop);
+    if (uuid === undefined || !exists(file)) continue;
+    if (backingFile(loop) !== file) continue;
+    // Somebody still has it mounted: the volume goes on in a copy, so that two devices never write to one file.
+    await Deno.link(file, `${file}.dead`);
+    await copySparse(file, `${file}.new`);
+    await Deno.rename(`${file}.new`, file);
+    await Deno.truncate(`${file}.dead`, 0);
+    await run("losetup", "-c", loop);
+    await removeFile(`${file}.dead`);
+  }
+  return found;
+}
+
+function clearNodes(devRoot: string): void {
+  for (const { name } of Deno.readDirSync(devRoot)) {
+    if (/^(nvme\d+n\d+|probe-.*)~?$/.test(name)) Deno.removeSync(join(devRoot, name));
+  }
+  if (exists(join(devRoot, "disk"))) Deno.removeSync(join(devRoot, "disk"), { recursive: true });
+}
+
+/** Path of the file behind a loop device, `… (deleted)` when it has been removed; undefined when there is none. */
+function backingFile(loop: string): string | undefined {
+  return readText(`/sys/block/${basename(loop)}/loop/backing_file`);
+}
+
+function numberOf(loop: string): string {
+  const number = readText(`/sys/block/${basename(loop)}/dev`);
+  if (number !== undefined) return number;
+  throw new StatusError("INTERNAL", `Cannot find the number of ${loop}: it is not in sysfs`);
+}
+
+function readText(path: string): string | undefined {
+  try {
+    return Deno.readTextFileSync(path).trim();
+  } catch {
+    return undefined;
+  }
+}
+
+async function canRead(path: string): Promise<boolean> {
+  using file = await Deno.open(path);
+  try {
+    await file.read(new Uint8Array(4096));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function exists(path: string): boolean {
+  try {
+    Deno.lstatSync(path);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+async function removeFile(path: string): Promise<void> {
+  try {
+    await Deno.remove(path);
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound)) throw error;
+  }
+}
+
+async function copySparse(from: string, to: string): Promise<void> {
+  await output("cp", "--reflink=auto", "--sparse=always", from, to);
+}
+
+async function readFully(file: Deno.FsFile, wantedBytes: number): Promise<Buffer> {
+  const bytes = Buffer.alloc(wantedBytes);
+  let filled = 0;
+  while (filled < wantedBytes) {
+    const count = await file.read(bytes.subarray(filled));
+    if (count === null) break;
+    filled += count;
+  }
+  return bytes.subarray(0, filled);
+}
+
+interface Finished {
+  readonly code: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+async function run(program: string, ...args: readonly string[]): Promise<Finished> {
+  try {
+    const { code, stdout, stderr } = await new Deno.Command(program, { args: [...args], env: { LC_ALL: "C" } })
+      .output();
+    const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes).trim();
+    return { code, stdout: text(stdout), stderr: text(stderr) };
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return { code: 127, stdout: "", stderr: `${program} is not installed` };
+    throw error;
+  }
+}
+
+/** What a command printed; throws INTERNAL with its error text when it fails. */
+async function output(program: string, ...args: readonly string[]): Promise<string> {
+  const { code, stdout, stderr } = await run(program, ...args);
+  if (code === 0) return stdout;
+  throw new StatusError("INTERNAL", `Cannot run ${[program, ...args].join(" ")}: exit ${code}, ${stderr}`);
 }
