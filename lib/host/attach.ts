@@ -11,19 +11,21 @@
  * Two strategies, and the node service cannot tell which it has. With the Discovery-Client of LightOS, a daemon connects
  * and follows the cluster as it moves; the driver tells it what to know by one file per namespace. Direct uses nvme-cli.
  */
-import { createHash } from "node:crypto";
 import type { RequestContext } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import type { KeyedLock } from "../lock.ts";
 import { formatAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
 import type { Host } from "./host.ts";
+import { mountsOf, mountTable } from "./mounts.ts";
 import {
   addressOf,
+  type BlockDevice,
   connectController,
   controllersOf,
   devicesOf,
   disconnectController,
   findDevice,
+  nameUuid,
   type NvmeController,
 } from "./nvme.ts";
 
@@ -47,14 +49,6 @@ export interface Attacher {
  */
 export function hostIdOf(nodeId: string): string {
   return nameUuid(`nvme host ID of ${nodeId}`);
-}
-
-/** A UUID (version 8, RFC 9562) that depends on `name` alone. */
-export function nameUuid(name: string): string {
-  const bytes = createHash("sha256").update(name).digest().subarray(0, 16);
-  bytes[6] = ((bytes[6] ?? 0) & 0x0f) | 0x80;
-  bytes[8] = ((bytes[8] ?? 0) & 0x3f) | 0x80;
-  return bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
 export interface DiscoveryClientOptions {
@@ -199,7 +193,7 @@ export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attache
         ctx.log.debug("left a subsystem connected that has other namespaces here", { subsystem: nqn });
         return;
       }
-      const users = await usersOf(host, device.name);
+      const users = await usersOf(host, device);
       if (users.length > 0) {
         throw new StatusError(
           "FAILED_PRECONDITION",
@@ -231,6 +225,8 @@ function isUsable(controller: NvmeController): boolean {
   return !controller.state.startsWith("deleting") && controller.state !== "dead";
 }
 
-async function usersOf(host: Host, name: string): Promise<readonly string[]> {
-  return await host.list(`${host.roots.sysfs}/class/block/${name}/holders`) ?? [];
+async function usersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
+  const holders = await host.list(`${host.roots.sysfs}/class/block/${device.name}/holders`) ?? [];
+  const mounts = await mountsOf(host, await mountTable(host), device);
+  return [...holders, ...mounts.map((mount) => `the mount at "${mount.path}"`)];
 }

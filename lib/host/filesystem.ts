@@ -1,3 +1,582 @@
+/**
+ * File systems on block devices: what is there, making one, checking, mounting, growing.
+ *
+ * Never format what may hold data. `blkid -p` exits 2 for a blank device, and just the same for one that cannot be read,
+ * is missing or has no size (util-linux 2.38.1); mkfs.ext4 without a terminal overwrites whatever is there without asking
+ * (e2fsprogs 1.47.0). So a device counts as blank only when its name still is the right namespace, its size is not zero,
+ * nobody uses it, blkid finds nothing, and we have read its head, its tail and samples in between ourselves and found
+ * zeros. mkfs never gets a force flag.
+ *
+ * A mkfs that was killed half-way leaves a device which is neither blank nor a file system. The driver gives each file
+ * system a UUID that follows from the namespace UUID. xfs and btrfs carry it from the first write, together with a mark
+ * that lasts until mkfs is done (`sb_inprogress`; a magic of its own): with both, the device is provably a mkfs of ours
+ * for this namespace that never ended, was never mounted and began on a blank device, so it is begun again. ext4 has no
+ * such mark: its super block is written last and the blocks before it name nobody. Mostly it was killed early enough for
+ * the device to be blank still; otherwise it is refused, for zeros in the right places and metadata of an unknown writer
+ * are what a damaged file system looks like too.
+ */
+import { type RequestContext, unlessAborted } from "../context.ts";
+import { messageOf, StatusError } from "../error.ts";
+import type { CommandResult, Host } from "./host.ts";
+import { parseMkfsOptions, parseMountFlags } from "./mkfs_options.ts";
+import { describeMount, type Mount, mountsAt, mountsOf, mountTable, relationOf, takeDown } from "./mounts.ts";
+import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
+
 /** The file systems that a volume can be given. */
 export const fsTypes = ["ext4", "xfs", "btrfs"] as const;
 export type FsType = typeof fsTypes[number];
+
+/** How a file system is to be mounted. */
+export interface MountWish {
+  /** Undefined: `defaultFsType` for a blank device, whatever is there otherwise. */
+  readonly fsType: FsType | undefined;
+  readonly defaultFsType: FsType;
+  readonly flags: readonly string[];
+  /** Nobody writes through this mount. */
+  readonly readOnly: boolean;
+  /** Other hosts may have it mounted at the same time. */
+  readonly shared: boolean;
+  /** Text of the StorageClass parameter `mkfs-options`. */
+  readonly mkfsOptions: string;
+}
+
+/** What mountVolume found or made. */
+export interface Mounted {
+  readonly fsType: FsType;
+}
+
+/**
+ * Mounts the file system of `device` at `path`, making one first on a blank device; what is mounted there already and
+ * works is left alone, a dead mount is taken down first. Repeat it after any failure.
+ *
+ * Before it returns, the mount at `path` is of this very namespace, has answered a read, and takes writes if it should.
+ *
+ * @param path free of symbolic links, an existing directory
+ * @throws StatusError ALREADY_EXISTS when it is mounted there in another way; FAILED_PRECONDITION when the device holds
+ *   something else, or something that is not blank either; INVALID_ARGUMENT for bad flags or options; UNAVAILABLE when
+ *   the device cannot be read or changed meanwhile
+ */
+export async function mountVolume(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  path: string,
+  wish: MountWish,
+): Promise<Mounted> {
+  const action = `mount namespace ${device.uuid} at "${path}"`;
+  const flags = parseMountFlags(wish.flags);
+  const readOnly = wish.readOnly || flags.readOnly;
+  const stacked = mountsAt(await mountTable(host), path);
+  const top = stacked.at(-1);
+  if (top !== undefined) {
+    const relation = await relationOf(host, top, device);
+    if (relation === "ours") {
+      const trouble = await troubleOf(host, ctx, device, top, readOnly);
+      if (trouble === undefined) return { fsType: refuseOtherMount(action, top, wish, readOnly) };
+      await refuseWhileUsedElsewhere(host, device, path, action, trouble);
+      ctx.log.warning("mounts again what does not work", { device: device.path, path, error: trouble });
+    }
+    await takeDown(host, ctx, path, device, action);
+  }
+
+  const found = await contentOf(host, ctx, device, action);
+  let fsType: FsType;
+  if (found.kind === "filesystem") {
+    fsType = found.fsType;
+    if (wish.fsType !== undefined && wish.fsType !== fsType) {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: ${device.path} holds ${fsType}, the request wants ${wish.fsType}; it is never formatted again`,
+      );
+    }
+    if (!readOnly && !wish.shared) await check(host, ctx, device, fsType, action);
+  } else {
+    if (readOnly || wish.shared) {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: ${device.path} has no file system, and with read-only or shared access none is made; ` +
+          `mount it once for writing`,
+      );
+    }
+    fsType = wish.fsType ?? wish.defaultFsType;
+    await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished", action);
+  }
+  await mount(host, ctx, device, path, fsType, { ...wish, readOnly, flags: flags.rest }, action);
+  const mounted = mountsAt(await mountTable(host), path).at(-1);
+  if (mounted === undefined || await relationOf(host, mounted, device) !== "ours") {
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${action}: after the mount, ${
+        mounted === undefined ? "nothing" : describeMount(mounted)
+      } is there instead of ${device.path} (${device.number})`,
+    );
+  }
+  const trouble = await troubleOf(host, ctx, device, mounted, readOnly);
+  if (trouble !== undefined) throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${trouble}`);
+  return { fsType };
+}
+
+/**
+ * What is wrong with a mount of `device`, or undefined: the file system must list its root, the device must answer a
+ * read, and a mount for writing must take writes (the kernel makes a damaged file system read-only without a word in the
+ * mount table).
+ */
+export async function troubleOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  mount: Mount,
+  readOnly: boolean,
+): Promise<string | undefined> {
+  const quote = `${describeMount(mount)} at "${mount.path}"`;
+  try {
+    if (await unlessAborted(host.list(mount.path), ctx.signal) === undefined) return `${quote} has no root directory`;
+    // Somewhere, so that the answer does not come from a cache.
+    const blocks = device.sizeBytes / 4096n;
+    if (blocks === 0n) return `${device.path} has no size`;
+    const block = BigInt(Math.floor(Math.random() * Number(blocks)));
+    await unlessAborted(host.readBytes(device.path, block * 4096n, 4096), ctx.signal);
+  } catch (error) {
+    ctx.signal.throwIfAborted();
+    return `${quote} cannot be read (${messageOf(error)})`;
+  }
+  if (readOnly) return undefined;
+  const state = ["ro", "emergency_ro", "shutdown"].find((option) => mount.superOptions.includes(option));
+  if (state !== undefined) {
+    return `${quote} is ${state === "shutdown" ? "shut down" : "read-only"} although it should not`;
+  }
+  if (mount.options.includes("ro")) return undefined;
+  try {
+    await unlessAborted(host.tryWrite(mount.path), ctx.signal);
+  } catch (error) {
+    ctx.signal.throwIfAborted();
+    // A full file system, or one without unnamed files, is not a broken one.
+    if (/EROFS|EIO|ESHUTDOWN|EUCLEAN|ENODEV|ENXIO/.test(codeOf(error))) {
+      return `${quote} takes no writes (${messageOf(error)})`;
+    }
+  }
+  return undefined;
+}
+
+function codeOf(error: unknown): string {
+  const code = error instanceof Error && "code" in error ? error.code : undefined;
+  return typeof code === "string" ? code : messageOf(error);
+}
+
+async function refuseWhileUsedElsewhere(
+  host: Host,
+  device: BlockDevice,
+  path: string,
+  action: string,
+  trouble: string,
+): Promise<void> {
+  const others = (await mountsOf(host, await mountTable(host), device)).filter((mount) => mount.path !== path);
+  if (others.length === 0) return;
+  // Mounted again beside them, it would be the same broken file system.
+  throw new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot ${action}: ${trouble}; it is still in use at ${
+      others.map((mount) => `"${mount.path}"`).join(", ")
+    }, the pods there have to end first`,
+  );
+}
+
+// What of the options of a mount can be told from the mount table. The rest cannot be compared.
+const visibleOptions = ["noexec", "nosuid", "nodev", "noatime", "nodiratime", "sync", "dirsync"];
+
+function refuseOtherMount(action: string, mount: Mount, wish: MountWish, readOnly: boolean): FsType {
+  const shown = new Set([...mount.options, ...mount.superOptions]);
+  const wanted = new Set(parseMountFlags(wish.flags).rest);
+  const differences: string[] = [];
+  const fsType = fsTypes.find((fsType) => fsType === mount.fsType);
+  if (fsType === undefined || (wish.fsType !== undefined && wish.fsType !== fsType)) {
+    differences.push(`file system ${mount.fsType} instead of ${wish.fsType ?? fsTypes.join(" or ")}`);
+  }
+  const isReadOnly = shown.has("ro");
+  if (isReadOnly !== readOnly) {
+    differences.push(`${isReadOnly ? "read-only" : "writable"} instead of ${readOnly ? "read-only" : "writable"}`);
+  }
+  for (const option of visibleOptions) {
+    // The kernel drops nodiratime beside noatime, which includes it.
+    if (option === "nodiratime" && wanted.has("noatime")) continue;
+    if (shown.has(option) !== wanted.has(option)) {
+      differences.push(`${shown.has(option) ? "with" : "without"} ${option}`);
+    }
+  }
+  if (differences.length === 0 && fsType !== undefined) return fsType;
+  throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: it is mounted there already, ${differences.join(", ")}`);
+}
+
+// ----------------------------------------------------------------------------------------------------- what is there
+
+type Content =
+  | { readonly kind: "filesystem"; readonly fsType: FsType }
+  | { readonly kind: "blank" }
+  /** A mkfs of ours for this namespace that was cut off: see the head of this file. */
+  | { readonly kind: "unfinished" };
+
+/**
+ * What the device holds: a file system that we can mount, or provably nothing.
+ *
+ * @throws StatusError FAILED_PRECONDITION for everything else, naming it; UNAVAILABLE when the device cannot be read, has no
+ *   size, or is not this namespace any more
+ */
+export async function contentOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  action: string,
+): Promise<Content> {
+  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
+  const now = await recheckDevice(host, device, action);
+  if (now.sizeBytes === 0n) {
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${now.path} has no size, the namespace is not ready`);
+  }
+  const holders = await host.list(`${host.roots.sysfs}/class/block/${now.name}/holders`) ?? [];
+  if (holders.length > 0) throw refuse(`${now.path} is in use by ${holders.join(", ")}`);
+
+  const probed = await host.run(
+    "blkid",
+    ["-p", "-s", "TYPE", "-s", "PTTYPE", "-o", "export", now.path],
+    { signal: ctx.signal, onAbort: "kill", log: ctx.log },
+  );
+  const facts = new Map(
+    probed.stdout.split("\n").map((line) => {
+      const equals = line.indexOf("=");
+      return [line.slice(0, equals), line.slice(equals + 1)] as const;
+    }),
+  );
+  const type = facts.get("TYPE");
+  const partitions = facts.get("PTTYPE");
+  if (probed.code === 8) throw refuse(`${now.path} has signatures of more than one kind, it is left alone`);
+  if (probed.code !== 0 && probed.code !== 2) {
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${action}: blkid cannot tell what ${now.path} holds (exit ${probed.code}: ${probed.stderr.trim()})`,
+    );
+  }
+  if (partitions !== undefined) throw refuse(`${now.path} holds a partition table (${partitions}), it is left alone`);
+  const fsType = fsTypes.find((fsType) => fsType === type);
+  if (type !== undefined && fsType === undefined) {
+    throw refuse(`${now.path} holds ${type}, which is none of ${fsTypes.join(", ")}; it is left alone`);
+  }
+  const read = readerOf(host, ctx, now, action);
+  if (await isUnfinished(read, now)) return { kind: "unfinished" };
+  if (fsType !== undefined) {
+    const size = await sizeFromSuperBlock(read, fsType);
+    if (size === undefined) throw refuse(`the super block of ${fsType} on ${now.path} makes no sense`);
+    if (size.fsBytes > now.sizeBytes) {
+      throw refuse(
+        `${fsType} on ${now.path} has ${size.fsBytes} bytes, but the device only ${now.sizeBytes}: it has shrunk, and the ` +
+          `volume has to get its size back`,
+      );
+    }
+    return { kind: "filesystem", fsType };
+  }
+  if (probed.code === 0) throw refuse(`blkid finds something on ${now.path} that it does not name, it is left alone`);
+  await proveBlank(read, now, refuse);
+  return { kind: "blank" };
+}
+
+type Reader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
+
+function readerOf(host: Host, ctx: RequestContext, device: BlockDevice, action: string): Reader {
+  return async (offsetBytes, lengthBytes) => {
+    try {
+      return await unlessAborted(host.readBytes(device.path, offsetBytes, lengthBytes), ctx.signal);
+    } catch (error) {
+      ctx.signal.throwIfAborted();
+      throw new StatusError(
+        "UNAVAILABLE",
+        `Cannot ${action}: ${device.path} cannot be read at byte ${offsetBytes} (${messageOf(error)})`,
+        { cause: error },
+      );
+    }
+  };
+}
+
+const edgeBytes = 2n << 20n;
+const sampleBytes = 64 << 10;
+const evenSamples = 62n;
+// Where known formats keep copies of what identifies them, should the head be lost: ext4's backup super blocks with
+// blocks of 1, 2 and 4 KiB, and btrfs' mirrors.
+const copies = [8193n << 10n, 16384n << 11n, 32768n << 12n, 64n << 20n, 256n << 30n];
+
+/** Reads head, tail, and samples in between; throws `refuse` at the first byte that is not zero. */
+async function proveBlank(read: Reader, device: BlockDevice, refuse: (problem: string) => StatusError): Promise<void> {
+  const size = device.sizeBytes;
+  const lookAt = async (offsetBytes: bigint, lengthBytes: number) => {
+    const at = firstNonZero(await read(offsetBytes, lengthBytes));
+    if (at === undefined) return;
+    throw refuse(
+      `${device.path} is not blank and holds no file system: there is data at byte ${
+        offsetBytes + BigInt(at)
+      }; it is left ` +
+        `alone. If nothing on it is needed, delete the volume and make it anew`,
+    );
+  };
+  if (size <= 2n * edgeBytes) return await lookAt(0n, Number(size));
+  await lookAt(0n, Number(edgeBytes));
+  await lookAt(size - edgeBytes, Number(edgeBytes));
+  const between = size - 2n * edgeBytes;
+  const offsets = copies.filter((offset) => offset > edgeBytes && offset < size - edgeBytes);
+  for (let n = 1n; n < evenSamples; n++) offsets.push(edgeBytes + (between * n / evenSamples / 4096n) * 4096n);
+  for (const offset of offsets) {
+    const left = size - edgeBytes - offset;
+    await lookAt(offset, left < BigInt(sampleBytes) ? Number(left) : sampleBytes);
+  }
+}
+
+function firstNonZero(bytes: Uint8Array): number | undefined {
+  const words = new BigUint64Array(bytes.buffer, bytes.byteOffset, bytes.byteLength >> 3);
+  const word = words.findIndex((value) => value !== 0n);
+  const from = word < 0 ? words.length * 8 : word * 8;
+  const at = bytes.subarray(from).findIndex((value) => value !== 0);
+  return at < 0 ? undefined : from + at;
+}
+
+/** The file system UUID that the driver gives a namespace's file system. */
+export function fileSystemUuid(namespaceUuid: string): string {
+  return nameUuid(`file system on ${namespaceUuid}`);
+}
+
+async function isUnfinished(read: Reader, device: BlockDevice): Promise<boolean> {
+  const ours = fileSystemUuid(device.uuid);
+  if (device.sizeBytes < 1n << 20n) return false;
+  // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.
+  const xfs = await read(0n, 4096);
+  const xfsMagic = ascii(xfs, 0, 4);
+  if ((xfsMagic === "XFSB" || xfsMagic === "\0\0\0\0") && uuidAt(xfs, 32) === ours && xfs[126] === 1) return true;
+  // btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at 32, magic at 64 of the super block.
+  const btrfs = await read(65536n, 4096);
+  return uuidAt(btrfs, 32) === ours && ascii(btrfs, 64, 8) === "!BHRfS_M";
+}
+
+function ascii(bytes: Uint8Array, at: number, length: number): string {
+  return String.fromCharCode(...bytes.subarray(at, at + length));
+}
+
+function uuidAt(bytes: Uint8Array, at: number): string {
+  const hex = bytes.subarray(at, at + 16).toHex();
+  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
+}
+
+// ---------------------------------------------------------------------------------------------------- making, checking
+
+async function format(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  mkfsOptions: string,
+  unfinished: boolean,
+  action: string,
+): Promise<void> {
+  const wanted = parseMkfsOptions(fsType, mkfsOptions);
+  const mounted = await mountsOf(host, await mountTable(host), device);
+  if (mounted[0] !== undefined) {
+    throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: it is mounted at "${mounted[0].path}"`);
+  }
+  if (unfinished) {
+    ctx.log.warning("makes a file system anew that was never finished", { device: device.path });
+    // mkfs.xfs refuses to write over the magic of its own half-made work, and is never forced.
+    const wiped = await changing(host, ctx, "wipefs", ["--quiet", "--all", "--types", "xfs", device.path]);
+    if (wiped.code !== 0) throw failed(action, "wipefs", wiped);
+  }
+  const uuid = fileSystemUuid(device.uuid);
+  // A new namespace has nothing to discard. No reserved blocks on ext4: the volume has one user.
+  const discard = wanted.includes("-E") ? [] : ["-E", "nodiscard"];
+  const args = {
+    ext4: ["-q", "-m", "0", "-U", uuid, ...discard, ...wanted, device.path],
+    xfs: ["-q", "-K", "-m", `uuid=${uuid}`, ...wanted, device.path],
+    btrfs: ["-q", "-K", "-U", uuid, ...wanted, device.path],
+  }[fsType];
+  const made = await changing(host, ctx, `mkfs.${fsType}`, args);
+  if (made.code !== 0) throw failed(action, `mkfs.${fsType}`, made);
+}
+
+async function check(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  action: string,
+): Promise<void> {
+  // xfs and btrfs put themselves right when they are mounted; their check tools are for people.
+  if (fsType !== "ext4") return;
+  // Mounted elsewhere on this machine (by an earlier staging path): it is in order, and e2fsck would refuse.
+  if ((await mountsOf(host, await mountTable(host), device)).length > 0) return;
+  const checked = await changing(host, ctx, "e2fsck", ["-p", device.path]);
+  // e2fsck(8): the exit code is a sum; 1 is "errors corrected", 2 is "and the system should be rebooted" (a mounted root).
+  if ((checked.code & ~3) === 0) return;
+  if ((checked.code & 4) !== 0) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: ext4 on ${device.path} has errors that e2fsck does not repair by itself, run e2fsck by hand ` +
+        `(${lastLine(checked)})`,
+    );
+  }
+  throw failed(action, "e2fsck", checked);
+}
+
+async function mount(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  path: string,
+  fsType: FsType,
+  wish: { readonly flags: readonly string[]; readonly readOnly: boolean; readonly shared: boolean },
+  action: string,
+): Promise<void> {
+  await recheckDevice(host, device, action);
+  const options = [wish.readOnly ? "ro" : "rw"];
+  // A clone has the UUID of its origin and may be mounted beside it.
+  if (fsType === "xfs") options.push("nouuid");
+  if (wish.shared && wish.readOnly) {
+    // Other hosts read it too: not even the journal may be replayed.
+    options.push({ ext4: "noload", xfs: "norecovery", btrfs: "rescue=nologreplay" }[fsType]);
+  }
+  // Without -w, mount falls back to a read-only mount of a write-protected device and calls that a success.
+  const writable = wish.readOnly ? [] : ["-w"];
+  const args = [...writable, "-t", fsType, "-o", [...options, ...wish.flags].join(","), device.path, path];
+  const mounted = await changing(host, ctx, "mount", args);
+  if (mounted.code !== 0) throw failed(action, "mount", mounted);
+}
+
+async function changing(host: Host, ctx: RequestContext, program: string, args: readonly string[]) {
+  return await host.run(program, args, { signal: ctx.signal, onAbort: "finish", log: ctx.log });
+}
+
+function failed(action: string, program: string, result: CommandResult): StatusError {
+  return new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot ${action}: ${program} failed with exit ${result.code} (${lastLine(result)})`,
+  );
+}
+
+function lastLine(result: CommandResult): string {
+  const text = [result.stdout, result.stderr].map((stream) => stream.trim()).filter((stream) => stream !== "").join(
+    "; ",
+  );
+  return text === "" ? "without a word" : text.replace(/\s+/g, " ").slice(-400);
+}
+
+// -------------------------------------------------------------------------------------------------------------- growth
+
+interface FsSize {
+  readonly fsBytes: bigint;
+  /** The least that it can grow by, in bytes. */
+  readonly stepBytes: bigint;
+  /** The most that it may be unable to use at the end of its device, in bytes. */
+  readonly unusableBytes: bigint;
+}
+
+/**
+ * Grows the mounted file system to the size of its device if it is smaller, and measures it afterwards; never shrinks.
+ * Answers the size of the file system in bytes. Large enough: done, without a command.
+ *
+ * @throws StatusError FAILED_PRECONDITION when the mount is read-only or the tool fails; UNAVAILABLE when the file system
+ *   has not grown although the tool says so
+ */
+export async function ensureGrown(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  path: string,
+  fsType: FsType,
+): Promise<bigint> {
+  const action = `grow the ${fsType} of namespace ${device.uuid} at "${path}"`;
+  const now = await recheckDevice(host, device, action);
+  const before = await measure(host, ctx, now, path, fsType, action);
+  if (now.sizeBytes - before.fsBytes < before.stepBytes) return before.fsBytes;
+  const mount = mountsAt(await mountTable(host), path).at(-1);
+  if (mount === undefined || mount.superOptions.includes("ro") || mount.options.includes("ro")) {
+    throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: it is mounted read-only`);
+  }
+  const [program, ...args] = {
+    ext4: ["resize2fs", now.path],
+    xfs: ["xfs_growfs", "-d", path],
+    btrfs: ["btrfs", "filesystem", "resize", "max", path],
+  }[fsType];
+  const grown = await changing(host, ctx, program as string, args);
+  if (grown.code !== 0) throw failed(action, program as string, grown);
+  const after = await measure(host, ctx, now, path, fsType, action);
+  // resize2fs leaves out a last block group that is too small to hold its own tables.
+  if (now.sizeBytes - after.fsBytes >= after.unusableBytes) {
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${action}: ${program} succeeded, but it has ${after.fsBytes} of the ${now.sizeBytes} bytes of ${now.path}`,
+    );
+  }
+  return after.fsBytes;
+}
+
+async function measure(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  path: string,
+  fsType: FsType,
+  action: string,
+): Promise<FsSize> {
+  const read = readerOf(host, ctx, device, action);
+  const onDisk = await sizeFromSuperBlock(read, fsType);
+  if (onDisk === undefined) {
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${device.path} has no super block of ${fsType}`);
+  }
+  // ext4 keeps its super block where we read it. The others write theirs now and then, and statfs knows more.
+  if (fsType === "ext4") return onDisk;
+  const usage = await unlessAborted(host.usage(path), ctx.signal);
+  // statfs of xfs leaves out the journal, whose size never changes.
+  const mounted = usage.totalBytes + (onDisk.journalBytes ?? 0n);
+  return { ...onDisk, fsBytes: mounted > onDisk.fsBytes ? mounted : onDisk.fsBytes };
+}
+
+/** Reads the size that a super block tells; undefined when there is none of this type. */
+async function sizeFromSuperBlock(
+  read: Reader,
+  fsType: FsType,
+): Promise<(FsSize & { readonly journalBytes?: bigint }) | undefined> {
+  switch (fsType) {
+    case "ext4": {
+      // ext4's disk layout: little endian, at byte 1024.
+      const view = viewOf(await read(0n, 4096), 1024);
+      if (view.getUint16(0x38, true) !== 0xef53) return undefined;
+      const logBlockSize = view.getUint32(0x18, true);
+      if (logBlockSize > 6) return undefined;
+      const blockBytes = 1024n << BigInt(logBlockSize);
+      const is64bit = (view.getUint32(0x60, true) & 0x80) !== 0;
+      const high = is64bit ? BigInt(view.getUint32(0x150, true)) << 32n : 0n;
+      const blocks = high | BigInt(view.getUint32(4, true));
+      return {
+        fsBytes: blocks * blockBytes,
+        stepBytes: blockBytes,
+        // One block group.
+        unusableBytes: BigInt(view.getUint32(0x20, true)) * blockBytes,
+      };
+    }
+    case "xfs": {
+      // xfs_format.h: big endian.
+      const view = viewOf(await read(0n, 4096), 0);
+      if (view.getUint32(0) !== 0x58465342) return undefined;
+      const blockBytes = BigInt(view.getUint32(4));
+      // An allocation group has 64 blocks at least, so a shorter rest cannot be used.
+      return {
+        fsBytes: view.getBigUint64(8) * blockBytes,
+        stepBytes: 64n * blockBytes,
+        unusableBytes: 64n * blockBytes,
+        journalBytes: BigInt(view.getUint32(96)) * blockBytes,
+      };
+    }
+    case "btrfs": {
+      // btrfs' disk format: little endian, super block at 64 KiB; total_bytes at 0x70.
+      const view = viewOf(await read(65536n, 4096), 0);
+      if (view.getBigUint64(0x40, true) !== 0x4d5f53665248425fn) return undefined;
+      return { fsBytes: view.getBigUint64(0x70, true), stepBytes: 1n << 20n, unusableBytes: 1n << 20n };
+    }
+  }
+}
+
+function viewOf(bytes: Uint8Array, at: number): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset + at, bytes.byteLength - at);
+}

@@ -6,6 +6,7 @@
  * NGUID when it has none, so only `wwid` decides. X is the subsystem's number, Y is not the NSID, and a name can belong to
  * another namespace after a reconnect: identity is read again before each step that relies on it.
  */
+import { createHash } from "node:crypto";
 import type { RequestContext } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
 import { formatAddress, type TransportAddress } from "../namespace.ts";
@@ -251,6 +252,14 @@ export async function disconnectController(
 /** `nvme0n1 (namespace <uuid> of <subsystem NQN>)`. */
 export function describeDevice(device: BlockDevice): string {
   return `${device.name} (namespace ${device.uuid} of ${device.subsystemNqn})`;
+}
+
+/** A UUID (version 8, RFC 9562) that depends on `name` alone. */
+export function nameUuid(name: string): string {
+  const bytes = createHash("sha256").update(name).digest().subarray(0, 16);
+  bytes[6] = ((bytes[6] ?? 0) & 0x0f) | 0x80;
+  bytes[8] = ((bytes[8] ?? 0) & 0x3f) | 0x80;
+  return bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
 async function devicesWithUuid(host: Host, uuid: string): Promise<readonly BlockDevice[]> {

@@ -1,0 +1,584 @@
+/**
+ * The CSI node service: turns a place on the cluster into a device, a mount, a path in a pod.
+ *
+ * Nothing is remembered between calls: each looks at sysfs, the device and the mount table, does what is missing, and
+ * leaves the rest. So a repeated call goes on where the last one ended, whoever was killed in between, and unstage and
+ * unpublish undo any part of stage and publish. One call at a time per volume; the others are told which one runs.
+ *
+ * Order of checks: spec/csi.md 2.3.
+ */
+import { Node } from "../../proto/gen/csi_pb.ts";
+import {
+  NodeServiceCapability_RPC_Type as Capability,
+  VolumeCapability_AccessMode_Mode as Mode,
+  VolumeUsage_Unit as Unit,
+} from "../../proto/gen/csi_pb.ts";
+import { type RequestContext, sleep, timeLimit, unlessAborted } from "../context.ts";
+import { StatusError } from "../error.ts";
+import type { Attacher } from "../host/attach.ts";
+import { ensureGrown, type FsType, fsTypes, mountVolume, troubleOf } from "../host/filesystem.ts";
+import type { Host } from "../host/host.ts";
+import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
+import {
+  canonicalPath,
+  describeMount,
+  type Mount,
+  mountsAt,
+  mountsOf,
+  mountTable,
+  relationOf,
+  takeDown,
+} from "../host/mounts.ts";
+import { type BlockDevice, findDevice, recheckDevice, rescanNamespaces, waitForDevice } from "../host/nvme.ts";
+import type { VolumeId } from "../id.ts";
+import type { KeyedLock } from "../lock.ts";
+import { fromPublishContext } from "../namespace.ts";
+import type { Handlers } from "../rpc.ts";
+import {
+  type Access,
+  isReaderOnly,
+  isShared,
+  longestVolumeId,
+  parseCapability,
+  requirePath,
+  requireText,
+} from "./request.ts";
+
+export interface NodeOptions {
+  readonly host: Host;
+  readonly attacher: Attacher;
+  /** Shared with the attacher: `volume <uuid>` is taken here, `subsystem <nqn>` there. */
+  readonly locks: KeyedLock;
+  readonly nodeId: string;
+  /** For a blank volume whose capability names no file system. */
+  readonly defaultFsType: FsType;
+  /** How many volumes of this driver the node can hold; undefined: the orchestrator decides. */
+  readonly maxVolumes?: number | undefined;
+  /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
+  readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
+}
+
+/** The key of the volume context that holds the StorageClass parameter of the same name. */
+export const mkfsOptionsKey = "mkfs-options";
+
+// A file system that has not told its size by then is taken for hung; kubelet asks again after a minute.
+const longestStatsMs = 10_000;
+// The cluster announces a new size by itself, within 0.1 s when it was measured; then the kernel is asked to look.
+const announcedMs = 1000;
+
+/** The handlers of CSI's Node service. */
+export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
+  const { host, attacher, locks, parseId } = options;
+
+  return {
+    /** Makes the volume's device appear, and mounts its file system at the staging path (spec/csi.md 7.3). */
+    async nodeStageVolume(request, call) {
+      const action = "stage the volume";
+      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
+      const access = parseCapability(action, request.volumeCapability);
+      const namespace = fromPublishContext(request.publishContext);
+      const mkfsOptions = request.volumeContext[mkfsOptionsKey] ?? "";
+      if (access.type === "mount") {
+        parseMountFlags(access.mountFlags);
+        parseMkfsOptions(access.fsType ?? options.defaultFsType, mkfsOptions);
+      }
+      const id = parseId(volumeId);
+      if (namespace !== undefined && namespace.uuid !== id.uuid) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action} ${id.uuid}: the publish context is of namespace ${namespace.uuid}`,
+        );
+      }
+      refuseHostEncryption(`${action} ${id.uuid}`, id);
+      const ctx = call.with({ volume: id.uuid });
+      using _held = locks.take(`volume ${id.uuid}`, "NodeStageVolume");
+
+      const path = await canonicalPath(host, given);
+      const kind = path === undefined ? "absent" : await host.kindOf(path);
+      if (path === undefined || (kind !== "directory" && (access.type === "mount" || kind !== "absent"))) {
+        throw new StatusError(
+          "FAILED_PRECONDITION",
+          `Cannot ${action} ${id.uuid}: the staging path "${given}" is ${
+            kind === "absent" ? "missing" : "not a directory"
+          }, the orchestrator has to make it`,
+        );
+      }
+      let device: BlockDevice;
+      if (namespace !== undefined) {
+        await attacher.attach(ctx, namespace);
+        device = await waitForDevice(host, ctx, id.uuid, {
+          subsystemNqn: namespace.subsystemNqn,
+          hint: attacher.hint,
+        });
+      } else {
+        device = await attachedBefore(id.uuid);
+      }
+      if (access.type === "block") {
+        const mounted = mountsAt(await mountTable(host), path).at(-1);
+        if (mounted !== undefined && await relationOf(host, mounted, device) === "ours") {
+          throw new StatusError(
+            "ALREADY_EXISTS",
+            `Cannot ${action} ${id.uuid} as a block device: ${describeMount(mounted)} is staged at "${path}"`,
+          );
+        }
+        return {};
+      }
+      const readOnly = isReaderOnly(access.mode) || parseMountFlags(access.mountFlags).readOnly;
+      const { fsType } = await mountVolume(host, ctx, device, path, {
+        fsType: access.fsType,
+        defaultFsType: options.defaultFsType,
+        flags: access.mountFlags,
+        readOnly,
+        shared: isShared(access.mode),
+        mkfsOptions,
+      });
+      // A clone may be larger than its origin, and the volume may have grown while nobody had it.
+      if (!readOnly) await ensureGrown(host, ctx, device, path, fsType);
+      return {};
+    },
+
+    /** Unmounts at the staging path and lets go of the volume (spec/csi.md 7.4). Any leftover of a stage will do. */
+    async nodeUnstageVolume(request, call) {
+      const action = "unstage the volume";
+      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
+      const path = await canonicalPath(host, given);
+      const id = await idUnlessIdle(volumeId, path);
+      if (id === undefined) return {};
+      const ctx = call.with({ volume: id.uuid });
+      using _held = locks.take(`volume ${id.uuid}`, "NodeUnstageVolume");
+
+      const device = await findDevice(host, id.uuid);
+      if (path !== undefined) await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
+      if (device !== undefined) {
+        const others = await mountsOf(host, await mountTable(host), device);
+        if (others.length > 0) {
+          throw new StatusError(
+            "FAILED_PRECONDITION",
+            `Cannot ${action} ${id.uuid}: it is still mounted at ${
+              others.map((mount) => `"${mount.path}"`).join(", ")
+            }, unpublish it there first`,
+          );
+        }
+      }
+      await attacher.detach(ctx, id.uuid);
+      return {};
+    },
+
+    /** Shows the staged volume at the target path (spec/csi.md 7.5). */
+    async nodePublishVolume(request, call) {
+      const action = "publish the volume";
+      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      const givenTarget = requirePath(action, "target_path", request.targetPath);
+      const access = parseCapability(action, request.volumeCapability);
+      const readOnly = request.readonly || isReaderOnly(access.mode) ||
+        (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
+      if (request.stagingTargetPath === "") {
+        throw new StatusError(
+          "FAILED_PRECONDITION",
+          `Cannot ${action}: staging_target_path is missing, the volume has to be staged first`,
+        );
+      }
+      const givenStaging = requirePath(action, "staging_target_path", request.stagingTargetPath);
+      const id = parseId(volumeId);
+      refuseHostEncryption(`${action} ${id.uuid}`, id);
+      const ctx = call.with({ volume: id.uuid });
+      using _held = locks.take(`volume ${id.uuid}`, "NodePublishVolume");
+
+      const refuse = (problem: string) =>
+        new StatusError("FAILED_PRECONDITION", `Cannot ${action} ${id.uuid}: ${problem}`);
+      const found = await findDevice(host, id.uuid);
+      if (found === undefined) throw refuse("this node has no block device of it, it has to be staged first");
+      const device = await recheckDevice(host, found, `${action} ${id.uuid}`);
+      const target = await canonicalPath(host, givenTarget);
+      if (target === undefined) throw refuse(`the directory of the target path "${givenTarget}" is missing`);
+      const staging = await canonicalPath(host, givenStaging);
+      await refuseUnstaged(ctx, device, staging, access, refuse);
+
+      const table = await mountTable(host);
+      const there = mountsAt(table, target).at(-1);
+      const relation = there === undefined ? undefined : await relationOf(host, there, device);
+      if (there !== undefined && (relation === "ours" || relation === "our node")) {
+        refuseOtherPublish(`${action} ${id.uuid} at "${target}"`, there, relation, access, readOnly);
+        return {};
+      }
+      const others = (await mountsOf(host, table, device)).filter((mount) =>
+        mount.path !== staging && mount.path !== target
+      );
+      refuseSecondTarget(access, others, readOnly, refuse);
+      // What is dead there shows the pod nothing but errors; what is foreign is refused.
+      if (there !== undefined) await takeDown(host, ctx, target, device, `${action} ${id.uuid}`);
+
+      if (access.type === "block") {
+        await setReadOnly(ctx, device, readOnly);
+        await makeTarget(target, "file", refuse);
+        await bind(ctx, device.path, target, readOnly, refuse);
+      } else {
+        await makeTarget(target, "directory", refuse);
+        await bind(ctx, staging ?? givenStaging, target, readOnly, refuse);
+      }
+      const mounted = mountsAt(await mountTable(host), target).at(-1);
+      const now = mounted === undefined ? undefined : await relationOf(host, mounted, device);
+      if (now !== (access.type === "block" ? "our node" : "ours")) {
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot ${action} ${id.uuid}: after the bind mount, ${
+            mounted === undefined ? "nothing" : describeMount(mounted)
+          } is at "${target}" instead of ${device.path}`,
+        );
+      }
+      return {};
+    },
+
+    /** Takes the volume away from the target path, and the path with it (spec/csi.md 7.6). Any leftover will do. */
+    async nodeUnpublishVolume(request, call) {
+      const action = "unpublish the volume";
+      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      const given = requirePath(action, "target_path", request.targetPath);
+      const path = await canonicalPath(host, given);
+      const id = await idUnlessIdle(volumeId, path);
+      if (id === undefined || path === undefined) return {};
+      const ctx = call.with({ volume: id.uuid });
+      using _held = locks.take(`volume ${id.uuid}`, "NodeUnpublishVolume");
+
+      const device = await findDevice(host, id.uuid);
+      const table = await mountTable(host);
+      const there = mountsAt(table, path).at(-1);
+      if (device !== undefined && there !== undefined && there.options.includes("ro")) {
+        const published = (await mountsOf(host, table, device)).filter((mount) => mount.path !== path);
+        const isLast = published.length === 0 && await relationOf(host, there, device) === "our node";
+        if (isLast) await setReadOnly(ctx, device, false, true);
+      }
+      await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
+      await host.removeEmpty(path);
+      return {};
+    },
+
+    /** Says how full the volume is (spec/csi.md 7.7, 11). A path that does not show this volume is NOT_FOUND. */
+    async nodeGetVolumeStats(request, call) {
+      const action = "measure the volume";
+      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      const given = requireText(action, "volume_path", request.volumePath, 4095);
+      const id = parseId(volumeId);
+      const ctx = call.with({ volume: id.uuid });
+      using limit = timeLimit(ctx.signal, longestStatsMs);
+      try {
+        return await unlessAborted(stats(`${action} ${id.uuid}`, id.uuid, given), limit.signal);
+      } catch (error) {
+        ctx.signal.throwIfAborted();
+        if (error !== limit.signal.reason) throw error;
+        throw new StatusError(
+          "DEADLINE_EXCEEDED",
+          `Cannot ${action} ${id.uuid}: the file system at "${given}" has not answered within ${longestStatsMs} ms, see ` +
+            `whether its device has a working path`,
+          { cause: error },
+        );
+      }
+    },
+
+    /** Grows the file system to the size of the device, and answers the size measured then (spec/csi.md 7.8, 9). */
+    async nodeExpandVolume(request, call) {
+      const action = "expand the volume";
+      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      const given = requireText(action, "volume_path", request.volumePath, 4095);
+      const requiredBytes = request.capacityRange?.requiredBytes ?? 0n;
+      const limitBytes = request.capacityRange?.limitBytes ?? 0n;
+      if (requiredBytes < 0n || limitBytes < 0n || (limitBytes > 0n && limitBytes < requiredBytes)) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action}: capacity_range from ${requiredBytes} to ${limitBytes} bytes makes no sense`,
+        );
+      }
+      if (request.volumeCapability !== undefined) parseCapability(action, request.volumeCapability);
+      const id = parseId(volumeId);
+      const ctx = call.with({ volume: id.uuid });
+      refuseHostEncryption(`${action} ${id.uuid}`, id);
+      using _held = locks.take(`volume ${id.uuid}`, "NodeExpandVolume");
+
+      const shown = await showing(`${action} ${id.uuid}`, id.uuid, given);
+      const device = await grownDevice(ctx, shown.device, requiredBytes, `${action} ${id.uuid}`);
+      if (limitBytes > 0n && device.sizeBytes > limitBytes) {
+        throw new StatusError(
+          "OUT_OF_RANGE",
+          `Cannot ${action} ${id.uuid}: it has ${device.sizeBytes} bytes already, at most ${limitBytes} are wanted`,
+        );
+      }
+      if (shown.kind === "mount") {
+        const mounts = await mountsOf(host, await mountTable(host), device);
+        // A read-only target shares its file system with the staging mount, which may be writable.
+        const writable = mounts.find((mount) => !mount.options.includes("ro")) ?? shown.mount;
+        const fsType = fsTypes.find((fsType) => fsType === shown.mount.fsType);
+        if (fsType === undefined) {
+          throw new StatusError(
+            "FAILED_PRECONDITION",
+            `Cannot ${action} ${id.uuid}: ${describeMount(shown.mount)} is none of ${fsTypes.join(", ")}`,
+          );
+        }
+        await ensureGrown(host, ctx, device, writable.path, fsType);
+      }
+      return { capacityBytes: device.sizeBytes };
+    },
+
+    /** Names this node (spec/csi.md 7.2). */
+    nodeGetInfo() {
+      return Promise.resolve({
+        nodeId: options.nodeId,
+        maxVolumesPerNode: BigInt(options.maxVolumes ?? 0),
+      });
+    },
+
+    /** What this service can do (spec/csi.md 7.1). */
+    nodeGetCapabilities() {
+      const types = [
+        Capability.STAGE_UNSTAGE_VOLUME,
+        Capability.GET_VOLUME_STATS,
+        Capability.EXPAND_VOLUME,
+        Capability.SINGLE_NODE_MULTI_WRITER,
+      ];
+      return Promise.resolve({
+        capabilities: types.map((type) => ({ type: { case: "rpc" as const, value: { type } } })),
+      });
+    },
+  };
+
+  /** The device of a volume that was attached before this driver took over, without a publish context of ours. */
+  async function attachedBefore(uuid: string): Promise<BlockDevice> {
+    const device = await findDevice(host, uuid);
+    if (device !== undefined) return await recheckDevice(host, device, `stage the volume ${uuid}`);
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot stage the volume ${uuid}: its publish context was made by another driver and the device is not here; delete ` +
+        `the VolumeAttachment of this volume and node, so that it is attached anew`,
+    );
+  }
+
+  /** The ID of a volume to let go of; undefined when it is not ours and nothing is mounted at the path: nothing to do. */
+  async function idUnlessIdle(volumeId: string, path: string | undefined) {
+    try {
+      return parseId(volumeId);
+    } catch (error) {
+      if (path === undefined || mountsAt(await mountTable(host), path).length === 0) return undefined;
+      throw error;
+    }
+  }
+
+  /** Throws unless the volume is staged: a bind mount of a plain directory would put the pod's files on the root disk. */
+  async function refuseUnstaged(
+    ctx: RequestContext,
+    device: BlockDevice,
+    staging: string | undefined,
+    access: Access,
+    refuse: (problem: string) => StatusError,
+  ): Promise<void> {
+    const mounted = staging === undefined ? undefined : mountsAt(await mountTable(host), staging).at(-1);
+    const relation = mounted === undefined ? undefined : await relationOf(host, mounted, device);
+    if (access.type === "block") {
+      if (relation === "ours") throw refuse(`it is staged at "${staging}" as a file system, not as a block device`);
+      return;
+    }
+    if (mounted === undefined) throw refuse(`nothing is mounted at the staging path, it has to be staged again`);
+    if (relation === "dead") {
+      throw refuse(`${describeMount(mounted)} at the staging path has lost its device, it has to be staged again`);
+    }
+    if (relation !== "ours" || mounted.root !== "/") {
+      throw refuse(`${describeMount(mounted)} is mounted at the staging path, which is not this volume`);
+    }
+    const trouble = await troubleOf(host, ctx, device, mounted, mounted.superOptions.includes("ro"));
+    if (trouble !== undefined) throw refuse(`${trouble}, it has to be staged again`);
+    if (mounted.superOptions.includes("ro") && !isReaderOnly(access.mode)) {
+      const asked = access.type === "mount" && parseMountFlags(access.mountFlags).readOnly;
+      if (!asked) throw refuse(`${describeMount(mounted)} at the staging path is read-only`);
+    }
+  }
+
+  /** Makes an empty target to mount on; what is there already must be empty, for the mount would hide it. */
+  async function makeTarget(
+    target: string,
+    wanted: "file" | "directory",
+    refuse: (problem: string) => StatusError,
+  ): Promise<void> {
+    const kind = await host.kindOf(target);
+    if (kind === "absent") {
+      await (wanted === "file" ? host.makeFile(target) : host.makeDirectory(target));
+      return;
+    }
+    if (kind !== wanted) throw refuse(`the target path "${target}" is there already and is not a ${wanted}`);
+    if (wanted === "directory" && (await host.list(target) ?? []).length > 0) {
+      throw refuse(`the target path "${target}" is not a mount point but holds files of the node's own disk`);
+    }
+  }
+
+  async function bind(
+    ctx: RequestContext,
+    source: string,
+    target: string,
+    readOnly: boolean,
+    refuse: (problem: string) => StatusError,
+  ): Promise<void> {
+    const args = ["-o", readOnly ? "bind,ro" : "bind", source, target];
+    const result = await host.run("mount", args, { signal: ctx.signal, onAbort: "finish", log: ctx.log });
+    if (result.code !== 0) throw refuse(`mount failed with exit ${result.code} (${result.stderr.trim()})`);
+  }
+
+  /**
+   * Makes the kernel refuse writes to the device, or take them again. A read-only bind mount of a device node does not
+   * keep anybody from writing to the device behind it.
+   */
+  async function setReadOnly(
+    ctx: RequestContext,
+    device: BlockDevice,
+    readOnly: boolean,
+    isKnown = false,
+  ): Promise<void> {
+    if (device.readOnly === readOnly && !isKnown) return;
+    const result = await host.run("blockdev", [readOnly ? "--setro" : "--setrw", device.path], {
+      signal: ctx.signal,
+      onAbort: "finish",
+      log: ctx.log,
+    });
+    if (result.code === 0) return;
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot make ${device.path} ${readOnly ? "read-only" : "writable"}: ${result.stderr.trim()}`,
+    );
+  }
+
+  /** What a path shows of the volume; throws NOT_FOUND when that is nothing. */
+  async function showing(action: string, uuid: string, given: string): Promise<Shown> {
+    const refuse = (problem: string) => new StatusError("NOT_FOUND", `Cannot ${action}: ${problem}`);
+    const path = given.startsWith("/") ? await canonicalPath(host, given) : undefined;
+    if (path === undefined) throw refuse(`"${given}" is not there`);
+    const device = await findDevice(host, uuid);
+    const mount = mountsAt(await mountTable(host), path).at(-1);
+    if (mount !== undefined) {
+      const relation = await relationOf(host, mount, device);
+      if (device !== undefined && relation === "ours") return { kind: "mount", device, mount, path };
+      if (device !== undefined && relation === "our node") return { kind: "block", device };
+      if (relation === "dead") {
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot ${action}: ${describeMount(mount)} at "${path}" has lost its device`,
+        );
+      }
+    } else if (device !== undefined && await host.blockNumber(path) === device.number) {
+      return { kind: "block", device };
+    }
+    throw refuse(
+      device === undefined ? `this node has no block device of it` : `"${given}" does not show ${device.path}`,
+    );
+  }
+
+  async function stats(action: string, uuid: string, given: string) {
+    const shown = await showing(action, uuid, given);
+    if (shown.kind === "block") return { usage: [{ unit: Unit.BYTES, total: shown.device.sizeBytes }] };
+    const usage = await host.usage(shown.path);
+    return {
+      usage: [
+        {
+          unit: Unit.BYTES,
+          total: usage.totalBytes,
+          available: usage.availableBytes,
+          used: usage.totalBytes - usage.freeBytes,
+        },
+        {
+          unit: Unit.INODES,
+          total: usage.totalInodes,
+          available: usage.freeInodes,
+          used: usage.totalInodes - usage.freeInodes,
+        },
+      ],
+    };
+  }
+
+  /** The device, once the kernel shows at least `requiredBytes`. */
+  async function grownDevice(
+    ctx: RequestContext,
+    device: BlockDevice,
+    requiredBytes: bigint,
+    action: string,
+  ): Promise<BlockDevice> {
+    const started = performance.now();
+    let rescanned = false;
+    for (;;) {
+      const now = await recheckDevice(host, device, action);
+      if (now.sizeBytes >= requiredBytes) return now;
+      if (!rescanned && performance.now() - started >= announcedMs) {
+        rescanned = true;
+        await rescanNamespaces(host, ctx, device.subsystemNqn);
+        continue;
+      }
+      try {
+        await sleep(50, ctx.signal);
+      } catch (error) {
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot ${action}: ${now.path} still has ${now.sizeBytes} bytes, ${requiredBytes} are wanted; the cluster has ` +
+            `not shown this node a larger size`,
+          { cause: error },
+        );
+      }
+    }
+  }
+}
+
+type Shown =
+  | { readonly kind: "mount"; readonly device: BlockDevice; readonly mount: Mount; readonly path: string }
+  | { readonly kind: "block"; readonly device: BlockDevice };
+
+function refuseHostEncryption(action: string, id: Pick<VolumeId, "hostEncryption">): void {
+  if (id.hostEncryption === undefined) return;
+  throw new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot ${action}: it is encrypted on the host (hostcrypto:${id.hostEncryption}), which this version cannot open; it ` +
+      `is never used in the clear`,
+  );
+}
+
+/** Throws when the volume is published at this target in another way than is asked for. */
+function refuseOtherPublish(
+  action: string,
+  mount: Mount,
+  relation: "ours" | "our node",
+  access: Access,
+  readOnly: boolean,
+): void {
+  const differences: string[] = [];
+  const type = relation === "ours" ? "mount" : "block";
+  if (type !== access.type) differences.push(`as ${type} instead of ${access.type}`);
+  const isReadOnly = mount.options.includes("ro");
+  if (isReadOnly !== readOnly) {
+    differences.push(`${isReadOnly ? "read-only" : "writable"} instead of ${readOnly ? "read-only" : "writable"}`);
+  }
+  if (differences.length === 0) return;
+  throw new StatusError(
+    "ALREADY_EXISTS",
+    `Cannot ${action}: it is published there already, ${differences.join(", ")}`,
+  );
+}
+
+/**
+ * Throws when another target of the volume on this node forbids this one (spec/csi.md 7.5). SINGLE_NODE_WRITER allows
+ * it: orchestrators that do not know SINGLE_NODE_MULTI_WRITER mean that, and two pods of a node share the volume.
+ */
+function refuseSecondTarget(
+  access: Access,
+  others: readonly Mount[],
+  readOnly: boolean,
+  refuse: (problem: string) => StatusError,
+): void {
+  // A directory of the volume that kubelet shows to a container (subPath) is not a target.
+  const target = others.find((mount) => mount.root === "/" || mount.fsType === "devtmpfs" || access.type === "block");
+  if (target === undefined) return;
+  if (access.mode === Mode.SINGLE_NODE_SINGLE_WRITER || access.mode === Mode.SINGLE_NODE_READER_ONLY) {
+    throw refuse(
+      `it is published at "${target.path}", and access mode ${Mode[access.mode]} allows one target on a node`,
+    );
+  }
+  if (access.type === "block" && target.options.includes("ro") !== readOnly) {
+    throw refuse(
+      `it is published at "${target.path}" ${readOnly ? "for writing" : "read-only"}, and a block device is either ` +
+        `read-only or writable for all its users on a node`,
+    );
+  }
+}

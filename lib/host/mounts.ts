@@ -1,0 +1,221 @@
+/**
+ * The mount table: who is mounted where, on which device, and whether that device is still the one it was.
+ *
+ * A mount outlives its device. Measured on kernel 6.1: after the device of a namespace has gone, mountinfo goes on
+ * saying `259:1 … ext4 /dev/nvme0n1 rw`, df and stat work, and writes fail at fsync only. What tells is sysfs:
+ * `dev/block/<major:minor>` is gone.
+ */
+import type { RequestContext } from "../context.ts";
+import { StatusError } from "../error.ts";
+import type { Host } from "./host.ts";
+import { type BlockDevice, describeDevice } from "./nvme.ts";
+
+/** One line of mountinfo (proc(5)), unescaped. */
+export interface Mount {
+  /** `major:minor` of the file system; of an anonymous one (btrfs, tmpfs) it is no device. */
+  readonly number: string;
+  /** What of the file system is mounted: `/`, a directory, or a device node of devtmpfs. */
+  readonly root: string;
+  readonly path: string;
+  /** Options of this mount alone. */
+  readonly options: readonly string[];
+  readonly fsType: string;
+  readonly source: string;
+  /** Options of the file system, whoever mounts it. */
+  readonly superOptions: readonly string[];
+}
+
+/** The lines of a mountinfo text, oldest first; lines that cannot be read are left out. */
+export function parseMountTable(text: string): readonly Mount[] {
+  return text.split("\n").flatMap((line) => {
+    // Between the options and " - " stand any number of propagation fields.
+    const [before, after] = split(line, " - ");
+    const [, , number, root, path, options] = before.split(" ");
+    const [fsType, source, superOptions] = after.split(" ");
+    if (number === undefined || root === undefined || path === undefined || options === undefined) return [];
+    if (fsType === undefined || source === undefined) return [];
+    return [{
+      number,
+      root: unescapeField(root),
+      path: unescapeField(path),
+      options: unescapeField(options).split(","),
+      fsType,
+      source: unescapeField(source),
+      superOptions: unescapeField(superOptions ?? "").split(","),
+    }];
+  });
+}
+
+function split(text: string, separator: string): readonly [string, string] {
+  const at = text.indexOf(separator);
+  return at < 0 ? [text, ""] : [text.slice(0, at), text.slice(at + separator.length)];
+}
+
+/** Blank, tab, newline, backslash and hash are written as three octal digits; other bytes as they are. */
+function unescapeField(text: string): string {
+  if (!text.includes("\\")) return text;
+  return text.replace(/\\([0-7]{3})/g, (_, digits: string) => String.fromCharCode(parseInt(digits, 8)));
+}
+
+/** All mounts of this process' mount namespace, oldest first; throws UNAVAILABLE when there is no such table. */
+export async function mountTable(host: Host): Promise<readonly Mount[]> {
+  const path = `${host.roots.proc}/self/mountinfo`;
+  const text = await host.readText(path);
+  if (text === undefined) throw new StatusError("UNAVAILABLE", `Cannot read the mount table: ${path} is missing`);
+  return parseMountTable(text);
+}
+
+/** The mounts stacked at `path` (free of symbolic links), lowest first. */
+export function mountsAt(table: readonly Mount[], path: string): readonly Mount[] {
+  return table.filter((mount) => mount.path === path);
+}
+
+/**
+ * `path` as the mount table writes it: its directory without symbolic links. Undefined when the directory is missing. The
+ * last part is not looked at, for it may be the root of a file system that does not answer.
+ */
+export async function canonicalPath(host: Host, path: string): Promise<string | undefined> {
+  const trimmed = path.replace(/\/+$/, "");
+  const slash = trimmed.lastIndexOf("/");
+  const parent = await host.realPath(slash <= 0 ? "/" : trimmed.slice(0, slash));
+  if (parent === undefined) return undefined;
+  return `${parent === "/" ? "" : parent}/${trimmed.slice(slash + 1)}`;
+}
+
+/**
+ * What a mount is to a volume: `ours`, its file system or (`node`) its device node; `dead`, a mount of an NVMe namespace
+ * that is not on this machine any more; `foreign`, everything else.
+ */
+export type Relation = "ours" | "our node" | "dead" | "foreign";
+
+/** How `mount` relates to the volume whose block device is `device`; undefined when the volume has none at present. */
+export async function relationOf(host: Host, mount: Mount, device: BlockDevice | undefined): Promise<Relation> {
+  const nodeName = namespaceName(mount.root);
+  if (nodeName !== undefined) {
+    // A node of the directory of devices, bound to a file: the number behind the file is what I/O goes to.
+    const number = await host.blockNumber(mount.path);
+    if (number === undefined) return "foreign";
+    if (device !== undefined && number === device.number) return "our node";
+    return await isPresent(host, number) ? "foreign" : "dead";
+  }
+  const number = await numberOf(host, mount);
+  if (device !== undefined && number === device.number) return "ours";
+  // Only a mount of an NVMe namespace can be a dead one of ours; for others a missing number may mean anything.
+  if (namespaceName(mount.source) === undefined) return "foreign";
+  return number !== undefined && await isPresent(host, number) ? "foreign" : "dead";
+}
+
+/** The block device under a mounted file system; undefined when it has none, or it has gone. */
+async function numberOf(host: Host, mount: Mount): Promise<string | undefined> {
+  // btrfs shows a number of its own. Its source is the path of the device, which the kernel keeps from being used anew
+  // while the mount lasts.
+  if (mount.fsType === "btrfs") return await host.blockNumber(mount.source);
+  return mount.number.startsWith("0:") ? undefined : mount.number;
+}
+
+/** `nvme0n1` of a path that ends in it; the kernel adds `//deleted` to the root of a node that has gone. */
+function namespaceName(path: string): string | undefined {
+  return /\/(nvme\d+n\d+)(?:\/\/deleted)?$/.exec(path)?.[1];
+}
+
+async function isPresent(host: Host, number: string): Promise<boolean> {
+  return await host.kindOf(`${host.roots.sysfs}/dev/block/${number}`) !== "absent";
+}
+
+/** The mounts of the volume with this device, its device node included. */
+export async function mountsOf(host: Host, table: readonly Mount[], device: BlockDevice): Promise<readonly Mount[]> {
+  const found: Mount[] = [];
+  for (const mount of table) {
+    if (mount.number !== device.number && namespaceName(mount.root) === undefined && mount.fsType !== "btrfs") continue;
+    const relation = await relationOf(host, mount, device);
+    if (relation === "ours" || relation === "our node") found.push(mount);
+  }
+  return found;
+}
+
+/**
+ * Takes down every mount at `path` that is the volume's or dead, topmost first, and answers how many. Nothing there: 0.
+ *
+ * @throws StatusError FAILED_PRECONDITION when something foreign is mounted there (left as it is), or the mount is busy,
+ *   saying by whom; UNAVAILABLE when umount fails otherwise
+ */
+export async function takeDown(
+  host: Host,
+  ctx: RequestContext,
+  path: string,
+  device: BlockDevice | undefined,
+  action: string,
+): Promise<number> {
+  const stacked = mountsAt(await mountTable(host), path);
+  for (const mount of stacked.toReversed()) {
+    if (await relationOf(host, mount, device) === "foreign") {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: ${describeMount(mount)} is mounted at "${path}", which is not this volume` +
+          `${device === undefined ? "" : `, ${describeDevice(device)},`} and left as it is`,
+      );
+    }
+    await unmount(host, ctx, path, action);
+  }
+  const left = mountsAt(await mountTable(host), path);
+  if (left[0] !== undefined) {
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${describeMount(left[0])} is still mounted at "${path}"`);
+  }
+  return stacked.length;
+}
+
+/** `ext4 of /dev/nvme0n1 (259:1)`. */
+export function describeMount(mount: Mount): string {
+  return `${mount.fsType} of ${mount.source} (${mount.number}${mount.root === "/" ? "" : `, ${mount.root}`})`;
+}
+
+/** One `umount`: never lazy, for the data must be on the device when it returns, and never forced. */
+async function unmount(host: Host, ctx: RequestContext, path: string, action: string): Promise<void> {
+  const result = await host.run("umount", [path], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
+  // Unmounted by somebody else meanwhile.
+  if (result.code === 0 || /not mounted|no mount point/.test(result.stderr)) return;
+  const text = result.stderr.trim();
+  if (/busy/.test(text)) {
+    const holders = await holdersOf(host, path);
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: "${path}" is in use by ${
+        holders.length === 0 ? "something that this process cannot see" : holders.join(", ")
+      }`,
+    );
+  }
+  throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${text === "" ? `umount exits ${result.code}` : text}`);
+}
+
+const mostHolders = 5;
+
+/** Mounts below `path` and processes with something open there, at most a few; for error messages. */
+async function holdersOf(host: Host, path: string): Promise<readonly string[]> {
+  const inside = (place: string | undefined) => place === path || place?.startsWith(`${path}/`) === true;
+  const holders = (await mountTable(host)).filter((mount) => mount.path.startsWith(`${path}/`))
+    .map((mount) => `the mount at "${mount.path}"`);
+  const proc = host.roots.proc;
+  for (const pid of await host.list(proc) ?? []) {
+    if (holders.length >= mostHolders) break;
+    if (!/^\d+$/.test(pid)) continue;
+    const links = [`${proc}/${pid}/cwd`, `${proc}/${pid}/root`, `${proc}/${pid}/exe`];
+    for (const fd of await quietly(host.list(`${proc}/${pid}/fd`)) ?? []) links.push(`${proc}/${pid}/fd/${fd}`);
+    for (const link of links) {
+      const place = await quietly(host.readLink(link));
+      if (!inside(place)) continue;
+      const name = (await quietly(host.readText(`${proc}/${pid}/comm`)))?.trim() ?? "unknown";
+      holders.push(`process ${pid} (${name}) with "${place}"`);
+      break;
+    }
+  }
+  return holders.slice(0, mostHolders);
+}
+
+/** Processes end while they are looked at. */
+async function quietly<T>(promise: Promise<T>): Promise<T | undefined> {
+  try {
+    return await promise;
+  } catch {
+    return undefined;
+  }
+}
