@@ -226,10 +226,15 @@ function beginCall(options: ServeOptions, state: { calls: number }, method: Desc
     // grpc-js emits this at the end of well-finished calls too.
     if (!finished) aborted.abort(new StatusError("CANCELLED", `${method.name} was given up by its caller`));
   });
-  const facts = options.describe?.(method, call.request) ?? {};
-  const log = options.log.with({ rpc: method.name, call: ++state.calls, ...facts });
-  if (options.redact !== undefined && log.verbose) {
-    log.debug("received", { request: options.redact(method, call.request) });
+  let log = options.log.with({ rpc: method.name, call: ++state.calls });
+  try {
+    log = log.with(options.describe?.(method, call.request) ?? {});
+    if (options.redact !== undefined && log.verbose) {
+      log.debug("received", { request: options.redact(method, call.request) });
+    }
+  } catch (error) {
+    // A request that cannot be described is still to be answered.
+    log.error("failed to describe a request", { error: messageOf(error) });
   }
   const context: CallContext = {
     ...requestContext(aborted.signal, deadline, log),
@@ -579,7 +584,9 @@ function callError(error: grpc.ServiceError, headersCame: boolean): CallError {
   // for a lost connection has none. It words a failure before the request was handed to a connection like this.
   const answered = headersCame || error.metadata?.get("content-type").length > 0;
   const origin = answered ? "server" : /^No connection established/.test(details) ? "not connected" : "connection lost";
-  return new CallError(code, details, origin);
+  // grpc-js calls it INTERNAL when the socket breaks under its hands ("write EPIPE"): a lost connection like any other.
+  const broken = origin === "connection lost" && /^Received RST_STREAM .* internal client error/.test(details);
+  return new CallError(broken ? "UNAVAILABLE" : code, details, origin);
 }
 
 function credentials({ address, tls: security }: ChannelOptions): grpc.ChannelCredentials {
