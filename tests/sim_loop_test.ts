@@ -250,7 +250,7 @@ Deno.test({
       assert.deepEqual(loopsOf(stateDir), []);
       assert.deepEqual([...Deno.readDirSync(join(stateDir, "dev"))], []);
     } finally {
-      await mount?.unmount();
+      await mount?.[Symbol.asyncDispose]();
       for (const loop of loopsOf(stateDir)) await command("losetup", "-d", loop);
       await Deno.remove(stateDir, { recursive: true });
     }
