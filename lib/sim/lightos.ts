@@ -48,7 +48,7 @@ export interface ApiEndpoint extends AsyncDisposable {
   stop(): Promise<void>;
   /** Listens again, on the same port. */
   start(): Promise<void>;
-  /** Accepts connections and never answers, as a server that is stuck. */
+  /** Accepts TCP connections and says nothing on them, as a server that is stuck. */
   hang(): Promise<void>;
   /** Ends its connections; new ones are welcome. */
   dropConnections(): void;

@@ -130,12 +130,15 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
   const rules = faults();
   const certificate = settings.schemes.includes("grpcs") ? remembered.certificate : undefined;
   const endpoints: ApiEndpoint[] = [];
+  stack.defer(async () => {
+    await Promise.all(endpoints.map((endpoint) => endpoint[Symbol.asyncDispose]()));
+  });
   const addressesOf = (scheme: Scheme) =>
     endpoints.filter((endpoint) => endpoint.scheme === scheme).map(({ address }) => address);
   for (const scheme of settings.schemes) {
     const firstPort = scheme === "grpc" ? settings.grpcPort : settings.grpcsPort;
     for (let server = 0; server < settings.servers; server++) {
-      endpoints.push(stack.use(
+      endpoints.push(
         await serveLightos({
           cluster,
           faults: rules,
@@ -149,7 +152,7 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
           apiEndpoints: () => addressesOf(scheme),
           log,
         }),
-      ));
+      );
     }
   }
   const controls = control(cluster, endpoints, rules, issuer);
