@@ -288,13 +288,34 @@ const commands: Readonly<Record<string, Command>> = {
 
   node: command("serve the CSI identity and node services", nodeOptions, async (settings) => {
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "node" });
-    const { nodeIdProblem } = await import("./lib/namespace.ts");
+    const { hostNqn, nodeIdProblem } = await import("./lib/namespace.ts");
     const suffix = settings["node-id-suffix"];
     const problem = nodeIdProblem(settings["node-id"]) ??
       (settings["node-id"].endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
     if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
-    const { nodeService } = await import("./lib/csi/node.ts");
-    return await serveCsi(settings.endpoint, log, [await nodeService()]);
+    const { nodeHandlers } = await import("./lib/csi/node.ts");
+    const { direct, discoveryClient, hostIdOf } = await import("./lib/host/attach.ts");
+    const { linuxHost } = await import("./lib/host/host.ts");
+    const { parseVolumeId } = await import("./lib/id.ts");
+    const { KeyedLock } = await import("./lib/lock.ts");
+    const { service } = await import("./lib/rpc.ts");
+    const { Node } = await import("./proto/gen/csi_pb.ts");
+    const nodeId = settings["node-id"];
+    const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+    const locks = new KeyedLock();
+    const attacher = settings.attach === "direct"
+      ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks })
+      : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
+    const handlers = nodeHandlers({
+      host,
+      attacher,
+      locks,
+      nodeId,
+      defaultFsType: settings["default-fs"],
+      maxVolumes: settings["max-volumes"],
+      parseId: parseVolumeId,
+    });
+    return await serveCsi(settings.endpoint, log, [service(Node, handlers)]);
   }),
 
   simulate: command(
@@ -332,6 +353,25 @@ const commands: Readonly<Record<string, Command>> = {
       return 0;
     },
     simulateText,
+  ),
+
+  demo: command(
+    "take volumes through their whole lives on a simulated cluster, with real file systems",
+    {
+      fs: {
+        value: "LIST",
+        meaning:
+          "file systems to play, separated by commas; default: ext4, and each other one that this machine can make",
+        schema: z.string().transform((list) => list.split(","))
+          .pipe(z.array(z.enum(["ext4", "xfs", "btrfs"], { error: "is not of ext4, xfs, btrfs" }))).optional(),
+      },
+      keep: { meaning: "leave the temporary directory, with the logs in it", schema: switchSchema },
+      verbose: { meaning: "show every command that is run", schema: switchSchema },
+    },
+    async (settings) => await (await import("./lib/demo.ts")).demo(settings),
+    "It starts a simulated cluster, a controller and a node as processes of their own, plays the orchestrator over CSI, and\n" +
+      "checks at the end that nothing is left over. File systems need root, loop devices and mkfs; without them it says\n" +
+      "what is missing and plays the control plane alone.",
   ),
 
   identity: command("serve the CSI identity service alone", serviceOptions, async (settings) => {
