@@ -39,6 +39,7 @@ import { protections, volumeStates } from "./cluster.ts";
 import type { Machine } from "./data_plane.ts";
 import type { CallCount, FaultRule, Faults } from "./faults.ts";
 import type { ApiEndpoint } from "./lightos.ts";
+import { onFreePort } from "./port.ts";
 import type { Tokens } from "./token.ts";
 
 /** Which management endpoints: those that match every given field; all of them when none is given. */
@@ -252,44 +253,42 @@ export async function serveControl(
     throw new StatusError("INVALID_ARGUMENT", `Cannot serve the control port on ${host}: only loopback is safe`);
   }
   const routes = routesOf(control, about);
-  const started = Promise.withResolvers<number>();
-  let server: Deno.HttpServer;
-  try {
-    server = Deno.serve(
-      { hostname: host, port, onListen: (address) => started.resolve(address.port) },
-      async (request) => {
-        const url = new URL(request.url);
-        const reply = (status: number, body: unknown) =>
-          new Response(
-            `${JSON.stringify(body, (_key, value) => typeof value === "bigint" ? String(value) : value)}\n`,
-            {
-              status,
-              headers: { "content-type": "application/json" },
-            },
-          );
-        try {
-          const text = await request.text();
-          for (const [method, pattern, run] of routes) {
-            const match = method === request.method ? pattern.exec(url.pathname) : null;
-            if (match === null) continue;
-            const body = await run({ text, url, argument: decodeURIComponent(match[1] ?? "") });
-            return reply(200, body ?? {});
-          }
-          return reply(404, { error: `Cannot find ${request.method} ${url.pathname}` });
-        } catch (error) {
-          const known = error instanceof StatusError;
-          if (!known) log.error("control port failed", { error: messageOf(error) });
-          return reply(known ? 400 : 500, { error: messageOf(error) });
-        }
-      },
-    );
-  } catch (cause) {
-    throw new StatusError("FAILED_PRECONDITION", `Cannot listen on ${host}:${port}: ${messageOf(cause)}`, { cause });
-  }
+  const answer = async (request: Request): Promise<Response> => {
+    const url = new URL(request.url);
+    try {
+      const text = await request.text();
+      for (const [method, pattern, run] of routes) {
+        const match = method === request.method ? pattern.exec(url.pathname) : null;
+        if (match === null) continue;
+        const body = await run({ text, url, argument: decodeURIComponent(match[1] ?? "") });
+        return reply(200, body ?? {});
+      }
+      return reply(404, { error: `Cannot find ${request.method} ${url.pathname}` });
+    } catch (error) {
+      const known = error instanceof StatusError;
+      if (!known) log.error("control port failed", { error: messageOf(error) });
+      return reply(known ? 400 : 500, { error: messageOf(error) });
+    }
+  };
+  const server = await onFreePort(port, async (port) => {
+    try {
+      const started = Promise.withResolvers<void>();
+      const server = Deno.serve({ hostname: host, port, onListen: () => started.resolve() }, answer);
+      await started.promise;
+      return server;
+    } catch (cause) {
+      throw new StatusError("FAILED_PRECONDITION", `Cannot listen on ${host}:${port}: ${messageOf(cause)}`, { cause });
+    }
+  });
   return {
-    url: `http://${host.includes(":") ? `[${host}]` : host}:${await started.promise}`,
+    url: `http://${host.includes(":") ? `[${host}]` : host}:${server.addr.port}`,
     [Symbol.asyncDispose]: () => server.shutdown(),
   };
+}
+
+function reply(status: number, body: unknown): Response {
+  const text = JSON.stringify(body, (_key, value) => typeof value === "bigint" ? String(value) : value);
+  return new Response(`${text}\n`, { status, headers: { "content-type": "application/json" } });
 }
 
 interface ControlRequest {

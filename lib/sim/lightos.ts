@@ -34,6 +34,7 @@ import {
 import { type Cluster, longestPage, type ServerPlace } from "./cluster.ts";
 import type { SimPolicy, SimSnapshot, SimTrustedHost, SimVolume, VolumeChange } from "./cluster.ts";
 import type { Faults } from "./faults.ts";
+import { onFreePort } from "./port.ts";
 import type { Caller, Tokens } from "./token.ts";
 
 /** The management API of one server over one scheme. */
@@ -106,7 +107,11 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
   ) as unknown as Handlers<typeof DurosAPI>;
 
   const listen = async () => {
-    running = await serve({
+    running = await onFreePort(port, (port) => serveOn(port));
+    port = running.port;
+  };
+  const serveOn = (port: number) =>
+    serve({
       listen: { host, port, ...(options.tls === undefined ? {} : { tls: options.tls }) },
       services: [service(DurosAPI, guarded)],
       log: log.with({ address: scheme }),
@@ -122,8 +127,6 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
         callers.set(call, caller);
       },
     });
-    port = running.port;
-  };
   const halt = async () => {
     stuck?.close();
     stuck = undefined;
