@@ -89,7 +89,7 @@ export async function mountVolume(
         `Cannot ${action}: ${device.path} holds ${fsType}, the request wants ${wish.fsType}; it is never formatted again`,
       );
     }
-    if (!readOnly && !wish.shared) await check(host, ctx, device, fsType, action);
+    if (!readOnly && !wish.shared) await check(host, ctx, device, fsType, found.isSmaller, action);
   } else {
     if (readOnly || wish.shared) {
       throw new StatusError(
@@ -210,7 +210,7 @@ function refuseOtherMount(action: string, mount: Mount, wish: MountWish, readOnl
 // ----------------------------------------------------------------------------------------------------- what is there
 
 type Content =
-  | { readonly kind: "filesystem"; readonly fsType: FsType }
+  | { readonly kind: "filesystem"; readonly fsType: FsType; readonly isSmaller: boolean }
   | { readonly kind: "blank" }
   /** A mkfs of ours for this namespace that was cut off: see the head of this file. */
   | { readonly kind: "unfinished" };
@@ -271,7 +271,7 @@ export async function contentOf(
           `volume has to get its size back`,
       );
     }
-    return { kind: "filesystem", fsType };
+    return { kind: "filesystem", fsType, isSmaller: now.sizeBytes - size.fsBytes >= size.stepBytes };
   }
   if (probed.code === 0) throw refuse(`blkid finds something on ${now.path} that it does not name, it is left alone`);
   await proveBlank(read, now, refuse);
@@ -400,15 +400,23 @@ async function check(
   ctx: RequestContext,
   device: BlockDevice,
   fsType: FsType,
+  isSmaller: boolean,
   action: string,
 ): Promise<void> {
   // xfs and btrfs put themselves right when they are mounted; their check tools are for people.
   if (fsType !== "ext4") return;
   // Mounted elsewhere on this machine (by an earlier staging path): it is in order, and e2fsck would refuse.
   if ((await mountsOf(host, await mountTable(host), device)).length > 0) return;
-  const checked = await changing(host, ctx, "e2fsck", ["-p", device.path]);
+  // Once mounted it grows much faster, without a full check; but that takes a right which not every container has.
+  const growHere = isSmaller && !await canGrowMountedExt4(host);
+  const checked = await changing(host, ctx, "e2fsck", growHere ? ["-f", "-p", device.path] : ["-p", device.path]);
   // e2fsck(8): the exit code is a sum; 1 is "errors corrected", 2 is "and the system should be rebooted" (a mounted root).
-  if ((checked.code & ~3) === 0) return;
+  if ((checked.code & ~3) === 0) {
+    if (!growHere) return;
+    const grown = await changing(host, ctx, "resize2fs", [device.path]);
+    if (grown.code !== 0) throw failed(action, "resize2fs", grown);
+    return;
+  }
   if ((checked.code & 4) !== 0) {
     throw new StatusError(
       "FAILED_PRECONDITION",
@@ -417,6 +425,13 @@ async function check(
     );
   }
   throw failed(action, "e2fsck", checked);
+}
+
+/** The kernel lets only holders of CAP_SYS_RESOURCE (24) grow a mounted ext4, root or not. */
+async function canGrowMountedExt4(host: Host): Promise<boolean> {
+  const status = await host.readText(`${host.roots.proc}/self/status`);
+  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(status ?? "")?.[1];
+  return effective !== undefined && (BigInt(`0x${effective}`) & (1n << 24n)) !== 0n;
 }
 
 async function mount(
@@ -492,6 +507,13 @@ export async function ensureGrown(
   const mount = mountsAt(await mountTable(host), path).at(-1);
   if (mount === undefined || mount.superOptions.includes("ro") || mount.options.includes("ro")) {
     throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: it is mounted read-only`);
+  }
+  if (fsType === "ext4" && !await canGrowMountedExt4(host)) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: the driver lacks the capability CAP_SYS_RESOURCE to grow it while it is mounted; it grows when it ` +
+        `is staged the next time, or run the node service privileged`,
+    );
   }
   const [program, ...args] = {
     ext4: ["resize2fs", now.path],
