@@ -8,6 +8,7 @@ import { z } from "zod";
 import config from "./deno.json" with { type: "json" };
 import { createLogger, type Logger, logLevels } from "./lib/context.ts";
 import { StatusError } from "./lib/error.ts";
+import { schemes } from "./lib/id.ts";
 import {
   absolutePath,
   describeOptions,
@@ -195,6 +196,13 @@ const simulateOptions = {
     schema: absolutePath.optional(),
   },
   host: { fallback: "127.0.0.1", value: "IP", meaning: "address of the management API", schema: z.string() },
+  schemes: {
+    fallback: "grpc,grpcs",
+    value: "LIST",
+    meaning: "what the management API is served over: grpc, grpcs, or both",
+    schema: z.string().transform((list) => list.split(","))
+      .pipe(z.array(z.enum(schemes, { error: `is not of ${schemes.join(", ")}` }))),
+  },
   servers: { fallback: "3", value: "COUNT", meaning: "storage servers, 1 to 16", schema: wholeNumber(1, 16) },
   "grpc-port": {
     fallback: "0",
@@ -328,6 +336,7 @@ const commands: Readonly<Record<string, Command>> = {
       const simulator = await simulate({
         ...defaultSimulateSettings,
         host: settings.host,
+        schemes: settings.schemes,
         servers: settings.servers,
         grpcPort: settings["grpc-port"],
         grpcsPort: settings["grpcs-port"],
