@@ -1133,7 +1133,7 @@ export class Running {
     this.log = log;
     // The shell gives way to the program, which thus has this PID, and writes to files: what it wrote before it answered a
     // call is there when the answer is.
-    this.#child = new Deno.Command("sh", {
+    this.#child = new Deno.Command("/bin/sh", {
       args: ["-c", 'exec "$@" >>"$0.out" 2>>"$0"', log, ...command],
       stdin: "null",
       stdout: "null",

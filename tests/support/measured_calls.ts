@@ -1,0 +1,192 @@
+/**
+ * What CSI calls cost: calls of the management API, as the simulator counts them, and programs started on the node, as
+ * wrappers count them that stand in the place of every program on PATH. Neither figure is the driver's own word.
+ */
+import { basename, join } from "node:path";
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
+import { countsBetween, Rig } from "../../lib/demo.ts";
+import type { Channel } from "../../lib/rpc.ts";
+import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+
+export type FsType = "ext4" | "xfs" | "btrfs";
+
+/** The cost of one call. */
+export interface Cost {
+  /** `NodeStageVolume, new ext4 volume`. */
+  readonly call: string;
+  /** Calls of the management API, one entry each. */
+  readonly managementCalls: readonly string[];
+  /** Programs that were started, in their order. */
+  readonly programs: readonly string[];
+  /** The same, as the node's log has it. */
+  readonly logged: readonly string[];
+}
+
+const nodeId = "bounds.node";
+
+/**
+ * Takes volumes through their lives and measures each call, on warm connections and with fresh cluster information.
+ *
+ * @param fsTypes file systems to measure the node with; empty: the controller alone, which needs neither root nor loop
+ *   devices
+ */
+export async function measureCalls(
+  program: readonly string[],
+  fsTypes: readonly FsType[],
+  signal: AbortSignal,
+): Promise<readonly Cost[]> {
+  const home = await Deno.makeTempDir({ prefix: "lbcsi-bounds-" });
+  const rig = new Rig(home, program);
+  try {
+    return await measure(rig, fsTypes, signal);
+  } finally {
+    const left = (await rig.cleanUp(false)).filter(({ done }) => !done);
+    for (const { what } of left) console.error(`could not clean up: ${what}`);
+  }
+}
+
+async function measure(rig: Rig, fsTypes: readonly FsType[], signal: AbortSignal): Promise<readonly Cost[]> {
+  const withNode = fsTypes.length > 0;
+  await rig.startSimulator(withNode ? "loop" : "none", signal);
+  await rig.startController(signal);
+  const programs = withNode ? await wrapPrograms(rig.home) : undefined;
+  if (programs !== undefined) await rig.startNode(nodeId, signal, { PATH: programs.directory });
+  const costs: Cost[] = [];
+  const meter = async <I extends DescMessage, O extends DescMessage>(
+    call: string,
+    channel: Channel,
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+  ): Promise<MessageShape<O>> => {
+    await programs?.started();
+    await rig.newLogLines();
+    const before = await rig.managementCalls();
+    const answer = await channel.call(method, request, { signal, deadline: new Date(Date.now() + 60_000) });
+    const counts = countsBetween(before, await rig.managementCalls());
+    const log = await rig.newLogLines();
+    costs.push({
+      call: `${method.name}, ${call}`,
+      managementCalls: Object.entries(counts).flatMap(([rpc, count]) => Array<string>(count).fill(rpc)),
+      programs: await programs?.started() ?? [],
+      logged: log.filter(({ event }) => event === "ran a command" || event === "ran a probe")
+        .map(({ command = "" }) => basename(command.split(" ", 1)[0] ?? "")),
+    });
+    return answer;
+  };
+
+  // The first calls make the connection and ask for the API version and the cluster information.
+  await life(rig, "warm-up", "mount", undefined, async (_label, channel, method, request) => {
+    return await channel.call(method, request, { signal });
+  });
+  await life(rig, "volume", "mount", undefined, meter);
+  for (const fsType of fsTypes) await life(rig, `${fsType} volume`, "mount", fsType, meter);
+  if (withNode) await life(rig, "block volume", "block", undefined, meter);
+  return costs;
+}
+
+type Meter = <I extends DescMessage, O extends DescMessage>(
+  label: string,
+  channel: Channel,
+  method: DescMethodUnary<I, O>,
+  request: MessageInitShape<I>,
+) => Promise<MessageShape<O>>;
+
+/** One volume from creation to deletion; on the node too when a file system is given or it is a block volume. */
+async function life(
+  rig: Rig,
+  label: string,
+  type: "mount" | "block",
+  fsType: FsType | undefined,
+  meter: Meter,
+): Promise<void> {
+  const { addresses, controller } = rig;
+  const secrets = { jwt: addresses.jwt };
+  const volumeCapability: NonNullable<MessageInitShape<typeof Node.method.nodeStageVolume.input>["volumeCapability"]> =
+    {
+      accessType: type === "block"
+        ? { case: "block", value: {} }
+        : { case: "mount", value: { fsType: fsType ?? "ext4" } },
+      accessMode: { mode: Mode.SINGLE_NODE_MULTI_WRITER },
+    };
+  const { volume } = await meter(label, controller, Controller.method.createVolume, {
+    name: `bounds-${label.replaceAll(" ", "-")}`,
+    capacityRange: { requiredBytes: 1n << 30n },
+    volumeCapabilities: [volumeCapability],
+    parameters: {
+      "mgmt-endpoint": addresses.grpcs.join(","),
+      "mgmt-scheme": "grpcs",
+      "project-name": addresses.projects[0] ?? "",
+      "replica-count": "1",
+    },
+    secrets,
+  });
+  const volumeId = volume?.volumeId ?? "";
+  const { publishContext } = await meter(label, controller, Controller.method.controllerPublishVolume, {
+    volumeId,
+    nodeId,
+    volumeCapability,
+    secrets,
+  });
+  if (type === "block" || fsType !== undefined) {
+    const staging = await Deno.makeTempDir({ dir: rig.home, prefix: "staging-" });
+    const pod = await Deno.makeTempDir({ dir: rig.home, prefix: "pod-" });
+    const target = join(pod, "target");
+    for (const state of ["new", "known"]) {
+      const what = `${state} ${label}`;
+      await meter(what, rig.node, Node.method.nodeStageVolume, {
+        volumeId,
+        publishContext,
+        stagingTargetPath: staging,
+        volumeCapability,
+      });
+      await meter(what, rig.node, Node.method.nodePublishVolume, {
+        volumeId,
+        publishContext,
+        stagingTargetPath: staging,
+        targetPath: target,
+        volumeCapability,
+      });
+      await meter(what, rig.node, Node.method.nodeGetVolumeStats, { volumeId, volumePath: target });
+      await meter(what, rig.node, Node.method.nodeUnpublishVolume, { volumeId, targetPath: target });
+      await meter(what, rig.node, Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath: staging });
+    }
+  }
+  await meter(label, controller, Controller.method.controllerUnpublishVolume, { volumeId, nodeId, secrets });
+  await meter(label, controller, Controller.method.deleteVolume, { volumeId, secrets });
+}
+
+/** A directory that has, under the name of every program on PATH, a wrapper that notes the name and runs the program. */
+async function wrapPrograms(
+  home: string,
+): Promise<{ readonly directory: string; started(): Promise<readonly string[]> }> {
+  const directory = join(home, "programs");
+  const wrapper = join(home, "wrapper");
+  const notes = join(home, "started");
+  const path = Deno.env.get("PATH") ?? "";
+  await Deno.mkdir(directory);
+  await Deno.writeTextFile(notes, "");
+  await Deno.writeTextFile(
+    wrapper,
+    `#!/bin/sh\nname=\${0##*/}\necho "$name" >>'${notes}'\nPATH='${path}' exec "$name" "$@"\n`,
+    { mode: 0o755 },
+  );
+  const names = new Set<string>();
+  for (const place of path.split(":")) {
+    try {
+      for (const { name } of Deno.readDirSync(place)) names.add(name);
+    } catch (error) {
+      if (!(error instanceof Deno.errors.NotFound || error instanceof Deno.errors.NotADirectory)) throw error;
+    }
+  }
+  for (const name of names) Deno.symlinkSync(wrapper, join(directory, name));
+  let read = 0;
+  return {
+    directory,
+    async started() {
+      const lines = (await Deno.readTextFile(notes)).trimEnd().split("\n").filter((line) => line !== "");
+      const fresh = lines.slice(read);
+      read = lines.length;
+      return fresh;
+    },
+  };
+}
