@@ -488,6 +488,37 @@ Deno.test("a cluster with a file goes on with creations and deletions that were 
   }
 });
 
+Deno.test("a snapshot whose copy was cut off by a crash is Failed afterwards", async () => {
+  const file = await Deno.makeTempFile({ prefix: "lbcsi-test-" });
+  try {
+    await Deno.remove(file);
+    {
+      await using cluster = await open({}, { file });
+      const { uuid } = await cluster.createVolume(wish());
+      cluster.behaviour.holdCreations = true;
+      await snapshotOf(cluster, uuid, "s1");
+    }
+    const dataPlane = { ...noDataPlane(), hasSnapshot: () => Promise.resolve(false) };
+
+    await using again = await open({}, { file, dataPlane });
+
+    await eventually("the snapshot is Failed", () => again.snapshots[0]?.state === "Failed");
+  } finally {
+    await Deno.remove(file);
+  }
+});
+
+Deno.test("visibleTo names nothing to hosts whose addresses are not admitted", async () => {
+  await using cluster = await open();
+  const { uuid } = await cluster.createVolume(wish({ acl: ["ALLOW_ANY"] }));
+
+  await cluster.updateVolume({ project, uuid }, { ipAcl: ["192.0.2.1"] }, undefined);
+  assert.deepEqual(cluster.visibleTo("nqn.a"), []);
+  await cluster.updateVolume({ project, uuid }, { ipAcl: ["192.0.2.1", "127.0.0.1"] }, undefined);
+
+  assert.deepEqual(cluster.visibleTo("nqn.a"), [uuid]);
+});
+
 Deno.test("Cluster.open refuses a damaged file and leaves it as it is", async () => {
   const file = await Deno.makeTempFile({ prefix: "lbcsi-test-" });
   try {

@@ -258,6 +258,70 @@ Deno.test({
 });
 
 Deno.test({
+  name: "loop data plane keeps contents and connections over a clean restart with a state directory",
+  ignore,
+  async fn() {
+    const stateDir = await Deno.makeTempDir({ prefix: "lbcsi-test-" });
+    try {
+      let volume: SimVolume;
+      {
+        await using sim = await startSimulator({ data: "loop", stateDir });
+        volume = await attached(sim, "v1", 16);
+        await poke(sim, volume, 0, "kept");
+      }
+      assert.deepEqual(loopsOf(stateDir), []);
+
+      await using sim = await startSimulator({ data: "loop", stateDir });
+
+      assert.deepEqual(devices(sim), ["nvme0n1"]);
+      assert.equal(await peek(sim, volume, 0, 4), "kept");
+    } finally {
+      await Deno.remove(stateDir, { recursive: true });
+    }
+  },
+});
+
+Deno.test({
+  name: "loop data plane lets a volume go that is mounted, with I/O errors and without its file",
+  ignore,
+  async fn() {
+    await using sim = await startSimulator({ data: "loop" });
+    const volume = await attached(sim, "v1", 32);
+    await using mount = await mkfsAndMount(sim, volume);
+
+    sim.control.cluster.deleteVolume({ project, uuid: volume.uuid }, undefined);
+    await eventually("the volume is gone", () => sim.control.cluster.volumes.length === 0);
+
+    assert.deepEqual(devices(sim), []);
+    assert.deepEqual([...Deno.readDirSync(join(content(sim), "volumes"))], []);
+    const write = command("dd", "if=/dev/zero", `of=${mount.path}/lost`, "bs=4096", "count=1", "conv=fsync");
+    await assert.rejects(write, /Input\/output error|Read-only file system/);
+  },
+});
+
+Deno.test({
+  name: "simulate refuses directories that another simulator uses",
+  ignore,
+  async fn() {
+    const stateDir = await Deno.makeTempDir({ prefix: "lbcsi-test-" });
+    try {
+      await using sim = await startSimulator({ data: "loop", stateDir });
+      const { devRoot } = sim.addresses;
+
+      for (const [what, settings] of [[stateDir, { stateDir }], [devRoot, { data: "loop", devRoot }]] as const) {
+        await assert.rejects(startSimulator(settings), {
+          name: "StatusError",
+          code: "FAILED_PRECONDITION",
+          message: `Cannot use ${what}: another simulator does, end it or use another one`,
+        });
+      }
+    } finally {
+      await Deno.remove(stateDir, { recursive: true });
+    }
+  },
+});
+
+Deno.test({
   name: "Machine.damage makes reads of the device fail, and heal tells whether it was written to",
   ignore,
   async fn() {

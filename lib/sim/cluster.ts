@@ -690,13 +690,17 @@ export class Cluster implements AsyncDisposable {
 
   /** UUIDs of the volumes that a host may reach now. */
   visibleTo(hostNqn: string): string[] {
-    return this.volumes.filter((volume) => isServed(volume) && mayAccess(volume.acl, hostNqn)).map(({ uuid }) => uuid);
+    return this.volumes.filter((volume) => isServed(volume) && mayAccess(effectiveAcl(volume), hostNqn)).map((
+      { uuid },
+    ) => uuid);
   }
 
   /** Connected hosts that a volume's access list admits. */
   hostsOf(volume: SimVolume): string[] {
     if (!isServed(volume)) return [];
-    return this.dataPlane.connectedHosts().map(({ hostNqn }) => hostNqn).filter((nqn) => mayAccess(volume.acl, nqn));
+    return this.dataPlane.connectedHosts().map(({ hostNqn }) => hostNqn).filter((nqn) =>
+      mayAccess(effectiveAcl(volume), nqn)
+    );
   }
 
   /** The name of a volume's QoS policy; empty when it has none. */
@@ -972,8 +976,8 @@ export class Cluster implements AsyncDisposable {
 
   #show(volume: SimVolume): void {
     if (!isServed(volume)) return this.dataPlane.hide(volume.uuid);
-    const { uuid, nsid, sizeBytes, sectorSizeBytes, acl } = volume;
-    this.dataPlane.expose({ uuid, nsid, sizeBytes, sectorSizeBytes, acl: [...acl] });
+    const { uuid, nsid, sizeBytes, sectorSizeBytes } = volume;
+    this.dataPlane.expose({ uuid, nsid, sizeBytes, sectorSizeBytes, acl: [...effectiveAcl(volume)] });
   }
 
   #at(uuid: string, dueAtMs: number, step: () => Promise<void> | void): void {
@@ -1022,6 +1026,11 @@ export class Cluster implements AsyncDisposable {
 /** Whether hosts can reach the volume in its present state. */
 function isServed({ state, protection }: SimVolume): boolean {
   return (state === "Available" || state === "Updating" || state === "Migrating") && protection !== "NotAvailable";
+}
+
+/** The access list by NQN, if the one by IP address admits the hosts, which all connect from this machine. */
+function effectiveAcl({ acl, ipAcl }: SimVolume): readonly string[] {
+  return ipAcl.includes("ALLOW_ANY") || ipAcl.includes("127.0.0.1") ? acl : [];
 }
 
 async function readModel(file: string | undefined): Promise<ClusterModel | undefined> {

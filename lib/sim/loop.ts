@@ -18,6 +18,7 @@ import { parseAddress } from "../namespace.ts";
 import type { ClusterIdentity } from "./cluster.ts";
 import { type ChangedRun, type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
 import { type DiscoveryEntry, watchDiscoveryDirectory } from "./discovery_client.ts";
+import { lockFile } from "./lock_file.ts";
 import { nameInTree, subsystemInstance, type SysfsController, type SysfsTree, sysfsTree } from "./sysfs.ts";
 
 export interface LoopOptions {
@@ -30,7 +31,7 @@ export interface LoopOptions {
   readonly log: Logger;
 }
 
-/** Marks a directory whose contents the simulator may remove. */
+/** Marks a directory whose contents the simulator may remove, and is locked by the one that uses it. */
 const marker = ".lbcsi-simulator";
 
 interface Attached {
@@ -52,9 +53,10 @@ interface Attached {
  *   something else
  */
 export async function openLoopPlane(options: LoopOptions): Promise<DataPlane> {
-  await checkMachine(options);
+  await using held = new AsyncDisposableStack();
+  await checkMachine(options, held);
   // The kernel names the files behind loop devices by their real paths.
-  return await LoopPlane.open({ ...options, contentDir: await Deno.realPath(options.contentDir) });
+  return await LoopPlane.open({ ...options, contentDir: await Deno.realPath(options.contentDir) }, held);
 }
 
 class LoopPlane implements DataPlane {
@@ -74,28 +76,34 @@ class LoopPlane implements DataPlane {
   /** Names whose device is gone and still held open by somebody. */
   readonly #zombies = new Map<string, string>();
   readonly #machineId = crypto.randomUUID();
+  readonly #held: AsyncDisposableStack;
   #watch: AsyncDisposable | undefined;
   #queue: Promise<unknown> = Promise.resolve();
   #reconcilePending = false;
   #started = false;
   #cuts = 0;
 
-  static async open(options: LoopOptions): Promise<LoopPlane> {
+  /** @param held what keeps the directories from other simulators; taken over */
+  static async open(options: LoopOptions, held: AsyncDisposableStack): Promise<LoopPlane> {
     const adoptable = await leftovers(options);
-    const plane = new LoopPlane(options, adoptable);
-    plane.#watch = await watchDiscoveryDirectory(
-      options.discoveryDir,
-      options.log,
-      (entries) => plane.#connect(entries),
-    );
+    const plane = new LoopPlane(options, adoptable, held.move());
+    try {
+      const report = (entries: readonly DiscoveryEntry[]) => plane.#connect(entries);
+      plane.#watch = await watchDiscoveryDirectory(options.discoveryDir, options.log, report);
+    } catch (error) {
+      await plane[Symbol.asyncDispose]();
+      throw error;
+    }
     return plane;
   }
 
   private constructor(
     options: LoopOptions,
     adoptable: Map<string, { readonly loop: string; readonly name: string | undefined }>,
+    held: AsyncDisposableStack,
   ) {
     this.#options = options;
+    this.#held = held;
     this.#log = options.log;
     this.#adoptable = adoptable;
     this.#tree = sysfsTree(options.sysfsRoot, options.identity.subsystemNqn);
@@ -298,6 +306,7 @@ class LoopPlane implements DataPlane {
       clearNodes(this.#options.devRoot);
       for (const root of [this.#options.devRoot, this.#options.sysfsRoot]) await removeFile(join(root, marker));
     });
+    await this.#held.disposeAsync();
   }
 
   // -------------------------------------------------------------------------------------------------------- inside
@@ -371,6 +380,11 @@ class LoopPlane implements DataPlane {
     const { uuid, sectorSizeBytes } = namespace;
     const adopted = this.#adoptable.get(uuid);
     this.#adoptable.delete(uuid);
+    // A simulator that was killed in the middle of a growth had changed the model first.
+    const file = await Deno.stat(this.#volumeFile(uuid));
+    if (BigInt(file.size) < namespace.sizeBytes) {
+      await Deno.truncate(this.#volumeFile(uuid), Number(namespace.sizeBytes));
+    }
     const loop = adopted?.loop ??
       await output("losetup", "-f", "--show", "-b", String(sectorSizeBytes), this.#volumeFile(uuid));
     if (adopted !== undefined) await output("losetup", "-c", loop);
@@ -535,7 +549,7 @@ function shown(devRoot: string, { namespace: { uuid }, name, loop, number }: Att
 
 // -------------------------------------------------------------------------------------------------------- the machine
 
-async function checkMachine(options: LoopOptions): Promise<void> {
+async function checkMachine(options: LoopOptions, held: AsyncDisposableStack): Promise<void> {
   const refuse = (problem: string, cause?: unknown) =>
     new StatusError("FAILED_PRECONDITION", `Cannot use data plane "loop": ${problem}`, { cause });
   if (Deno.build.os !== "linux") throw refuse("loop devices need Linux");
@@ -550,7 +564,7 @@ async function checkMachine(options: LoopOptions): Promise<void> {
     if (names.length > 0 && !names.includes(marker)) {
       throw refuse(`directory ${root} holds ${names[0]}, an empty one or one of its own is needed`);
     }
-    await Deno.writeTextFile(join(root, marker), "lbcsi simulate may remove what is here\n");
+    held.use(await lockFile(join(root, marker), root));
   }
   // The real thing is tried once: containers forbid any of these steps, each in its own way.
   const file = join(options.contentDir, `probe-${crypto.randomUUID()}`);

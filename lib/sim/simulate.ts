@@ -13,6 +13,7 @@ import { type Behaviour, Cluster, type ClusterIdentity, defaultBehaviour } from 
 import { type Control, control, serveControl } from "./control.ts";
 import { type DataPlane, noDataPlane } from "./data_plane.ts";
 import { faults } from "./faults.ts";
+import { lockFile } from "./lock_file.ts";
 import { type ApiEndpoint, serveLightos } from "./lightos.ts";
 import { tokens } from "./token.ts";
 
@@ -112,7 +113,10 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
   if (settings.schemes.length === 0) throw new StatusError("INVALID_ARGUMENT", "Cannot simulate without a scheme");
   await using stack = new AsyncDisposableStack();
   const { stateDir } = settings;
-  if (stateDir !== undefined) await Deno.mkdir(stateDir, { recursive: true, mode: 0o700 });
+  if (stateDir !== undefined) {
+    await Deno.mkdir(stateDir, { recursive: true, mode: 0o700 });
+    stack.use(await lockFile(join(stateDir, "lock"), stateDir));
+  }
   const remembered = await readIdentity(stateDir, settings);
   const dataPlane = stack.use(await openDataPlane(settings, remembered.identity, stack, log));
   const cluster = stack.use(
