@@ -6,6 +6,7 @@
  */
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import type { MessageInitShape } from "@bufbuild/protobuf";
+import { createServer, type Socket } from "node:net";
 import { type Logger, sleep } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { type CallContext, type Handlers, serve, type Server, service } from "../rpc.ts";
@@ -80,7 +81,7 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
   const { host, scheme, log, faults } = options;
   const callers = new WeakMap<CallContext, Caller>();
   let running: Server | undefined;
-  let stuck: Deno.TcpListener | undefined;
+  let stuck: AsyncDisposable | undefined;
   let port = options.port;
   const address = () => host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
 
@@ -128,7 +129,7 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
       },
     });
   const halt = async () => {
-    stuck?.close();
+    await stuck?.[Symbol.asyncDispose]();
     stuck = undefined;
     const server = running;
     running = undefined;
@@ -154,27 +155,30 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
     },
     async hang() {
       await halt();
-      const listener = stuck = Deno.listen({ hostname: host, port });
-      void acceptAndIgnore(listener);
+      stuck = await acceptAndIgnore(host, port);
     },
     dropConnections: () => running?.dropConnections(),
     [Symbol.asyncDispose]: halt,
   };
 }
 
-async function acceptAndIgnore(listener: Deno.TcpListener): Promise<void> {
-  const connections: Deno.TcpConn[] = [];
-  try {
-    for await (const connection of listener) connections.push(connection);
-  } finally {
-    for (const connection of connections) {
-      try {
-        connection.close();
-      } catch {
-        continue; // The peer was quicker.
-      }
-    }
-  }
+async function acceptAndIgnore(host: string, port: number): Promise<AsyncDisposable> {
+  const connections = new Set<Socket>();
+  const server = createServer((socket) => {
+    connections.add(socket);
+    socket.on("error", () => {}); // The peer gives up; that is what this endpoint is for.
+  });
+  await new Promise<void>((resolve, reject) => {
+    server.once("error", reject);
+    server.listen(port, host, resolve);
+  });
+  return {
+    [Symbol.asyncDispose]: () =>
+      new Promise((resolve) => {
+        server.close(() => resolve());
+        for (const socket of connections) socket.destroy();
+      }),
+  };
 }
 
 function authenticate(tokens: Tokens, call: CallContext): Caller {

@@ -737,7 +737,7 @@ const reads: ReadonlySet<string> = new Set(["GetVersion", "GetVolume", "ListVolu
 
 /**
  * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s, growing
- * to 10 s), so a dead one costs one connect attempt per period and not one per call; meanwhile the others serve.
+ * to 5 s), so a dead one costs one connect attempt per period and not one per call; meanwhile the others serve.
  */
 class Connections implements Disposable {
   readonly #options: LightosOptions;
@@ -801,16 +801,20 @@ class Connections implements Disposable {
     try {
       const authorization = credentials.jwt === undefined ? {} : { authorization: `Bearer ${credentials.jwt}` };
       const allHeaders = { ...headers, ...authorization };
+      const tried = new Set<Member>();
       for (;;) {
-        const candidates = this.#candidates();
-        for (const [at, member] of candidates.entries()) {
-          const othersLeft = at < candidates.length - 1;
+        const member = this.#next(tried);
+        if (member !== undefined) {
+          tried.add(member);
+          const othersLeft = tried.size < this.#members.length;
           const answer = await this.#try(ctx, action, member, method, request, allHeaders, credentials, othersLeft);
           if (answer !== undefined) return answer;
+          continue;
         }
-        if (candidates.length > 0) throw this.#allFailed("UNAVAILABLE", action);
-        // All failed a moment ago, in another call: wait for the first that may be tried again.
-        const next = Math.min(...this.#members.map((member) => member.retryAt));
+        const resting = this.#members.filter((member) => !tried.has(member));
+        if (resting.length === 0) throw this.#allFailed("UNAVAILABLE", action);
+        // What is left failed a moment ago, in another call: wait for the first that may be tried again.
+        const next = Math.min(...resting.map((member) => member.retryAt));
         try {
           await sleep(Math.max(1, next - performance.now()), ctx.signal);
         } catch {
@@ -829,11 +833,11 @@ class Connections implements Disposable {
     return new LightosError(code, message, false);
   }
 
-  /** The members worth trying now, the one in use first. */
-  #candidates(): readonly Member[] {
+  /** The member to try now, the one in use first; undefined when those that are left have to rest. */
+  #next(tried: ReadonlySet<Member>): Member | undefined {
     const now = performance.now();
-    const ready = this.#members.filter((member) => member.retryAt <= now);
-    return ready.sort((a, b) => Number(b === this.#current) - Number(a === this.#current));
+    const ready = this.#members.filter((member) => !tried.has(member) && member.retryAt <= now);
+    return ready.find((member) => member === this.#current) ?? ready[0];
   }
 
   /** One attempt at one member; undefined when it failed in a way that lets another member be asked. */
@@ -927,7 +931,7 @@ class Connections implements Disposable {
     member.failures++;
     member.lastFailure = failure;
     member.checked = false;
-    member.retryAt = performance.now() + Math.min(1000 * 1.5 ** (member.failures - 1), 10_000);
+    member.retryAt = performance.now() + Math.min(1000 * 1.5 ** (member.failures - 1), 5000);
     if (this.#current === member) this.#current = undefined;
     // A new channel begins without the half-dead connection of the old one, which lets its running calls end.
     channel[Symbol.dispose]();
