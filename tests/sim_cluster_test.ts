@@ -380,8 +380,9 @@ Deno.test("deleteSnapshot waits for clones when it is told to", async () => {
   const clone = await cluster.createVolume(wish({ name: "c1", sourceSnapshot: { uuid: snapshot.uuid, name: "" } }));
 
   cluster.deleteSnapshot({ project, uuid: snapshot.uuid });
-  await new Promise((resolve) => setTimeout(resolve, 50));
+  await eventually("the time for the deletion is over", () => snapshot.dueAtMs === undefined);
   assert.equal(snapshot.state, "Deleting");
+  assert.equal(cluster.snapshots.length, 1);
   cluster.deleteVolume({ project, uuid: clone.uuid }, undefined);
 
   await eventually("the snapshot is gone", () => cluster.snapshots.length === 0);

@@ -5,6 +5,8 @@ import { parseDiscoveryFile } from "../lib/sim/discovery_client.ts";
 import type { SimVolume } from "../lib/sim/cluster.ts";
 import { defaultSimulateSettings, simulate, type SimulateSettings } from "../lib/sim/simulate.ts";
 import { createLogger } from "../lib/context.ts";
+import { Channel } from "../lib/rpc.ts";
+import { DurosAPI } from "../proto/gen/lightos_pb.ts";
 import { needs } from "./support/needs.ts";
 import { eventually, startSimulator, type TestSimulator } from "./support/simulator.ts";
 
@@ -214,6 +216,37 @@ Deno.test({
 });
 
 Deno.test({
+  name: "management API lists changed blocks in bitmaps of 64, and goes on at an offset",
+  ignore,
+  async fn() {
+    await using sim = await startSimulator({ data: "loop" });
+    const volume = await attached(sim, "v1", 16);
+    const base = await snapshotOf(sim, volume, "s1");
+    await poke(sim, volume, 65 * 4096, "x");
+    await poke(sim, volume, 74 * 4096, "x");
+    await poke(sim, volume, 4095 * 4096, "x");
+    const newer = await snapshotOf(sim, volume, "s2");
+    using channel = new Channel({ address: sim.addresses.grpc[0] ?? "" });
+    const list = (offsetLBA: bigint) =>
+      channel.call(
+        DurosAPI.method.listChangedBlocks,
+        { projectName: project, snapshotUUID: newer.uuid, baseSnapshotName: base.name, offsetLBA },
+        { signal: AbortSignal.timeout(10_000), headers: { authorization: `Bearer ${sim.addresses.jwt}` } },
+      );
+
+    const all = await list(0n);
+    const rest = await list(130n);
+
+    const shape = ({ lbaRanges }: typeof all) =>
+      lbaRanges.map(({ lbaStart, lbaEnd, dataBitMap }) => [lbaStart, lbaEnd, [...dataBitMap]]);
+    const last = [4032n, 4095n, [0, 0, 0, 0, 0, 0, 0, 128]];
+    assert.deepEqual(shape(all), [[64n, 127n, [2, 4, 0, 0, 0, 0, 0, 0]], last]);
+    assert.deepEqual(shape(rest), [last]);
+    assert.deepEqual([all.nextOffsetLBA, rest.nextOffsetLBA], [0n, 0n]);
+  },
+});
+
+Deno.test({
   name: "loop data plane takes over its devices and mounts after a crash, and detaches those nobody needs",
   ignore,
   async fn() {
@@ -410,22 +443,72 @@ Deno.test({
 });
 
 Deno.test({
-  name: "Discovery-Client of the simulator ignores temporary names, changes in place and bad files",
+  name: "Discovery-Client of the simulator ignores temporary names, bad files, changes in place and removals",
   ignore,
   async fn() {
     await using sim = await startSimulator({ data: "loop" });
     const { discoveryDir = "" } = sim.addresses;
-    const line = entry(sim);
-    const hosts = () => sim.control.cluster.dataPlane.connectedHosts().map(({ hostNqn }) => hostNqn);
+    const file = (name: string) => join(discoveryDir, name);
+    const line = (name: string) => entry(sim).replace(host, `nqn.x:${name}`);
+    const place = async (name: string, text: string) => {
+      await Deno.writeTextFile(file(`tmp.dc.${name}`), text);
+      await Deno.rename(file(`tmp.dc.${name}`), file(name));
+    };
 
-    await Deno.writeTextFile(join(discoveryDir, "tmp.dc.1"), line);
-    await Deno.writeTextFile(join(discoveryDir, "tmp.dc.2"), `${line.replace(host, "nqn.x:bad")}${line} --nqn x\n`);
-    await Deno.rename(join(discoveryDir, "tmp.dc.2"), join(discoveryDir, "bad"));
-    await Deno.writeTextFile(join(discoveryDir, "tmp.dc.3"), line.replace(host, "nqn.x:good"));
-    await Deno.rename(join(discoveryDir, "tmp.dc.3"), join(discoveryDir, "good"));
-    await eventually("the good file is read", () => hosts().includes("nqn.x:good"));
+    await Deno.writeTextFile(file("tmp.dc.unfinished"), line("unfinished"));
+    await place("bad", `${line("bad")}${line("bad").replace("-n", "--nqn")}`);
+    await place("good", line("good"));
+    await eventually("the good file is read", () => hostsOf(sim).includes("nqn.x:good"));
+    await Deno.writeTextFile(file("good"), line("late"), { append: true });
+    await Deno.remove(file("good"));
+    // Events come in order: when this one has been acted on, so have those before it.
+    await place("last", line("last"));
+    await eventually("the last file is read", () => hostsOf(sim).includes("nqn.x:last"));
 
-    assert.deepEqual(hosts(), ["nqn.x:good"]);
+    assert.deepEqual(hostsOf(sim), ["nqn.x:good", "nqn.x:last"]);
+  },
+});
+
+Deno.test({
+  name: "Discovery-Client of the simulator reads every file at its start, temporary names too",
+  ignore,
+  async fn() {
+    const stateDir = await Deno.makeTempDir({ prefix: "lbcsi-test-" });
+    try {
+      {
+        await using sim = await startSimulator({ data: "loop", stateDir });
+        await Deno.writeTextFile(join(sim.addresses.discoveryDir ?? "", "tmp.dc.1"), entry(sim));
+      }
+
+      await using sim = await startSimulator({ data: "loop", stateDir });
+
+      assert.deepEqual(hostsOf(sim), [host]);
+    } finally {
+      await Deno.remove(stateDir, { recursive: true });
+    }
+  },
+});
+
+Deno.test({
+  name: "Discovery-Client of the simulator finds nobody at a wrong address or with a wrong subsystem NQN",
+  ignore,
+  async fn() {
+    await using sim = await startSimulator({ data: "loop" });
+    const { discoveryDir = "" } = sim.addresses;
+
+    await Deno.writeTextFile(
+      join(discoveryDir, "tmp.dc.1"),
+      [
+        entry(sim).replace("8009", "4420").replace(host, "nqn.x:port"),
+        entry(sim).replace("127.0.0.1", "127.0.0.9").replace(host, "nqn.x:address"),
+        entry(sim).replace(sim.addresses.subsystemNqn, "nqn.y:other").replace(host, "nqn.x:subsystem"),
+        entry(sim).replace(host, "nqn.x:right"),
+      ].join(""),
+    );
+    await Deno.rename(join(discoveryDir, "tmp.dc.1"), join(discoveryDir, "1"));
+    await eventually("the file is read", () => hostsOf(sim).length > 0);
+
+    assert.deepEqual(hostsOf(sim), ["nqn.x:right"]);
   },
 });
 
@@ -520,6 +603,10 @@ async function snapshotOf(sim: TestSimulator, volume: SimVolume, name: string) {
 
 async function grant(sim: TestSimulator, volume: SimVolume, acl: readonly string[]): Promise<void> {
   await sim.control.cluster.updateVolume({ project, uuid: volume.uuid }, { acl }, undefined);
+}
+
+function hostsOf(sim: TestSimulator): string[] {
+  return sim.control.cluster.dataPlane.connectedHosts().map(({ hostNqn }) => hostNqn);
 }
 
 function entry(sim: TestSimulator): string {
