@@ -893,20 +893,21 @@ export class Rig {
   }
 
   get controller(): Channel {
-    return this.#channel("controller");
+    return this.channel("controller");
   }
 
   get node(): Channel {
-    return this.#channel("node");
+    return this.channel("node");
   }
 
   running(name: string): Running | undefined {
     return this.#processes.get(name);
   }
 
-  /** Starts the simulator; its devices and contents are in the rig's directory. */
+  /** Starts the simulator; with devices, they and their contents are in the rig's directory. */
   async startSimulator(data: "loop" | "none", signal: AbortSignal): Promise<Running> {
-    const words = ["simulate", "--data", data, "--state", join(this.home, "cluster"), "--log-level", "info"];
+    const state = data === "loop" ? ["--state", join(this.home, "cluster")] : [];
+    const words = ["simulate", "--data", data, ...state, "--log-level", "info"];
     const running = this.#start("simulator", words);
     const line = await running.until("its addresses", signal, async () => {
       const text = await readText(`${running.log}.out`) ?? "";
@@ -965,7 +966,8 @@ export class Rig {
     return running;
   }
 
-  #channel(role: string): Channel {
+  /** The connection to a service that has been started. */
+  channel(role: string): Channel {
     const channel = this.#channels.get(role);
     if (channel === undefined) throw new Error(`the ${role} has not been started`);
     return channel;

@@ -1,7 +1,7 @@
 /** What a CSI call may cost at most, on the happy path. Counts only: times are the benchmark's. */
 import assert from "node:assert/strict";
 import { fileURLToPath } from "node:url";
-import { type Cost, type FsType, measureCalls } from "./support/measured_calls.ts";
+import { bounds, type Cost, firstVolume, type FsType, measureCalls } from "./support/measured_calls.ts";
 import { needs } from "./support/needs.ts";
 
 const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../main.ts", import.meta.url))];
@@ -20,11 +20,10 @@ async function costs(of: (call: string) => boolean): Promise<readonly Cost[]> {
   return found;
 }
 
-const bounds = { CreateVolume: 2, DeleteVolume: 2, ControllerPublishVolume: 2, ControllerUnpublishVolume: 2 };
-
-for (const [rpc, bound] of Object.entries(bounds)) {
+for (const rpc of ["CreateVolume", "DeleteVolume", "ControllerPublishVolume", "ControllerUnpublishVolume"]) {
+  const bound = bounds[rpc]?.managementCalls ?? 0;
   Deno.test(`${rpc} on a warm connection makes ${bound} management calls at most`, async () => {
-    const found = await costs((call) => call.startsWith(`${rpc}, `));
+    const found = await costs((call) => call.startsWith(`${rpc}, `) && call !== `${rpc}, ${firstVolume}`);
 
     for (const { call, managementCalls } of found) {
       assert.ok(managementCalls.length >= 1, `${call} made no management call`);
@@ -32,6 +31,15 @@ for (const [rpc, bound] of Object.entries(bounds)) {
     }
   });
 }
+
+Deno.test("a new connection costs one GetVersion, and the first publish one GetClusterInfo", async () => {
+  const found = await costs((call) => call.endsWith(`, ${firstVolume}`));
+
+  const extra = found.flatMap(({ managementCalls }) => managementCalls).filter((rpc) =>
+    rpc.startsWith("GetV") || rpc.startsWith("GetC")
+  );
+  assert.deepEqual(extra.filter((rpc) => rpc !== "GetVolume").sort(), ["GetClusterInfo", "GetVersion"]);
+});
 
 Deno.test({
   name: "calls of the node make no management call",
@@ -58,15 +66,15 @@ for (const fsType of ["ext4", "xfs", "btrfs"] as const) {
   const ignore = !fsTypes.includes(fsType);
   for (const state of ["new", "known"]) {
     Deno.test({
-      name: `NodeStageVolume of a ${state} ${fsType} volume starts 4 programs at most, ${
-        state === "new" ? "mkfs once" : "mkfs never"
-      }`,
+      name: `NodeStageVolume of a ${state} ${fsType} volume starts ${
+        bounds["NodeStageVolume"]?.programs
+      } programs at most, ${state === "new" ? "mkfs once" : "mkfs never"}`,
       ignore,
       fn: async () => {
         const found = await costs((call) => call === `NodeStageVolume, ${state} ${fsType} volume`);
 
         for (const { programs } of found) {
-          assert.ok(programs.length <= 4, programs.join(", "));
+          assert.ok(programs.length <= (bounds["NodeStageVolume"]?.programs ?? 0), programs.join(", "));
           assert.ok(programs.includes("mount"), programs.join(", "));
           const made = programs.filter((name) => name.startsWith("mkfs"));
           assert.deepEqual(made, state === "new" ? [`mkfs.${fsType}`] : []);
