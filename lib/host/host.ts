@@ -6,7 +6,7 @@
  */
 import { constants, statfs } from "node:fs";
 import { open as openFile } from "node:fs/promises";
-import { dirname, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 
@@ -360,7 +360,7 @@ function spawn(program: string, args: readonly string[], withInput: boolean): De
     }).spawn();
   } catch (error) {
     if (!(error instanceof Deno.errors.NotFound) && !(error instanceof Deno.errors.PermissionDenied)) throw error;
-    const wanted = packages[program];
+    const wanted = packages[basename(program)];
     throw new StatusError(
       "FAILED_PRECONDITION",
       `Cannot run ${program}: ${error instanceof Deno.errors.NotFound ? "it is not installed" : messageOf(error)}` +

@@ -1,0 +1,584 @@
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import {
+  contentOf,
+  ensureGrown,
+  fileSystemUuid,
+  type FsType,
+  fsTypes,
+  mountVolume,
+  type MountWish,
+} from "../lib/host/filesystem.ts";
+import { parseMkfsOptions, parseMountFlags } from "../lib/host/mkfs_options.ts";
+import { canonicalPath, parseMountTable } from "../lib/host/mounts.ts";
+import { type BlockDevice, findDevice } from "../lib/host/nvme.ts";
+import type { StatusCode } from "../lib/error.ts";
+import { StatusError } from "../lib/error.ts";
+import { FakeHost } from "./support/fake_host.ts";
+import { type LoopMachine, loopMachine, type LoopNamespace, subsystemNqn } from "./support/loop_machine.ts";
+import { needs } from "./support/needs.ts";
+import { callContext, rejects } from "./support/node_calls.ts";
+
+const mib = 1 << 20;
+const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
+const wish: MountWish = {
+  fsType: undefined,
+  defaultFsType: "ext4",
+  flags: [],
+  readOnly: false,
+  shared: false,
+  mkfsOptions: "",
+};
+const ignore = !needs("root", "loop", "mkfs.ext4");
+
+interface Disk {
+  readonly machine: LoopMachine;
+  readonly namespace: LoopNamespace;
+  readonly path: string;
+  readonly device: () => Promise<BlockDevice>;
+  readonly mount: (wish: MountWish) => Promise<unknown>;
+}
+
+async function withDisk(sizeMib: number, act: (disk: Disk) => Promise<void>): Promise<void> {
+  await using machine = await loopMachine();
+  const namespace = await machine.addNamespace(uuid, sizeMib * mib);
+  const path = join(machine.directory, "staging");
+  await Deno.mkdir(path);
+  const device = async () => {
+    const found = await findDevice(machine.host, uuid, subsystemNqn);
+    assert(found);
+    return found;
+  };
+  const mount = async (wish: MountWish) => mountVolume(machine.host, callContext(), await device(), path, wish);
+  await act({ machine, namespace, path, device, mount });
+}
+
+async function write(path: string, offsetBytes: number, bytes: Uint8Array): Promise<void> {
+  using file = await Deno.open(path, { write: true });
+  await file.seek(offsetBytes, Deno.SeekMode.Start);
+  for (let at = 0; at < bytes.length;) at += await file.write(bytes.subarray(at));
+  await file.sync();
+}
+
+async function sha256(path: string): Promise<string> {
+  const { code, stdout } = await new Deno.Command("sha256sum", { args: [path] }).output();
+  assert.equal(code, 0);
+  return new TextDecoder().decode(stdout).slice(0, 64);
+}
+
+const garbage = new TextEncoder().encode("data that no tool knows");
+
+interface NonBlank {
+  readonly what: string;
+  readonly tools?: readonly string[];
+  readonly sizeMib?: number;
+  readonly make: (disk: Disk) => Promise<unknown>;
+  readonly wish?: Partial<MountWish>;
+  readonly code: StatusCode;
+  readonly message: RegExp;
+}
+
+const nonBlank: readonly NonBlank[] = [
+  {
+    what: "an ext4 when xfs is wanted",
+    make: ({ machine, namespace }) => machine.tool("mkfs.ext4", "-q", namespace.path),
+    wish: { fsType: "xfs" },
+    code: "FAILED_PRECONDITION",
+    message: /holds ext4, the request wants xfs; it is never formatted again/,
+  },
+  {
+    what: "an xfs when ext4 is wanted",
+    tools: ["mkfs.xfs"],
+    sizeMib: 320,
+    make: ({ machine, namespace }) => machine.tool("mkfs.xfs", "-q", namespace.path),
+    wish: { fsType: "ext4" },
+    code: "FAILED_PRECONDITION",
+    message: /holds xfs, the request wants ext4/,
+  },
+  {
+    what: "a btrfs when ext4 is wanted",
+    tools: ["mkfs.btrfs"],
+    sizeMib: 128,
+    make: ({ machine, namespace }) => machine.tool("mkfs.btrfs", "-q", namespace.path),
+    wish: { fsType: "ext4" },
+    code: "FAILED_PRECONDITION",
+    message: /holds btrfs, the request wants ext4/,
+  },
+  {
+    what: "an ext2",
+    make: ({ machine, namespace }) => machine.tool("mkfs.ext4", "-q", "-t", "ext2", namespace.path),
+    code: "FAILED_PRECONDITION",
+    message: /holds ext2, which is none of ext4, xfs, btrfs; it is left alone/,
+  },
+  {
+    what: "swap space",
+    tools: ["mkswap"],
+    make: ({ machine, namespace }) => machine.tool("mkswap", namespace.path),
+    code: "FAILED_PRECONDITION",
+    message: /holds swap, which is none of/,
+  },
+  {
+    what: "a LUKS header",
+    tools: ["cryptsetup"],
+    make: async ({ machine, namespace }) => {
+      const key = join(machine.directory, "key");
+      await Deno.writeTextFile(key, "test");
+      const fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+      await machine.tool("cryptsetup", "luksFormat", "--batch-mode", ...fast, namespace.path, key);
+    },
+    code: "FAILED_PRECONDITION",
+    message: /holds crypto_LUKS, which is none of/,
+  },
+  {
+    what: "an empty DOS partition table",
+    make: ({ namespace }) => {
+      const sector = new Uint8Array(512);
+      // One partition of type 83 from sector 2048 on, and the signature.
+      sector.set([0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0], 446);
+      sector.set([0x55, 0xaa], 510);
+      return write(namespace.path, 0, sector);
+    },
+    code: "FAILED_PRECONDITION",
+    message: /holds a partition table \(dos\), it is left alone/,
+  },
+  {
+    what: "two file systems at once",
+    tools: ["mkfs.btrfs"],
+    sizeMib: 128,
+    make: async ({ machine, namespace }) => {
+      await machine.tool("mkfs.btrfs", "-q", namespace.path);
+      const other = await machine.addNamespace("1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e", 128 * mib);
+      await machine.tool("mkfs.ext4", "-q", other.path);
+      await write(namespace.path, 0, (await Deno.readFile(other.file)).subarray(0, 16384));
+    },
+    code: "FAILED_PRECONDITION",
+    message: /left alone|more than one kind/,
+  },
+  ...[
+    ["at its first byte", 0],
+    ["in its head", 70_000],
+    ["at the end of its head", 2 * mib - garbage.length],
+    ["in its middle", 32 * mib],
+    ["where a backup of ext4 would be", 8193 * 1024],
+    ["at the begin of its tail", 62 * mib],
+    ["at its last byte", 64 * mib - garbage.length],
+  ].map(([where, offset]): NonBlank => ({
+    what: `unknown data ${where}`,
+    make: ({ namespace }) => write(namespace.path, Number(offset), garbage),
+    code: "FAILED_PRECONDITION",
+    message: new RegExp(`not blank and holds no file system: there is data at byte ${offset}; it is left alone`),
+  })),
+  {
+    what: "an ext4 whose super block was lost",
+    make: async ({ machine, namespace }) => {
+      await machine.tool("mkfs.ext4", "-q", namespace.path);
+      await write(namespace.path, 1024, new Uint8Array(1024));
+    },
+    code: "FAILED_PRECONDITION",
+    message: /not blank and holds no file system/,
+  },
+  {
+    what: "an xfs that another program never finished",
+    tools: ["mkfs.xfs"],
+    sizeMib: 320,
+    make: async ({ machine, namespace }) => {
+      await machine.tool("mkfs.xfs", "-q", namespace.path);
+      await write(namespace.path, 126, new Uint8Array([1]));
+    },
+    code: "FAILED_PRECONDITION",
+    message: /mount failed with exit/,
+  },
+  {
+    what: "a blank device, when the wish is read-only,",
+    make: () => Promise.resolve(),
+    wish: { readOnly: true },
+    code: "FAILED_PRECONDITION",
+    message: /has no file system, and with read-only or shared access none is made/,
+  },
+  {
+    what: "a blank device, when the wish is shared,",
+    make: () => Promise.resolve(),
+    wish: { shared: true },
+    code: "FAILED_PRECONDITION",
+    message: /has no file system, and with read-only or shared access none is made/,
+  },
+  {
+    what: "a blank device that sysfs gives no size",
+    make: async ({ machine, namespace }) => {
+      await machine.hide(namespace);
+      await machine.show(namespace, { sysfsSizeBytes: 0 });
+    },
+    code: "UNAVAILABLE",
+    message: /has no size, the namespace is not ready/,
+  },
+  {
+    what: "a blank device that is in use by another",
+    make: async ({ machine, namespace }) => {
+      const holders = join(machine.host.roots.sysfs, "class/block", namespace.name, "holders");
+      await Deno.mkdir(join(holders, "dm-0"), { recursive: true });
+    },
+    code: "FAILED_PRECONDITION",
+    message: /is in use by dm-0/,
+  },
+];
+
+for (const { what, tools = [], sizeMib = 64, make, wish: special, code, message } of nonBlank) {
+  Deno.test({
+    name: `promise 1: mountVolume refuses ${what} and changes no byte`,
+    ignore: ignore || !needs(...tools),
+    fn: () =>
+      withDisk(sizeMib, async (disk) => {
+        await make(disk);
+        await disk.machine.tool("sync", disk.namespace.path);
+        const before = await sha256(disk.namespace.file);
+
+        await rejects(disk.mount({ ...wish, ...special }), code, message);
+
+        await disk.machine.tool("sync", disk.namespace.path);
+        assert.equal(await sha256(disk.namespace.file), before);
+        assert.deepEqual(await disk.machine.mounts(), []);
+      }),
+  });
+}
+
+Deno.test({
+  name: "promise 1: mountVolume refuses a device that blkid calls blank but nobody can read",
+  ignore,
+  fn: () =>
+    withDisk(64, async ({ machine, namespace, device, path }) => {
+      // The file behind the device ends early: reads beyond give EIO, and blkid exits 2 as for a blank device.
+      const found = await device();
+      await Deno.truncate(namespace.file, 8 * mib);
+
+      const mounted = mountVolume(machine.host, callContext(), found, path, wish);
+
+      await rejects(mounted, "UNAVAILABLE", /cannot be read at byte \d+ \(Input\/output error/);
+      assert.deepEqual(machine.commands, ["blkid"]);
+    }),
+});
+
+Deno.test({
+  name: "promise 1: mountVolume touches nothing when the name now belongs to another namespace",
+  ignore,
+  fn: () =>
+    withDisk(64, async ({ machine, namespace, device, path }) => {
+      const found = await device();
+      const entry = join(machine.host.roots.sysfs, "class/block", namespace.name);
+      await Deno.writeTextFile(join(entry, "wwid"), "uuid.1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e\n");
+
+      const mounted = mountVolume(machine.host, callContext(), found, path, wish);
+
+      await rejects(mounted, "UNAVAILABLE", /nvme0n1 is nvme0n1 \(namespace 1b7e2c44.*has to be found again/);
+      assert.deepEqual(machine.commands, []);
+    }),
+});
+
+for (const fsType of ["xfs", "btrfs"] as const) {
+  Deno.test({
+    name: `promise 8: mountVolume begins a ${fsType} anew that its own mkfs was killed at`,
+    ignore: ignore || !needs(`mkfs.${fsType}`),
+    fn: () =>
+      withDisk(320, async ({ machine, namespace, mount, path }) => {
+        await mount({ ...wish, fsType });
+        await machine.tool("umount", path);
+        // What such a kill leaves, see the head of filesystem.ts.
+        if (fsType === "xfs") await write(namespace.path, 126, new Uint8Array([1]));
+        else await write(namespace.path, 65536 + 64, new TextEncoder().encode("!BHRfS_M"));
+
+        await mount({ ...wish, fsType });
+
+        assert.equal(machine.commands.filter((program) => program === `mkfs.${fsType}`).length, 2);
+        await Deno.writeTextFile(join(path, "works"), "");
+      }),
+  });
+}
+
+Deno.test({
+  name: "mountVolume gives a file system the UUID that follows from its namespace",
+  ignore,
+  fn: () =>
+    withDisk(64, async ({ machine, namespace, mount }) => {
+      await mount(wish);
+
+      const found = await machine.tool("blkid", "-p", "-s", "UUID", "-o", "value", namespace.path);
+      assert.equal(found.trim(), fileSystemUuid(uuid));
+    }),
+});
+
+Deno.test({
+  name: "mountVolume repairs an ext4 that was not unmounted",
+  ignore,
+  fn: () =>
+    withDisk(64, async ({ machine, namespace, mount, path }) => {
+      await mount(wish);
+      await Deno.writeTextFile(join(path, "kept"), "before the crash");
+      await machine.tool("sync", "-f", path);
+      const crashed = join(machine.directory, "crashed");
+      await machine.tool("cp", "--sparse=always", namespace.file, crashed);
+      await machine.tool("umount", path);
+      await machine.tool("dd", `if=${crashed}`, `of=${namespace.path}`, "bs=1M", "conv=notrunc,fsync", "status=none");
+
+      await mount(wish);
+
+      assert.equal(await Deno.readTextFile(join(path, "kept")), "before the crash");
+    }),
+});
+
+Deno.test("mountVolume of an ext4 that e2fsck cannot repair answers FAILED_PRECONDITION and does not mount it", async () => {
+  const { host, device } = await fakeDisk();
+  host.answers.set("e2fsck", { code: 4, stdout: "/dev/nvme0n1: UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY.\n" });
+
+  const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+
+  await rejects(mounted, "FAILED_PRECONDITION", /errors that e2fsck does not repair by itself.*RUN fsck MANUALLY/);
+  assert.deepEqual(host.mounts, []);
+});
+
+for (const [code, outcome] of [[1, true], [2, true], [3, true], [8, false], [12, false]] as const) {
+  Deno.test(`mountVolume ${outcome ? "goes on" : "stops"} after e2fsck exits ${code}`, async () => {
+    const { host, device } = await fakeDisk();
+    host.answers.set("e2fsck", { code });
+
+    const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+
+    if (outcome) await mounted;
+    else await rejects(mounted, "FAILED_PRECONDITION", /e2fsck/);
+    assert.equal(host.mounts.length, outcome ? 1 : 0);
+  });
+}
+
+Deno.test("mountVolume for reading only neither checks nor repairs", async () => {
+  const { host, device } = await fakeDisk();
+
+  await mountVolume(host, callContext(), device, "/staging", { ...wish, readOnly: true, shared: true });
+
+  assert.deepEqual(host.commands.map((command) => command.split(" ")[0]), ["blkid", "mount"]);
+  assert.match(host.commands[1] ?? "", /^mount -t ext4 -o ro,noload \/dev\/nvme0n1 \/staging$/);
+});
+
+Deno.test("mountVolume reports what mkfs says when it fails", async () => {
+  const { host, device, namespace } = await fakeDisk();
+  namespace.content = undefined;
+  const stderr = "/dev/nvme0n1 is apparently in use by the system; will not make a filesystem here!\n";
+  host.answers.set("mkfs.ext4", { code: 1, stderr });
+
+  const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+
+  await rejects(mounted, "FAILED_PRECONDITION", /mkfs.ext4 failed with exit 1 \(.*apparently in use by the system/);
+});
+
+Deno.test("contentOf takes no answer of blkid for granted but 0, 2 and 8", async () => {
+  const { host, device } = await fakeDisk();
+  host.answers.set("blkid", { code: 4, stderr: "blkid: usage error" });
+  await rejects(
+    contentOf(host, callContext(), device, "look"),
+    "UNAVAILABLE",
+    /blkid cannot tell what .* \(exit 4: blkid: usage/,
+  );
+  host.answers.set("blkid", { code: 8 });
+  await rejects(contentOf(host, callContext(), device, "look"), "FAILED_PRECONDITION", /more than one kind/);
+});
+
+Deno.test("promise 16: ensureGrown does not believe a tool that says it succeeded", async () => {
+  const { host, device, namespace } = await fakeDisk();
+  await mountVolume(host, callContext(), device, "/staging", wish);
+  namespace.sizeBytes = 4n << 30n;
+  host.answers.set("resize2fs", { code: 0, stdout: "Nothing to do!\n" });
+
+  const grown = ensureGrown(host, callContext(), device, "/staging", "ext4");
+
+  await rejects(grown, "UNAVAILABLE", /resize2fs succeeded, but it has 1073741824 of the 4294967296 bytes/);
+});
+
+Deno.test("promise 16: ensureGrown answers what it measures, and runs nothing when nothing is to be done", async () => {
+  const { host, device, namespace } = await fakeDisk();
+  await mountVolume(host, callContext(), device, "/staging", wish);
+  const before = host.commands.length;
+
+  assert.equal(await ensureGrown(host, callContext(), device, "/staging", "ext4"), 1n << 30n);
+  assert.equal(host.commands.length, before);
+  namespace.sizeBytes = 4n << 30n;
+  assert.equal(await ensureGrown(host, callContext(), device, "/staging", "ext4"), 4n << 30n);
+
+  assert.deepEqual(host.commands.slice(before), ["resize2fs /dev/nvme0n1"]);
+});
+
+Deno.test("promise 16: ensureGrown of a read-only mount answers FAILED_PRECONDITION", async () => {
+  const { host, device, namespace } = await fakeDisk();
+  await mountVolume(host, callContext(), device, "/staging", { ...wish, readOnly: true });
+  namespace.sizeBytes = 4n << 30n;
+
+  const grown = ensureGrown(host, callContext(), device, "/staging", "ext4");
+
+  await rejects(grown, "FAILED_PRECONDITION", /it is mounted read-only/);
+});
+
+async function fakeDisk() {
+  const host = new FakeHost();
+  const namespace = host.addNamespace(uuid, subsystemNqn);
+  namespace.content = { fsType: "ext4", fsBytes: namespace.sizeBytes };
+  host.connect(subsystemNqn);
+  const device = await findDevice(host, uuid);
+  assert(device);
+  return { host, device, namespace };
+}
+
+// ------------------------------------------------------------------------------------------------------------- parsers
+
+Deno.test("parseMountTable reads escapes, propagation fields and stacked mounts", () => {
+  const text = [
+    "22 1 254:0 / / rw,relatime - ext4 /dev/vda1 rw,errors=remount-ro",
+    "40 22 259:1 / /var/lib/a\\040b\\011c\\134d\\012e\\043 rw,nosuid shared:1 master:2 propagate_from:3 - ext4 /dev/nvme0n1 rw",
+    "41 40 259:1 /sub\\040dir /var/lib/x ro unbindable - xfs /dev/nvme0n1 rw,attr2",
+    "42 41 0:5 / /var/lib/x rw - tmpfs none rw",
+    "43 22 0:6 /nvme0n1//deleted /block rw - devtmpfs udev rw",
+    "",
+    "broken line",
+  ].join("\n");
+
+  const table = parseMountTable(text);
+
+  assert.deepEqual(table.map((mount) => mount.path), [
+    "/",
+    "/var/lib/a b\tc\\d\ne#",
+    "/var/lib/x",
+    "/var/lib/x",
+    "/block",
+  ]);
+  assert.deepEqual(table[1], {
+    number: "259:1",
+    root: "/",
+    path: "/var/lib/a b\tc\\d\ne#",
+    options: ["rw", "nosuid"],
+    fsType: "ext4",
+    source: "/dev/nvme0n1",
+    superOptions: ["rw"],
+  });
+  assert.equal(table[2]?.root, "/sub dir");
+  assert.equal(table[4]?.root, "/nvme0n1//deleted");
+});
+
+Deno.test("canonicalPath resolves the links above a path, and never the path itself", async () => {
+  const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-path-" }));
+  try {
+    await Deno.mkdir(join(directory, "real"));
+    await Deno.symlink("real", join(directory, "link"));
+    await Deno.symlink("/", join(directory, "real/last"));
+    const { host } = await fakeDisk();
+    const linux = {
+      ...host,
+      roots: host.roots,
+      realPath: (path: string) => Deno.realPath(path).catch(() => undefined),
+    };
+
+    const paths = ["link/last/", "link/none", "none/x"].map((path) =>
+      canonicalPath(linux as FakeHost, join(directory, path))
+    );
+
+    assert.deepEqual(await Promise.all(paths), [join(directory, "real/last"), join(directory, "real/none"), undefined]);
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});
+
+const goodOptions: readonly [FsType, string, readonly string[]][] = [
+  ["ext4", "", []],
+  ["ext4", "-m0", ["-m", "0"]],
+  ["ext4", " -b  4096\t-E stride=16,stripe_width=64 ", ["-b", "4096", "-E", "stride=16,stripe_width=64"]],
+  ["ext4", "-O ^has_journal,metadata_csum -i 8192", ["-O", "^has_journal,metadata_csum", "-i", "8192"]],
+  ["xfs", "-i size=512 -l size=64m -m reflink=0", ["-i", "size=512", "-l", "size=64m", "-m", "reflink=0"]],
+  ["btrfs", "-M -m single --csum xxhash", ["-M", "-m", "single", "--csum", "xxhash"]],
+  ["btrfs", "--csum=sha256", ["--csum", "sha256"]],
+];
+for (const [fsType, text, args] of goodOptions) {
+  Deno.test(`parseMkfsOptions takes "${text}" for ${fsType}`, () => {
+    assert.deepEqual(parseMkfsOptions(fsType, text), args);
+  });
+}
+
+const badOptions: readonly [FsType, string, RegExp][] = [
+  ["ext4", "-F", /-F is not one of/],
+  ["ext4", "-FF", /-F is not one of/],
+  ["ext4", "-qF", /-q is not one of/],
+  ["ext4", "-n", /-n is not one of/],
+  ["ext4", "-S", /-S is not one of/],
+  ["ext4", "-c", /-c is not one of/],
+  ["ext4", "-l /etc/passwd", /-l is not one of/],
+  ["ext4", "-d /etc", /-d is not one of/],
+  ["ext4", "-U random", /-U is not one of/],
+  ["ext4", "-M /var", /-M is not one of/],
+  ["ext4", "/dev/sda", /"\/dev\/sda" belongs to no option/],
+  ["ext4", "-m 0 100G", /"100G" belongs to no option/],
+  ["ext4", "-m", /-m has no value/],
+  ["ext4", "-m -F", /the value "-F" of -m/],
+  ["ext4", "-m-F", /the value "-F" of -m/],
+  ["ext4", "-J device=LABEL=x", /-J device is not allowed/],
+  ["ext4", "-J size=4,device=x", /-J device is not allowed/],
+  ["ext4", "-E offset=1048576", /-E offset is not allowed/],
+  ["ext4", "-O journal_dev", /-O journal_dev is not allowed/],
+  ["ext4", "-L $(reboot)", /has something else than letters/],
+  ["ext4", "-L a/b", /has something else than letters/],
+  ["ext4", "--help", /--help is not one of/],
+  ["ext4", "--", /-- is not one of/],
+  ["ext4", "-", /- is not one of/],
+  ["ext4", "-constructor x", /-c is not one of/],
+  ["xfs", "-f", /-f is not one of/],
+  ["xfs", "-N", /-N is not one of/],
+  ["xfs", "-p /etc/passwd", /-p is not one of/],
+  ["xfs", "-r rtdev=/dev/sda", /-r is not one of/],
+  ["xfs", "-c options=/etc/x", /-c is not one of/],
+  ["xfs", "-d name=sda", /-d name is not allowed/],
+  ["xfs", "-d file,size=1g", /-d file is not allowed/],
+  ["xfs", "-l logdev=sda", /-l logdev is not allowed/],
+  ["xfs", "-m uuid=x", /-m uuid is not allowed/],
+  ["btrfs", "-f", /-f is not one of/],
+  ["btrfs", "--force", /--force is not one of/],
+  ["btrfs", "-r /etc", /-r is not one of/],
+  ["btrfs", "--rootdir=/etc", /--rootdir is not one of/],
+  ["btrfs", "-b 1g", /-b is not one of/],
+  ["btrfs", "-Mf", /-M is not one of/],
+];
+for (const [fsType, text, message] of badOptions) {
+  Deno.test(`parseMkfsOptions refuses "${text}" for ${fsType}`, () => {
+    assert.throws(() => parseMkfsOptions(fsType, text), (error) => {
+      assert(error instanceof StatusError);
+      assert.equal(error.code, "INVALID_ARGUMENT");
+      // A combined flag is looked up by its first letter.
+      assert.match(error.message, text === "-Mf" ? /-M is not one of|-Mf is not one of/ : message);
+      return true;
+    });
+  });
+}
+
+Deno.test("parseMountFlags parts options, keeps quoted commas, and takes ro out", () => {
+  const flags = ["noatime,ro", 'context="system_u:object_r:c0,c1"', "defaults"];
+
+  assert.deepEqual(parseMountFlags(flags), { readOnly: true, rest: ["noatime", 'context="system_u:object_r:c0,c1"'] });
+});
+
+for (
+  const flag of [
+    "bind",
+    "remount",
+    "loop",
+    "loop=/dev/loop1",
+    "X-mount.mkdir",
+    "x-systemd.automount",
+    "offset=1",
+    "noload",
+    "rshared",
+    "noatime,move",
+  ]
+) {
+  Deno.test(`parseMountFlags refuses ${flag}`, () => {
+    assert.throws(() => parseMountFlags([flag]), (error) => {
+      assert(error instanceof StatusError);
+      assert.deepEqual([error.code, /this driver does not allow it/.test(error.message)], ["INVALID_ARGUMENT", true]);
+      return true;
+    });
+  });
+}
+
+Deno.test("every file system has its own list of mkfs options", () => {
+  for (const fsType of fsTypes) assert.deepEqual(parseMkfsOptions(fsType, "-L name"), ["-L", "name"]);
+});

@@ -1,0 +1,390 @@
+/**
+ * A small Linux in memory that stands in for the machine under the node service: a mount table, sysfs, files, block
+ * devices with file systems, the tools that the driver runs, and a Discovery-Client that connects as soon as it is told.
+ * It can be cut off at any single call, before or after that call has taken effect, to see whether a repeat converges.
+ *
+ * Exit codes and texts of the tools are those of util-linux 2.38.1, e2fsprogs 1.47.0, xfsprogs 6.1.0 and nvme-cli 2.3.
+ */
+import type { CommandResult, Host, Kind, Roots } from "../../lib/host/host.ts";
+import { parseMountTable } from "../../lib/host/mounts.ts";
+import { StatusError } from "../../lib/error.ts";
+
+export interface FakeNamespace {
+  readonly uuid: string;
+  readonly subsystemNqn: string;
+  sizeBytes: bigint;
+  /** What is on it, size of the file system included; undefined: blank. */
+  content: { fsType: string; fsBytes: bigint } | undefined;
+}
+
+interface Device {
+  readonly name: string;
+  readonly number: string;
+  readonly namespace: FakeNamespace;
+}
+
+interface FakeMount {
+  readonly path: string;
+  readonly device: Device;
+  /** The device node itself, bound to a file. */
+  readonly isNode: boolean;
+  readonly fsType: string;
+  readonly readOnly: boolean;
+  readonly superReadOnly: boolean;
+}
+
+interface Controller {
+  readonly name: string;
+  readonly subsystemNqn: string;
+  readonly hostNqn: string;
+  readonly traddr: string;
+  readonly trsvcid: string;
+  state: string;
+}
+
+/** Thrown at the call where the machine is cut off, as a kill of the driver would end it. */
+export class CutOff extends Error {
+  override readonly name = "CutOff";
+}
+
+export class FakeHost implements Host {
+  readonly roots: Roots = { sysfs: "/sys", dev: "/dev", proc: "/proc" };
+  /** Commands run, each as one text. */
+  readonly commands: string[] = [];
+  /** Calls of any kind so far. */
+  calls = 0;
+  /**
+   * The call, counted from 1, at which to throw CutOff, as does each one after it; `after` lets it take effect first. Take
+   * it away to start anew.
+   */
+  cut: { at: number; when: "before" | "after" } | undefined;
+  /** Answers instead of a tool, by the beginning of the command. */
+  readonly answers = new Map<string, Partial<CommandResult>>();
+  /** What the cluster would show to this host once it is connected. */
+  readonly remote: FakeNamespace[] = [];
+  readonly devices: Device[] = [];
+  readonly mounts: FakeMount[] = [];
+  readonly controllers: Controller[] = [];
+  readonly discoveryDirectory = "/etc/discovery-client/discovery.d";
+  readonly #directories = new Set(["/", "/staging", "/pods", "/etc/discovery-client/discovery.d", "/sys/class/nvme"]);
+  readonly #files = new Map<string, string>();
+  #numbers = 0;
+
+  addNamespace(uuid: string, subsystemNqn: string, sizeBytes = 1n << 30n): FakeNamespace {
+    const namespace = { uuid, subsystemNqn, sizeBytes, content: undefined };
+    this.remote.push(namespace);
+    return namespace;
+  }
+
+  /** Makes the devices of a subsystem appear, as the kernel does after a connect. */
+  connect(subsystemNqn: string, hostNqn = "nqn.host", traddr = "192.0.2.1", trsvcid = "4420"): void {
+    const same = this.controllers.find((controller) =>
+      controller.subsystemNqn === subsystemNqn && controller.traddr === traddr && controller.trsvcid === trsvcid
+    );
+    if (same === undefined) {
+      const name = `nvme${this.controllers.length}`;
+      this.controllers.push({ name, subsystemNqn, hostNqn, traddr, trsvcid, state: "live" });
+    }
+    for (const namespace of this.remote) {
+      if (namespace.subsystemNqn !== subsystemNqn) continue;
+      if (this.devices.some((device) => device.namespace === namespace)) continue;
+      const n = ++this.#numbers;
+      this.devices.push({ name: `nvme0n${n}`, number: `259:${n}`, namespace });
+    }
+  }
+
+  /** Everything that a volume's life should not leave behind. */
+  leftovers(): readonly string[] {
+    return [
+      ...this.mounts.map((mount) => `mount ${mount.path}`),
+      ...[...this.#files.keys()].map((path) => `file ${path}`),
+      ...[...this.#directories].filter((path) => path.startsWith("/pods/")).map((path) => `directory ${path}`),
+    ];
+  }
+
+  run(program: string, args: readonly string[], { signal }: { readonly signal: AbortSignal }): Promise<CommandResult> {
+    return this.#call(() => {
+      signal.throwIfAborted();
+      const command = [program, ...args].join(" ");
+      this.commands.push(command);
+      for (const [start, answer] of this.answers) {
+        if (command.startsWith(start)) return { code: 0, stdout: "", stderr: "", ...answer };
+      }
+      const answer = this.#tool(program, args);
+      return { code: 0, stdout: "", stderr: "", ...answer };
+    });
+  }
+
+  kindOf(path: string): Promise<Kind> {
+    return this.#call(() => {
+      if (this.mounts.some((mount) => mount.path === path && mount.isNode)) return "block";
+      if (this.#directories.has(path)) return "directory";
+      if (this.#files.has(path)) return "file";
+      if (this.#deviceAt(path) !== undefined) return "block";
+      return this.devices.some((device) => path === `/sys/dev/block/${device.number}`) ? "symlink" : "absent";
+    });
+  }
+
+  blockNumber(path: string): Promise<string | undefined> {
+    return this.#call(() => {
+      const bound = this.mounts.findLast((mount) => mount.path === path && mount.isNode);
+      return (bound?.device ?? this.#deviceAt(path))?.number;
+    });
+  }
+
+  realPath(path: string): Promise<string | undefined> {
+    return this.#call(() => this.#directories.has(path) ? path : undefined);
+  }
+
+  readLink(): Promise<string | undefined> {
+    return this.#call(() => undefined);
+  }
+
+  makeDirectory(path: string): Promise<void> {
+    return this.#call(() => void this.#directories.add(path));
+  }
+
+  makeFile(path: string): Promise<void> {
+    return this.#call(() => void this.#files.set(path, this.#files.get(path) ?? ""));
+  }
+
+  removeEmpty(path: string): Promise<void> {
+    return this.#call(() => {
+      if (this.mounts.some((mount) => mount.path === path)) throw new Error("Device or resource busy (os error 16)");
+      if ((this.#files.get(path) ?? "") !== "") throw new StatusError("FAILED_PRECONDITION", `"${path}" has content`);
+      this.#files.delete(path);
+      this.#directories.delete(path);
+    });
+  }
+
+  usage(path: string) {
+    return this.#call(() => {
+      const totalBytes = this.#mountAt(path)?.device.namespace.content?.fsBytes ?? 0n;
+      return { totalBytes, freeBytes: totalBytes, availableBytes: totalBytes, totalInodes: 100n, freeInodes: 90n };
+    });
+  }
+
+  list(directory: string): Promise<readonly string[] | undefined> {
+    return this.#call(() => {
+      if (directory === "/sys/class/block") return this.devices.map((device) => device.name);
+      if (directory === "/sys/class/nvme") return this.controllers.map((controller) => controller.name);
+      if (this.#mountAt(directory) !== undefined) return ["lost+found"];
+      if (!this.#directories.has(directory)) return undefined;
+      const below = directory === "/" ? "/" : `${directory}/`;
+      return [...this.#files.keys(), ...this.#directories].filter((path) =>
+        path !== directory && path.startsWith(below) && !path.slice(below.length).includes("/")
+      ).map((path) => path.slice(below.length));
+    });
+  }
+
+  readText(path: string): Promise<string | undefined> {
+    return this.#call(() => {
+      if (path === "/proc/self/mountinfo") return this.#mountInfo();
+      if (path === "/proc/self/status") return "CapEff:\t000001ffffffffff\n";
+      const sysfs = this.#sysfs();
+      return sysfs.get(path) ?? this.#files.get(path);
+    });
+  }
+
+  readBytes(path: string, offsetBytes: bigint, lengthBytes: number): Promise<Uint8Array> {
+    return this.#call(() => {
+      const device = this.#deviceAt(path);
+      if (device === undefined) throw new Error("No such device or address (os error 6)");
+      const bytes = new Uint8Array(lengthBytes);
+      const { content } = device.namespace;
+      if (content?.fsType === "ext4" && offsetBytes === 0n) {
+        const view = new DataView(bytes.buffer, 1024);
+        view.setUint16(0x38, 0xef53, true);
+        view.setUint32(0x18, 2, true);
+        view.setUint32(4, Number(content.fsBytes / 4096n), true);
+        view.setUint32(0x20, 32768, true);
+      }
+      return bytes;
+    });
+  }
+
+  tryWrite(directory: string): Promise<void> {
+    return this.#call(() => {
+      if (this.#mountAt(directory)?.readOnly) throw Object.assign(new Error("read-only"), { code: "EROFS" });
+    });
+  }
+
+  replaceText(path: string, text: string): Promise<void> {
+    return this.#call(() => {
+      this.#files.set(path, text);
+      // The daemon connects at once.
+      if (path.startsWith(this.discoveryDirectory)) {
+        for (const [, nqn = ""] of text.matchAll(/ -n (\S+)/g)) this.connect(nqn);
+      }
+    });
+  }
+
+  remove(path: string): Promise<void> {
+    return this.#call(() => void this.#files.delete(path));
+  }
+
+  watch(): Disposable {
+    return { [Symbol.dispose]: () => {} };
+  }
+
+  /** Counts the call, and cuts it off before or after its effect when its turn has come. */
+  async #call<T>(act: () => T): Promise<T> {
+    const at = ++this.calls;
+    await Promise.resolve();
+    // Code that was killed does not go on, however many errors it would catch.
+    const { at: last = Infinity, when } = this.cut ?? {};
+    if (at > last || (at === last && when === "before")) throw new CutOff(`before call ${at}`);
+    const result = act();
+    if (at === last) throw new CutOff(`after call ${at}`);
+    return result;
+  }
+
+  #deviceAt(path: string): Device | undefined {
+    return this.devices.find((device) => path === `/dev/${device.name}`);
+  }
+
+  #mountAt(path: string): FakeMount | undefined {
+    return this.mounts.findLast((mount) => mount.path === path);
+  }
+
+  #sysfs(): Map<string, string> {
+    const files = new Map<string, string>();
+    for (const { name, number, namespace } of this.devices) {
+      const attributes = {
+        wwid: `uuid.${namespace.uuid}`,
+        uuid: namespace.uuid,
+        dev: number,
+        size: String(namespace.sizeBytes / 512n),
+        hidden: "0",
+        ro: "0",
+        "device/subsysnqn": namespace.subsystemNqn,
+      };
+      for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/block/${name}/${key}`, `${text}\n`);
+    }
+    for (const { name, subsystemNqn, hostNqn, traddr, trsvcid, state } of this.controllers) {
+      const attributes = {
+        subsysnqn: subsystemNqn,
+        hostnqn: hostNqn,
+        state,
+        transport: "tcp",
+        address: `traddr=${traddr},trsvcid=${trsvcid},src_addr=192.0.2.200`,
+      };
+      for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/nvme/${name}/${key}`, `${text}\n`);
+    }
+    return files;
+  }
+
+  #mountInfo(): string {
+    const lines = this.mounts.map(({ path, device, isNode, fsType, readOnly, superReadOnly }, at) => {
+      const what = isNode
+        ? ["0:6", `/${device.name}`, "devtmpfs", "devtmpfs"]
+        : [device.number, "/", fsType, `/dev/${device.name}`];
+      const [number, root, type, source] = what;
+      return `${at + 30} 1 ${number} ${root} ${path} ${readOnly ? "ro" : "rw"},relatime shared:${
+        at + 1
+      } - ${type} ${source} ${superReadOnly ? "ro" : "rw"}`;
+    });
+    const text = ["22 1 254:0 / / rw,relatime - ext4 /dev/vda1 rw", ...lines].join("\n") + "\n";
+    // The table that the driver will read must be one that it can read.
+    if (parseMountTable(text).length !== lines.length + 1) throw new Error(`bad mount table:\n${text}`);
+    return text;
+  }
+
+  #tool(program: string, args: readonly string[]): Partial<CommandResult> {
+    const last = args.at(-1) ?? "";
+    const device = this.#deviceAt(last);
+    switch (program) {
+      case "blkid": {
+        const fsType = device?.namespace.content?.fsType;
+        return fsType === undefined ? { code: 2 } : { stdout: `DEVNAME=${last}\nTYPE=${fsType}\n` };
+      }
+      case "mkfs.ext4": {
+        if (device === undefined) {
+          return { code: 1, stderr: `mkfs.ext4: No such file or directory while trying to open ${last}` };
+        }
+        device.namespace.content = { fsType: "ext4", fsBytes: device.namespace.sizeBytes };
+        return {};
+      }
+      case "e2fsck":
+        return { stdout: `${last}: clean, 11/65536 files, 12955/262144 blocks\n` };
+      case "resize2fs": {
+        const content = device?.namespace.content;
+        if (content === undefined || device === undefined) {
+          return { code: 1, stderr: "resize2fs: Bad magic number in super-block" };
+        }
+        content.fsBytes = device.namespace.sizeBytes;
+        return {};
+      }
+      case "mount":
+        return this.#mount(args);
+      case "umount": {
+        const at = this.mounts.findLastIndex((mount) => mount.path === last);
+        if (at < 0) return { code: 32, stderr: `umount: ${last}: not mounted.\n` };
+        this.mounts.splice(at, 1);
+        return {};
+      }
+      case "blockdev":
+        return {};
+      case "nvme":
+        return this.#nvme(args);
+    }
+    throw new Error(`this machine has no ${program}`);
+  }
+
+  #mount(args: readonly string[]): Partial<CommandResult> {
+    const [source = "", path = ""] = args.slice(-2);
+    const options = (args[args.indexOf("-o") + 1] ?? "").split(",");
+    const readOnly = options.includes("ro");
+    const device = this.#deviceAt(source);
+    if (options.includes("bind")) {
+      if (device !== undefined) {
+        this.mounts.push({ path, device, isNode: true, fsType: "", readOnly, superReadOnly: false });
+        return {};
+      }
+      const from = this.#mountAt(source);
+      if (from === undefined) throw new Error(`a plain directory was bound: ${source}`);
+      this.mounts.push({ ...from, path, readOnly: readOnly || from.readOnly });
+      return {};
+    }
+    const fsType = device?.namespace.content?.fsType;
+    if (device === undefined || fsType === undefined) {
+      return { code: 32, stderr: `mount: ${path}: wrong fs type, bad option, bad superblock on ${source}\n` };
+    }
+    this.mounts.push({ path, device, isNode: false, fsType, readOnly, superReadOnly: readOnly });
+    return {};
+  }
+
+  #nvme(args: readonly string[]): Partial<CommandResult> {
+    const value = (option: string) =>
+      args.find((arg) => arg.startsWith(`--${option}=`))?.split("=").slice(1).join("=") ?? "";
+    switch (args[0]) {
+      case "connect": {
+        const nqn = value("nqn");
+        const traddr = value("traddr");
+        const there = this.controllers.some((controller) =>
+          controller.subsystemNqn === nqn && controller.traddr === traddr
+        );
+        if (there) return { code: 1, stderr: "already connected\n" };
+        if (!this.remote.some((namespace) => namespace.subsystemNqn === nqn)) {
+          return { code: 1, stderr: "Failed to write to /dev/nvme-fabrics: Input/output error\n" };
+        }
+        this.connect(nqn, value("hostnqn"), traddr, value("trsvcid"));
+        return {};
+      }
+      case "disconnect": {
+        const at = this.controllers.findIndex((controller) => controller.name === value("device"));
+        const [gone] = at < 0 ? [] : this.controllers.splice(at, 1);
+        const nqn = gone?.subsystemNqn;
+        if (nqn !== undefined && !this.controllers.some((controller) => controller.subsystemNqn === nqn)) {
+          for (const device of this.devices.filter((device) => device.namespace.subsystemNqn === nqn)) {
+            this.devices.splice(this.devices.indexOf(device), 1);
+          }
+        }
+        return {};
+      }
+      case "ns-rescan":
+        return {};
+    }
+    throw new Error(`unknown: nvme ${args.join(" ")}`);
+  }
+}
