@@ -135,7 +135,10 @@ export async function loopMachine(): Promise<LoopMachine> {
 
 async function tool(program: string, ...args: string[]): Promise<string> {
   const { code, stdout, stderr } = await new Deno.Command(program, { args, env: { LC_ALL: "C" } }).output();
-  if (code !== 0) throw new Error(`${program} ${args.join(" ")}: ${new TextDecoder().decode(stderr)}`);
+  if (code !== 0) {
+    const text = new TextDecoder().decode(stderr) + new TextDecoder().decode(stdout);
+    throw new Error(`${program} ${args.join(" ")}: ${text}`);
+  }
   return new TextDecoder().decode(stdout);
 }
 
