@@ -521,6 +521,21 @@ Deno.test("acceptAnyAuthority carries 32 MiB both ways at once, unchanged, and e
   });
 });
 
+Deno.test("acceptAnyAuthority passes our own end on while the client still sends", async () => {
+  await withPair(async (client, server) => {
+    const received: Buffer[] = [];
+    server.on("data", (chunk: Buffer) => received.push(chunk));
+    const ended = new Promise<void>((resolve) => client.once("end", () => resolve()));
+    client.resume();
+
+    server.end("bye");
+    await ended;
+    client.end(preface);
+
+    await until(() => Buffer.concat(received).equals(preface));
+  });
+});
+
 Deno.test("acceptAnyAuthority stops reading from a client while nobody reads on our side", async () => {
   await withPair(async (client, server, inner) => {
     const total = 32 << 20;
