@@ -525,11 +525,12 @@ Deno.test("acceptAnyAuthority passes our own end on while the client still sends
   await withPair(async (client, server) => {
     const received: Buffer[] = [];
     server.on("data", (chunk: Buffer) => received.push(chunk));
-    const ended = new Promise<void>((resolve) => client.once("end", () => resolve()));
+    let ended = false;
+    client.once("end", () => ended = true);
     client.resume();
 
     server.end("bye");
-    await ended;
+    await until(() => ended);
     client.end(preface);
 
     await until(() => Buffer.concat(received).equals(preface));
