@@ -87,7 +87,8 @@ async function play(
     for (const { what, remedy } of missing) screen.line(`  ${screen.red("missing")}  ${what}: ${remedy}`);
     screen.line("So the control plane alone is played.");
   }
-  const home = await Deno.makeTempDir({ prefix: "lbcsi-demo-", dir: place.directory });
+  // The kernel's tables have paths without symbolic links.
+  const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-demo-", dir: place.directory }));
   const rig = new Rig(home, program);
   let failure: unknown;
   try {
@@ -196,12 +197,12 @@ async function fileSystemVolume(tale: Tale, fsType: DemoFsType, thorough: boolea
   await publish(tale, volume);
   if (thorough) await secondNodeIsRefused(tale, volume);
   await stage(tale, volume);
-  tale.check(`mkfs.${fsType} ran`, tale.commands.some(({ command }) => program(command) === `mkfs.${fsType}`));
+  tale.check(`mkfs.${fsType} ran`, tale.commands.some(({ command }) => programOf(command) === `mkfs.${fsType}`));
   await nodePublish(tale, volume);
   const mount = tale.mountAt(volume.target);
   tale.check(`${fsType} is mounted at the target`, mount?.fsType === fsType, mount?.fsType ?? "no mount");
 
-  const written = await tale.step("write files", () => writeFiles(volume.target), ({ files, bytes, sum }) => [
+  const written = await tale.step("write files", "pod", () => writeFiles(volume.target), ({ files, bytes, sum }) => [
     `${files} files, ${formatBytes(BigInt(bytes))}, SHA-256 ${sum.slice(0, 12)}…`,
   ]);
   const same = async (when: string) => {
@@ -255,7 +256,7 @@ async function fileSystemVolume(tale: Tale, fsType: DemoFsType, thorough: boolea
   screen.note("attach it once more: the data must be there");
   await publish(tale, volume);
   await stage(tale, volume);
-  tale.verify("no mkfs ran", tale.commands.every(({ command }) => !program(command).startsWith("mkfs")));
+  tale.verify("no mkfs ran", tale.commands.every(({ command }) => !programOf(command).startsWith("mkfs")));
   await nodePublish(tale, volume);
   await same("after a new stage");
   await nodeUnpublish(tale, volume);
@@ -275,13 +276,13 @@ async function blockVolume(tale: Tale): Promise<void> {
   const size = await create(tale, volume);
   await publish(tale, volume);
   await stage(tale, volume);
-  tale.verify("no mkfs ran", tale.commands.every(({ command }) => !program(command).startsWith("mkfs")));
+  tale.verify("no mkfs ran", tale.commands.every(({ command }) => !programOf(command).startsWith("mkfs")));
   await nodePublish(tale, volume);
   const found = await Deno.stat(volume.target);
   tale.verify("the target is a block device", found.isBlockDevice === true);
   const pattern = crypto.getRandomValues(new Uint8Array(64 << 10));
   const offsets = [0n, size / 2n, size - BigInt(pattern.length)];
-  await tale.step("write through the target", () => writeAt(volume.target, offsets, pattern), () => [
+  await tale.step("write through the target", "pod", () => writeAt(volume.target, offsets, pattern), () => [
     `${formatBytes(BigInt(pattern.length))} of random bytes at ${offsets.map(String).join(", ")}`,
   ]);
   const same = async (when: string) => {
@@ -384,7 +385,7 @@ async function secondNodeIsRefused(tale: Tale, volume: Subject): Promise<void> {
     Controller.method.controllerPublishVolume,
     controllerPublishRequest(tale, volume, otherNodeId),
     "FAILED_PRECONDITION",
-    nodeId,
+    { name: `ControllerPublishVolume ${otherNodeId}`, named: nodeId },
   );
 }
 
@@ -617,9 +618,9 @@ class Tale {
     } catch (error) {
       await this.#tell(before, "bad", method.name, performance.now() - began, telling);
       if (this.signal.aborted) throw this.signal.reason;
-      throw new CheckFailed(
-        `${method.name} failed: ${error instanceof CallError ? `${error.code}: ` : ""}${messageOf(error)}`,
-      );
+      const answer = error instanceof CallError ? `${error.code}: ${error.message}` : messageOf(error);
+      this.screen.detail("answer", [answer]);
+      throw new CheckFailed(`${method.name} failed: ${answer}`);
     }
     await this.#tell(before, "good", method.name, performance.now() - began, telling);
     const key = `${method.parent.typeName}.${method.name} ${this.#subjectOf(request)}`;
@@ -638,13 +639,16 @@ class Tale {
     return name ?? volumeId ?? "";
   }
 
-  /** A call that the driver must refuse with `code` and a message that names `named`, and that must change nothing. */
+  /**
+   * A call, shown as `name`, that the driver must refuse with `code` and a message that names `named`, and that must
+   * change nothing.
+   */
   async refused<I extends DescMessage, O extends DescMessage>(
     channel: Channel,
     method: DescMethodUnary<I, O>,
     request: MessageInitShape<I>,
     code: StatusCode,
-    named: string,
+    { name, named }: { readonly name: string; readonly named: string },
   ): Promise<void> {
     const before = await this.#look();
     const began = performance.now();
@@ -652,7 +656,7 @@ class Tale {
       .then(() => undefined, (error) => error);
     if (this.signal.aborted) throw this.signal.reason;
     const known = error instanceof CallError;
-    await this.#tell(before, "good", method.name, performance.now() - began, { unchanged: true });
+    await this.#tell(before, "good", name, performance.now() - began, { unchanged: true });
     this.screen.detail("answer", [known ? `${error.code}: ${error.message}` : messageOf(error ?? "OK")]);
     this.verify(
       `it is refused with ${code}, and the answer names ${named}`,
@@ -660,19 +664,24 @@ class Tale {
     );
   }
 
-  /** Something that the orchestrator or a pod does. */
-  async step<T>(name: string, work: () => Promise<T>, facts: (result: T) => readonly string[]): Promise<T> {
+  /** Something else than a call: `place` is where it happens. */
+  async step<T>(
+    name: string,
+    place: "pod" | "machine",
+    work: () => Promise<T>,
+    facts: (result: T) => readonly string[],
+  ): Promise<T> {
     this.signal.throwIfAborted();
     const began = performance.now();
     const result = await work();
-    this.screen.step("good", name, performance.now() - began, [{ place: "pod", facts: facts(result) }]);
+    this.screen.step("good", name, performance.now() - began, [{ place, facts: facts(result) }]);
     return result;
   }
 
   /** Ends a process with SIGKILL and starts it again. */
   async crash(name: "node" | "controller", start: () => Promise<Running>): Promise<void> {
     const old = this.rig.running(name);
-    await this.step(`kill -9 ${name}, start it again`, async () => {
+    await this.step(`kill -9 ${name}, start it again`, "machine", async () => {
       await old?.end("SIGKILL", 5000);
       return await start();
     }, ({ pid }) => [`pid ${old?.pid} → ${pid}`]);
@@ -790,7 +799,7 @@ function hostsIn(acl: readonly string[]): readonly string[] {
 }
 
 /** The program of a command line. */
-function program(command: string): string {
+function programOf(command: string): string {
   return command.split(" ", 1)[0] ?? "";
 }
 
@@ -876,15 +885,20 @@ export function ownProgram(): readonly string[] {
 export class Rig {
   readonly home: string;
   readonly #program: readonly string[];
+  readonly #simulator: readonly string[];
   readonly #processes = new Map<string, Running>();
   readonly #channels = new Map<string, Channel>();
   readonly #logRead = new Map<string, number>();
   #addresses: Addresses | undefined;
 
-  /** @param program what starts lbcsi, `ownProgram()` */
-  constructor(home: string, program: readonly string[]) {
+  /**
+   * @param program what starts lbcsi, `ownProgram()`
+   * @param simulator what starts the lbcsi that simulates; the same unless told otherwise
+   */
+  constructor(home: string, program: readonly string[], simulator = program) {
     this.home = home;
     this.#program = program;
+    this.#simulator = simulator;
   }
 
   get addresses(): Addresses {
@@ -908,7 +922,7 @@ export class Rig {
   async startSimulator(data: "loop" | "none", signal: AbortSignal): Promise<Running> {
     const state = data === "loop" ? ["--state", join(this.home, "cluster")] : [];
     const words = ["simulate", "--data", data, ...state, "--log-level", "info"];
-    const running = this.#start("simulator", words);
+    const running = this.#start("simulator", [...this.#simulator, ...words]);
     const line = await running.until("its addresses", signal, async () => {
       const text = await readText(`${running.log}.out`) ?? "";
       return text.includes("\n") ? text.slice(0, text.indexOf("\n")) : undefined;
@@ -943,7 +957,7 @@ export class Rig {
     this.#channels.delete(role);
     // One that was killed leaves its socket file; without it here, the file tells that the new one listens.
     await removeIfThere(socket);
-    const running = this.#start(role, [role, "--endpoint", `unix://${socket}`, ...options], env);
+    const running = this.#start(role, [...this.#program, role, "--endpoint", `unix://${socket}`, ...options], env);
     await running.until("an answer to Probe", signal, async () => {
       if (await kindOf(socket) === "absent") return undefined;
       const channel = new Channel({ address: `unix://${socket}`, userAgent: "lbcsi-demo" });
@@ -960,8 +974,8 @@ export class Rig {
     return running;
   }
 
-  #start(name: string, words: readonly string[], env: Readonly<Record<string, string>> = {}): Running {
-    const running = new Running(name, [...this.#program, ...words], join(this.home, `${name}.log`), env);
+  #start(name: string, command: readonly string[], env: Readonly<Record<string, string>> = {}): Running {
+    const running = new Running(name, command, join(this.home, `${name}.log`), env);
     this.#processes.set(name, running);
     return running;
   }
@@ -1032,11 +1046,14 @@ export class Rig {
     return lines;
   }
 
-  /** The ends of the logs. */
+  /** The ends of the logs, without what tells nothing. */
   async lastWords(): Promise<readonly { readonly name: string; readonly lines: readonly string[] }[]> {
     const words = [];
     for (const { name, log } of this.#processes.values()) {
-      const lines = (await readText(log) ?? "").trimEnd().split("\n").filter((line) => line !== "").slice(-8);
+      const lines = (await readText(log) ?? "").split("\n")
+        .filter((line) => line !== "" && !line.includes('"event":"received"') && !line.includes('"rpc":"Probe"')).slice(
+          -8,
+        );
       if (lines.length > 0) words.push({ name, lines: lines.map((line) => this.short(line)) });
     }
     return words;
@@ -1434,9 +1451,10 @@ class Screen {
   readonly #verbose: boolean;
   readonly #colours: boolean;
   readonly #width: number;
+  readonly #terminal: boolean;
   readonly #started = performance.now();
   readonly #passed: string[] = [];
-  #calls = 0;
+  #steps = 0;
   #checks = 0;
   #failed = 0;
   #commands = 0;
@@ -1445,9 +1463,9 @@ class Screen {
   constructor(print: (line: string) => void, verbose: boolean) {
     this.#print = print;
     this.#verbose = verbose;
-    const terminal = Deno.stdout.isTerminal();
-    this.#colours = terminal && (Deno.env.get("NO_COLOR") ?? "") === "";
-    this.#width = terminal ? Math.max(80, Deno.consoleSize().columns) : 120;
+    this.#terminal = Deno.stdout.isTerminal();
+    this.#colours = this.#terminal && (Deno.env.get("NO_COLOR") ?? "") === "";
+    this.#width = this.#terminal ? Math.max(80, Deno.consoleSize().columns) : 120;
   }
 
   line(text: string): void {
@@ -1478,7 +1496,8 @@ class Screen {
 
   step(outcome: Outcome, name: string, ms: number, places: readonly Facts[]): void {
     this.#flush();
-    this.#calls++;
+    this.#steps++;
+    if (outcome === "bad") this.#failed++;
     const filled = places.filter(({ facts }) => facts.length > 0);
     let head = `${this.#mark(outcome)} ${name.padEnd(nameWidth)}${formatTime(ms).padStart(timeWidth)}`;
     if (filled.length === 0) this.#print(head);
@@ -1520,13 +1539,15 @@ class Screen {
     for (const line of lines) this.#print(`    ${this.#dim(line)}`);
   }
 
+  /** Why the demo ends early; a check that failed has its line already. */
   failure(error: unknown): void {
     this.#flush();
+    if (error instanceof CheckFailed) return;
     if (error instanceof Interrupted) this.#print(`\n${error.message}, cleaning up`);
-    else {
-      const known = error instanceof CheckFailed || error instanceof StatusError || !(error instanceof Error);
-      this.#print(`\n${this.red("failed")}: ${known ? messageOf(error) : error.stack ?? error.message}`);
-    }
+    else if (error instanceof StatusError) this.#print(`\n${this.red("failed")}: ${error.message}`);
+    else {this.#print(
+        `\n${this.red("failed")}: ${error instanceof Error ? error.stack ?? error.message : String(error)}`,
+      );}
   }
 
   managementCalls(calls: Readonly<Record<string, number>>): readonly string[] {
@@ -1538,7 +1559,7 @@ class Screen {
   commands(commands: readonly RanCommand[]): readonly string[] {
     this.#commands += commands.length;
     if (commands.length === 0) return [];
-    if (!this.#verbose) return [`ran ${commands.map(({ command }) => program(command)).join(", ")}`];
+    if (!this.#verbose) return [`ran ${commands.map(({ command }) => programOf(command)).join(", ")}`];
     return commands.map(({ command, exit, ms }) => `ran ${command} (exit ${exit}, ${formatTime(ms)})`);
   }
 
@@ -1547,7 +1568,7 @@ class Screen {
     const seconds = ((performance.now() - this.#started) / 1000).toFixed(1);
     this.#print("");
     this.#print(
-      `${this.#calls} steps, ${this.#checks} checks, ${this.#failed} failed; ${this.#managementCalls} management calls, ` +
+      `${this.#steps} steps, ${this.#checks} checks, ${this.#failed} failed; ${this.#managementCalls} management calls, ` +
         `${this.#commands} commands on the machine; ${seconds} s`,
     );
     if (failure !== undefined) {
@@ -1572,12 +1593,13 @@ class Screen {
 
   #facts(head: string, place: string, facts: readonly string[], colour = "36"): void {
     const indent = 2 + nameWidth + timeWidth + 2 + placeWidth;
+    const room = this.#width - indent;
     const lines: string[] = [];
     for (const fact of facts) {
       const last = lines.at(-1);
-      if (last !== undefined && !this.#verbose && indent + last.length + 2 + fact.length <= this.#width) {
+      if (last !== undefined && !this.#verbose && last.length + 2 + fact.length <= room) {
         lines[lines.length - 1] = `${last}; ${fact}`;
-      } else lines.push(fact);
+      } else lines.push(...this.#terminal ? wrapped(fact, room) : [fact]); // In a file, lines are there to be searched.
     }
     this.#print(`${head}  ${this.#paint(colour, place.padEnd(placeWidth))}${this.#dim(lines[0] ?? "")}`);
     for (const line of lines.slice(1)) this.#print(" ".repeat(indent) + this.#dim(line));
@@ -1594,6 +1616,17 @@ class Screen {
   #paint(code: string, text: string): string {
     return this.#colours ? `\x1b[${code}m${text}\x1b[0m` : text;
   }
+}
+
+/** A text in lines of `width` characters, broken at spaces; a longer word has a line of its own. */
+function wrapped(text: string, width: number): readonly string[] {
+  const lines: string[] = [];
+  for (const word of text.split(" ")) {
+    const last = lines.at(-1);
+    if (last !== undefined && last.length + 1 + word.length <= width) lines[lines.length - 1] = `${last} ${word}`;
+    else lines.push(word);
+  }
+  return lines;
 }
 
 function formatTime(ms: number): string {

@@ -75,6 +75,8 @@ interface Effort {
 
 const thorough: Effort = { startUps: 20, memoryCalls: 20_000, loadMs: 5000 };
 const quick: Effort = { startUps: 3, memoryCalls: 2000, loadMs: 500 };
+const source = fileURLToPath(new URL("../main.ts", import.meta.url));
+const fromSource = [Deno.execPath(), "run", "-A", source];
 // What `deno task build` bakes into the executable.
 const bakedFlags = "--v8-flags=--lite-mode,--max-old-space-size=64";
 const nodeId = "bench.node";
@@ -95,10 +97,9 @@ async function main(args: string[]): Promise<number> {
     return 0;
   }
   const effort = values.quick ? quick : thorough;
-  const source = fileURLToPath(new URL("../main.ts", import.meta.url));
   const variants: readonly Variant[] = values.binary === undefined
     ? [
-      { name: "deno run", program: [Deno.execPath(), "run", "-A", source] },
+      { name: "deno run", program: fromSource },
       { name: "deno run, lite", program: [Deno.execPath(), "run", "-A", bakedFlags, source] },
     ]
     : [{ name: "compiled", program: [isAbsolute(values.binary) ? values.binary : resolve(values.binary)] }];
@@ -175,7 +176,8 @@ function aboutHere() {
 async function withRig<T>(variant: Variant, work: (rig: Rig, signal: AbortSignal) => Promise<T>): Promise<T> {
   return await interruptible(async (signal) => {
     const home = await Deno.makeTempDir({ prefix: "lbcsi-bench-" });
-    const rig = new Rig(home, variant.program);
+    // The same simulator for every variant, so that its speed does not show in the comparison.
+    const rig = new Rig(home, variant.program, fromSource);
     try {
       return await work(rig, signal);
     } finally {
