@@ -3,7 +3,10 @@ import { join } from "node:path";
 import { createLogger } from "../lib/context.ts";
 import { StatusError } from "../lib/error.ts";
 import { formatDeviceNumber, type Host, linuxHost } from "../lib/host/host.ts";
+import { loopMachine } from "./support/loop_machine.ts";
+import { needs } from "./support/needs.ts";
 import { rejects } from "./support/node_calls.ts";
+import { eventually } from "./support/simulator.ts";
 
 const reason = new StatusError("DEADLINE_EXCEEDED", "the caller has left");
 
@@ -139,6 +142,42 @@ Deno.test("Host.run does not wait for a grandchild that keeps the output open", 
     assert.deepEqual(result, { code: 0, stdout: "out\n", stderr: "" });
     assert(performance.now() - started < 20_000);
   });
+});
+
+Deno.test({
+  name: "Host.run gives up a probe that even SIGKILL does not end, and names it",
+  ignore: !needs("root", "loop", "mkfs.ext4", "fsfreeze"),
+  async fn() {
+    await using machine = await loopMachine();
+    const { path } = await machine.addNamespace("0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10", 32 << 20);
+    const mountPoint = join(machine.directory, "mnt");
+    await Deno.mkdir(mountPoint);
+    await machine.tool("mkfs.ext4", "-q", path);
+    await machine.tool("mount", path, mountPoint);
+    await machine.tool("fsfreeze", "--freeze", mountPoint);
+    try {
+      const caller = new AbortController();
+      // A write to a frozen file system waits in the kernel, as one to a device without a path does.
+      const script = `echo $$ > ${machine.directory}/pid; exec touch ${mountPoint}/x`;
+      const run = machine.host.run("sh", ["-c", script], { signal: caller.signal, onAbort: "kill" });
+      const pid = (await written(join(machine.directory, "pid"))).trim();
+      await eventually(
+        "the probe hangs",
+        async () => /^\S+ \(touch\) D/.test(await Deno.readTextFile(`/proc/${pid}/stat`)),
+      );
+      caller.abort(reason);
+
+      await rejects(
+        run,
+        "DEADLINE_EXCEEDED",
+        /Cannot finish "sh -c .*touch .*": it does not end although it was killed/,
+      );
+      assert(lives(Number(pid)));
+    } finally {
+      await machine.tool("fsfreeze", "--unfreeze", mountPoint);
+      await ended(Number(await written(join(machine.directory, "pid"))));
+    }
+  },
 });
 
 Deno.test("Host.run keeps 1 MiB of an endless output and lets the command end", async () => {
