@@ -1303,7 +1303,10 @@ function missingProgram(name: string): Lack {
 }
 
 function isOnPath(name: string): boolean {
-  return (Deno.env.get("PATH") ?? "").split(":").some((directory) => kindOfSync(join(directory, name)) === "file");
+  const path = (Deno.env.get("PATH") ?? "").split(":");
+  // Where sudo finds them; PATH of an ordinary user often has none of these.
+  if (Deno.uid() !== 0) path.push("/usr/local/sbin", "/usr/sbin", "/sbin");
+  return path.some((directory) => kindOfSync(join(directory, name)) === "file");
 }
 
 /** Options of the mount that `path` is on. */
@@ -1412,11 +1415,12 @@ function kindOf(path: string): Promise<Kind> {
   return Deno.stat(path).then(kind, absent);
 }
 
+/** What we may not look at is absent for us. */
 function kindOfSync(path: string): Kind {
   try {
     return kind(Deno.statSync(path));
-  } catch (error) {
-    return absent(error);
+  } catch {
+    return "absent";
   }
 }
 
@@ -1573,8 +1577,10 @@ class Screen {
     );
     if (failure !== undefined) {
       const rest = left === 0 ? "nothing of it is left on this machine" : `${left} things are left, see above`;
-      const word = failure instanceof Interrupted ? "interrupted" : "FAILED";
-      this.#print(`${this.red(word)}: ${messageOf(failure).split("\n", 1)[0]}; ${rest}`);
+      const what = failure instanceof Interrupted
+        ? `${this.red("interrupted")} by ${failure.signal}`
+        : `${this.red("FAILED")}: ${messageOf(failure).split("\n", 1)[0]}`;
+      this.#print(`${what}; ${rest}`);
     } else if (full) {
       this.#print(`${this.#paint("32", "passed")}: every check passed, nothing is left over`);
     } else {
