@@ -300,6 +300,21 @@ for (const fsType of ["xfs", "btrfs"] as const) {
 }
 
 Deno.test({
+  name: "mountVolume makes no btrfs while a process that outlived the last driver has the device open",
+  ignore: ignore || !needs("mkfs.btrfs"),
+  fn: () =>
+    withDisk(128, async ({ machine, namespace, mount }) => {
+      {
+        using _open = await Deno.open(namespace.path, { write: true });
+        const busy = new RegExp(`nvme0n1 is in use by process ${Deno.pid} \\(\\w+\\) with`);
+        await rejects(mount({ ...wish, fsType: "btrfs" }), "UNAVAILABLE", busy);
+        assert.deepEqual(machine.commands, ["blkid"]);
+      }
+      await mount({ ...wish, fsType: "btrfs" });
+    }),
+});
+
+Deno.test({
   name: "mountVolume gives a file system the UUID that follows from its namespace",
   ignore,
   fn: () =>

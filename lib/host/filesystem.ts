@@ -20,7 +20,16 @@ import { type RequestContext, unlessAborted } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { parseMkfsOptions, parseMountFlags } from "./mkfs_options.ts";
-import { describeMount, type Mount, mountsAt, mountsOf, mountTable, relationOf, takeDown } from "./mounts.ts";
+import {
+  describeMount,
+  type Mount,
+  mountsAt,
+  mountsOf,
+  mountTable,
+  processesAt,
+  relationOf,
+  takeDown,
+} from "./mounts.ts";
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
 
 /** The file systems that a volume can be given. */
@@ -381,6 +390,14 @@ async function format(
   const mounted = await mountsOf(host, await mountTable(host), device);
   if (mounted[0] !== undefined) {
     throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: it is mounted at "${mounted[0].path}"`);
+  }
+  // A mkfs that outlived the driver which started it may still be at work. Those of ext4 and xfs hold the device for
+  // themselves all the time, that of btrfs (6.2) does not.
+  if (unfinished || fsType === "btrfs") {
+    const users = await processesAt(host, (place) => place === device.path);
+    if (users.length > 0) {
+      throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
+    }
   }
   if (unfinished) {
     ctx.log.warning("makes a file system anew that was never finished", { device: device.path });

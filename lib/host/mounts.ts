@@ -191,24 +191,33 @@ const mostHolders = 5;
 
 /** Mounts below `path` and processes with something open there, at most a few; for error messages. */
 async function holdersOf(host: Host, path: string): Promise<readonly string[]> {
-  const inside = (place: string | undefined) => place === path || place?.startsWith(`${path}/`) === true;
-  const holders = (await mountTable(host)).filter((mount) => mount.path.startsWith(`${path}/`))
+  const mounts = (await mountTable(host)).filter((mount) => mount.path.startsWith(`${path}/`))
     .map((mount) => `the mount at "${mount.path}"`);
+  const processes = await processesAt(host, (place) => place === path || place.startsWith(`${path}/`));
+  return [...mounts, ...processes].slice(0, mostHolders);
+}
+
+/**
+ * Processes that have something open, run from, or are in a place that `isThere`, at most a few: `process 7 (dd) with
+ * "/mnt/x"`. Sees only the processes of this container unless it shares the machine's.
+ */
+export async function processesAt(host: Host, isThere: (place: string) => boolean): Promise<readonly string[]> {
+  const found: string[] = [];
   const proc = host.roots.proc;
   for (const pid of await host.list(proc) ?? []) {
-    if (holders.length >= mostHolders) break;
+    if (found.length >= mostHolders) break;
     if (!/^\d+$/.test(pid)) continue;
     const links = [`${proc}/${pid}/cwd`, `${proc}/${pid}/root`, `${proc}/${pid}/exe`];
     for (const fd of await quietly(host.list(`${proc}/${pid}/fd`)) ?? []) links.push(`${proc}/${pid}/fd/${fd}`);
     for (const link of links) {
       const place = await quietly(host.readLink(link));
-      if (!inside(place)) continue;
+      if (place === undefined || !isThere(place)) continue;
       const name = (await quietly(host.readText(`${proc}/${pid}/comm`)))?.trim() ?? "unknown";
-      holders.push(`process ${pid} (${name}) with "${place}"`);
+      found.push(`process ${pid} (${name}) with "${place}"`);
       break;
     }
   }
-  return holders.slice(0, mostHolders);
+  return found;
 }
 
 /** Processes end while they are looked at. */
