@@ -546,7 +546,8 @@ export class Channel implements Disposable {
   /** Waits until the connection stands. Says nothing when it fails at once: the call itself then tells the reason. */
   async #connected(options: CallOptions): Promise<void> {
     const channel = this.#client.getChannel();
-    const timeoutMs = options.connectTimeoutMs ?? 3000;
+    const leftMs = options.deadline === undefined ? Infinity : Math.max(0, options.deadline.getTime() - Date.now());
+    const timeoutMs = Math.min(options.connectTimeoutMs ?? 3000, leftMs);
     const until = Date.now() + timeoutMs;
     for (;;) {
       const state = channel.getConnectivityState(true);

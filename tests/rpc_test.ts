@@ -704,6 +704,16 @@ Deno.test("Channel gives up after connectTimeoutMs on a server that accepts and 
   }
 });
 
+Deno.test("Channel does not wait for a connection beyond the deadline of the call", async () => {
+  // An address of the documentation range: nothing answers, or a network says at once that it cannot be reached.
+  using channel = new Channel({ address: "192.0.2.1:443" });
+  const begun = performance.now();
+
+  const call = channel.call(Identity.method.probe, {}, { signal: patient(), deadline: soon(300) });
+  await assert.rejects(call, (error) => error instanceof CallError);
+  assert.ok(performance.now() - begun < 2000);
+});
+
 Deno.test("Channel rejects with the signal's reason when it has aborted before, or aborts while connecting", async () => {
   using channel = new Channel({ address: "192.0.2.1:443" });
   const why = new Error("enough");

@@ -1,0 +1,415 @@
+/**
+ * Calls to LightOS' management API (facts: spec/lightos.md section 6): several endpoints of one cluster of which one is in
+ * use, fail-over and back-off, tokens, TLS, API version, and errors that name the endpoint and keep LightOS' own words.
+ */
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
+import { createHash } from "node:crypto";
+import { clearInterval, setInterval } from "node:timers";
+import { z } from "zod";
+import { type Logger, type RequestContext, type Secrets, sleep, timeLimit } from "../context.ts";
+import { type StatusCode, StatusError } from "../error.ts";
+import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";
+import { CallError, Channel } from "../rpc.ts";
+import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
+
+/** What the process was told about reaching LightOS. */
+export interface LightosOptions {
+  readonly log: Logger;
+  /** The token for calls that bring none of their own; undefined when there is none now. */
+  readonly globalJwt: () => string | undefined;
+  /** Where that token comes from, for messages. */
+  readonly globalJwtPath: string;
+  /** PEM certificates to trust instead of the system's. */
+  readonly ca: string | undefined;
+  /** False accepts any certificate of the management API. */
+  readonly verifyTls: boolean;
+  readonly userAgent: string;
+}
+
+/** A StatusError for what the management API answered, or for its silence. */
+export class LightosError extends StatusError {
+  /** The request may have been carried out although no answer came. */
+  readonly outcomeUnknown: boolean;
+
+  constructor(code: StatusCode, message: string, outcomeUnknown: boolean, options?: ErrorOptions) {
+    super(code, message, options);
+    this.outcomeUnknown = outcomeUnknown;
+  }
+}
+
+const secretsSchema = z.object({
+  jwt: z.string().optional(),
+  "mgmt-ca.crt": z.string().includes("-----BEGIN CERTIFICATE-----", { error: "holds no PEM certificate" }).optional(),
+});
+
+interface Credentials {
+  readonly jwt: string | undefined;
+  /** Where the token came from, for messages. */
+  readonly source: string;
+}
+
+/** How long an unused connection is kept. */
+const idleMs = 10 * 60 * 1000;
+
+/** The connections of this process, shared by all calls to one cluster, and closed after ten idle minutes. */
+export class ClusterPool implements AsyncDisposable {
+  readonly #options: LightosOptions;
+  readonly #connections = new Map<string, Connections>();
+  readonly #sweeper: ReturnType<typeof setInterval>;
+
+  constructor(options: LightosOptions) {
+    this.#options = options;
+    this.#sweeper = setInterval(() => this.#sweep(), idleMs / 10);
+    this.#sweeper.unref();
+  }
+
+  /** The cluster behind these endpoints, with the credentials of this call. Connects to nothing yet. */
+  open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme): Cluster {
+    const given = secrets.parse(secretsSchema);
+    const ca = given["mgmt-ca.crt"] ?? this.#options.ca;
+    const trust = ca === undefined ? "" : createHash("sha256").update(ca).digest("hex");
+    const key = [formatEndpoints(endpoints), scheme, trust].join(" ");
+    let connections = this.#connections.get(key);
+    if (connections === undefined) {
+      const tls = scheme === "grpc"
+        ? undefined
+        : { verify: this.#options.verifyTls, ...(ca === undefined ? {} : { ca }) };
+      connections = new Connections(this.#options, endpoints, tls);
+      this.#connections.set(key, connections);
+    }
+    return new Cluster(connections, this.#credentials(given.jwt));
+  }
+
+  #credentials(fromSecrets: string | undefined): Credentials {
+    const [text, source] = fromSecrets !== undefined
+      ? [fromSecrets, `key "jwt" of the call's secrets`]
+      : [this.#options.globalJwt(), this.#options.globalJwtPath];
+    const jwt = text?.trim() ?? "";
+    if (jwt === "") {
+      return {
+        jwt: undefined,
+        source: `none was given: no key "jwt" in the secrets, no ${this.#options.globalJwtPath}`,
+      };
+    }
+    if (!/^[\x21-\x7e]+$/.test(jwt)) {
+      throw new StatusError(
+        "INVALID_ARGUMENT",
+        `Cannot use the JWT of ${source}: it holds blanks or control characters`,
+      );
+    }
+    return { jwt, source };
+  }
+
+  #sweep(): void {
+    for (const [key, connections] of this.#connections) {
+      if (!connections.idleFor(idleMs)) continue;
+      connections[Symbol.dispose]();
+      this.#connections.delete(key);
+    }
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    clearInterval(this.#sweeper);
+    for (const connections of this.#connections.values()) connections[Symbol.dispose]();
+    this.#connections.clear();
+    return Promise.resolve();
+  }
+}
+
+/** One cluster as one call sees it: shared connections, its own credentials. */
+export class Cluster {
+  readonly #connections: Connections;
+  readonly #credentials: Credentials;
+
+  constructor(connections: Connections, credentials: Credentials) {
+    this.#connections = connections;
+    this.#credentials = credentials;
+  }
+
+  /** The endpoint that answered last, for messages. */
+  get lastAddress(): string {
+    return this.#connections.lastAddress;
+  }
+
+  /** See Connections.call. */
+  call<I extends DescMessage, O extends DescMessage>(
+    ctx: RequestContext,
+    action: string,
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    headers: Readonly<Record<string, string>> = {},
+  ): Promise<MessageShape<O>> {
+    return this.#connections.call(ctx, action, method, request, headers, this.#credentials);
+  }
+
+  /** What the cluster says of itself, at most a minute old. */
+  async info(ctx: RequestContext, action: string): Promise<ClusterInfoV2> {
+    const known = this.#connections.freshInfo();
+    if (known !== undefined) return known;
+    const info = await this.call(ctx, action, DurosAPI.method.getClusterInfo, {});
+    if (!info.subsystemNQN.startsWith("nqn.")) {
+      throw new StatusError(
+        "UNAVAILABLE",
+        `Cannot ${action}: LightOS at ${this.lastAddress} has no subsystem NQN yet ("${info.subsystemNQN}")`,
+      );
+    }
+    this.#connections.learn(info);
+    return info;
+  }
+}
+
+interface Member {
+  readonly endpoint: Endpoint;
+  channel: Channel | undefined;
+  /** The API version was seen to be ours on this connection. */
+  checked: boolean;
+  /** Not before this time (ms of performance.now) is a failed member tried again. */
+  retryAt: number;
+  failures: number;
+  lastFailure: string;
+}
+
+const apiVersion = "v2.0";
+const infoMs = 60_000;
+/** Methods that change nothing, so that they can be sent again after a lost answer. */
+const reads: ReadonlySet<string> = new Set(["GetVersion", "GetVolume", "ListVolumes", "GetClusterInfo"]);
+
+/**
+ * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s, growing
+ * to 5 s), so a dead one costs one connect attempt per period and not one per call; meanwhile the others serve.
+ */
+class Connections implements Disposable {
+  readonly #options: LightosOptions;
+  readonly #tls: { readonly ca?: string; readonly verify: boolean } | undefined;
+  readonly #members: Member[];
+  #current: Member | undefined;
+  #lastUse = performance.now();
+  #running = 0;
+  #info: { readonly value: ClusterInfoV2; readonly at: number } | undefined;
+
+  constructor(
+    options: LightosOptions,
+    endpoints: readonly Endpoint[],
+    tls: { readonly ca?: string; readonly verify: boolean } | undefined,
+  ) {
+    this.#options = options;
+    this.#tls = tls;
+    this.#members = endpoints.map(newMember);
+  }
+
+  get lastAddress(): string {
+    const member = this.#current ?? this.#members[0];
+    return member === undefined ? "no endpoint" : formatEndpoint(member.endpoint);
+  }
+
+  idleFor(ms: number): boolean {
+    return this.#running === 0 && performance.now() - this.#lastUse > ms;
+  }
+
+  freshInfo(): ClusterInfoV2 | undefined {
+    return this.#info !== undefined && performance.now() - this.#info.at < infoMs ? this.#info.value : undefined;
+  }
+
+  /** Keeps the cluster's own account of itself; endpoints that it names are fallen back on when all others fail. */
+  learn(info: ClusterInfoV2): void {
+    this.#info = { value: info, at: performance.now() };
+    const known = new Set(this.#members.map(({ endpoint }) => formatEndpoint(endpoint)));
+    for (const text of info.apiEndpoints) {
+      const parsed = parseEndpoints(text);
+      if (typeof parsed === "string") continue;
+      this.#members.push(...parsed.filter((endpoint) => !known.has(formatEndpoint(endpoint))).map(newMember));
+    }
+  }
+
+  /**
+   * Calls the management API at the endpoint in use, or at the next one that answers. A request that changes something is
+   * sent on to another endpoint only when it surely did not reach the first.
+   *
+   * @throws LightosError with LightOS' code (its UNKNOWN and DATA_LOSS become INTERNAL) and words, or UNAVAILABLE that
+   *   lists what each endpoint said; DEADLINE_EXCEEDED when the caller's time is over
+   */
+  async call<I extends DescMessage, O extends DescMessage>(
+    ctx: RequestContext,
+    action: string,
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    headers: Readonly<Record<string, string>>,
+    credentials: Credentials,
+  ): Promise<MessageShape<O>> {
+    this.#running++;
+    try {
+      const authorization = credentials.jwt === undefined ? {} : { authorization: `Bearer ${credentials.jwt}` };
+      const allHeaders = { ...headers, ...authorization };
+      const tried = new Set<Member>();
+      for (;;) {
+        const member = this.#next(tried);
+        if (member !== undefined) {
+          tried.add(member);
+          const othersLeft = tried.size < this.#members.length;
+          const answer = await this.#try(ctx, action, member, method, request, allHeaders, credentials, othersLeft);
+          if (answer !== undefined) return answer;
+          continue;
+        }
+        const resting = this.#members.filter((member) => !tried.has(member));
+        if (resting.length === 0) throw this.#allFailed("UNAVAILABLE", action);
+        // What is left failed a moment ago, in another call: wait for the first that may be tried again.
+        const next = Math.min(...resting.map((member) => member.retryAt));
+        try {
+          await sleep(Math.max(1, next - performance.now()), ctx.signal);
+        } catch {
+          throw this.#allFailed(codeOf(ctx.signal), action);
+        }
+      }
+    } finally {
+      this.#running--;
+      this.#lastUse = performance.now();
+    }
+  }
+
+  #allFailed(code: StatusCode, action: string): LightosError {
+    const failures = this.#members.map((member) => `${formatEndpoint(member.endpoint)}: ${member.lastFailure}`);
+    const message = `Cannot ${action}: no LightOS management endpoint answers (${failures.join("; ")})`;
+    return new LightosError(code, message, false);
+  }
+
+  /** The member to try now, the one in use first; undefined when those that are left have to rest. */
+  #next(tried: ReadonlySet<Member>): Member | undefined {
+    const now = performance.now();
+    const ready = this.#members.filter((member) => !tried.has(member) && member.retryAt <= now);
+    return ready.find((member) => member === this.#current) ?? ready[0];
+  }
+
+  /** One attempt at one member; undefined when it failed in a way that lets another member be asked. */
+  async #try<I extends DescMessage, O extends DescMessage>(
+    ctx: RequestContext,
+    action: string,
+    member: Member,
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    headers: Readonly<Record<string, string>>,
+    credentials: Credentials,
+    othersLeft: boolean,
+  ): Promise<MessageShape<O> | undefined> {
+    const address = formatEndpoint(member.endpoint);
+    const leftMs = Math.max(1, ctx.deadline.getTime() - Date.now());
+    // A server that accepted the connection and went silent must not use up the time of the others.
+    const attemptMs = Math.max(1000, othersLeft ? leftMs / 2 : leftMs);
+    using limit = timeLimit(ctx.signal, attemptMs);
+    const options = { signal: limit.signal, headers, connectTimeoutMs: Math.min(3000, attemptMs) };
+    const started = performance.now();
+    const channelUsed = member.channel ??= new Channel({
+      address,
+      userAgent: this.#options.userAgent,
+      ...(this.#tls === undefined ? {} : { tls: this.#tls }),
+    });
+    let sent = false;
+    try {
+      if (!member.checked) await this.#checkVersion(action, member, channelUsed, options);
+      sent = true;
+      const response = await channelUsed.call(method, request, options);
+      ctx.log.debug("called the management API", { rpc: method.name, address, code: "OK", ms: elapsed(started) });
+      member.failures = 0;
+      this.#current = member;
+      return response;
+    } catch (error) {
+      if (error instanceof StatusError && !ctx.signal.aborted) throw error;
+      const outcomeUnknown = sent && !reads.has(method.name);
+      if (ctx.signal.aborted) {
+        const message = `Cannot ${action} in time: LightOS at ${address} has not answered ${method.name} after ${
+          elapsed(started)
+        } ms`;
+        throw new LightosError(codeOf(ctx.signal), message, outcomeUnknown, { cause: ctx.signal.reason });
+      }
+      if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
+      const details = error instanceof CallError ? error.message : `no answer within ${Math.round(attemptMs)} ms`;
+      const code = error instanceof CallError ? error.code : "UNAVAILABLE";
+      ctx.log.debug("called the management API", {
+        rpc: method.name,
+        address,
+        code,
+        ms: elapsed(started),
+        error: details,
+      });
+      if (error instanceof CallError && error.origin === "server") {
+        member.failures = 0;
+        this.#current = member;
+        throw answered(action, address, method.name, error, credentials);
+      }
+      this.#rest(member, channelUsed, details);
+      if (!outcomeUnknown || (error instanceof CallError && error.origin === "not connected")) return undefined;
+      throw new LightosError(
+        "UNAVAILABLE",
+        `Cannot ${action}: the connection to LightOS at ${address} was lost during ${method.name} (${details})`,
+        true,
+      );
+    }
+  }
+
+  async #checkVersion(
+    action: string,
+    member: Member,
+    channel: Channel,
+    options: { readonly signal: AbortSignal; readonly headers: Readonly<Record<string, string>> },
+  ): Promise<void> {
+    const version = await channel.call(DurosAPI.method.getVersion, {}, options);
+    if (version.apiVersion !== apiVersion) {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: LightOS at ${
+          formatEndpoint(member.endpoint)
+        } speaks management API "${version.apiVersion}", ` +
+          `this driver speaks "${apiVersion}"`,
+      );
+    }
+    member.checked = true;
+  }
+
+  #rest(member: Member, channel: Channel, failure: string): void {
+    // Of several calls that fail together on one connection, the first counts.
+    if (member.channel !== channel) return;
+    member.failures++;
+    member.lastFailure = failure;
+    member.checked = false;
+    member.retryAt = performance.now() + Math.min(1000 * 1.5 ** (member.failures - 1), 5000);
+    if (this.#current === member) this.#current = undefined;
+    // A new channel begins without the half-dead connection of the old one, which lets its running calls end.
+    channel[Symbol.dispose]();
+    member.channel = undefined;
+    this.#options.log.warning("lost a management endpoint", {
+      address: formatEndpoint(member.endpoint),
+      error: failure,
+    });
+  }
+
+  [Symbol.dispose](): void {
+    for (const member of this.#members) member.channel?.[Symbol.dispose]();
+  }
+}
+
+function newMember(endpoint: Endpoint): Member {
+  return { endpoint, channel: undefined, checked: false, retryAt: 0, failures: 0, lastFailure: "not tried" };
+}
+
+function answered(
+  action: string,
+  address: string,
+  method: string,
+  { code, message: details }: CallError,
+  credentials: Credentials,
+): LightosError {
+  const token = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED" ? `; JWT: ${credentials.source}` : "";
+  const message = `Cannot ${action}: LightOS at ${address} answered ${method} with ${code}: ${details}${token}`;
+  const known = code === "UNKNOWN" || code === "DATA_LOSS" ? "INTERNAL" : code;
+  // These say that the server broke off in the middle, not that it refused.
+  const open = ["INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED"].includes(known) && !reads.has(method);
+  return new LightosError(known, message, open);
+}
+
+/** The code for a call that `signal` ended. */
+export function codeOf(signal: AbortSignal): StatusCode {
+  return signal.reason instanceof StatusError ? signal.reason.code : "DEADLINE_EXCEEDED";
+}
+
+function elapsed(started: number): number {
+  return Math.round(performance.now() - started);
+}
