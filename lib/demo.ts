@@ -22,9 +22,11 @@ import {
   VolumeUsage_Unit as Unit,
 } from "../proto/gen/csi_pb.ts";
 
-export const demoFsTypes = ["ext4", "xfs", "btrfs"] as const;
+const demoFsTypes = ["ext4", "xfs", "btrfs"] as const;
+/** A file system that the demo can play. */
 export type DemoFsType = typeof demoFsTypes[number];
 
+/** How the demo is to be played. */
 export interface DemoSettings {
   /** Leaves the temporary directory, with the logs in it, for inspection. */
   readonly keep: boolean;
@@ -40,7 +42,7 @@ export interface DemoSettings {
  * @param print receives one line, without its newline
  * @param program what starts lbcsi
  * @returns the exit status: 0 when every check passed (also those of the smaller demo that a machine without root or loop
- *   devices gets), 1 when one failed or something was left over, 130 after Ctrl-C, 143 after SIGTERM
+ *   devices gets), 1 when one failed or something was left over, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP
  */
 export async function demo(
   settings: DemoSettings,
@@ -49,8 +51,7 @@ export async function demo(
 ): Promise<number> {
   const screen = new Screen(print, settings.verbose);
   const stop = new AbortController();
-  const interrupt = (signal: "SIGINT" | "SIGTERM") => () => stop.abort(new Interrupted(signal));
-  const listeners = [["SIGINT", interrupt("SIGINT")], ["SIGTERM", interrupt("SIGTERM")]] as const;
+  const listeners = interruptions.map((signal) => [signal, () => stop.abort(new Interrupted(signal))] as const);
   for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
   try {
     return await play(settings, program, screen, stop.signal);
@@ -59,10 +60,16 @@ export async function demo(
   }
 }
 
-class Interrupted extends Error {
-  readonly signal: "SIGINT" | "SIGTERM";
+// SIGHUP is what a terminal sends that is closed.
+const interruptions = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+type Interruption = typeof interruptions[number];
+/** What a shell makes of a program that ends by a signal: 128 and the signal's number. */
+const interruptedStatus: Readonly<Record<Interruption, number>> = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 };
 
-  constructor(signal: "SIGINT" | "SIGTERM") {
+class Interrupted extends Error {
+  readonly signal: Interruption;
+
+  constructor(signal: Interruption) {
     super(`interrupted by ${signal}`);
     this.signal = signal;
   }
@@ -123,7 +130,7 @@ async function play(
   const left = forced.filter(({ done }) => !done).length;
   if (failure === undefined && forced.length > 0) failure = new CheckFailed("something was left over, see above");
   screen.summary(failure, left, full);
-  if (failure instanceof Interrupted) return failure.signal === "SIGINT" ? 130 : 143;
+  if (failure instanceof Interrupted) return interruptedStatus[failure.signal];
   return failure === undefined ? 0 : 1;
 }
 
@@ -901,19 +908,23 @@ export class Rig {
     this.#simulator = simulator;
   }
 
+  /** What the simulator said when it had started. */
   get addresses(): Addresses {
     if (this.#addresses === undefined) throw new Error("the simulator has not been started");
     return this.#addresses;
   }
 
+  /** The connection to the controller. */
   get controller(): Channel {
     return this.channel("controller");
   }
 
+  /** The connection to the node. */
   get node(): Channel {
     return this.channel("node");
   }
 
+  /** The process of this name that was started last. */
   running(name: string): Running | undefined {
     return this.#processes.get(name);
   }
@@ -931,13 +942,18 @@ export class Rig {
     return running;
   }
 
+  /** Starts the controller, which trusts the simulator's certificate. */
   async startController(signal: AbortSignal): Promise<Running> {
     const ca = join(this.home, "ca.pem");
     await Deno.writeTextFile(ca, this.addresses.ca ?? "");
     return await this.startService("controller", ["--mgmt-ca", ca, "--log-level", "debug"], signal);
   }
 
-  /** @param env added to the environment */
+  /**
+   * Starts the node on the simulator's machine.
+   *
+   * @param env added to the environment
+   */
   async startNode(nodeId: string, signal: AbortSignal, env: Readonly<Record<string, string>> = {}): Promise<Running> {
     const { discoveryDir, devRoot, sysfsRoot } = this.addresses;
     const places = { "discovery-dir": discoveryDir, dev: devRoot, sysfs: sysfsRoot };
@@ -1005,6 +1021,7 @@ export class Rig {
     return Object.fromEntries(Object.entries(counts).map(([rpc, { total }]) => [rpc, total]));
   }
 
+  /** Looks at the cluster and at the machine, once hosts see what they may. */
   async observe(): Promise<World> {
     await this.ask("GET", "/settled");
     const { devRoot, discoveryDir } = this.addresses;

@@ -4,11 +4,11 @@
  */
 import { basename, join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { countsBetween, Rig } from "../../lib/demo.ts";
+import { countsBetween, type DemoFsType as FsType, Rig } from "../../lib/demo.ts";
 import type { Channel } from "../../lib/rpc.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
-export type FsType = "ext4" | "xfs" | "btrfs";
+export type { FsType };
 
 /** The cost of one call. */
 export interface Cost {
