@@ -402,7 +402,7 @@ async function serveCsi(
   const stopped = untilStopped();
   const server = await serve({
     listen: { path },
-    services: [service(Identity, identityHandlers({ name: driverName, version, expansion: false })), ...services],
+    services: [service(Identity, identityHandlers({ name: driverName, version, expansion: true })), ...services],
     log,
     describe: describeRequest,
     redact: redactRequest,

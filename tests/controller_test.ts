@@ -54,7 +54,7 @@ async function start() {
   const server = await serve({
     listen: { path },
     services: [
-      service(Identity, identityHandlers({ name: "csi.lightbitslabs.com", version: "1.2.3", expansion: false })),
+      service(Identity, identityHandlers({ name: "csi.lightbitslabs.com", version: "1.2.3", expansion: true })),
       service(Controller, handlers),
     ],
     log,
@@ -115,7 +115,7 @@ Deno.test("Identity answers name, version, capabilities and Probe without callin
 
   strictEqual(info.name, "csi.lightbitslabs.com");
   strictEqual(info.vendorVersion, "1.2.3");
-  deepStrictEqual(capabilities.map(({ type }) => type.case), ["service"]);
+  deepStrictEqual(capabilities.map(({ type }) => type.case), ["service", "volumeExpansion"]);
   strictEqual(probe.ready, true);
   strictEqual(env.simulator.control.callsInAll(), 0);
 });
@@ -129,6 +129,7 @@ Deno.test("ControllerGetCapabilities announces what is served", async () => {
     "CREATE_DELETE_VOLUME",
     "PUBLISH_UNPUBLISH_VOLUME",
     "SINGLE_NODE_MULTI_WRITER",
+    "EXPAND_VOLUME",
   ]);
 });
 
@@ -139,7 +140,6 @@ for (
     Controller.method.createSnapshot,
     Controller.method.deleteSnapshot,
     Controller.method.listSnapshots,
-    Controller.method.controllerExpandVolume,
     Controller.method.controllerModifyVolume,
   ]
 ) {
@@ -387,6 +387,66 @@ Deno.test("ValidateVolumeCapabilities of an absent volume answers NOT_FOUND", as
   await rejects(
     env.call(Controller.method.validateVolumeCapabilities, { volumeId, secrets, volumeCapabilities: [writer] }),
     answers("NOT_FOUND", /^Cannot read volume /),
+  );
+});
+
+Deno.test("ControllerExpandVolume grows a volume, twice in a row, and asks for the node's step", async () => {
+  await using env = await start();
+  const { secrets } = env;
+  const volumeId = await env.create("pvc-1");
+  const request = { volumeId, secrets, capacityRange: { requiredBytes: 2n * gib + 1n }, volumeCapability: writer };
+
+  const first = await env.call(Controller.method.controllerExpandVolume, request);
+  const second = await env.call(Controller.method.controllerExpandVolume, request);
+
+  deepStrictEqual([first.capacityBytes, first.nodeExpansionRequired], [3n * gib, true]);
+  deepStrictEqual(second, first);
+  strictEqual(env.simulator.control.cluster.volumes[0]?.sizeBytes, 3n * gib);
+});
+
+for (
+  const [what, capacityRange, code, message] of [
+    ["no capacity range", undefined, "INVALID_ARGUMENT", /capacity_range is missing/],
+    ["a limit below whole GiB", { requiredBytes: gib + 1n, limitBytes: gib + 2n }, "OUT_OF_RANGE", /whole GiB/],
+  ] as const
+) {
+  Deno.test(`ControllerExpandVolume with ${what} answers ${code}`, async () => {
+    await using env = await start();
+    const volumeId = await env.create("pvc-1");
+    const request = { volumeId, secrets: env.secrets, ...(capacityRange === undefined ? {} : { capacityRange }) };
+
+    await rejects(env.call(Controller.method.controllerExpandVolume, request), answers(code, message));
+    strictEqual(env.simulator.control.cluster.volumes[0]?.sizeBytes, gib);
+  });
+}
+
+Deno.test("ControllerExpandVolume never shrinks: a smaller size is done, a limit below the size is OUT_OF_RANGE", async () => {
+  await using env = await start();
+  const { secrets } = env;
+  const volumeId = await env.create("pvc-1");
+  const grow = (requiredBytes: bigint, limitBytes = 0n) =>
+    env.call(Controller.method.controllerExpandVolume, {
+      volumeId,
+      secrets,
+      capacityRange: { requiredBytes, limitBytes },
+    });
+  await grow(3n * gib);
+
+  strictEqual((await grow(2n * gib)).capacityBytes, 3n * gib);
+  await rejects(grow(gib, 2n * gib), answers("OUT_OF_RANGE", /has 3221225472 bytes, above limit_bytes 2147483648/));
+});
+
+Deno.test("ControllerExpandVolume of an absent volume answers NOT_FOUND", async () => {
+  await using env = await start();
+  const volumeId = (await env.create("pvc-1")).replace(/nguid:[^|]+/, `nguid:${crypto.randomUUID()}`);
+
+  await rejects(
+    env.call(Controller.method.controllerExpandVolume, {
+      volumeId,
+      secrets: env.secrets,
+      capacityRange: { requiredBytes: gib },
+    }),
+    answers("NOT_FOUND", /^Cannot expand volume /),
   );
 });
 

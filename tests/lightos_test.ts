@@ -5,7 +5,8 @@ import { type StatusCode, StatusError } from "../lib/error.ts";
 import { parseVolumeId } from "../lib/id.ts";
 import { hostNqn } from "../lib/namespace.ts";
 import type { StorageBackend, VolumeWanted } from "../lib/storage/backend.ts";
-import { lightosBackend, type LightosOptions, volumeSize } from "../lib/storage/lightos.ts";
+import { lightosBackend, volumeSize } from "../lib/storage/lightos.ts";
+import type { LightosOptions } from "../lib/storage/lightos_cluster.ts";
 import { startSimulator, type TestSimulator } from "./support/simulator.ts";
 
 const gib = 1n << 30n;

@@ -44,11 +44,12 @@ export interface ControllerOptions {
 export function controllerHandlers(
   { backend, locks, defaultFsType, nodeIdSuffix }: ControllerOptions,
 ): Handlers<typeof Controller> {
+  const { expansion } = backend;
   /** Takes the volume for this call, or throws ABORTED; the caller disposes it when the work has ended. */
   const hold = (rpc: string, volumeId: string) => locks.take(`volume ${backend.uuidOf(volumeId)}`, rpc);
 
   return {
-    controllerGetCapabilities: () => Promise.resolve({ capabilities: controllerCapabilities() }),
+    controllerGetCapabilities: () => Promise.resolve({ capabilities: controllerCapabilities(backend) }),
 
     /** CSI specification, "CreateVolume". */
     async createVolume(request, call) {
@@ -151,6 +152,23 @@ export function controllerHandlers(
       return {};
     },
 
+    ...(expansion === undefined ? {} : {
+      /** CSI specification, "ControllerExpandVolume". */
+      async controllerExpandVolume(request, call) {
+        const action = "expand a volume";
+        const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+        if (request.capacityRange === undefined) {
+          throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range is missing`);
+        }
+        if (request.volumeCapability !== undefined) parseCapability(action, request.volumeCapability);
+        using _held = hold("ControllerExpandVolume", volumeId);
+        const secrets = new Secrets(request.secrets);
+        const { capacityBytes } = await expansion.expandVolume(call, secrets, volumeId, request.capacityRange);
+        // For block devices too: the node sees to it that the kernel shows the new size, and answers what it measured.
+        return { capacityBytes, nodeExpansionRequired: true };
+      },
+    } satisfies Handlers<typeof Controller>),
+
     /** CSI specification, "ValidateVolumeCapabilities". */
     async validateVolumeCapabilities(request, call) {
       const action = "validate volume capabilities";
@@ -179,8 +197,10 @@ export function controllerHandlers(
 
 type Capabilities = NonNullable<MessageInitShape<typeof ControllerGetCapabilitiesResponseSchema>["capabilities"]>;
 
-function controllerCapabilities(): Capabilities {
+/** What the backend has is announced, and nothing else. */
+function controllerCapabilities({ expansion }: StorageBackend): Capabilities {
   const announced = [Rpc.CREATE_DELETE_VOLUME, Rpc.PUBLISH_UNPUBLISH_VOLUME, Rpc.SINGLE_NODE_MULTI_WRITER];
+  if (expansion !== undefined) announced.push(Rpc.EXPAND_VOLUME);
   return announced.map((type) => ({ type: { case: "rpc", value: { type } } }));
 }
 

@@ -14,14 +14,16 @@
 import type { RequestContext, Secrets } from "../context.ts";
 import type { RemoteNamespace } from "../namespace.ts";
 
+/** How large a volume is to be, in bytes; 0 when not given. */
+export interface CapacityRange {
+  readonly requiredBytes: bigint;
+  readonly limitBytes: bigint;
+}
+
 /** What CreateVolume asks for. */
-export interface VolumeWanted {
+export interface VolumeWanted extends CapacityRange {
   /** CSI's idempotency key. */
   readonly name: string;
-  /** Bytes; 0 when not given. */
-  readonly requiredBytes: bigint;
-  /** Bytes; 0 when not given. */
-  readonly limitBytes: bigint;
   /** StorageClass parameters that are the backend's to read. */
   readonly parameters: Readonly<Record<string, string>>;
 }
@@ -66,4 +68,14 @@ export interface StorageBackend extends AsyncDisposable {
   grantAccess(ctx: RequestContext, secrets: Secrets, volumeId: string, grant: Grant): Promise<RemoteNamespace>;
   /** Takes access away from a host, or from every host when `hostNqn` is undefined. Absent volume or host: done. */
   revokeAccess(ctx: RequestContext, secrets: Secrets, volumeId: string, hostNqn: string | undefined): Promise<void>;
+  readonly expansion?: Expansion;
+}
+
+/** Volumes can grow, also while hosts use them. */
+export interface Expansion {
+  /**
+   * Grows a volume to at least `requiredBytes`; never shrinks one. Large enough already: done. Answers the volume with
+   * its size as measured afterwards. Throws OUT_OF_RANGE when that is, or would be, above `limitBytes`, NOT_FOUND.
+   */
+  expandVolume(ctx: RequestContext, secrets: Secrets, volumeId: string, range: CapacityRange): Promise<Volume>;
 }

@@ -80,6 +80,23 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
         if (!hasCode(error, "NOT_FOUND")) throw error;
       }
     },
+    expansion: {
+      async expandVolume(ctx, secrets, volumeId, range) {
+        const id = idOf(volumeId);
+        const action = `expand volume ${id.uuid}`;
+        const sizeBytes = volumeSize(action, range);
+        const cluster = clusters.open(secrets, id.endpoints, id.scheme);
+        const grown = await changeVolume(ctx, cluster, action, id, (volume) => {
+          if (volume.size < sizeBytes) return { size: String(sizeBytes) };
+          if (range.limitBytes === 0n || volume.size <= range.limitBytes) return undefined;
+          throw new StatusError(
+            "OUT_OF_RANGE",
+            `Cannot ${action}: it has ${volume.size} bytes, above limit_bytes ${range.limitBytes}, and is never shrunk`,
+          );
+        });
+        return toVolume(id, grown);
+      },
+    },
     async [Symbol.asyncDispose]() {
       await clusters[Symbol.asyncDispose]();
     },
@@ -453,6 +470,13 @@ function aclWithout(acl: readonly string[], hostNqn: string | undefined): readon
   return left.length === 0 ? [nobody] : left;
 }
 
+/** What UpdateVolume is to change. */
+interface Change {
+  readonly acl?: { readonly values: string[] };
+  /** Bytes, decimal. */
+  readonly size?: string;
+}
+
 async function changeAcl(
   ctx: RequestContext,
   cluster: Cluster,
@@ -460,11 +484,30 @@ async function changeAcl(
   id: VolumeId,
   decide: (acl: readonly string[]) => readonly string[] | undefined,
 ): Promise<void> {
+  await changeVolume(ctx, cluster, action, id, (volume) => {
+    const values = decide(aclOf(volume));
+    return values === undefined ? undefined : { acl: { values: [...values] } };
+  }, "trust the answer");
+}
+
+/**
+ * Reads the volume, lets `decide` say what to change, and changes it under the ETag of what was read; begins anew when
+ * somebody else was quicker, the volume is in between states, or the answer was lost. Answers the volume that needs no
+ * change any more; with "trust the answer", the one that was read before a change which LightOS confirmed.
+ */
+async function changeVolume(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  id: VolumeId,
+  decide: (volume: LightosVolume) => Change | undefined,
+  confirmation: "look again" | "trust the answer" = "look again",
+): Promise<LightosVolume> {
   const delays = growingDelays();
   for (;;) {
     const volume = await readVolume(ctx, cluster, action, id);
-    const values = decide(aclOf(volume));
-    if (values === undefined) return;
+    const change = decide(volume);
+    if (change === undefined) return volume;
     switch (volume.state) {
       case State.Available:
       case State.Migrating:
@@ -479,9 +522,9 @@ async function changeAcl(
         throw unknownState(action, volume);
     }
     try {
-      const change = { UUID: id.uuid, projectName: id.project ?? "", acl: { values: [...values] } };
-      await cluster.call(ctx, action, DurosAPI.method.updateVolume, change, { "if-match": volume.ETag });
-      return;
+      const request = { UUID: id.uuid, projectName: id.project ?? "", ...change };
+      await cluster.call(ctx, action, DurosAPI.method.updateVolume, request, { "if-match": volume.ETag });
+      if (confirmation === "trust the answer") return volume;
     } catch (error) {
       // FAILED_PRECONDITION is another ETag or another state: both are seen by reading again.
       const worthAnother = error instanceof LightosError &&
