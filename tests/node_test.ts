@@ -223,6 +223,21 @@ nodeTest("node calls for an unknown volume ID answer NOT_FOUND, or OK to take aw
   await rejects(n.unstage({ ...n.unstageRequest, volumeId }), "NOT_FOUND", /its ID is not one of this driver/);
 });
 
+nodeTest(
+  "NodePublishVolume with another capability than the volume is staged with answers FAILED_PRECONDITION",
+  async () => {
+    await using n = await node();
+    await n.stage(n.stageRequest());
+
+    const asXfs = n.publish(n.publishRequest(mountCapability("xfs")));
+    await rejects(asXfs, "FAILED_PRECONDITION", /it is staged as ext4, the request wants xfs/);
+    const asBlock = n.publish(n.publishRequest(blockCapability()));
+    await rejects(asBlock, "FAILED_PRECONDITION", /as a file system, not as a block device/);
+
+    assert.deepEqual(await n.machine.mounts(), [n.staging]);
+  },
+);
+
 nodeTest("NodePublishVolume without a staging path answers FAILED_PRECONDITION", async () => {
   await using n = await node();
 
@@ -515,6 +530,24 @@ nodeTest("promise 2: NodeStageVolume notices a mount that became read-only and m
 
   await Deno.writeTextFile(join(n.staging, "x"), "writable");
 });
+
+nodeTest(
+  "promise 2: NodeStageVolume notices an ext4 that the kernel made read-only after an error, and repairs it",
+  async () => {
+    await using n = await node();
+    const capability = mountCapability("ext4", Mode.SINGLE_NODE_WRITER, ["errors=remount-ro"]);
+    await n.stage(n.stageRequest(capability));
+    const loop = n.namespace.loop.replace("/dev/", "");
+    await Deno.writeTextFile(`/sys/fs/ext4/${loop}/trigger_fs_error`, "test\n");
+    await assert.rejects(Deno.writeTextFile(join(n.staging, "x"), ""), /Read-only file system/);
+    await rejects(n.publish(n.publishRequest(capability)), "FAILED_PRECONDITION", /read-only|takes no writes/);
+
+    await n.stage(n.stageRequest(capability));
+
+    await Deno.writeTextFile(join(n.staging, "x"), "writable");
+  },
+  !exists("/sys/fs/ext4/features/lazy_itable_init"),
+);
 
 nodeTest("promise 2: NodeStageVolume does not believe a mount whose device gives only I/O errors", async () => {
   await using n = await node();
@@ -898,6 +931,15 @@ nodeTest("promise 16: NodeExpandVolume does not succeed while the kernel shows t
 
   await rejects(expanded, "UNAVAILABLE", /still has 67108864 bytes, 134217728 are wanted/);
 });
+
+function exists(path: string): boolean {
+  try {
+    Deno.statSync(path);
+    return true;
+  } catch {
+    return false;
+  }
+}
 
 async function sha256(path: string): Promise<string> {
   const { code, stdout } = await new Deno.Command("sha256sum", { args: [path] }).output();

@@ -39,6 +39,7 @@ import {
   isReaderOnly,
   isShared,
   longestVolumeId,
+  mkfsOptionsKey,
   parseCapability,
   requirePath,
   requireText,
@@ -57,9 +58,6 @@ export interface NodeOptions {
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
 }
-
-/** The key of the volume context that holds the StorageClass parameter of the same name. */
-export const mkfsOptionsKey = "mkfs-options";
 
 // A file system that has not told its size by then is taken for hung; kubelet asks again after a minute.
 const longestStatsMs = 10_000;
@@ -383,6 +381,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     }
     if (relation !== "ours" || mounted.root !== "/") {
       throw refuse(`${describeMount(mounted)} is mounted at the staging path, which is not this volume`);
+    }
+    if (access.fsType !== undefined && access.fsType !== mounted.fsType) {
+      throw refuse(`it is staged as ${mounted.fsType}, the request wants ${access.fsType}`);
     }
     const trouble = await troubleOf(host, ctx, device, mounted, mounted.superOptions.includes("ro"));
     if (trouble !== undefined) throw refuse(`${trouble}, it has to be staged again`);
