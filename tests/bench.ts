@@ -5,7 +5,7 @@
  *
  * The client, the simulated cluster and the service under test share this machine: compare figures of one run.
  */
-import { isAbsolute, join, resolve } from "node:path";
+import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
@@ -19,7 +19,7 @@ import { needs } from "./support/needs.ts";
 const usage = `usage: deno task bench [--quick] [--binary FILE] [--json FILE]
 
   --quick         a tenth of the calls: for a look, not for a comparison
-  --binary FILE   measure a compiled lbcsi instead of the sources
+  --binary FILE   measure a compiled lbcsi instead of the sources; or a bundle, FILE.js, with the flags of the build
   --json FILE     where the figures are written (default: bench.json)`;
 
 /** One way to run the program. */
@@ -102,7 +102,7 @@ async function main(args: string[]): Promise<number> {
       { name: "deno run", program: fromSource },
       { name: "deno run, lite", program: [Deno.execPath(), "run", "-A", bakedFlags, source] },
     ]
-    : [{ name: "compiled", program: [isAbsolute(values.binary) ? values.binary : resolve(values.binary)] }];
+    : [built(resolve(values.binary))];
 
   const about = aboutHere();
   console.log(`lbcsi ${config.version}, ${Object.values(about).join(", ")}${values.quick ? "; quick" : ""}`);
@@ -156,6 +156,13 @@ async function main(args: string[]): Promise<number> {
   const exceeded = counts.filter(({ within }) => !within).map(({ call }) => call);
   if (exceeded.length > 0) console.error(`bounds are exceeded by ${exceeded.join("; ")}`);
   return exceeded.length > 0 ? 1 : 0;
+}
+
+/** What `deno task build` makes, or what it makes that of. */
+function built(file: string): Variant {
+  return file.endsWith(".js")
+    ? { name: "bundle, lite", program: [Deno.execPath(), "run", "--no-config", "-A", bakedFlags, file] }
+    : { name: "compiled", program: [file] };
 }
 
 function aboutHere() {
