@@ -12,11 +12,10 @@
  * cluster itself, not a gap between two calls of ours, decides whether the name is taken.
  */
 import { z } from "zod";
-import { type Logger, type RequestContext, sleep } from "../context.ts";
-import { hasCode, messageOf, type StatusCode, StatusError } from "../error.ts";
+import type { Logger, RequestContext } from "../context.ts";
+import { hasCode, messageOf, StatusError } from "../error.ts";
 import {
   type Endpoint,
-  formatVolumeId,
   isProjectName,
   parseEndpoints,
   parseVolumeId,
@@ -25,14 +24,23 @@ import {
   type VolumeId,
 } from "../id.ts";
 import { nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
-import {
-  DurosAPI,
-  ProtectionStateEnum as Protection,
-  type Volume as LightosVolume,
-  Volume_StateEnum as State,
-} from "../../proto/gen/lightos_pb.ts";
+import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../proto/gen/lightos_pb.ts";
 import type { StorageBackend, Volume, VolumeWanted } from "./backend.ts";
-import { type Cluster, ClusterPool, codeOf, LightosError, type LightosOptions } from "./lightos_cluster.ts";
+import { lightosBlocks } from "./lightos_blocks.ts";
+import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
+import {
+  aclOf,
+  anybody,
+  changeVolume,
+  growingDelays,
+  hostsIn,
+  nobody,
+  pause,
+  readVolume,
+  surelyNotDone,
+  toVolume,
+  unknownState,
+} from "./lightos_volumes.ts";
 
 /** The LightOS backend. Its connections are made on first use, shared by all calls, and closed after ten idle minutes. */
 export function lightosBackend(options: LightosOptions): StorageBackend {
@@ -97,6 +105,7 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
         return toVolume(id, grown);
       },
     },
+    changedBlocks: lightosBlocks(clusters),
     async [Symbol.asyncDispose]() {
       await clusters[Symbol.asyncDispose]();
     },
@@ -206,11 +215,6 @@ export function volumeSize(
 
 // ---------------------------------------------------------------------------------------------------------- volumes
 
-/** Delays between looks at a state that is about to change. */
-function* growingDelays(): Generator<number, never> {
-  for (let ms = 100;; ms = Math.min(ms * 1.5, 2000)) yield ms;
-}
-
 async function createVolume(
   ctx: RequestContext,
   cluster: Cluster,
@@ -261,19 +265,6 @@ async function createVolume(
     );
   }
 }
-
-/** Codes that the cluster gives before it begins anything. */
-const surelyNotDone: ReadonlySet<StatusCode> = new Set(
-  [
-    "INVALID_ARGUMENT",
-    "UNAUTHENTICATED",
-    "PERMISSION_DENIED",
-    "UNIMPLEMENTED",
-    "NOT_FOUND",
-    "OUT_OF_RANGE",
-    "RESOURCE_EXHAUSTED",
-  ] satisfies StatusCode[],
-);
 
 /** The living volume of this name: neither one that is being deleted nor the husk of a failed creation. */
 async function findByName(
@@ -366,22 +357,6 @@ function refuseDifferences(
   );
 }
 
-async function readVolume(
-  ctx: RequestContext,
-  cluster: Cluster,
-  action: string,
-  id: VolumeId,
-): Promise<LightosVolume> {
-  const volume = await cluster.call(ctx, action, DurosAPI.method.getVolume, {
-    UUID: id.uuid,
-    projectName: id.project ?? "",
-  });
-  if ([State.Deleting, State.Deleted, State.Failed].includes(volume.state)) {
-    throw new StatusError("NOT_FOUND", `Cannot ${action}: LightOS shows the volume as ${State[volume.state]}`);
-  }
-  return volume;
-}
-
 async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId): Promise<void> {
   const action = `delete volume ${id.uuid}`;
   const delays = growingDelays();
@@ -424,17 +399,6 @@ async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId)
 
 // -------------------------------------------------------------------------------------------------------------- ACL
 
-const nobody = "ALLOW_NONE";
-const anybody = "ALLOW_ANY";
-
-function aclOf(volume: LightosVolume): readonly string[] {
-  return [...new Set(volume.acl?.values ?? [])].sort();
-}
-
-function hostsIn(acl: readonly string[]): readonly string[] {
-  return acl.filter((entry) => entry !== nobody && entry !== anybody);
-}
-
 /** The ACL with this host in it, or undefined when it needs no change. */
 function aclWith(
   action: string,
@@ -470,13 +434,6 @@ function aclWithout(acl: readonly string[], hostNqn: string | undefined): readon
   return left.length === 0 ? [nobody] : left;
 }
 
-/** What UpdateVolume is to change. */
-interface Change {
-  readonly acl?: { readonly values: string[] };
-  /** Bytes, decimal. */
-  readonly size?: string;
-}
-
 async function changeAcl(
   ctx: RequestContext,
   cluster: Cluster,
@@ -488,51 +445,6 @@ async function changeAcl(
     const values = decide(aclOf(volume));
     return values === undefined ? undefined : { acl: { values: [...values] } };
   }, "trust the answer");
-}
-
-/**
- * Reads the volume, lets `decide` say what to change, and changes it under the ETag of what was read; begins anew when
- * somebody else was quicker, the volume is in between states, or the answer was lost. Answers the volume that needs no
- * change any more; with "trust the answer", the one that was read before a change which LightOS confirmed.
- */
-async function changeVolume(
-  ctx: RequestContext,
-  cluster: Cluster,
-  action: string,
-  id: VolumeId,
-  decide: (volume: LightosVolume) => Change | undefined,
-  confirmation: "look again" | "trust the answer" = "look again",
-): Promise<LightosVolume> {
-  const delays = growingDelays();
-  for (;;) {
-    const volume = await readVolume(ctx, cluster, action, id);
-    const change = decide(volume);
-    if (change === undefined) return volume;
-    switch (volume.state) {
-      case State.Available:
-      case State.Migrating:
-        break;
-      case State.Creating:
-      case State.Updating:
-      case State.Rollback:
-      case State.Unknown:
-        await pause(ctx, delays, action, `LightOS shows the volume as ${State[volume.state]}`);
-        continue;
-      default:
-        throw unknownState(action, volume);
-    }
-    try {
-      const request = { UUID: id.uuid, projectName: id.project ?? "", ...change };
-      await cluster.call(ctx, action, DurosAPI.method.updateVolume, request, { "if-match": volume.ETag });
-      if (confirmation === "trust the answer") return volume;
-    } catch (error) {
-      // FAILED_PRECONDITION is another ETag or another state: both are seen by reading again.
-      const worthAnother = error instanceof LightosError &&
-        (error.outcomeUnknown || hasCode(error, "FAILED_PRECONDITION", "ABORTED", "UNAVAILABLE"));
-      if (!worthAnother) throw error;
-      await pause(ctx, delays, action, messageOf(error));
-    }
-  }
 }
 
 async function remoteNamespace(
@@ -559,52 +471,4 @@ function toAddresses(log: Logger, endpoints: readonly string[]): readonly Transp
     if (address === undefined) log.warning("passed over an endpoint that is not an IP address", { address: text });
     return address === undefined ? [] : [address];
   });
-}
-
-// ---------------------------------------------------------------------------------------------------------- helpers
-
-function toVolume(id: VolumeId, volume: LightosVolume): Volume {
-  return {
-    id: formatVolumeId(id),
-    uuid: id.uuid,
-    name: volume.name,
-    capacityBytes: volume.size,
-    hosts: hostsIn(aclOf(volume)),
-    trouble: troubleOf(volume),
-  };
-}
-
-function troubleOf({ protectionState, rebuildProgress }: LightosVolume): string | undefined {
-  const rebuild = rebuildProgress === "" || rebuildProgress === "None" ? "" : `, rebuild ${rebuildProgress}`;
-  switch (protectionState) {
-    case Protection.Degraded:
-      return `a replica is missing: reads and writes go on (LightOS: Degraded${rebuild})`;
-    case Protection.ReadOnly:
-      return `too few replicas are left: writes fail (LightOS: ReadOnly${rebuild})`;
-    case Protection.NotAvailable:
-      return `no replica can be reached: reads and writes fail (LightOS: NotAvailable${rebuild})`;
-    default:
-      return undefined;
-  }
-}
-
-function unknownState(action: string, volume: LightosVolume): StatusError {
-  return new StatusError(
-    "INTERNAL",
-    `Cannot ${action}: LightOS shows volume ${volume.UUID} in unknown state ${volume.state}`,
-  );
-}
-
-/** Waits before the next look; at the deadline the error tells what was last seen. */
-async function pause(
-  ctx: RequestContext,
-  delays: Iterator<number, never>,
-  action: string,
-  seen: string,
-): Promise<void> {
-  try {
-    await sleep(delays.next().value, ctx.signal);
-  } catch (reason) {
-    throw new StatusError(codeOf(ctx.signal), `Cannot ${action} in time: ${seen}; repeat the call`, { cause: reason });
-  }
 }

@@ -1,0 +1,170 @@
+/**
+ * What all parts of the LightOS backend know of a volume: how to read, change and describe one, and how to wait for it
+ * (facts: spec/lightos.md sections 6.6 to 6.8).
+ */
+import { type RequestContext, sleep } from "../context.ts";
+import { hasCode, messageOf, type StatusCode, StatusError } from "../error.ts";
+import { formatVolumeId, type VolumeId } from "../id.ts";
+import {
+  DurosAPI,
+  ProtectionStateEnum as Protection,
+  type Volume as LightosVolume,
+  Volume_StateEnum as State,
+} from "../../proto/gen/lightos_pb.ts";
+import type { Volume } from "./backend.ts";
+import { type Cluster, codeOf, LightosError } from "./lightos_cluster.ts";
+
+/** The volume; throws NOT_FOUND when it is absent, being deleted, or the husk of a failed creation. */
+export async function readVolume(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  id: VolumeId,
+): Promise<LightosVolume> {
+  const volume = await cluster.call(ctx, action, DurosAPI.method.getVolume, {
+    UUID: id.uuid,
+    projectName: id.project ?? "",
+  });
+  if ([State.Deleting, State.Deleted, State.Failed].includes(volume.state)) {
+    throw new StatusError("NOT_FOUND", `Cannot ${action}: LightOS shows the volume as ${State[volume.state]}`);
+  }
+  return volume;
+}
+
+/** What UpdateVolume is to change. */
+export interface Change {
+  readonly acl?: { readonly values: string[] };
+  /** Bytes, decimal. */
+  readonly size?: string;
+}
+
+/**
+ * Reads the volume, lets `decide` say what to change, and changes it under the ETag of what was read; begins anew when
+ * somebody else was quicker, the volume is in between states, or the answer was lost. Answers the volume that needs no
+ * change any more; with "trust the answer", the one that was read before a change which LightOS confirmed.
+ */
+export async function changeVolume(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  id: VolumeId,
+  decide: (volume: LightosVolume) => Change | undefined,
+  confirmation: "look again" | "trust the answer" = "look again",
+): Promise<LightosVolume> {
+  const delays = growingDelays();
+  let isConfirmed = false;
+  for (;;) {
+    const volume = await readVolume(ctx, cluster, action, id);
+    const change = decide(volume);
+    if (change === undefined) return volume;
+    switch (volume.state) {
+      case State.Available:
+      case State.Migrating:
+        if (!isConfirmed) break;
+        isConfirmed = false;
+        await pause(ctx, delays, action, "LightOS has taken the change and does not show it");
+        continue;
+      case State.Creating:
+      case State.Updating:
+      case State.Rollback:
+      case State.Unknown:
+        await pause(ctx, delays, action, `LightOS shows the volume as ${State[volume.state]}`);
+        continue;
+      default:
+        throw unknownState(action, volume);
+    }
+    try {
+      const request = { UUID: id.uuid, projectName: id.project ?? "", ...change };
+      await cluster.call(ctx, action, DurosAPI.method.updateVolume, request, { "if-match": volume.ETag });
+      if (confirmation === "trust the answer") return volume;
+      isConfirmed = true;
+    } catch (error) {
+      // FAILED_PRECONDITION is another ETag or another state: both are seen by reading again.
+      const worthAnother = error instanceof LightosError &&
+        (error.outcomeUnknown || hasCode(error, "FAILED_PRECONDITION", "ABORTED", "UNAVAILABLE"));
+      if (!worthAnother) throw error;
+      await pause(ctx, delays, action, messageOf(error));
+    }
+  }
+}
+
+/** A volume as the controller sees it; `id` is how it is called there. */
+export function toVolume(id: VolumeId, volume: LightosVolume): Volume {
+  return {
+    id: formatVolumeId(id),
+    uuid: id.uuid,
+    name: volume.name,
+    capacityBytes: volume.size,
+    hosts: hostsIn(aclOf(volume)),
+    trouble: troubleOf(volume),
+  };
+}
+
+/** What limits the use of a volume now, for people; undefined when it is well (spec/lightos.md section 6.6). */
+export function troubleOf({ protectionState, rebuildProgress }: LightosVolume): string | undefined {
+  const rebuild = rebuildProgress === "" || rebuildProgress === "None" ? "" : `, rebuild ${rebuildProgress}`;
+  switch (protectionState) {
+    case Protection.Degraded:
+      return `a replica is missing: reads and writes go on (LightOS: Degraded${rebuild})`;
+    case Protection.ReadOnly:
+      return `too few replicas are left: writes fail (LightOS: ReadOnly${rebuild})`;
+    case Protection.NotAvailable:
+      return `no replica can be reached: reads and writes fail (LightOS: NotAvailable${rebuild})`;
+    default:
+      return undefined;
+  }
+}
+
+/** INTERNAL for a state that this driver does not know. */
+export function unknownState(action: string, volume: LightosVolume): StatusError {
+  return new StatusError(
+    "INTERNAL",
+    `Cannot ${action}: LightOS shows volume ${volume.UUID} in unknown state ${volume.state}`,
+  );
+}
+
+/** Waits before the next look; at the deadline the error tells what was last seen. */
+export async function pause(
+  ctx: RequestContext,
+  delays: Iterator<number, never>,
+  action: string,
+  seen: string,
+): Promise<void> {
+  try {
+    await sleep(delays.next().value, ctx.signal);
+  } catch (reason) {
+    throw new StatusError(codeOf(ctx.signal), `Cannot ${action} in time: ${seen}; repeat the call`, { cause: reason });
+  }
+}
+
+/** Delays between looks at a state that is about to change. */
+export function* growingDelays(): Generator<number, never> {
+  for (let ms = 100;; ms = Math.min(ms * 1.5, 2000)) yield ms;
+}
+
+/** Codes that the cluster gives before it begins anything. */
+export const surelyNotDone: ReadonlySet<StatusCode> = new Set(
+  [
+    "INVALID_ARGUMENT",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+    "UNIMPLEMENTED",
+    "NOT_FOUND",
+    "OUT_OF_RANGE",
+    "RESOURCE_EXHAUSTED",
+  ] satisfies StatusCode[],
+);
+
+/** What an access list holds that lets no host in, and one that lets any host in (spec/lightos.md section 1). */
+export const nobody = "ALLOW_NONE";
+export const anybody = "ALLOW_ANY";
+
+/** The access list, sorted, each entry once. */
+export function aclOf(volume: LightosVolume): readonly string[] {
+  return [...new Set(volume.acl?.values ?? [])].sort();
+}
+
+/** The host NQNs of an access list. */
+export function hostsIn(acl: readonly string[]): readonly string[] {
+  return acl.filter((entry) => entry !== nobody && entry !== anybody);
+}
