@@ -79,6 +79,12 @@ const serviceOptions = {
     meaning: "socket to serve CSI on; its directory must exist",
     schema: unixEndpoint,
   },
+  "snapshot-metadata": {
+    env: ["LB_CSI_SNAPSHOT_METADATA"],
+    meaning:
+      "announce the SnapshotMetadata service (alpha), which the controller serves; give it to controller and node",
+    schema: switchSchema,
+  },
   ...logOptions,
 } as const satisfies Options;
 
@@ -271,10 +277,11 @@ const commands: Readonly<Record<string, Command>> = {
     async (settings) => {
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "controller" });
       const { controllerHandlers } = await import("./lib/csi/controller.ts");
+      const { snapshotMetadataHandlers } = await import("./lib/csi/snapshot_metadata.ts");
       const { lightosBackend } = await import("./lib/storage/lightos.ts");
       const { KeyedLock } = await import("./lib/lock.ts");
       const { service } = await import("./lib/rpc.ts");
-      const { Controller } = await import("./proto/gen/csi_pb.ts");
+      const { Controller, SnapshotMetadata } = await import("./proto/gen/csi_pb.ts");
       if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
       await using backend = lightosBackend({
         log,
@@ -290,7 +297,11 @@ const commands: Readonly<Record<string, Command>> = {
         defaultFsType: settings["default-fs"],
         nodeIdSuffix: settings["node-id-suffix"],
       });
-      return await serveCsi(settings.endpoint, log, [service(Controller, handlers)]);
+      const services = [service(Controller, handlers)];
+      if (settings["snapshot-metadata"] && backend.changedBlocks !== undefined) {
+        services.push(service(SnapshotMetadata, snapshotMetadataHandlers(backend.changedBlocks)));
+      }
+      return await serveCsi(settings, log, services);
     },
   ),
 
@@ -323,7 +334,7 @@ const commands: Readonly<Record<string, Command>> = {
       maxVolumes: settings["max-volumes"],
       parseId: parseVolumeId,
     });
-    return await serveCsi(settings.endpoint, log, [service(Node, handlers)]);
+    return await serveCsi(settings, log, [service(Node, handlers)]);
   }),
 
   simulate: command(
@@ -385,13 +396,13 @@ const commands: Readonly<Record<string, Command>> = {
 
   identity: command("serve the CSI identity service alone", serviceOptions, async (settings) => {
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });
-    return await serveCsi(settings.endpoint, log, []);
+    return await serveCsi(settings, log, []);
   }),
 };
 
 /** Serves CSI until SIGTERM or SIGINT, then lets running calls end. */
 async function serveCsi(
-  path: string,
+  settings: Settings<typeof serviceOptions>,
   log: Logger,
   services: readonly import("./lib/rpc.ts").Service[],
 ): Promise<number> {
@@ -400,9 +411,12 @@ async function serveCsi(
   const { describeRequest, redactRequest } = await import("./lib/csi/request.ts");
   const { Identity } = await import("./proto/gen/csi_pb.ts");
   const stopped = untilStopped();
+  const path = settings.endpoint;
+  const snapshotMetadata = settings["snapshot-metadata"];
+  const identity = { name: driverName, version, expansion: true, snapshotMetadata };
   const server = await serve({
     listen: { path },
-    services: [service(Identity, identityHandlers({ name: driverName, version, expansion: true })), ...services],
+    services: [service(Identity, identityHandlers(identity)), ...services],
     log,
     describe: describeRequest,
     redact: redactRequest,

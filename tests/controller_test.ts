@@ -54,7 +54,10 @@ async function start() {
   const server = await serve({
     listen: { path },
     services: [
-      service(Identity, identityHandlers({ name: "csi.lightbitslabs.com", version: "1.2.3", expansion: true })),
+      service(
+        Identity,
+        identityHandlers({ name: "csi.lightbitslabs.com", version: "1.2.3", expansion: true, snapshotMetadata: false }),
+      ),
       service(Controller, handlers),
     ],
     log,

@@ -14,6 +14,8 @@ export interface DriverIdentity {
   readonly version: string;
   /** Whether volumes can grow. */
   readonly expansion: boolean;
+  /** Whether the SnapshotMetadata service is served. */
+  readonly snapshotMetadata: boolean;
 }
 
 /**
@@ -32,10 +34,13 @@ export function identityHandlers(identity: DriverIdentity): Handlers<typeof Iden
 
 type Capabilities = NonNullable<MessageInitShape<typeof GetPluginCapabilitiesResponseSchema>["capabilities"]>;
 
-function pluginCapabilities({ expansion }: DriverIdentity): Capabilities {
+function pluginCapabilities({ expansion, snapshotMetadata }: DriverIdentity): Capabilities {
   const capabilities: Capabilities = [{
     type: { case: "service", value: { type: ServiceType.CONTROLLER_SERVICE } },
   }];
   if (expansion) capabilities.push({ type: { case: "volumeExpansion", value: { type: ExpansionType.ONLINE } } });
+  if (snapshotMetadata) {
+    capabilities.push({ type: { case: "service", value: { type: ServiceType.SNAPSHOT_METADATA_SERVICE } } });
+  }
   return capabilities;
 }

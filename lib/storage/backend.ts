@@ -26,6 +26,17 @@ export interface VolumeWanted extends CapacityRange {
   readonly name: string;
   /** StorageClass parameters that are the backend's to read. */
   readonly parameters: Readonly<Record<string, string>>;
+  /** What the new volume holds at first; undefined: nothing. */
+  readonly source?: ContentSource | undefined;
+  /** For whom it is made, for people who find it on the cluster: names by what they name (`pvc`, `namespace`, `pv`). */
+  readonly madeFor?: Readonly<Record<string, string>> | undefined;
+}
+
+/** A snapshot, or a volume as it is when the call comes in. */
+export interface ContentSource {
+  readonly type: "snapshot" | "volume";
+  /** CSI snapshot or volume ID. */
+  readonly id: string;
 }
 
 /** A volume as the cluster shows it. */
@@ -54,7 +65,9 @@ export interface StorageBackend extends AsyncDisposable {
   uuidOf(volumeId: string): string;
   /**
    * Same name, same wish: same volume. Throws ALREADY_EXISTS that lists each difference when the name is taken by
-   * another wish, OUT_OF_RANGE for an impossible size, INVALID_ARGUMENT for bad parameters.
+   * another wish, OUT_OF_RANGE for an impossible size (below its source's is one), INVALID_ARGUMENT for bad parameters or
+   * a source that these parameters cannot reach, NOT_FOUND for an absent source, UNAVAILABLE for one that is not ready.
+   * Sources are for backends with `snapshots`.
    */
   createVolume(ctx: RequestContext, secrets: Secrets, wanted: VolumeWanted): Promise<Volume>;
   /** Absent: done. Throws FAILED_PRECONDITION while a host may still connect. */
@@ -69,6 +82,8 @@ export interface StorageBackend extends AsyncDisposable {
   /** Takes access away from a host, or from every host when `hostNqn` is undefined. Absent volume or host: done. */
   revokeAccess(ctx: RequestContext, secrets: Secrets, volumeId: string, hostNqn: string | undefined): Promise<void>;
   readonly expansion?: Expansion;
+  readonly snapshots?: Snapshots;
+  readonly changedBlocks?: ChangedBlocks;
 }
 
 /** Volumes can grow, also while hosts use them. */
@@ -78,4 +93,68 @@ export interface Expansion {
    * its size as measured afterwards. Throws OUT_OF_RANGE when that is, or would be, above `limitBytes`, NOT_FOUND.
    */
   expandVolume(ctx: RequestContext, secrets: Secrets, volumeId: string, range: CapacityRange): Promise<Volume>;
+}
+
+/** A run of bytes on a volume; never empty. */
+export interface BlockRange {
+  readonly offsetBytes: bigint;
+  readonly lengthBytes: bigint;
+}
+
+/** The cluster can tell which blocks of a snapshot hold data, and which differ from an older snapshot. */
+export interface ChangedBlocks {
+  /**
+   * The blocks of a snapshot, or those that differ from an older one of the same volume; blocks that do not may be among
+   * them, but none that does is missing. The ranges ascend and do not overlap, also across pages; the first one ends
+   * behind `startingOffsetBytes`. Pages are asked for as they are read. Throws NOT_FOUND for a missing snapshot,
+   * OUT_OF_RANGE for an offset beyond its size.
+   */
+  changedBlocks(
+    ctx: RequestContext,
+    secrets: Secrets,
+    wanted: {
+      readonly snapshotId: string;
+      readonly baseSnapshotId: string | undefined;
+      readonly startingOffsetBytes: bigint;
+    },
+  ): Promise<{ readonly capacityBytes: bigint; readonly pages: AsyncIterable<readonly BlockRange[]> }>;
+}
+
+/** What CreateSnapshot asks for. */
+export interface SnapshotWanted {
+  /** CSI's idempotency key. */
+  readonly name: string;
+  /** CSI volume ID. */
+  readonly sourceVolumeId: string;
+  /** See VolumeWanted: `volumesnapshot`, `namespace`, `content`. */
+  readonly madeFor?: Readonly<Record<string, string>> | undefined;
+}
+
+/** A snapshot as the cluster shows it. */
+export interface Snapshot {
+  /** CSI snapshot ID. */
+  readonly id: string;
+  /** CSI volume ID of its source, in canonical form. */
+  readonly sourceVolumeId: string;
+  /** The smallest size of a volume made from it. */
+  readonly sizeBytes: bigint;
+  /** The point in time of its content. */
+  readonly createdAt: Date;
+  /** Whether volumes can be made from it now. */
+  readonly ready: boolean;
+}
+
+/** Snapshots can be taken, and volumes made from snapshots and from volumes, of the source's size or larger. */
+export interface Snapshots {
+  /** The UUID in a snapshot ID, for locks. Throws NOT_FOUND for an ID that is not one of this backend. */
+  uuidOf(snapshotId: string): string;
+  /**
+   * Same name, same source: same snapshot; answers when it is ready. Throws ALREADY_EXISTS when the name is taken by a
+   * snapshot of another volume, NOT_FOUND for an absent source, ABORTED while a namesake is being deleted.
+   */
+  createSnapshot(ctx: RequestContext, secrets: Secrets, wanted: SnapshotWanted): Promise<Snapshot>;
+  /** Absent: done. Volumes made from it live on. */
+  deleteSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<void>;
+  /** Absent: NOT_FOUND. Also one that is not ready. */
+  getSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<Snapshot>;
 }
