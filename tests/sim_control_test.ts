@@ -91,6 +91,69 @@ Deno.test("a delay holds an answer back", async () => {
   assert.ok(performance.now() - started >= 295);
 });
 
+Deno.test("a held call waits where it was told to, before or after its effect, and goes on when it is let go", async () => {
+  await using sim = await startSimulator({ behaviour: { creationMs: 0 } });
+  using client = clientOf(sim);
+  const [endpoint] = sim.addresses.grpc;
+
+  for (const [when, effect] of [["before", 0], ["after", 1]] as const) {
+    const name = `held-${when}`;
+    await post(sim, "/faults", { rpc: "CreateVolume", hold: true, when });
+    const created = client.create(name);
+    await eventually("the call is held", () => sim.control.held().length === 1);
+    const volumes = sim.control.cluster.volumes.filter((volume) => volume.name === name).length;
+    const held = await get(sim, "/held");
+    await request(sim, "DELETE", "/held");
+    await created;
+
+    assert.deepEqual(held, [{ rpc: "CreateVolume", endpoint, when }]);
+    assert.equal(volumes, effect);
+    assert.deepEqual(sim.control.held(), []);
+  }
+});
+
+Deno.test("a held call whose caller is gone ends without its effect", async () => {
+  await using sim = await startSimulator();
+  using client = clientOf(sim);
+
+  sim.control.fail({ rpc: "CreateVolume", hold: true });
+  const created = client.create("v1").then(() => undefined, (error) => error);
+  await eventually("the call is held", () => sim.control.held().length === 1);
+  sim.control.dropConnections();
+
+  assert.ok(await created instanceof CallError);
+  await eventually("the call ends", () => sim.control.held().length === 0);
+  assert.deepEqual(sim.control.leftovers().volumes, []);
+});
+
+Deno.test("a fault that skips calls takes the one after them", async () => {
+  await using sim = await startSimulator();
+  using client = clientOf(sim);
+
+  await post(sim, "/faults", { rpc: "*", skip: 2, code: "INTERNAL" });
+
+  await client.version();
+  await client.create("v1");
+  await fails(client.create("v2"), "INTERNAL", "Cannot answer CreateVolume: the simulator was told to fail");
+  await client.create("v2");
+});
+
+Deno.test("who watches calls is told when each begins and ends, and of which volume", async () => {
+  await using sim = await startSimulator();
+  using client = clientOf(sim);
+  const seen: string[] = [];
+
+  {
+    using _watch = sim.control.watchCalls(({ phase, rpc, subject }) => seen.push(`${phase} ${rpc} ${subject}`));
+    sim.control.fail({ rpc: "CreateVolume", code: "INTERNAL" });
+    await assert.rejects(client.create("v1"));
+    await client.create("v1");
+  }
+  await client.version();
+
+  assert.deepEqual(seen, Array(2).fill(["begin CreateVolume v1", "end CreateVolume v1"]).flat());
+});
+
 Deno.test("control changes the cluster's behaviour and lets held creations go", async () => {
   await using sim = await startSimulator();
   using client = clientOf(sim);
@@ -202,7 +265,7 @@ for (
       "/faults",
       `{"rpc":"*"}`,
       400,
-      /: body: one of code, delayMs and drop is needed$/,
+      /: body: one of code, delayMs, drop and hold is needed$/,
     ],
     ["an unknown code", "POST", "/faults", `{"rpc":"*","code":"OK"}`, 400, /^Cannot read the body: code: /],
     ["an unknown key", "PATCH", "/behaviour", `{"creationSeconds":1}`, 400, /creationSeconds/],

@@ -12,8 +12,9 @@
  * | GET /settled                  |                                                             | answers when hosts see what they may |
  * | GET /visible?host=NQN         |                                                             | namespaces a host may reach |
  * | GET /calls, DELETE /calls     |                                                             | calls per RPC; reset        |
- * | POST /faults                  | {rpc, count?, code?, message?, delayMs?, drop?, when?, endpoint?} | adds a rule, see faults.ts |
- * | DELETE /faults                |                                                             | forgets the rules           |
+ * | POST /faults                  | {rpc, count?, skip?, code?, message?, delayMs?, drop?, hold?, when?, endpoint?} | adds a rule, see faults.ts |
+ * | DELETE /faults                |                                                             | forgets the rules, lets held calls go on |
+ * | GET /held, DELETE /held       |                                                             | calls that a rule holds; lets them go on |
  * | GET /behaviour, PATCH         | any of {creationMs, deletionMs, updateMs, rollbackMs, holdCreations, failCreations, nameShowsDead, snapshotWaitsForClones} | how the cluster behaves |
  * | POST /creations/release       |                                                             | lets held creations go on   |
  * | PATCH /volumes/UUID           | {state?, protection?}                                       | sets them, for good         |
@@ -37,7 +38,7 @@ import type { Scheme } from "../id.ts";
 import type { Behaviour, Cluster, Protection, SimPolicy, VolumeState } from "./cluster.ts";
 import { protections, volumeStates } from "./cluster.ts";
 import type { Machine } from "./data_plane.ts";
-import type { CallCount, FaultRule, Faults } from "./faults.ts";
+import type { CallCount, CallEvent, FaultRule, Faults, HeldCall } from "./faults.ts";
 import type { ApiEndpoint } from "./lightos.ts";
 import { onFreePort } from "./port.ts";
 import type { Tokens } from "./token.ts";
@@ -83,6 +84,11 @@ export interface Control {
   resetCalls(): void;
   fail(fault: FaultWish): void;
   clearFaults(): void;
+  /** Calls that a rule holds, oldest first. */
+  held(): readonly HeldCall[];
+  releaseHeld(): void;
+  /** Tells `listener` when a call begins and when it has ended. */
+  watchCalls(listener: (event: CallEvent) => void): Disposable;
   behave(change: Partial<Behaviour>): void;
   releaseCreations(): void;
   setVolume(uuid: string, to: { readonly state?: VolumeState; readonly protection?: Protection }): void;
@@ -130,6 +136,9 @@ export function control(
     resetCalls: () => faults.resetCalls(),
     fail: (fault) => faults.add({ ...fault, count: fault.count ?? 1, when: fault.when ?? "before" }),
     clearFaults: () => faults.clear(),
+    held: () => faults.held(),
+    releaseHeld: () => faults.release(),
+    watchCalls: (listener) => faults.watch(listener),
     behave: (change) => {
       Object.assign(cluster.behaviour, change);
     },
@@ -210,11 +219,14 @@ const faultSchema = z.strictObject({
   message: z.string().optional(),
   delayMs: z.number().min(0).optional(),
   drop: z.boolean().optional(),
+  skip: z.int().min(0).optional(),
+  hold: z.boolean().optional(),
   when: z.enum(["before", "after"]).default("before"),
   endpoint: z.string().optional(),
-}).refine(({ code, delayMs, drop }) => code !== undefined || delayMs !== undefined || drop === true, {
-  message: "one of code, delayMs and drop is needed",
-});
+}).refine(
+  ({ code, delayMs, drop, hold }) => code !== undefined || delayMs !== undefined || drop === true || hold === true,
+  { message: "one of code, delayMs, drop and hold is needed" },
+);
 const milliseconds = z.number().min(0);
 const behaviourSchema = z.strictObject({
   creationMs: milliseconds,
@@ -318,6 +330,8 @@ function routesOf(control: Control, about: () => unknown): readonly Route[] {
     ["DELETE", /^\/calls$/, () => control.resetCalls()],
     ["POST", /^\/faults$/, ({ text }) => control.fail(parse(faultSchema, text))],
     ["DELETE", /^\/faults$/, () => control.clearFaults()],
+    ["GET", /^\/held$/, () => control.held()],
+    ["DELETE", /^\/held$/, () => control.releaseHeld()],
     ["GET", /^\/behaviour$/, () => cluster.behaviour],
     ["PATCH", /^\/behaviour$/, ({ text }) => {
       control.behave(defined(parse(behaviourSchema, text)));

@@ -1,4 +1,5 @@
-/** What goes wrong on purpose in a simulated management API, and how often each of its RPCs was called. */
+/** What goes wrong on purpose in a simulated management API, and which of its RPCs were called. */
+import { unlessAborted } from "../context.ts";
 import type { StatusCode } from "../error.ts";
 
 /** What is to happen to calls of an RPC. */
@@ -7,6 +8,8 @@ export interface FaultRule {
   readonly rpc: string;
   /** How many calls it takes; 0: every call until it is cleared. */
   readonly count: number;
+  /** So many calls go by before it takes the first. */
+  readonly skip?: number | undefined;
   /** Wait so long before anything else. */
   readonly delayMs?: number | undefined;
   /** Answer with this code. */
@@ -14,6 +17,8 @@ export interface FaultRule {
   readonly message?: string | undefined;
   /** End the connections of the endpoint instead of an answer. */
   readonly drop?: boolean | undefined;
+  /** Keep the call waiting at `when` until it is let go, or its caller is gone. */
+  readonly hold?: boolean | undefined;
   /** `before` the call has had any effect, or `after`: the answer is lost. */
   readonly when: "before" | "after";
   /** Only calls to this endpoint, `host:port`. */
@@ -27,6 +32,21 @@ export interface CallCount {
   readonly endpoints: Record<string, number>;
 }
 
+/** A call that a rule keeps waiting. */
+export interface HeldCall {
+  readonly rpc: string;
+  readonly endpoint: string;
+  readonly when: "before" | "after";
+}
+
+/** A call begins or has ended, for who watches. */
+export interface CallEvent {
+  readonly phase: "begin" | "end";
+  readonly rpc: string;
+  /** UUID of the object that the call is about, or its name while it has none; empty when it is about none. */
+  readonly subject: string;
+}
+
 /** The rules and counters of one simulator. */
 export interface Faults {
   /** Counts one call. */
@@ -38,11 +58,26 @@ export interface Faults {
   clear(): void;
   /** The rule that this call meets, if any; takes one off its count. The oldest rule comes first. */
   take(rpc: string, endpoint: string): FaultRule | undefined;
+  /** Keeps a call waiting until `release`; rejects with the reason of `signal` when that comes first. */
+  hold(call: HeldCall, signal: AbortSignal): Promise<void>;
+  /** The calls that wait, oldest first. */
+  held(): readonly HeldCall[];
+  /** Lets all waiting calls go on. */
+  release(): void;
+  /** Tells `listener` of every call until it is disposed. */
+  watch(listener: (event: CallEvent) => void): Disposable;
+  /** For who serves the calls: tells the watchers. */
+  tell(event: CallEvent): void;
 }
 
 export function faults(): Faults {
   let counts: Record<string, CallCount> = {};
-  let rules: { readonly rule: FaultRule; left: number }[] = [];
+  let rules: { readonly rule: FaultRule; left: number; toSkip: number }[] = [];
+  const held = new Map<HeldCall, () => void>();
+  const watchers = new Set<(event: CallEvent) => void>();
+  const release = () => {
+    for (const letGo of held.values()) letGo();
+  };
   return {
     count(rpc, endpoint) {
       const count = counts[rpc] ??= { total: 0, endpoints: {} };
@@ -54,15 +89,39 @@ export function faults(): Faults {
       counts = {};
     },
     add: (rule) => {
-      rules.push({ rule, left: rule.count === 0 ? Infinity : rule.count });
+      rules.push({ rule, left: rule.count === 0 ? Infinity : rule.count, toSkip: rule.skip ?? 0 });
     },
     clear: () => {
       rules = [];
+      release();
+    },
+    async hold(call, signal) {
+      const { promise, resolve } = Promise.withResolvers<void>();
+      held.set(call, resolve);
+      try {
+        await unlessAborted(promise, signal);
+      } finally {
+        held.delete(call);
+      }
+    },
+    held: () => [...held.keys()],
+    release,
+    watch(listener) {
+      // A wrapper, so that one function can watch twice.
+      const watcher = (event: CallEvent) => listener(event);
+      watchers.add(watcher);
+      return { [Symbol.dispose]: () => void watchers.delete(watcher) };
+    },
+    tell: (event) => {
+      for (const watcher of watchers) watcher(event);
     },
     take(rpc, endpoint) {
-      const met = rules.find(({ rule }) =>
-        (rule.rpc === "*" || rule.rpc === rpc) && (rule.endpoint === undefined || rule.endpoint === endpoint)
-      );
+      const met = rules.find((entry) => {
+        const { rule } = entry;
+        if (rule.rpc !== "*" && rule.rpc !== rpc) return false;
+        if (rule.endpoint !== undefined && rule.endpoint !== endpoint) return false;
+        return entry.toSkip-- <= 0;
+      });
       if (met === undefined) return undefined;
       met.left--;
       rules = rules.filter(({ left }) => left > 0);

@@ -92,17 +92,25 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
       const run = handler as (request: unknown, call: CallContext) => Promise<unknown>;
       return [name, async (request: unknown, call: CallContext) => {
         const rule = faults.take(rpc, address());
-        const strike = () => {
-          if (rule?.drop === true) running?.dropConnections();
-          if (rule?.code === undefined && rule?.drop !== true) return;
+        const strike = async (when: "before" | "after") => {
+          if (rule?.when !== when) return;
+          if (rule.hold === true) await faults.hold({ rpc, endpoint: address(), when }, call.signal);
+          if (rule.drop === true) running?.dropConnections();
+          if (rule.code === undefined && rule.drop !== true) return;
           const message = rule.message ?? `Cannot answer ${rpc}: the simulator was told to fail`;
           throw new StatusError(rule.code ?? "UNAVAILABLE", message);
         };
-        if (rule?.delayMs !== undefined) await sleep(rule.delayMs, call.signal);
-        if (rule?.when === "before") strike();
-        const answer = await run(request, call);
-        if (rule?.when === "after") strike();
-        return answer;
+        const subject = subjectOf(request);
+        faults.tell({ phase: "begin", rpc, subject });
+        try {
+          if (rule?.delayMs !== undefined) await sleep(rule.delayMs, call.signal);
+          await strike("before");
+          const answer = await run(request, call);
+          await strike("after");
+          return answer;
+        } finally {
+          faults.tell({ phase: "end", rpc, subject });
+        }
       }];
     }),
   ) as unknown as Handlers<typeof DurosAPI>;
@@ -160,6 +168,12 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
     dropConnections: () => running?.dropConnections(),
     [Symbol.asyncDispose]: halt,
   };
+}
+
+/** The UUID in a request, or the name where it has none. */
+function subjectOf(request: unknown): string {
+  const { UUID = "", name = "" } = request as { readonly UUID?: string; readonly name?: string };
+  return UUID === "" ? name : UUID;
 }
 
 async function acceptAndIgnore(host: string, port: number): Promise<AsyncDisposable> {
