@@ -3,7 +3,7 @@
  * concrete parts meet. Subcommands load what they need when they start, so a node plugin never pays for a simulator.
  */
 import "./lib/goaway.ts";
-import { readFileSync } from "node:fs";
+import { readFileSync, statSync } from "node:fs";
 import { z } from "zod";
 import config from "./deno.json" with { type: "json" };
 import { createLogger, type Logger, logLevels } from "./lib/context.ts";
@@ -129,6 +129,13 @@ const controllerOptions = {
     value: "true|false",
     meaning: "false accepts any certificate of a management endpoint: whoever sits in between can read the token",
     schema: z.enum(["true", "false"], { error: "is not true or false" }).transform((text) => text === "true"),
+  },
+  config: {
+    short: "c",
+    env: ["LB_CSI_CONFIG"],
+    value: "FILE",
+    meaning: "clusters to list and measure, and where the endpoints of old volume IDs lead today; read again on change",
+    schema: absolutePath.optional(),
   },
 } as const satisfies Options;
 
@@ -290,6 +297,7 @@ const commands: Readonly<Record<string, Command>> = {
         ca: settings["mgmt-ca"] === undefined ? undefined : readRequired("--mgmt-ca", settings["mgmt-ca"]),
         verifyTls: settings["mgmt-tls-verify"],
         userAgent: `lbcsi/${version}`,
+        clusters: settings.config === undefined ? undefined : await readClusters(settings.config, log),
       });
       const handlers = controllerHandlers({
         backend,
@@ -442,6 +450,20 @@ function readIfThere(path: string): string | undefined {
     return readFileSync(path, "utf8");
   } catch {
     return undefined;
+  }
+}
+
+async function readClusters(path: string, log: Logger) {
+  const { knownClusters } = await import("./lib/storage/lightos_config.ts");
+  const stamp = (path: string) => {
+    const { dev, ino, size, mtimeNs, ctimeNs } = statSync(path, { bigint: true });
+    return [dev, ino, size, mtimeNs, ctimeNs].join(" ");
+  };
+  try {
+    return knownClusters(path, { stamp, read: (path) => readFileSync(path, "utf8") }, log);
+  } catch (error) {
+    if (error instanceof StatusError) throw new UsageError(error.message);
+    throw error;
   }
 }
 

@@ -11,6 +11,7 @@ import { type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";
 import { CallError, Channel } from "../rpc.ts";
 import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
+import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 
 /** What the process was told about reaching LightOS. */
 export interface LightosOptions {
@@ -24,6 +25,8 @@ export interface LightosOptions {
   /** False accepts any certificate of the management API. */
   readonly verifyTls: boolean;
   readonly userAgent: string;
+  /** Clusters that the process was told about itself; undefined: none. */
+  readonly clusters?: KnownClusters | undefined;
 }
 
 /** A StatusError for what the management API answered, or for its silence. */
@@ -63,33 +66,42 @@ export class ClusterPool implements AsyncDisposable {
     this.#sweeper.unref();
   }
 
-  /** The cluster behind these endpoints, with the credentials of this call. Connects to nothing yet. */
+  /**
+   * The cluster behind these endpoints, with the credentials of this call. Connects to nothing yet.
+   *
+   * Endpoints of a known cluster, former ones too, lead to that cluster as it is today: its endpoints, its scheme, and
+   * its certificates and token unless the call brings some. Volume IDs are for good, endpoints are not.
+   */
   open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme): Cluster {
     const given = secrets.parse(secretsSchema);
-    const ca = given["mgmt-ca.crt"] ?? this.#options.ca;
+    const known = this.#options.clusters?.owning(endpoints);
+    const today = known ?? { endpoints, scheme };
+    const ca = today.scheme === "grpc" ? undefined : given["mgmt-ca.crt"] ?? known?.ca() ?? this.#options.ca;
     const trust = ca === undefined ? "" : createHash("sha256").update(ca).digest("hex");
-    const key = [formatEndpoints(endpoints), scheme, trust].join(" ");
+    const key = [formatEndpoints(today.endpoints), today.scheme, trust].join(" ");
     let connections = this.#connections.get(key);
     if (connections === undefined) {
-      const tls = scheme === "grpc"
+      const tls = today.scheme === "grpc"
         ? undefined
         : { verify: this.#options.verifyTls, ...(ca === undefined ? {} : { ca }) };
-      connections = new Connections(this.#options, endpoints, tls);
+      connections = new Connections(this.#options, today.endpoints, tls);
       this.#connections.set(key, connections);
     }
-    return new Cluster(connections, this.#credentials(given.jwt));
+    return new Cluster(connections, this.#credentials(given.jwt, known));
   }
 
-  #credentials(fromSecrets: string | undefined): Credentials {
-    const [text, source] = fromSecrets !== undefined
-      ? [fromSecrets, `key "jwt" of the call's secrets`]
-      : [this.#options.globalJwt(), this.#options.globalJwtPath];
-    const jwt = text?.trim() ?? "";
+  #credentials(fromSecrets: string | undefined, known: KnownCluster | undefined): Credentials {
+    const { globalJwt, globalJwtPath } = this.#options;
+    const fromFile = known?.jwtPath === undefined
+      ? { text: globalJwt, path: globalJwtPath, owner: "" }
+      : { text: known.jwt, path: known.jwtPath, owner: ` of cluster "${known.name}"` };
+    const source = fromSecrets === undefined ? `${fromFile.path}${fromFile.owner}` : `key "jwt" of the call's secrets`;
+    const jwt = (fromSecrets ?? fromFile.text())?.trim() ?? "";
     if (jwt === "") {
-      return {
-        jwt: undefined,
-        source: `none was given: no key "jwt" in the secrets, no ${this.#options.globalJwtPath}`,
-      };
+      const missing = fromSecrets === undefined
+        ? `no key "jwt" in the secrets, no ${source}`
+        : `key "jwt" in the secrets is empty`;
+      return { jwt: undefined, source: `none was given: ${missing}` };
     }
     if (!/^[\x21-\x7e]+$/.test(jwt)) {
       throw new StatusError(
@@ -172,7 +184,15 @@ interface Member {
 const apiVersion = "v2.0";
 const infoMs = 60_000;
 /** Methods that change nothing, so that they can be sent again after a lost answer. */
-const reads: ReadonlySet<string> = new Set(["GetVersion", "GetVolume", "ListVolumes", "GetClusterInfo"]);
+const reads: ReadonlySet<string> = new Set([
+  "GetVersion",
+  "GetVolume",
+  "ListVolumes",
+  "GetSnapshot",
+  "ListSnapshots",
+  "GetClusterInfo",
+  "GetCluster",
+]);
 
 /**
  * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s, growing
