@@ -25,9 +25,18 @@ import {
 } from "../id.ts";
 import { nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
 import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../proto/gen/lightos_pb.ts";
-import type { StorageBackend, Volume, VolumeWanted } from "./backend.ts";
+import type { CapacityRange, StorageBackend, Volume, VolumeWanted } from "./backend.ts";
 import { lightosBlocks } from "./lightos_blocks.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
+import {
+  lightosSnapshots,
+  type Origin,
+  originOf,
+  removeHelpersOf,
+  sourceDifference,
+  tidied,
+  volumeLabels,
+} from "./lightos_snapshots.ts";
 import {
   aclOf,
   anybody,
@@ -52,9 +61,18 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
     async createVolume(ctx, secrets, wanted) {
       const action = `create volume "${wanted.name}"`;
       const parameters = parseParameters(action, wanted.parameters);
-      const sizeBytes = volumeSize(action, wanted);
       const cluster = clusters.open(secrets, parameters.endpoints, parameters.scheme);
-      return await createVolume(ctx, cluster, action, wanted, parameters, sizeBytes);
+      if (wanted.source === undefined) {
+        return await createVolume(ctx, cluster, action, wanted, parameters, volumeSize(action, wanted));
+      }
+      checkRange(action, wanted);
+      const origin = originOf(cluster, action, wanted.name, wanted.source, parameters);
+      const inItsProject = { ...parameters, project: origin.project };
+      return await tidied(
+        ctx,
+        origin,
+        () => createVolume(ctx, cluster, action, wanted, inItsProject, wanted.requiredBytes, origin),
+      );
     },
     async deleteVolume(ctx, secrets, volumeId) {
       const id = idOf(volumeId);
@@ -105,6 +123,7 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
         return toVolume(id, grown);
       },
     },
+    snapshots: lightosSnapshots(clusters),
     changedBlocks: lightosBlocks(clusters),
     async [Symbol.asyncDispose]() {
       await clusters[Symbol.asyncDispose]();
@@ -183,19 +202,9 @@ const gib = 1n << 30n;
 const largestInt64 = (1n << 63n) - 1n;
 
 /** The size to ask LightOS for: whole GiB, at least one (spec/lightos.md 9.3). */
-export function volumeSize(
-  action: string,
-  { requiredBytes, limitBytes }: Pick<VolumeWanted, "requiredBytes" | "limitBytes">,
-): bigint {
-  if (requiredBytes < 0n || limitBytes < 0n) {
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);
-  }
-  if (limitBytes !== 0n && limitBytes < requiredBytes) {
-    throw new StatusError(
-      "INVALID_ARGUMENT",
-      `Cannot ${action}: limit_bytes ${limitBytes} is below required_bytes ${requiredBytes}`,
-    );
-  }
+export function volumeSize(action: string, range: CapacityRange): bigint {
+  checkRange(action, range);
+  const { requiredBytes, limitBytes } = range;
   const wanted = requiredBytes === 0n ? gib : requiredBytes;
   const rounded = (wanted + gib - 1n) / gib * gib;
   if (rounded > largestInt64) {
@@ -213,55 +222,112 @@ export function volumeSize(
   return rounded;
 }
 
+/** The size of a volume made from a source of `sourceBytes`: the source's, or a larger one in whole GiB. */
+function sizeWithSource(action: string, range: CapacityRange, sourceBytes: bigint): bigint {
+  const { requiredBytes, limitBytes } = range;
+  if (requiredBytes > sourceBytes) return volumeSize(action, range);
+  if (requiredBytes !== 0n && requiredBytes < sourceBytes) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: its source has ${sourceBytes} bytes, required_bytes ${requiredBytes} are fewer`,
+    );
+  }
+  if (limitBytes !== 0n && limitBytes < sourceBytes) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: its source has ${sourceBytes} bytes, limit_bytes ${limitBytes} are fewer`,
+    );
+  }
+  return sourceBytes;
+}
+
+function checkRange(action: string, { requiredBytes, limitBytes }: CapacityRange): void {
+  if (requiredBytes < 0n || limitBytes < 0n) {
+    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);
+  }
+  if (limitBytes !== 0n && limitBytes < requiredBytes) {
+    throw new StatusError(
+      "INVALID_ARGUMENT",
+      `Cannot ${action}: limit_bytes ${limitBytes} is below required_bytes ${requiredBytes}`,
+    );
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------- volumes
 
+/** @param leastBytes the smallest volume of this name that fits the wish; without `origin`, the size of a new one */
 async function createVolume(
   ctx: RequestContext,
   cluster: Cluster,
   action: string,
   wanted: VolumeWanted,
   parameters: Parameters,
-  sizeBytes: bigint,
+  leastBytes: bigint,
+  origin?: Origin,
 ): Promise<Volume> {
   const projectName = parameters.project ?? "";
   const delays = growingDelays();
   for (;;) {
-    let found: LightosVolume | undefined;
-    try {
-      found = await cluster.call(ctx, action, DurosAPI.method.createVolume, {
-        name: wanted.name,
-        size: `${sizeBytes}b`,
-        acl: { values: [nobody] },
-        compression: String(parameters.compression),
-        replicaCount: parameters.replicaCount,
-        projectName,
-        ...(parameters.qosPolicyName === undefined
-          ? {}
-          : { qosPolicyID: { case: "qosPolicyName", value: parameters.qosPolicyName } }),
-      });
-    } catch (error) {
-      if (!(error instanceof LightosError) || surelyNotDone.has(error.code)) throw error;
-      found = await findByName(ctx, cluster, action, wanted.name, projectName);
-      if (found === undefined) {
-        // Nobody has the name. Where the cluster said so a moment ago, or the answer was lost, trying again is right.
-        if (error.code !== "ALREADY_EXISTS" && !error.outcomeUnknown) throw error;
-        await pause(ctx, delays, action, messageOf(error));
-        continue;
+    // With a source, a look comes first: a snapshot would be taken for nothing, and the source may be gone by now.
+    let found = origin === undefined ? undefined : await findByName(ctx, cluster, action, wanted.name, projectName);
+    let isOurs = false;
+    if (found === undefined) {
+      const beginning = await origin?.begin(ctx, (sourceBytes) => sizeWithSource(action, wanted, sourceBytes));
+      try {
+        found = await cluster.call(ctx, action, DurosAPI.method.createVolume, {
+          name: wanted.name,
+          size: `${beginning?.sizeBytes ?? leastBytes}b`,
+          acl: { values: [nobody] },
+          compression: String(parameters.compression),
+          replicaCount: parameters.replicaCount,
+          projectName,
+          labels: volumeLabels(wanted.madeFor, origin?.labels),
+          ...(beginning === undefined ? {} : { sourceSnapshotUUID: beginning.snapshotUuid }),
+          ...(parameters.qosPolicyName === undefined
+            ? {}
+            : { qosPolicyID: { case: "qosPolicyName", value: parameters.qosPolicyName } }),
+        });
+        isOurs = true;
+      } catch (error) {
+        if (!(error instanceof LightosError) || surelyNotDone.has(error.code)) throw error;
+        found = await findByName(ctx, cluster, action, wanted.name, projectName);
+        if (found === undefined) {
+          // Nobody has the name. Where the cluster said so a moment ago, or the answer was lost, trying again is right.
+          if (error.code !== "ALREADY_EXISTS" && !error.outcomeUnknown) throw error;
+          await pause(ctx, delays, action, messageOf(error));
+          continue;
+        }
       }
     }
     const created = await settled(ctx, cluster, action, found, delays);
     if (created === undefined) continue;
-    refuseDifferences(action, created, wanted, parameters, sizeBytes);
-    const project = created.projectName === "" ? parameters.project : created.projectName;
-    return toVolume(
-      {
-        endpoints: parameters.endpoints,
-        uuid: created.UUID.toLowerCase(),
-        project,
-        scheme: parameters.scheme,
-        hostEncryption: undefined,
-      },
-      created,
+    const differences = differencesOf(created, wanted, parameters, leastBytes);
+    if (!isOurs) {
+      const difference = origin === undefined
+        ? created.sourceSnapshotUUID === "" ? undefined : sourceDifference(created, "none")
+        : await origin.differenceOf(ctx, created);
+      if (difference !== undefined) differences.push(difference);
+    }
+    const id: VolumeId = {
+      endpoints: parameters.endpoints,
+      uuid: created.UUID.toLowerCase(),
+      project: created.projectName === "" ? parameters.project : created.projectName,
+      scheme: parameters.scheme,
+      hostEncryption: undefined,
+    };
+    if (differences.length === 0) return toVolume(id, created);
+    if (isOurs && origin !== undefined) {
+      // Whether a copy can have other properties than its source is LightOS' affair. Left there, it would block the name.
+      await deleteVolume(ctx, cluster, id);
+      throw new StatusError(
+        "INVALID_ARGUMENT",
+        `Cannot ${action}: LightOS at ${cluster.lastAddress} made it from its source in another way than asked: ` +
+          `${differences.join("; ")}; a StorageClass that fits the source is needed`,
+      );
+    }
+    throw new StatusError(
+      "ALREADY_EXISTS",
+      `Cannot ${action}: volume ${created.UUID} has that name and differs: ${differences.join("; ")}`,
     );
   }
 }
@@ -325,16 +391,16 @@ async function settled(
   }
 }
 
-function refuseDifferences(
-  action: string,
+/** How a volume differs from the wish, its source apart. */
+function differencesOf(
   found: LightosVolume,
   wanted: VolumeWanted,
   parameters: Parameters,
-  sizeBytes: bigint,
-): void {
+  leastBytes: bigint,
+): string[] {
   const differences: string[] = [];
   const differ = (what: string, is: unknown, asked: unknown) => differences.push(`${what} is ${is}, asked is ${asked}`);
-  if (found.size < sizeBytes) differ("size", `${found.size} bytes`, `${sizeBytes} bytes`);
+  if (found.size < leastBytes) differ("size", `${found.size} bytes`, `${leastBytes} bytes`);
   else if (wanted.limitBytes !== 0n && found.size > wanted.limitBytes) {
     differ("size", `${found.size} bytes`, `at most ${wanted.limitBytes} bytes`);
   }
@@ -349,12 +415,7 @@ function refuseDifferences(
   if (parameters.qosPolicyName !== undefined && found.qosPolicyName !== parameters.qosPolicyName) {
     differ("qos-policy-name", `"${found.qosPolicyName}"`, `"${parameters.qosPolicyName}"`);
   }
-  if (found.sourceSnapshotUUID !== "") differ("content source", `snapshot ${found.sourceSnapshotUUID}`, "none");
-  if (differences.length === 0) return;
-  throw new StatusError(
-    "ALREADY_EXISTS",
-    `Cannot ${action}: volume ${found.UUID} has that name and differs: ${differences.join("; ")}`,
-  );
+  return differences;
 }
 
 async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId): Promise<void> {
@@ -381,6 +442,8 @@ async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId)
         `Cannot ${action}: ${hosts.map(nodeIdOf).join(", ")} may still connect to it, detach it there first`,
       );
     }
+    // First, for once the volume is gone nobody comes back for them.
+    await removeHelpersOf(ctx, cluster, action, volume, id.project);
     try {
       await cluster.call(ctx, action, DurosAPI.method.deleteVolume, {
         UUID: id.uuid,
