@@ -10,6 +10,8 @@ export interface Fields {
   /** Tells the lines of one call from those of another. */
   readonly call?: number;
   readonly volume?: string;
+  /** UUID of a snapshot. */
+  readonly snapshot?: string;
   readonly name?: string;
   readonly node?: string;
   readonly device?: string;

@@ -133,6 +133,9 @@ Deno.test("ControllerGetCapabilities announces what is served", async () => {
     "PUBLISH_UNPUBLISH_VOLUME",
     "SINGLE_NODE_MULTI_WRITER",
     "EXPAND_VOLUME",
+    "CREATE_DELETE_SNAPSHOT",
+    "CLONE_VOLUME",
+    "GET_SNAPSHOT",
   ]);
 });
 
@@ -140,8 +143,6 @@ for (
   const method of [
     Controller.method.listVolumes,
     Controller.method.getCapacity,
-    Controller.method.createSnapshot,
-    Controller.method.deleteSnapshot,
     Controller.method.listSnapshots,
     Controller.method.controllerModifyVolume,
   ]
@@ -205,9 +206,10 @@ for (
       volumeCapabilities: [{ ...writer, accessType: { case: "mount" as const, value: { fsType: "zfs" } } }],
     }, /file system "zfs"/],
     ["topology", { accessibilityRequirements: {} }, /accessibility_requirements is given/],
-    ["a content source", {
-      volumeContentSource: { type: { case: "snapshot" as const, value: { snapshotId: "x" } } },
-    }, /volume_content_source is given/],
+    ["a content source without a type", { volumeContentSource: {} }, /is neither a snapshot nor a volume/],
+    ["a content source without an ID", {
+      volumeContentSource: { type: { case: "snapshot" as const, value: {} } },
+    }, /volume_content_source.snapshot.snapshot_id is missing/],
     ["mutable parameters", { mutableParameters: { a: "b" } }, /mutable_parameters is given/],
     ["a mount flag that mounts something else", {
       volumeCapabilities: [{ ...writer, accessType: { case: "mount" as const, value: { mountFlags: ["bind"] } } }],

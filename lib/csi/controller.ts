@@ -27,6 +27,7 @@ import {
   requireText,
   withoutOrchestratorKeys,
 } from "./request.ts";
+import { madeFor, parseContentSource, refuseControlCharacters, snapshotHandlers } from "./snapshot.ts";
 
 export interface ControllerOptions {
   readonly backend: StorageBackend;
@@ -44,7 +45,7 @@ export interface ControllerOptions {
 export function controllerHandlers(
   { backend, locks, defaultFsType, nodeIdSuffix }: ControllerOptions,
 ): Handlers<typeof Controller> {
-  const { expansion } = backend;
+  const { snapshots, expansion } = backend;
   /** Takes the volume for this call, or throws ABORTED; the caller disposes it when the work has ended. */
   const hold = (rpc: string, volumeId: string) => locks.take(`volume ${backend.uuidOf(volumeId)}`, rpc);
 
@@ -55,10 +56,7 @@ export function controllerHandlers(
     async createVolume(request, call) {
       const name = requireText("create a volume", "name", request.name);
       const action = `create volume "${name}"`;
-      // deno-lint-ignore no-control-regex
-      if (/[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]/.test(name)) {
-        throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: the name holds control characters`);
-      }
+      refuseControlCharacters(action, name);
       if (request.volumeCapabilities.length === 0) {
         throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: volume_capabilities is missing`);
       }
@@ -69,7 +67,8 @@ export function controllerHandlers(
           `Cannot ${action}: accessibility_requirements is given, but every node reaches every volume of this driver`,
         );
       }
-      if (request.volumeContentSource !== undefined) {
+      const source = parseContentSource(action, request.volumeContentSource);
+      if (source !== undefined && snapshots === undefined) {
         throw new StatusError(
           "INVALID_ARGUMENT",
           `Cannot ${action}: volume_content_source is given, but this driver announces neither snapshots nor clones`,
@@ -90,6 +89,8 @@ export function controllerHandlers(
         requiredBytes: request.capacityRange?.requiredBytes ?? 0n,
         limitBytes: request.capacityRange?.limitBytes ?? 0n,
         parameters,
+        source,
+        madeFor: madeFor(request.parameters),
       });
       if (volume.trouble !== undefined) {
         call.log.warning("created a volume in trouble", { volume: volume.uuid, error: volume.trouble });
@@ -99,6 +100,8 @@ export function controllerHandlers(
           volumeId: volume.id,
           capacityBytes: volume.capacityBytes,
           volumeContext: mkfsText === undefined ? {} : { [mkfsOptionsKey]: mkfsText },
+          // The provisioner deletes a volume whose answer does not name the source that it asked for.
+          ...(request.volumeContentSource === undefined ? {} : { contentSource: request.volumeContentSource }),
         },
       };
     },
@@ -169,6 +172,8 @@ export function controllerHandlers(
       },
     } satisfies Handlers<typeof Controller>),
 
+    ...(snapshots === undefined ? {} : snapshotHandlers(snapshots, locks)),
+
     /** CSI specification, "ValidateVolumeCapabilities". */
     async validateVolumeCapabilities(request, call) {
       const action = "validate volume capabilities";
@@ -198,9 +203,10 @@ export function controllerHandlers(
 type Capabilities = NonNullable<MessageInitShape<typeof ControllerGetCapabilitiesResponseSchema>["capabilities"]>;
 
 /** What the backend has is announced, and nothing else. */
-function controllerCapabilities({ expansion }: StorageBackend): Capabilities {
+function controllerCapabilities({ snapshots, expansion }: StorageBackend): Capabilities {
   const announced = [Rpc.CREATE_DELETE_VOLUME, Rpc.PUBLISH_UNPUBLISH_VOLUME, Rpc.SINGLE_NODE_MULTI_WRITER];
   if (expansion !== undefined) announced.push(Rpc.EXPAND_VOLUME);
+  if (snapshots !== undefined) announced.push(Rpc.CREATE_DELETE_SNAPSHOT, Rpc.CLONE_VOLUME, Rpc.GET_SNAPSHOT);
   return announced.map((type) => ({ type: { case: "rpc", value: { type } } }));
 }
 

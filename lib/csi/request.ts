@@ -122,8 +122,10 @@ export function describeRequest(_method: DescMethod, request: Message): Fields {
     return typeof value === "string" && value !== "" ? value : undefined;
   };
   const volumeId = text("volumeId") ?? text("sourceVolumeId");
+  const snapshotId = text("snapshotId");
   const facts = {
     volume: volumeId === undefined ? undefined : uuidIn(volumeId),
+    snapshot: snapshotId === undefined ? undefined : uuidIn(snapshotId),
     name: text("name"),
     node: text("nodeId"),
     path: text("targetPath") ?? text("volumePath") ?? text("stagingTargetPath"),
