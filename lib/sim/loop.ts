@@ -388,6 +388,8 @@ class LoopPlane implements DataPlane {
     const loop = adopted?.loop ??
       await output("losetup", "-f", "--show", "-b", String(sectorSizeBytes), this.#volumeFile(uuid));
     if (adopted !== undefined) await output("losetup", "-c", loop);
+    // The kernel keeps a loop device read-only that an earlier user made so, even through a detach.
+    else await output("blockdev", "--setrw", loop);
     const name = this.#wantedNames.get(uuid) ?? adopted?.name ?? this.#freeName();
     this.#wantedNames.delete(uuid);
     await this.#showDevice({ namespace, name, loop, number: numberOf(loop), paths: "" });
