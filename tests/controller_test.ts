@@ -136,6 +136,7 @@ Deno.test("ControllerGetCapabilities announces what is served", async () => {
     "CREATE_DELETE_SNAPSHOT",
     "CLONE_VOLUME",
     "GET_SNAPSHOT",
+    "MODIFY_VOLUME",
   ]);
 });
 
@@ -144,10 +145,10 @@ for (
     Controller.method.listVolumes,
     Controller.method.getCapacity,
     Controller.method.listSnapshots,
-    Controller.method.controllerModifyVolume,
+    Controller.method.controllerGetVolume,
   ]
 ) {
-  Deno.test(`${method.name} is not announced and answers UNIMPLEMENTED`, async () => {
+  Deno.test(`${method.name} without clusters or a token of our own is not announced and answers UNIMPLEMENTED`, async () => {
     await using env = await start();
 
     await rejects(
@@ -210,7 +211,7 @@ for (
     ["a content source without an ID", {
       volumeContentSource: { type: { case: "snapshot" as const, value: {} } },
     }, /volume_content_source.snapshot.snapshot_id is missing/],
-    ["mutable parameters", { mutableParameters: { a: "b" } }, /mutable_parameters is given/],
+    ["an unknown mutable parameter", { mutableParameters: { a: "b" } }, /mutable parameter "a" unknown \(known: qos-/],
     ["a mount flag that mounts something else", {
       volumeCapabilities: [{ ...writer, accessType: { case: "mount" as const, value: { mountFlags: ["bind"] } } }],
     }, /Cannot use mount flag "bind"/],

@@ -27,6 +27,8 @@ import {
   requireText,
   withoutOrchestratorKeys,
 } from "./request.ts";
+import { capacityHandlers, listingHandlers } from "./listing.ts";
+import { modifyHandlers, withMutable } from "./modify.ts";
 import { madeFor, parseContentSource, refuseControlCharacters, snapshotHandlers } from "./snapshot.ts";
 
 export interface ControllerOptions {
@@ -45,7 +47,7 @@ export interface ControllerOptions {
 export function controllerHandlers(
   { backend, locks, defaultFsType, nodeIdSuffix }: ControllerOptions,
 ): Handlers<typeof Controller> {
-  const { snapshots, expansion } = backend;
+  const { snapshots, expansion, listing, capacity, modification } = backend;
   /** Takes the volume for this call, or throws ABORTED; the caller disposes it when the work has ended. */
   const hold = (rpc: string, volumeId: string) => locks.take(`volume ${backend.uuidOf(volumeId)}`, rpc);
 
@@ -74,13 +76,8 @@ export function controllerHandlers(
           `Cannot ${action}: volume_content_source is given, but this driver announces neither snapshots nor clones`,
         );
       }
-      if (Object.keys(withoutOrchestratorKeys(request.mutableParameters)).length > 0) {
-        throw new StatusError(
-          "INVALID_ARGUMENT",
-          `Cannot ${action}: mutable_parameters is given, but this driver does not announce MODIFY_VOLUME`,
-        );
-      }
-      const { [mkfsOptionsKey]: mkfsText, ...parameters } = withoutOrchestratorKeys(request.parameters);
+      const { [mkfsOptionsKey]: mkfsText, ...given } = withoutOrchestratorKeys(request.parameters);
+      const parameters = withMutable(action, modification, given, request.mutableParameters);
       checkNodeSettings(accesses, mkfsText ?? "", defaultFsType);
 
       using _held = locks.take(`volume name "${name}"`, "CreateVolume");
@@ -173,6 +170,9 @@ export function controllerHandlers(
     } satisfies Handlers<typeof Controller>),
 
     ...(snapshots === undefined ? {} : snapshotHandlers(snapshots, locks)),
+    ...(listing === undefined ? {} : listingHandlers(backend, listing)),
+    ...(capacity === undefined ? {} : capacityHandlers(capacity)),
+    ...(modification === undefined ? {} : modifyHandlers(modification, hold)),
 
     /** CSI specification, "ValidateVolumeCapabilities". */
     async validateVolumeCapabilities(request, call) {
@@ -203,10 +203,17 @@ export function controllerHandlers(
 type Capabilities = NonNullable<MessageInitShape<typeof ControllerGetCapabilitiesResponseSchema>["capabilities"]>;
 
 /** What the backend has is announced, and nothing else. */
-function controllerCapabilities({ snapshots, expansion }: StorageBackend): Capabilities {
+function controllerCapabilities(backend: StorageBackend): Capabilities {
+  const { snapshots, expansion, listing, capacity, modification } = backend;
   const announced = [Rpc.CREATE_DELETE_VOLUME, Rpc.PUBLISH_UNPUBLISH_VOLUME, Rpc.SINGLE_NODE_MULTI_WRITER];
   if (expansion !== undefined) announced.push(Rpc.EXPAND_VOLUME);
   if (snapshots !== undefined) announced.push(Rpc.CREATE_DELETE_SNAPSHOT, Rpc.CLONE_VOLUME, Rpc.GET_SNAPSHOT);
+  if (listing !== undefined) {
+    announced.push(Rpc.LIST_VOLUMES, Rpc.LIST_VOLUMES_PUBLISHED_NODES, Rpc.GET_VOLUME, Rpc.VOLUME_CONDITION);
+    announced.push(Rpc.LIST_SNAPSHOTS);
+  }
+  if (capacity !== undefined) announced.push(Rpc.GET_CAPACITY);
+  if (modification !== undefined) announced.push(Rpc.MODIFY_VOLUME);
   return announced.map((type) => ({ type: { case: "rpc", value: { type } } }));
 }
 

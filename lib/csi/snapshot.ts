@@ -65,7 +65,8 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
   } satisfies Handlers<typeof Controller>;
 }
 
-function toMessage({ id, sourceVolumeId, sizeBytes, createdAt, ready }: Snapshot) {
+/** A snapshot in CSI's words. */
+export function toMessage({ id, sourceVolumeId, sizeBytes, createdAt, ready }: Snapshot) {
   return {
     snapshotId: id,
     sourceVolumeId,

@@ -84,6 +84,9 @@ export interface StorageBackend extends AsyncDisposable {
   readonly expansion?: Expansion;
   readonly snapshots?: Snapshots;
   readonly changedBlocks?: ChangedBlocks;
+  readonly listing?: Listing;
+  readonly capacity?: Capacity;
+  readonly modification?: Modification;
 }
 
 /** Volumes can grow, also while hosts use them. */
@@ -157,4 +160,67 @@ export interface Snapshots {
   deleteSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<void>;
   /** Absent: NOT_FOUND. Also one that is not ready. */
   getSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<Snapshot>;
+}
+
+/** Which part of a list is wanted. */
+export interface PageWanted {
+  /** 0: as many as the backend puts into one answer. */
+  readonly maxEntries: number;
+  /** `nextToken` of the page before; empty: the first page. */
+  readonly startingToken: string;
+}
+
+/** A part of a list. */
+export interface Page<T> {
+  readonly entries: readonly T[];
+  /** Where the next page starts; empty: this was the last one. */
+  readonly nextToken: string;
+}
+
+/**
+ * The backend has clusters of its own to look at, for calls that name none. Lists hold what can be used, neither husks nor
+ * what is being made or deleted. Throws ABORTED for a token that is not, or no longer, one of its own; an unreachable
+ * cluster fails the call, for its volumes would seem to be gone.
+ */
+export interface Listing {
+  listVolumes(ctx: RequestContext, wanted: PageWanted): Promise<Page<Volume>>;
+  /** Those that match every given filter, on any cluster that an ID leads to; an unknown ID matches nothing. */
+  listSnapshots(
+    ctx: RequestContext,
+    secrets: Secrets,
+    filter: { readonly snapshotId: string | undefined; readonly sourceVolumeId: string | undefined },
+    wanted: PageWanted,
+  ): Promise<Page<Snapshot>>;
+}
+
+/** The backend can tell how much space is left. */
+export interface Capacity {
+  /**
+   * The bytes that volumes with these StorageClass parameters can still have in all, and the least that one of them has.
+   * Without parameters: on all of the backend's clusters. Throws INVALID_ARGUMENT for bad parameters.
+   */
+  getCapacity(
+    ctx: RequestContext,
+    parameters: Readonly<Record<string, string>>,
+  ): Promise<{ readonly availableBytes: bigint; readonly minimumVolumeBytes: bigint }>;
+}
+
+/** Some parameters of volumes can change while hosts use them. */
+export interface Modification {
+  /**
+   * The StorageClass parameters with `mutable` ones (of a VolumeAttributesClass) in place of those that they replace.
+   * Throws INVALID_ARGUMENT for mutable parameters that are unknown or bad.
+   */
+  merge(
+    action: string,
+    parameters: Readonly<Record<string, string>>,
+    mutable: Readonly<Record<string, string>>,
+  ): Readonly<Record<string, string>>;
+  /** All or nothing; others than those given stay. Throws what `merge` throws, before anything is done; NOT_FOUND. */
+  modifyVolume(
+    ctx: RequestContext,
+    secrets: Secrets,
+    volumeId: string,
+    mutable: Readonly<Record<string, string>>,
+  ): Promise<void>;
 }

@@ -28,6 +28,8 @@ import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } fro
 import type { CapacityRange, StorageBackend, Volume, VolumeWanted } from "./backend.ts";
 import { lightosBlocks } from "./lightos_blocks.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
+import { lightosCapacity, lightosListing } from "./lightos_listing.ts";
+import { lightosModification, qosParameters, type QosPolicy, qosPolicyLike, qosPolicyOf } from "./lightos_modify.ts";
 import {
   lightosSnapshots,
   type Origin,
@@ -55,6 +57,13 @@ import {
 export function lightosBackend(options: LightosOptions): StorageBackend {
   const clusters = new ClusterPool(options);
   const idOf = (volumeId: string) => parseVolumeId(volumeId);
+  const snapshots = lightosSnapshots(clusters);
+  const known = options.clusters;
+  // Both are for calls without secrets. Space is asked for with parameters that name a cluster, so a token is enough.
+  const listing = known === undefined ? {} : { listing: lightosListing(clusters, known, snapshots) };
+  const capacity = known === undefined && options.globalJwt() === undefined
+    ? {}
+    : { capacity: lightosCapacity(clusters, known, parseCapacityParameters) };
   return {
     name: "lightos",
     uuidOf: (volumeId) => idOf(volumeId).uuid,
@@ -123,8 +132,11 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
         return toVolume(id, grown);
       },
     },
-    snapshots: lightosSnapshots(clusters),
+    snapshots,
     changedBlocks: lightosBlocks(clusters),
+    modification: lightosModification(clusters),
+    ...listing,
+    ...capacity,
     async [Symbol.asyncDispose]() {
       await clusters[Symbol.asyncDispose]();
     },
@@ -139,7 +151,7 @@ interface Parameters {
   readonly replicaCount: number;
   readonly compression: boolean;
   readonly project: string | undefined;
-  readonly qosPolicyName: string | undefined;
+  readonly qosPolicy: QosPolicy | undefined;
 }
 
 const onOff = (name: string) =>
@@ -164,7 +176,8 @@ const parametersSchema = z.strictObject({
   "compression": onOff("compression"),
   "project-name": z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')
     .optional(),
-  "qos-policy-name": z.string().optional(),
+  "qos-policy-name": z.string().transform((name) => name === "" ? undefined : name).optional(),
+  "qos-policy-uuid": qosParameters["qos-policy-uuid"].optional(),
   "host-encryption": onOff("host-encryption")
     .refine((enabled) => !enabled, "is enabled, but this version cannot encrypt on the host"),
   // The vendor's documents name these two and its driver never read them; classes that have them keep working.
@@ -194,8 +207,13 @@ function parseParameters(action: string, parameters: Readonly<Record<string, str
     replicaCount: data["replica-count"],
     compression: data.compression,
     project: data["project-name"],
-    qosPolicyName: data["qos-policy-name"] === "" ? undefined : data["qos-policy-name"],
+    qosPolicy: qosPolicyOf(action, data),
   };
+}
+
+/** GetCapacity may come without a number of replicas. */
+function parseCapacityParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
+  return parseParameters(action, { "replica-count": "1", ...parameters });
 }
 
 const gib = 1n << 30n;
@@ -283,9 +301,7 @@ async function createVolume(
           projectName,
           labels: volumeLabels(wanted.madeFor, origin?.labels),
           ...(beginning === undefined ? {} : { sourceSnapshotUUID: beginning.snapshotUuid }),
-          ...(parameters.qosPolicyName === undefined
-            ? {}
-            : { qosPolicyID: { case: "qosPolicyName", value: parameters.qosPolicyName } }),
+          ...(parameters.qosPolicy === undefined ? {} : { qosPolicyID: parameters.qosPolicy }),
         });
         isOurs = true;
       } catch (error) {
@@ -412,8 +428,10 @@ function differencesOf(
   if (parameters.project !== undefined && found.projectName !== parameters.project) {
     differ("project-name", `"${found.projectName}"`, `"${parameters.project}"`);
   }
-  if (parameters.qosPolicyName !== undefined && found.qosPolicyName !== parameters.qosPolicyName) {
-    differ("qos-policy-name", `"${found.qosPolicyName}"`, `"${parameters.qosPolicyName}"`);
+  const { qosPolicy } = parameters;
+  if (qosPolicy !== undefined && qosPolicyLike(qosPolicy, found) !== qosPolicy.value) {
+    const key = qosPolicy.case === "qosPolicyName" ? "qos-policy-name" : "qos-policy-uuid";
+    differ(key, `"${qosPolicyLike(qosPolicy, found)}"`, `"${qosPolicy.value}"`);
   }
   return differences;
 }

@@ -36,6 +36,11 @@ export interface Change {
   readonly acl?: { readonly values: string[] };
   /** Bytes, decimal. */
   readonly size?: string;
+  /** `true` or `false`. */
+  readonly compression?: string;
+  readonly qosPolicyID?:
+    | { readonly case: "qosPolicyName"; readonly value: string }
+    | { readonly case: "qosPolicyUUID"; readonly value: string };
 }
 
 /**
@@ -101,7 +106,7 @@ export function toVolume(id: VolumeId, volume: LightosVolume): Volume {
 }
 
 /** What limits the use of a volume now, for people; undefined when it is well (spec/lightos.md section 6.6). */
-export function troubleOf({ protectionState, rebuildProgress }: LightosVolume): string | undefined {
+export function troubleOf({ state, protectionState, rebuildProgress }: LightosVolume): string | undefined {
   const rebuild = rebuildProgress === "" || rebuildProgress === "None" ? "" : `, rebuild ${rebuildProgress}`;
   switch (protectionState) {
     case Protection.Degraded:
@@ -111,7 +116,7 @@ export function troubleOf({ protectionState, rebuildProgress }: LightosVolume): 
     case Protection.NotAvailable:
       return `no replica can be reached: reads and writes fail (LightOS: NotAvailable${rebuild})`;
     default:
-      return undefined;
+      return state === State.Rollback ? "its content is being set back to a snapshot (LightOS: Rollback)" : undefined;
   }
 }
 

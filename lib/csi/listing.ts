@@ -1,0 +1,93 @@
+/**
+ * The calls of the CSI controller service that tell what is there: lists, one volume, and the space that is left.
+ *
+ * None of them changes anything, so none holds a volume: an attach may go on while the lists are read.
+ */
+import { Secrets } from "../context.ts";
+import { StatusError } from "../error.ts";
+import { nodeIdOf } from "../namespace.ts";
+import type { Handlers } from "../rpc.ts";
+import type { Capacity, Listing, StorageBackend, Volume } from "../storage/backend.ts";
+import type { Controller } from "../../proto/gen/csi_pb.ts";
+import { longestVolumeId, mkfsOptionsKey, parseCapability, requireText, withoutOrchestratorKeys } from "./request.ts";
+import { toMessage } from "./snapshot.ts";
+
+/** ListVolumes, ControllerGetVolume and ListSnapshots, for a backend that has clusters of its own. */
+export function listingHandlers(backend: StorageBackend, listing: Listing) {
+  return {
+    /** CSI specification, "ListVolumes". */
+    async listVolumes(request, call) {
+      const page = await listing.listVolumes(call, pageWanted("list volumes", request));
+      return { entries: page.entries.map(describeVolume), nextToken: page.nextToken };
+    },
+
+    /** CSI specification, "ControllerGetVolume". */
+    async controllerGetVolume(request, call) {
+      const volumeId = requireText("describe a volume", "volume_id", request.volumeId, longestVolumeId);
+      const { volume, status } = describeVolume(await backend.getVolume(call, new Secrets(), volumeId));
+      // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.
+      return { volume: { ...volume, volumeId }, status };
+    },
+
+    /** CSI specification, "ListSnapshots". */
+    async listSnapshots(request, call) {
+      const wanted = pageWanted("list snapshots", request);
+      const snapshotId = optional("snapshot_id", request.snapshotId);
+      const sourceVolumeId = optional("source_volume_id", request.sourceVolumeId);
+      const filter = { snapshotId, sourceVolumeId };
+      const { entries, nextToken } = await listing.listSnapshots(call, new Secrets(request.secrets), filter, wanted);
+      return {
+        entries: entries.map((snapshot) => ({
+          snapshot: toMessage({
+            ...snapshot,
+            id: snapshotId ?? snapshot.id,
+            sourceVolumeId: sourceVolumeId ?? snapshot.sourceVolumeId,
+          }),
+        })),
+        nextToken,
+      };
+    },
+  } satisfies Handlers<typeof Controller>;
+}
+
+/** GetCapacity. */
+export function capacityHandlers(capacity: Capacity) {
+  return {
+    /** CSI specification, "GetCapacity". The largest volume is what is left: no other bound is known. */
+    async getCapacity(request, call) {
+      const action = "measure the capacity";
+      for (const capability of request.volumeCapabilities) parseCapability(action, capability);
+      if (request.accessibleTopology !== undefined) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action}: accessible_topology is given, but every node reaches every volume of this driver`,
+        );
+      }
+      // What is for the node does not take space.
+      const { [mkfsOptionsKey]: _, ...parameters } = withoutOrchestratorKeys(request.parameters);
+      const { availableBytes, minimumVolumeBytes } = await capacity.getCapacity(call, parameters);
+      return { availableCapacity: availableBytes, minimumVolumeSize: minimumVolumeBytes };
+    },
+  } satisfies Handlers<typeof Controller>;
+}
+
+function pageWanted(action: string, request: { readonly maxEntries: number; readonly startingToken: string }) {
+  const { maxEntries, startingToken } = request;
+  if (maxEntries >= 0) return { maxEntries, startingToken };
+  throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: max_entries ${maxEntries} is negative`);
+}
+
+function optional(field: string, value: string): string | undefined {
+  return value === "" ? undefined : requireText("list snapshots", field, value, longestVolumeId);
+}
+
+function describeVolume({ id, capacityBytes, hosts, trouble }: Volume) {
+  return {
+    volume: { volumeId: id, capacityBytes },
+    status: {
+      // Hosts that were let in by somebody else are no nodes of the orchestrator's.
+      publishedNodeIds: hosts.filter((nqn) => nodeIdOf(nqn) !== nqn).map(nodeIdOf),
+      volumeCondition: { abnormal: trouble !== undefined, message: trouble ?? "healthy" },
+    },
+  };
+}
