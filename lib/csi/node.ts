@@ -243,10 +243,11 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const device = await findDevice(host, id.uuid);
       const table = await mountTable(host);
       const there = mountsAt(table, path).at(-1);
-      if (device !== undefined && there !== undefined && there.options.includes("ro")) {
+      if (device !== undefined && (device.readOnly || there?.options.includes("ro") === true)) {
         const published = (await mountsOf(host, table, device)).filter((mount) => mount.path !== path);
-        const isLast = published.length === 0 && await relationOf(host, there, device) === "our node";
-        if (isLast) await setReadOnly(ctx, device, false, true);
+        // Without a mount: a publish was cut off between the two.
+        const isNode = there === undefined || await relationOf(host, there, device) === "our node";
+        if (isNode && published.length === 0) await setReadOnly(ctx, device, false, there !== undefined);
       }
       await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
       await host.removeEmpty(path);

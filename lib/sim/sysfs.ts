@@ -109,7 +109,6 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
         nguid: uuid,
         nsid: String(namespace.nsid),
         size: String(namespace.sizeBytes / 512n),
-        ro: "0",
         removable: "0",
       };
       const queue = {
@@ -126,6 +125,7 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
         texts(at(controllersDir, controller.name, path), {
           ...facts,
           hidden: "1",
+          ro: "0",
           ana_state: "optimized",
           ana_grpid: "1",
         });
@@ -143,6 +143,8 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
         uevent: `MAJOR=${major}\nMINOR=${minor}\nDEVNAME=${name}\nDEVTYPE=disk`,
       });
       link(join(home, "device"), `../../${subsystem}`);
+      // What blockdev(8) does to the device shows here.
+      link(join(home, "ro"), `/sys/dev/block/${number}/ro`);
       for (const entry of list(at("dev/block"))) {
         if (entry !== number && targetOf(at("dev/block", entry))?.endsWith(`/${name}`)) unlink(at("dev/block", entry));
       }

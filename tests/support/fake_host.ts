@@ -68,6 +68,8 @@ export class FakeHost implements Host {
   readonly discoveryDirectory = "/etc/discovery-client/discovery.d";
   readonly #directories = new Set(["/", "/staging", "/pods", "/etc/discovery-client/discovery.d", "/sys/class/nvme"]);
   readonly #files = new Map<string, string>();
+  /** Names of devices that were made to refuse writes. */
+  readonly #readOnly = new Set<string>();
   #numbers = 0;
 
   addNamespace(uuid: string, subsystemNqn: string, sizeBytes = 1n << 30n): FakeNamespace {
@@ -99,6 +101,7 @@ export class FakeHost implements Host {
       ...this.mounts.map((mount) => `mount ${mount.path}`),
       ...[...this.#files.keys()].map((path) => `file ${path}`),
       ...[...this.#directories].filter((path) => path.startsWith("/pods/")).map((path) => `directory ${path}`),
+      ...this.devices.filter(({ name }) => this.#readOnly.has(name)).map(({ name }) => `read-only device ${name}`),
     ];
   }
 
@@ -256,7 +259,7 @@ export class FakeHost implements Host {
         dev: number,
         size: String(namespace.sizeBytes / 512n),
         hidden: "0",
-        ro: "0",
+        ro: this.#readOnly.has(name) ? "1" : "0",
         "device/subsysnqn": namespace.subsystemNqn,
       };
       for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/block/${name}/${key}`, `${text}\n`);
@@ -324,6 +327,9 @@ export class FakeHost implements Host {
         return {};
       }
       case "blockdev":
+        if (device === undefined) return { code: 1, stderr: `blockdev: cannot open ${last}: No such file or directory` };
+        if (args[0] === "--setro") this.#readOnly.add(device.name);
+        else this.#readOnly.delete(device.name);
         return {};
       case "nvme":
         return this.#nvme(args);
