@@ -1,5 +1,5 @@
 /** What `deno task bundle` makes, and `deno compile` embeds, must behave as the sources do. */
-import { deepStrictEqual, match, ok } from "node:assert/strict";
+import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import config from "../deno.json" with { type: "json" };
 import { fate } from "./support/goaway.ts";
@@ -7,14 +7,10 @@ import { fate } from "./support/goaway.ts";
 const root = fileURLToPath(new URL("../", import.meta.url));
 
 async function withBundle(body: (directory: string) => Promise<void>): Promise<void> {
-  // The task's own command, into another directory.
-  const command = /deno (bundle .*) --outdir \S+ (main\.ts)$/.exec(config.tasks.bundle);
-  ok(command, config.tasks.bundle);
-  const [, flags = "", entry = ""] = command;
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-bundle-" });
   try {
     const { success, stderr } = await new Deno.Command(Deno.execPath(), {
-      args: [...flags.split(" "), "--outdir", directory, entry],
+      args: ["task", "--eval", config.tasks.bundle.replaceAll("dist/js", directory)],
       cwd: root,
       stdout: "null",
       stderr: "piped",
@@ -26,13 +22,13 @@ async function withBundle(body: (directory: string) => Promise<void>): Promise<v
   }
 }
 
-Deno.test("the bundle keeps every `using` of the sources, which its minifier would take away", async () => {
+Deno.test("the bundle keeps every `using` of the sources, which a full minifier would take away", async () => {
   await withBundle(async (directory) => {
     const inSources = await usings([`${root}main.ts`, ...await scripts(`${root}lib`, ".ts")]);
     const inBundle = await usings(await scripts(directory, ".js"));
 
-    ok(inSources.length > 20);
-    deepStrictEqual(inBundle, inSources);
+    ok(inSources > 20);
+    strictEqual(inBundle, inSources);
   });
 });
 
@@ -62,11 +58,9 @@ async function scripts(directory: string, suffix: string): Promise<string[]> {
   return found;
 }
 
-/** The names declared with `using`, sorted; a bundler may number them. */
-async function usings(files: readonly string[]): Promise<readonly string[]> {
+/** How many declarations with `using` there are. */
+async function usings(files: readonly string[]): Promise<number> {
   const texts = await Promise.all(files.map((file) => Deno.readTextFile(file)));
-  return texts.flatMap((text) =>
-    [...text.matchAll(/^\s*(?:await )?using (\w+?)\d* = /gm)].map(([, name]) => name ?? "")
-  )
-    .sort();
+  // In prose the word is followed by other things.
+  return texts.reduce((sum, text) => sum + [...text.matchAll(/(?<![\w`])using \w+ ?= ?/g)].length, 0);
 }
