@@ -1,0 +1,687 @@
+import type { MessageInitShape } from "@bufbuild/protobuf";
+import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import { fileURLToPath } from "node:url";
+import { formatEndpoints, parseEndpoints, parseVolumeId } from "../lib/id.ts";
+import { hostNqn } from "../lib/namespace.ts";
+import { Channel } from "../lib/rpc.ts";
+import { longestAnswer } from "../lib/storage/lightos_listing.ts";
+import {
+  Controller,
+  ControllerServiceCapability_RPC_Type as Rpc,
+  type CreateVolumeRequestSchema,
+  type GetCapacityRequestSchema,
+  VolumeCapability_AccessMode_Mode as Mode,
+  type VolumeCapabilitySchema,
+} from "../proto/gen/csi_pb.ts";
+import { answers, startController } from "./support/controller_service.ts";
+import { eventually, startSimulator, type TestSimulator } from "./support/simulator.ts";
+
+const gib = 1n << 30n;
+type Creation = Extract<MessageInitShape<typeof CreateVolumeRequestSchema>, { readonly $typeName?: never }>;
+const writer: MessageInitShape<typeof VolumeCapabilitySchema> = {
+  accessType: { case: "block", value: {} },
+  accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+};
+const method = Controller.method;
+
+/** A cluster of the file, as YAML flow. */
+function entry(name: string, simulator: TestSimulator, more = `projects: default, jwt: /jwt-${name}`): string {
+  return `{name: ${name}, endpoints: "${simulator.addresses.grpc.join(",")}", scheme: grpc, ${more}}`;
+}
+
+function creation(simulator: TestSimulator, name: string, project = "default"): Creation {
+  return {
+    name,
+    capacityRange: { requiredBytes: gib },
+    volumeCapabilities: [writer],
+    parameters: {
+      "mgmt-endpoint": simulator.addresses.grpc.join(","),
+      "mgmt-scheme": "grpc",
+      "replica-count": "1",
+      "project-name": project,
+    },
+    secrets: { jwt: simulator.addresses.jwt },
+  };
+}
+
+/** A controller with one cluster of its own. */
+async function start(overrides: Parameters<typeof startSimulator>[0] = {}, more?: string) {
+  await using stack = new AsyncDisposableStack();
+  const simulator = stack.use(await startSimulator(overrides));
+  const controller = stack.use(
+    await startController({
+      clusterFile: `clusters: [${entry("a", simulator, more)}]`,
+      files: { "/jwt-a": simulator.addresses.jwt, "/admin": simulator.addresses.adminJwt },
+    }),
+  );
+  const parts = stack.move();
+  const { call } = controller;
+  return {
+    simulator,
+    call,
+    secrets: { jwt: simulator.addresses.jwt },
+    async create(name: string, project?: string): Promise<string> {
+      return (await call(method.createVolume, creation(simulator, name, project))).volume?.volumeId ?? "";
+    },
+    async snapshot(name: string, sourceVolumeId: string): Promise<string> {
+      const secrets = { jwt: simulator.addresses.jwt };
+      return (await call(method.createSnapshot, { name, sourceVolumeId, secrets })).snapshot?.snapshotId ?? "";
+    },
+    async listed(request: { maxEntries?: number; startingToken?: string } = {}) {
+      const { entries, nextToken } = await call(method.listVolumes, request);
+      return { ids: entries.map(({ volume }) => volume?.volumeId ?? ""), entries, nextToken };
+    },
+    async snapshots(
+      request: {
+        maxEntries?: number;
+        startingToken?: string;
+        snapshotId?: string;
+        sourceVolumeId?: string;
+        secrets?: Record<string, string>;
+      } = {},
+    ) {
+      const { entries, nextToken } = await call(method.listSnapshots, request);
+      return { ids: entries.map(({ snapshot }) => snapshot?.snapshotId ?? ""), entries, nextToken };
+    },
+    [Symbol.asyncDispose]: () => parts.disposeAsync(),
+  };
+}
+
+Deno.test("ControllerGetCapabilities with a cluster file announces lists, condition and capacity", async () => {
+  await using env = await start();
+
+  const { capabilities } = await env.call(method.controllerGetCapabilities, {});
+
+  const names = capabilities.map(({ type }) => type.case === "rpc" ? Rpc[type.value.type] : "");
+  const wanted = [
+    "LIST_VOLUMES",
+    "LIST_VOLUMES_PUBLISHED_NODES",
+    "GET_VOLUME",
+    "VOLUME_CONDITION",
+    "LIST_SNAPSHOTS",
+    "GET_CAPACITY",
+  ];
+  deepStrictEqual(wanted.filter((name) => !names.includes(name)), []);
+});
+
+// ------------------------------------------------------------------------------------------------------------- volumes
+
+Deno.test("ListVolumes answers the IDs that CreateVolume gave, with sizes, nodes and condition", async () => {
+  await using env = await start();
+  const ids = [await env.create("one"), await env.create("two")];
+  const [first = ""] = ids;
+  await env.call(method.controllerPublishVolume, {
+    volumeId: first,
+    nodeId: "a.node",
+    volumeCapability: writer,
+    secrets: env.secrets,
+  });
+
+  const { ids: listed, entries, nextToken } = await env.listed();
+
+  deepStrictEqual(listed.toSorted(), ids.toSorted());
+  strictEqual(nextToken, "");
+  for (const { volume, status } of entries) {
+    strictEqual(volume?.capacityBytes, gib);
+    deepStrictEqual(status?.publishedNodeIds, volume.volumeId === first ? ["a.node"] : []);
+    strictEqual(status?.volumeCondition?.abnormal, false);
+    strictEqual(status.volumeCondition.message, "healthy");
+  }
+});
+
+Deno.test("ListVolumes leaves out hosts that are no nodes, husks, and volumes that are being made or deleted", async () => {
+  await using env = await start();
+  const kept = await env.create("kept");
+  const going = await env.create("going");
+  const { control } = env.simulator;
+  control.behave({ failCreations: 1 });
+  await rejects(env.create("husk"), answers("UNAVAILABLE", /is Failed/));
+  const husk = control.cluster.volumes.find(({ name }) => name === "husk");
+  control.behave({ deletionMs: 60_000 });
+  await env.call(method.deleteVolume, { volumeId: going, secrets: env.secrets });
+  await control.cluster.updateVolume(
+    { project: "default", uuid: parseVolumeId(kept).uuid },
+    { acl: ["nqn.2014-08.org.nvmexpress:uuid:7", hostNqn("b.node")] },
+    undefined,
+  );
+  control.behave({ holdCreations: true });
+  await control.cluster.createVolume({
+    project: "default",
+    name: "coming",
+    size: "1 gib",
+    replicaCount: 1,
+    compression: "false",
+    acl: undefined,
+    ipAcl: undefined,
+    sectorSizeBytes: 0,
+    sourceSnapshot: { uuid: "", name: "" },
+    qosPolicy: { uuid: "", name: "" },
+    labels: [],
+  });
+
+  const { ids, entries } = await env.listed();
+
+  strictEqual(husk?.state, "Failed");
+  deepStrictEqual(ids, [kept]);
+  deepStrictEqual(entries[0]?.status?.publishedNodeIds, ["b.node"]);
+});
+
+Deno.test("ListVolumes goes through clusters and projects page by page, each volume once", async () => {
+  await using first = await startSimulator({ projects: ["default", "team-a"] });
+  await using second = await startSimulator();
+  await using controller = await startController({
+    clusterFile: `clusters: [${entry("a", first, "projects: [default, team-a], jwt: /jwt-a")}, ${entry("b", second)}]`,
+    files: { "/jwt-a": first.addresses.jwt, "/jwt-b": second.addresses.jwt },
+  });
+  const made: string[] = [];
+  for (
+    const [simulator, name, project] of [
+      [first, "v1", "default"],
+      [first, "v2", "default"],
+      [first, "v3", "team-a"],
+      [second, "v4", "default"],
+      [second, "v5", "default"],
+    ] as const
+  ) {
+    made.push((await controller.call(method.createVolume, creation(simulator, name, project))).volume?.volumeId ?? "");
+  }
+
+  for (const maxEntries of [1, 2, 3, 4, 5, 6]) {
+    const pages: number[] = [];
+    const listed: string[] = [];
+    let startingToken = "";
+    do {
+      const page = await controller.call(method.listVolumes, { maxEntries, startingToken });
+      pages.push(page.entries.length);
+      listed.push(...page.entries.map(({ volume }) => volume?.volumeId ?? ""));
+      startingToken = page.nextToken;
+      ok(startingToken.length <= 128, startingToken);
+    } while (startingToken !== "");
+    deepStrictEqual(listed.toSorted(), made.toSorted());
+    strictEqual(pages.length, Math.ceil(made.length / maxEntries), `${maxEntries} each: ${pages}`);
+  }
+});
+
+Deno.test("ListVolumes without projects in the file lists what the token may see, each under its project", async () => {
+  await using env = await start({ projects: ["default", "team-a"] }, "jwt: /admin");
+  const ids = [await env.create("one"), await env.create("two", "team-a")];
+
+  const { ids: listed } = await env.listed();
+
+  deepStrictEqual(listed.toSorted(), ids.toSorted());
+});
+
+Deno.test("ListVolumes of more volumes than fit into one answer of LightOS' or of ours leaves none out", async () => {
+  await using env = await start({ capacityBytes: 1n << 60n, behaviour: behaviour() });
+  const { cluster } = env.simulator.control;
+  const count = longestAnswer + 5;
+  for (let number = 0; number < count; number++) {
+    await cluster.createVolume({
+      project: "default",
+      name: `volume-${number}`,
+      size: "1 gib",
+      replicaCount: 1,
+      compression: "false",
+      acl: undefined,
+      ipAcl: undefined,
+      sectorSizeBytes: 0,
+      sourceSnapshot: { uuid: "", name: "" },
+      qosPolicy: { uuid: "", name: "" },
+      labels: [],
+    });
+  }
+
+  const first = await env.listed();
+  const rest = await env.listed({ startingToken: first.nextToken });
+
+  strictEqual(first.ids.length, longestAnswer);
+  strictEqual(rest.ids.length, 5);
+  strictEqual(new Set([...first.ids, ...rest.ids]).size, count);
+  strictEqual(rest.nextToken, "");
+});
+
+Deno.test("ListVolumes writes idEndpoints of the file into volume IDs", async () => {
+  await using simulator = await startSimulator();
+  const idEndpoints = "198.51.100.7:443,198.51.100.10:443";
+  await using controller = await startController({
+    clusterFile: `clusters: [${
+      entry("a", simulator, `projects: default, jwt: /jwt-a, idEndpoints: "${idEndpoints}"`)
+    }]`,
+    files: { "/jwt-a": simulator.addresses.jwt },
+  });
+  const parsed = parseEndpoints(idEndpoints);
+  ok(typeof parsed !== "string");
+  const wish = creation(simulator, "one");
+
+  const { volume } = await controller.call(method.createVolume, {
+    ...wish,
+    parameters: { ...wish.parameters, "mgmt-endpoint": idEndpoints },
+  });
+  const { entries } = await controller.call(method.listVolumes, {});
+
+  deepStrictEqual(entries.map(({ volume }) => volume?.volumeId), [volume?.volumeId]);
+  ok(volume?.volumeId.startsWith(`mgmt:${formatEndpoints(parsed)}|`));
+});
+
+for (
+  const [what, token] of [
+    ["is no token", "invalid-token"],
+    ["has the UUID of no place", "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10"],
+    ["names a place that is not in the file", `${"0".repeat(32)}.0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10`],
+  ] as const
+) {
+  Deno.test(`ListVolumes and ListSnapshots answer ABORTED for a starting_token that ${what}`, async () => {
+    await using env = await start();
+
+    await rejects(
+      env.listed({ startingToken: token }),
+      answers("ABORTED", /^Cannot list volumes: starting_token ".*" is not one that leads on now, begin again/),
+    );
+    await rejects(
+      env.snapshots({ startingToken: token }),
+      answers("ABORTED", /^Cannot list snapshots: starting_token/),
+    );
+  });
+}
+
+Deno.test("ListVolumes answers ABORTED for a token of its own whose UUID was damaged", async () => {
+  await using env = await start();
+  await env.create("one");
+  await env.create("two");
+  const { nextToken } = await env.listed({ maxEntries: 1 });
+
+  await rejects(env.listed({ startingToken: nextToken.slice(0, -1) }), answers("ABORTED", /begin again without one/));
+});
+
+Deno.test("ListVolumes and ListSnapshots refuse a negative max_entries with INVALID_ARGUMENT", async () => {
+  await using env = await start();
+
+  await rejects(
+    env.listed({ maxEntries: -1 }),
+    answers("INVALID_ARGUMENT", /list volumes: max_entries -1 is negative/),
+  );
+  await rejects(
+    env.snapshots({ maxEntries: -1 }),
+    answers("INVALID_ARGUMENT", /list snapshots: max_entries -1 is negative/),
+  );
+});
+
+Deno.test("ListVolumes fails with UNAVAILABLE when one of several clusters is down, rather than hide its volumes", async () => {
+  await using first = await startSimulator();
+  await using second = await startSimulator();
+  await using controller = await startController({
+    clusterFile: `clusters: [${entry("a", first)}, ${entry("b", second)}]`,
+    files: { "/jwt-a": first.addresses.jwt, "/jwt-b": second.addresses.jwt },
+  });
+  await second.control.stopEndpoints();
+
+  await rejects(
+    controller.call(method.listVolumes, {}),
+    answers("UNAVAILABLE", /^Cannot list volumes: no LightOS management endpoint answers/),
+  );
+});
+
+Deno.test("ListVolumes goes on with another page after LightOS lost the answer to one", async () => {
+  await using env = await start();
+  await env.create("one");
+  env.simulator.control.fail({ rpc: "ListVolumes", when: "after", drop: true });
+
+  const { ids } = await env.listed();
+
+  strictEqual(ids.length, 1);
+});
+
+for (
+  const [to, message] of [
+    [{ protection: "Degraded" }, /a replica is missing: reads and writes go on \(LightOS: Degraded\)/],
+    [{ protection: "ReadOnly" }, /too few replicas are left: writes fail/],
+    [{ protection: "NotAvailable" }, /no replica can be reached: reads and writes fail/],
+    [{ state: "Rollback" }, /its content is being set back to a snapshot/],
+  ] as const
+) {
+  Deno.test(`ListVolumes and ControllerGetVolume report ${Object.values(to)} as abnormal, and say what it means`, async () => {
+    await using env = await start();
+    const volumeId = await env.create("one");
+    env.simulator.control.setVolume(parseVolumeId(volumeId).uuid, to);
+
+    const { entries } = await env.listed();
+    const got = await env.call(method.controllerGetVolume, { volumeId });
+
+    for (const status of [entries[0]?.status, got.status]) {
+      strictEqual(status?.volumeCondition?.abnormal, true);
+      match(status.volumeCondition.message, message);
+    }
+  });
+}
+
+Deno.test("ControllerGetVolume answers the request's ID, size, nodes and condition without secrets", async () => {
+  await using env = await start();
+  const volumeId = await env.create("one");
+  const publish = { volumeId, nodeId: "a.node", volumeCapability: writer, secrets: env.secrets };
+  await env.call(method.controllerPublishVolume, publish);
+  // The same volume in another spelling: endpoints in another order.
+  const { endpoints } = parseVolumeId(volumeId);
+  const spelt = volumeId.replace(formatEndpoints(endpoints), formatEndpoints(endpoints.toReversed()));
+
+  const { volume, status } = await env.call(method.controllerGetVolume, { volumeId: spelt });
+
+  ok(spelt !== volumeId);
+  strictEqual(volume?.volumeId, spelt);
+  strictEqual(volume.capacityBytes, gib);
+  deepStrictEqual(status?.publishedNodeIds, ["a.node"]);
+  deepStrictEqual([status.volumeCondition?.abnormal, status.volumeCondition?.message], [false, "healthy"]);
+});
+
+Deno.test("ControllerGetVolume of nothing, of a foreign ID and of an absent volume says which", async () => {
+  await using env = await start();
+  const present = await env.create("one");
+  const absent = present.replace(parseVolumeId(present).uuid, "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10");
+
+  await rejects(
+    env.call(method.controllerGetVolume, {}),
+    answers("INVALID_ARGUMENT", /Cannot describe a volume: volume_id is missing/),
+  );
+  await rejects(
+    env.call(method.controllerGetVolume, { volumeId: "x" }),
+    answers("NOT_FOUND", /not one of this driver/),
+  );
+  await rejects(
+    env.call(method.controllerGetVolume, { volumeId: absent }),
+    answers("NOT_FOUND", /Cannot read volume 0f2c6a5e/),
+  );
+});
+
+// ----------------------------------------------------------------------------------------------------------- snapshots
+
+Deno.test("ListSnapshots answers what CreateSnapshot answered", async () => {
+  await using env = await start();
+  const volumeId = await env.create("one");
+  const { snapshot } = await env.call(method.createSnapshot, {
+    name: "s1",
+    sourceVolumeId: volumeId,
+    secrets: env.secrets,
+  });
+
+  const { entries, nextToken } = await env.snapshots();
+
+  deepStrictEqual(entries.map(({ snapshot }) => snapshot), [snapshot]);
+  strictEqual(nextToken, "");
+});
+
+Deno.test("ListSnapshots pages exactly: two of five with a token, then all the rest in one answer", async () => {
+  await using env = await start();
+  const volumeId = await env.create("one");
+  const ids: string[] = [];
+  for (let number = 0; number < 5; number++) ids.push(await env.snapshot(`s${number}`, volumeId));
+
+  const first = await env.snapshots({ maxEntries: 2 });
+  const rest = await env.snapshots({ startingToken: first.nextToken });
+
+  strictEqual(first.ids.length, 2);
+  ok(first.nextToken !== "");
+  strictEqual(rest.ids.length, 3);
+  strictEqual(rest.nextToken, "");
+  deepStrictEqual([...first.ids, ...rest.ids].toSorted(), ids.toSorted());
+});
+
+Deno.test("ListSnapshots filters by snapshot, by source, and by both", async () => {
+  await using env = await start();
+  const volumes = [await env.create("one"), await env.create("two")];
+  const [one = "", two = ""] = volumes;
+  const s1 = await env.snapshot("s1", one);
+  const s2 = await env.snapshot("s2", one);
+  const s3 = await env.snapshot("s3", two);
+  const sorted = async (request: Parameters<typeof env.snapshots>[0]) => (await env.snapshots(request)).ids.toSorted();
+
+  deepStrictEqual(await sorted({ snapshotId: s2 }), [s2]);
+  deepStrictEqual(await sorted({ sourceVolumeId: one }), [s1, s2].toSorted());
+  deepStrictEqual(await sorted({ sourceVolumeId: two, snapshotId: s3 }), [s3]);
+  deepStrictEqual(await sorted({ sourceVolumeId: two, snapshotId: s1 }), []);
+});
+
+Deno.test("ListSnapshots by source pages too, and the sources of its entries are the request's text", async () => {
+  await using env = await start();
+  const [one, two] = [await env.create("one"), await env.create("two")];
+  const ids: string[] = [];
+  for (const name of ["s1", "s2", "s3"]) ids.push(await env.snapshot(name, one));
+  for (const name of ["other1", "other2"]) await env.snapshot(name, two);
+
+  const first = await env.snapshots({ sourceVolumeId: one, maxEntries: 2 });
+  const rest = await env.snapshots({ sourceVolumeId: one, startingToken: first.nextToken });
+
+  deepStrictEqual([first.ids.length, rest.ids.length, rest.nextToken], [2, 1, ""]);
+  deepStrictEqual([...first.ids, ...rest.ids].toSorted(), ids.toSorted());
+  for (const { snapshot } of [...first.entries, ...rest.entries]) strictEqual(snapshot?.sourceVolumeId, one);
+});
+
+Deno.test("ListSnapshots answers an empty list for unknown, foreign and deleted objects", async () => {
+  await using env = await start();
+  const volumeId = await env.create("one");
+  const snapshotId = await env.snapshot("s1", volumeId);
+  const absent = volumeId.replace(parseVolumeId(volumeId).uuid, "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10");
+  env.simulator.control.behave({ deletionMs: 60_000 });
+  await env.call(method.deleteSnapshot, { snapshotId, secrets: env.secrets });
+
+  for (
+    const filter of [
+      { snapshotId: "none-exist-id" },
+      { snapshotId: absent },
+      { snapshotId },
+      { sourceVolumeId: "none-exist-id" },
+      { sourceVolumeId: absent },
+      { sourceVolumeId: volumeId },
+      { sourceVolumeId: "none-exist-id", snapshotId },
+      {},
+    ]
+  ) {
+    const { ids, nextToken } = await env.snapshots(filter);
+    deepStrictEqual([ids, nextToken], [[], ""], JSON.stringify(filter));
+  }
+});
+
+Deno.test("ListSnapshots by ID reaches a cluster that the file does not name, with the call's own token", async () => {
+  await using env = await start();
+  await using other = await startSimulator();
+  const secrets = { jwt: other.addresses.jwt };
+  const { volume } = await env.call(method.createVolume, creation(other, "elsewhere"));
+  const sourceVolumeId = volume?.volumeId ?? "";
+  const { snapshot } = await env.call(method.createSnapshot, { name: "s1", sourceVolumeId, secrets });
+  const snapshotId = snapshot?.snapshotId ?? "";
+
+  deepStrictEqual((await env.snapshots({ snapshotId, secrets })).ids, [snapshotId]);
+  deepStrictEqual((await env.snapshots({ sourceVolumeId, secrets })).ids, [snapshotId]);
+  deepStrictEqual((await env.snapshots({})).ids, []);
+  await rejects(env.snapshots({ snapshotId }), answers("UNAUTHENTICATED", /JWT: none was given/));
+});
+
+Deno.test("ListSnapshots shows no snapshot before it is cut for good", async () => {
+  await using env = await start();
+  const volumeId = await env.create("one");
+  const { control } = env.simulator;
+  control.behave({ holdCreations: true });
+  const creating = env.snapshot("s1", volumeId);
+  await eventually("the snapshot", () => control.cluster.snapshots.length === 1);
+
+  const { ids } = await env.snapshots();
+  control.releaseCreations();
+
+  deepStrictEqual(ids, []);
+  deepStrictEqual((await env.snapshots({ snapshotId: await creating })).ids.length, 1);
+});
+
+// ------------------------------------------------------------------------------------------------------------ capacity
+
+const free = 90n * gib;
+
+async function startCapacity(more = "jwt: /admin") {
+  return await start({ capacityBytes: free }, more);
+}
+
+Deno.test("GetCapacity without parameters adds up the clusters of the file, least volume 1 GiB", async () => {
+  await using first = await startSimulator({ capacityBytes: free });
+  await using second = await startSimulator({ capacityBytes: 10n * gib });
+  await using controller = await startController({
+    clusterFile: `clusters: [${entry("a", first, "jwt: /jwt-a")}, ${entry("b", second, "jwt: /jwt-b")}]`,
+    files: { "/jwt-a": first.addresses.adminJwt, "/jwt-b": second.addresses.adminJwt },
+  });
+
+  const answer = await controller.call(method.getCapacity, {});
+
+  strictEqual(answer.availableCapacity, 100n * gib);
+  strictEqual(answer.minimumVolumeSize, gib);
+  strictEqual(answer.maximumVolumeSize, undefined);
+});
+
+for (const [replicas, expected] of [["1", 90n], ["2", 45n], ["3", 30n], ["4", 0n]] as const) {
+  Deno.test(`GetCapacity for ${replicas} replicas on three servers is ${expected} of 90 GiB`, async () => {
+    await using env = await startCapacity();
+    const { parameters = {} } = creation(env.simulator, "x");
+
+    const { availableCapacity } = await env.call(method.getCapacity, {
+      parameters: { ...parameters, "replica-count": replicas },
+    });
+
+    strictEqual(availableCapacity, expected * gib);
+  });
+}
+
+Deno.test("GetCapacity shrinks by what volumes and their replicas take", async () => {
+  await using env = await startCapacity();
+  const wish = creation(env.simulator, "one");
+  const parameters = { ...wish.parameters, "replica-count": "3" };
+  await env.call(method.createVolume, { ...wish, parameters });
+
+  const { availableCapacity } = await env.call(method.getCapacity, { parameters });
+
+  strictEqual(availableCapacity, 29n * gib);
+});
+
+Deno.test("GetCapacity passes over keys that are for the orchestrator or the node", async () => {
+  await using env = await startCapacity();
+  const { parameters } = creation(env.simulator, "x");
+  const sidecar = {
+    "csi.storage.k8s.io/fstype": "ext4",
+    "csi.storage.k8s.io/provisioner-secret-name": "s",
+    "mkfs-options": "-m 0",
+  };
+
+  const { availableCapacity } = await env.call(method.getCapacity, {
+    parameters: { ...parameters, ...sidecar },
+    volumeCapabilities: [writer],
+  });
+  const withoutOthers = await env.call(method.getCapacity, { parameters: sidecar });
+
+  strictEqual(availableCapacity, free);
+  strictEqual(withoutOthers.availableCapacity, free);
+});
+
+type CapacityWish = Extract<MessageInitShape<typeof GetCapacityRequestSchema>, { readonly $typeName?: never }>;
+const badCapacityWishes: readonly (readonly [what: string, request: CapacityWish, message: RegExp])[] = [
+  ["an unknown parameter", { parameters: { "replica-cout": "3" } }, /"replica-cout" unknown/],
+  ["parameters without endpoints", { parameters: { "replica-count": "3" } }, /"mgmt-endpoint" is missing/],
+  [
+    "a capability without access type",
+    { volumeCapabilities: [{ accessMode: { mode: Mode.SINGLE_NODE_WRITER } }] },
+    /neither mount nor block/,
+  ],
+  ["topology", { accessibleTopology: { segments: { zone: "a" } } }, /accessible_topology is given/],
+];
+
+for (const [what, request, message] of badCapacityWishes) {
+  Deno.test(`GetCapacity refuses ${what} with INVALID_ARGUMENT`, async () => {
+    await using env = await startCapacity();
+
+    await rejects(
+      env.call(method.getCapacity, request),
+      answers("INVALID_ARGUMENT", /^Cannot measure the capacity: /, message),
+    );
+  });
+}
+
+Deno.test("GetCapacity with a project's token answers UNAUTHENTICATED and says which token is needed", async () => {
+  await using env = await startCapacity("jwt: /jwt-a");
+
+  await rejects(
+    env.call(method.getCapacity, {}),
+    answers("UNAUTHENTICATED", /need a token with a right to the cluster$/, /\/jwt-a of cluster "a"/),
+  );
+});
+
+Deno.test("GetCapacity with a token of the process' own and no cluster file measures the StorageClass' cluster", async () => {
+  await using simulator = await startSimulator({ capacityBytes: free });
+  await using controller = await startController({ globalJwt: simulator.addresses.adminJwt });
+  const { parameters = {} } = creation(simulator, "x");
+
+  const { capabilities } = await controller.call(method.controllerGetCapabilities, {});
+  const { availableCapacity } = await controller.call(method.getCapacity, { parameters });
+
+  const names = capabilities.map(({ type }) => type.case === "rpc" ? Rpc[type.value.type] : "");
+  deepStrictEqual(names.filter((name) => /GET_CAPACITY|LIST|GET_VOLUME/.test(name)), ["GET_CAPACITY"]);
+  strictEqual(availableCapacity, free);
+  await rejects(controller.call(method.getCapacity, {}), answers("INVALID_ARGUMENT", /"mgmt-endpoint" is missing/));
+});
+
+// ------------------------------------------------------------------------------------------------------------- process
+
+Deno.test("lbcsi controller --config follows a cluster file that Kubernetes swaps by its symbolic links", async () => {
+  await using first = await startSimulator();
+  await using second = await startSimulator();
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-config-" });
+  const put = async (version: string, simulator: TestSimulator) => {
+    await Deno.mkdir(`${directory}/..${version}`);
+    await Deno.writeTextFile(`${directory}/..${version}/jwt`, simulator.addresses.jwt);
+    const text = `clusters: [${entry("a", simulator, `projects: default, jwt: ${directory}/jwt`)}]`;
+    await Deno.writeTextFile(`${directory}/..${version}/config.yaml`, text);
+    await Deno.symlink(`..${version}`, `${directory}/..new`);
+    await Deno.rename(`${directory}/..new`, `${directory}/..data`);
+  };
+  await put("1", first);
+  for (const name of ["jwt", "config.yaml"]) await Deno.symlink(`..data/${name}`, `${directory}/${name}`);
+  const process = new Deno.Command(Deno.execPath(), {
+    args: ["run", "-A", "--no-check", fileURLToPath(new URL("../main.ts", import.meta.url)), "controller"],
+    env: {
+      NO_COLOR: "1",
+      CSI_ENDPOINT: `unix://${directory}/csi.sock`,
+      LB_CSI_CONFIG: `${directory}/config.yaml`,
+      LB_CSI_LOG_LEVEL: "error",
+    },
+    stdin: "null",
+    stdout: "null",
+    stderr: "inherit",
+  }).spawn();
+  try {
+    using channel = new Channel({ address: `unix://${directory}/csi.sock` });
+    const options = { signal: AbortSignal.timeout(30_000) };
+    await eventually("the socket", () => Deno.stat(`${directory}/csi.sock`).then(() => true, () => false), 20_000);
+    const made: string[] = [];
+    for (const simulator of [first, second]) {
+      const { volume } = await channel.call(method.createVolume, creation(simulator, "one"), options);
+      made.push(volume?.volumeId ?? "");
+    }
+    const listed = async () =>
+      (await channel.call(method.listVolumes, {}, options)).entries.map(({ volume }) => volume?.volumeId);
+
+    const before = await listed();
+    await put("2", second);
+    const after = await listed();
+
+    deepStrictEqual([before, after], [[made[0]], [made[1]]]);
+  } finally {
+    process.kill("SIGTERM");
+    await process.status;
+    await Deno.remove(directory, { recursive: true });
+  }
+});
+
+function behaviour() {
+  return {
+    creationMs: 0,
+    deletionMs: 0,
+    updateMs: 0,
+    rollbackMs: 0,
+    holdCreations: false,
+    failCreations: 0,
+    nameShowsDead: false,
+    snapshotWaitsForClones: false,
+  };
+}
