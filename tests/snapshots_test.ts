@@ -387,15 +387,22 @@ for (const method of [deleteSnapshot, getSnapshot]) {
 Deno.test("DeleteSnapshot waits for a snapshot that is Creating", async () => {
   await using env = await start();
   const sourceVolumeId = await env.volume("v");
+  const source = uuidOf(sourceVolumeId);
   env.control.behave({ holdCreations: true });
-  const taking = env.snapshot("s", sourceVolumeId);
-  const uuid = await eventually("the snapshot is begun", () => env.cluster.snapshots[0]?.uuid);
+  const { uuid } = await env.cluster.createSnapshot({
+    project: "default",
+    name: "s",
+    description: "",
+    source: { uuid: source, name: "" },
+    retentionMs: undefined,
+  });
 
-  const deleting = env.call(deleteSnapshot, { snapshotId: sourceVolumeId.replace(uuidOf(sourceVolumeId), uuid) });
+  const deleting = env.call(deleteSnapshot, { snapshotId: sourceVolumeId.replace(source, uuid) });
+  await eventually("the snapshot is looked at", () => (env.control.calls()["GetSnapshot"]?.total ?? 0) > 0);
   env.control.releaseCreations();
+  await deleting;
 
-  await Promise.all([taking.catch(() => {}), deleting]);
-  strictEqual(env.kept().length, 0);
+  deepStrictEqual(env.kept(), []);
 });
 
 for (const when of ["before", "after"] as const) {
