@@ -92,6 +92,32 @@ for (const strategy of strategies) {
       assert(tried >= model.calls, `${tried} kills in ${model.calls} calls`);
     });
 
+    Deno.test(`promise 8: publish (${strategy}, ${kind}) after an unpublish that was cut off anywhere publishes as before`, async () => {
+      const model = machine();
+      const acts = driver(model, strategy, kind);
+      await acts.stage();
+      await acts.publish();
+      const published = state(model);
+      const from = model.calls + 1;
+      await acts.unpublish();
+
+      for (let at = from; at <= model.calls; at++) {
+        for (const when of ["before", "after"] as const) {
+          const host = machine();
+          const killed = driver(host, strategy, kind);
+          await killed.stage();
+          await killed.publish();
+          host.cut = { at, when };
+          await killed.unpublish().catch(() => {});
+          host.cut = undefined;
+
+          await driver(host, strategy, kind).publish();
+
+          assert.deepEqual(state(host), published, `after a kill ${when} call ${at}`);
+        }
+      }
+    });
+
     Deno.test(`promise 4: unpublish and unstage (${strategy}, ${kind}) undo a stage or publish that was cut off anywhere`, async () => {
       const model = machine();
       await driver(model, strategy, kind).stage();

@@ -199,6 +199,8 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const relation = there === undefined ? undefined : await relationOf(host, there, device);
       if (there !== undefined && (relation === "ours" || relation === "our node")) {
         refuseOtherPublish(`${action} ${id.uuid} at "${target}"`, there, relation, access, readOnly);
+        // An unpublish that was cut off may have made the device writable under a read-only mount.
+        if (relation === "our node") await setReadOnly(ctx, device, readOnly);
         return {};
       }
       const others = (await mountsOf(host, table, device)).filter((mount) =>
