@@ -16,6 +16,7 @@ import { needs } from "./support/needs.ts";
 
 const sanityPackage = "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v5.5.0";
 const gib = 1n << 30n;
+const mutablePolicy = "sanity-policy";
 const { values: settings } = parseArgs({
   options: { repeat: { type: "string", default: "2" }, keep: { type: "boolean", default: false } },
 });
@@ -39,7 +40,19 @@ try {
   await Deno.writeTextFile(jwtPath, rig.addresses.jwt, { mode: 0o600 });
   // The kernel lets a mounted ext4 grow for holders of CAP_SYS_RESOURCE only; xfs grows for any root.
   const fsType = await mayGrowMountedExt4() ? "ext4" : "xfs";
-  await rig.startService("controller", ["--jwt-path", jwtPath, "--default-fs", fsType], patience);
+  // Free space is told to those only who may see the whole cluster.
+  const adminPath = join(home, "admin-jwt");
+  await Deno.writeTextFile(adminPath, rig.addresses.adminJwt, { mode: 0o600 });
+  const configPath = join(home, "clusters.yaml");
+  await Deno.writeTextFile(
+    configPath,
+    `clusters:\n- { name: simulated, scheme: grpc, jwt: ${adminPath}, projects: [default], endpoints: ${
+      JSON.stringify(rig.addresses.grpc)
+    } }\n`,
+  );
+  await rig.ask("POST", "/policies", { name: mutablePolicy, kind: "iops", read: 2560, write: 2560 });
+  const controllerOptions = ["--jwt-path", jwtPath, "--config", configPath, "--default-fs", fsType];
+  await rig.startService("controller", controllerOptions, patience);
   const { discoveryDir = "", devRoot = "", sysfsRoot = "" } = rig.addresses;
   await rig.startService("node", [
     ...["--node-id", "sanity.node", "--default-fs", fsType, "--discovery-dir", discoveryDir],
@@ -110,7 +123,7 @@ async function runSanity(sanity: string, accessType: "mount" | "block", run: num
   const calls = [
     ...["CreateVolume", "DeleteVolume", "ControllerPublishVolume", "ControllerUnpublishVolume"],
     ...["ControllerValidateVolumeCapabilities", "NodeStageVolume", "NodePublishVolume", "CreateSnapshot"],
-    ...["DeleteSnapshot", "ControllerExpandVolume", "ListSnapshots"],
+    ...["DeleteSnapshot", "ControllerExpandVolume", "ControllerModifyVolume", "ListSnapshots", "GetSnapshot"],
   ];
   await Deno.writeTextFile(
     secretFile,
@@ -127,12 +140,15 @@ async function runSanity(sanity: string, accessType: "mount" | "block", run: num
     parameterFile,
     Object.entries(parameters).map(([key, value]) => `${key}: "${value}"\n`).join(""),
   );
+  const mutableFile = join(place, "mutable.yaml");
+  await Deno.writeTextFile(mutableFile, `qos-policy-name: ${mutablePolicy}\n`);
   const log = await Deno.open(join(place, "log"), { create: true, write: true });
   const child = new Deno.Command(sanity, {
     args: [
       `--csi.endpoint=unix://${join(home, "node.sock")}`,
       `--csi.controllerendpoint=unix://${join(home, "controller.sock")}`,
       `--csi.testvolumeparameters=${parameterFile}`,
+      `--csi.testvolumemutableparameters=${mutableFile}`,
       `--csi.secrets=${secretFile}`,
       `--csi.testvolumeaccesstype=${accessType}`,
       `--csi.testvolumesize=${gib}`,
