@@ -8,13 +8,22 @@ import { createLogger, requestContext, Secrets } from "../lib/context.ts";
 import { hasCode } from "../lib/error.ts";
 import { discoveryClient } from "../lib/host/attach.ts";
 import type { FsType } from "../lib/host/filesystem.ts";
-import { linuxHost } from "../lib/host/host.ts";
+import { type Host, linuxHost } from "../lib/host/host.ts";
 import { parseMountTable } from "../lib/host/mounts.ts";
 import { hostNqn, toPublishContext } from "../lib/namespace.ts";
 import type { ContentSource, Volume } from "../lib/storage/backend.ts";
 import { lightosBackend } from "../lib/storage/lightos.ts";
 import { needs } from "./support/needs.ts";
-import { blockCapability, type Capability, mountCapability, nodeCalls } from "./support/node_calls.ts";
+import { loopMachine } from "./support/loop_machine.ts";
+import {
+  blockCapability,
+  type Capability,
+  mountCapability,
+  nodeCalls,
+  publishContext,
+  rejects,
+  volumeId,
+} from "./support/node_calls.ts";
 import { eventually, startSimulator } from "./support/simulator.ts";
 
 const gib = 1 << 30;
@@ -139,6 +148,7 @@ async function fileSystemBytes(fsType: FsType, path: string): Promise<number> {
 // Linux 6.7 gives a btrfs whose UUID is in use a temporary one; older kernels refuse to mount it.
 const release = Deno.osRelease().split(".", 2).map(Number);
 const mountsBtrfsTwice = (release[0] ?? 0) > 6 || (release[0] === 6 && (release[1] ?? 0) >= 7);
+if (!mountsBtrfsTwice) console.warn(`Linux ${Deno.osRelease()} mounts no btrfs beside its clone, skipped:`);
 
 for (
   const [fsType, ...tools] of [
@@ -189,6 +199,38 @@ for (
     });
   }
 }
+
+Deno.test({
+  name: "NodeStageVolume of a btrfs clone beside its origin says what an older kernel lacks",
+  ignore: !needs("root", "loop", "mkfs.btrfs"),
+  fn: async () => {
+    await using machine = await loopMachine();
+    const uuid = crypto.randomUUID();
+    const { path } = await machine.addNamespace(uuid, 300 * mib);
+    await tool("mkfs.btrfs", "-q", "-K", path);
+    const staging = join(machine.directory, "staging");
+    await Deno.mkdir(staging);
+    const stderr = `mount: ${staging}: mount(2) system call failed: File exists.\n`;
+    const host: Host = {
+      ...machine.host,
+      run: (program, args, options) =>
+        program === "mount"
+          ? Promise.resolve({ code: 32, stdout: "", stderr })
+          : machine.host.run(program, args, options),
+    };
+    const attacher = { attach: () => Promise.resolve(), detach: () => Promise.resolve(), hint: "" };
+    const node = nodeCalls({ host, attacher });
+
+    const staged = node.stage({
+      volumeId: volumeId(uuid),
+      stagingTargetPath: staging,
+      volumeCapability: mountCapability("btrfs"),
+      publishContext: publishContext(uuid),
+    });
+
+    await rejects(staged, "FAILED_PRECONDITION", /has another btrfs with the same UUID.*Linux 6\.7/);
+  },
+});
 
 const ignore = !needs("root", "loop", "mkfs.ext4");
 

@@ -871,16 +871,16 @@ function leavable(): { readonly ctx: RequestContext; readonly leave: () => void 
 
 const none = new Secrets();
 
-/** A source, a wish to clone it, and drivers that come and go. */
-async function cloning() {
+/** A source, a wish to copy it, and drivers that come and go. */
+async function cloning(type: "volume" | "snapshot" = "volume") {
   const env = await start({ creationMs: 5, deletionMs: 5 });
-  const { volumeId } = await sources(env);
+  const { volumeId, snapshotId } = await sources(env);
   const wanted: VolumeWanted = {
     name: "copy",
     requiredBytes: 3n * gib,
     limitBytes: 0n,
     parameters: env.parameters(),
-    source: { type: "volume", id: volumeId },
+    source: { type, id: type === "volume" ? volumeId : snapshotId },
   };
   return {
     ...env,
@@ -915,27 +915,33 @@ async function cloning() {
 }
 
 for (const when of ["before", "after"] as const) {
-  Deno.test(`promise 8: CreateVolume of a clone, killed ${when} any management call, converges to one volume and no helper`, async () => {
-    await using env = await cloning();
-    let cuts = 0;
+  for (const kind of ["volume", "snapshot"] as const) {
+    Deno.test(`promise 8: CreateVolume from a ${kind}, killed ${when} any management call, converges to one volume and no helper`, async () => {
+      await using env = await cloning(kind);
+      let cuts = 0;
 
-    for (;; cuts++) {
-      const wasCut = await env.cutOff(cuts, when, (backend, ctx) => backend.createVolume(ctx, none, env.wanted));
-      await env.noTraffic();
-      const volume = await env.fresh((backend, ctx) => backend.createVolume(ctx, none, env.wanted));
+      for (;; cuts++) {
+        const wasCut = await env.cutOff(cuts, when, (backend, ctx) => backend.createVolume(ctx, none, env.wanted));
+        await env.noTraffic();
+        const volume = await env.fresh((backend, ctx) => backend.createVolume(ctx, none, env.wanted));
 
-      const copies = env.cluster.volumes.filter(({ name, state }) => name === "copy" && state === "Available");
-      deepStrictEqual(copies.map(({ uuid, sizeBytes }) => [uuid, sizeBytes]), [[volume.uuid, 3n * gib]], `cut ${cuts}`);
-      deepStrictEqual(env.kept(), ["origin-snapshot"], `cut ${cuts}`);
-      // Nor does anything come back once the clone is deleted.
-      await env.fresh((backend, ctx) => backend.deleteVolume(ctx, none, volume.id));
-      await eventually("all is gone", () => env.cluster.volumes.length === 1 && env.cluster.snapshots.length === 1);
-      if (!wasCut) break;
-    }
+        const copies = env.cluster.volumes.filter(({ name, state }) => name === "copy" && state === "Available");
+        deepStrictEqual(
+          copies.map(({ uuid, sizeBytes }) => [uuid, sizeBytes]),
+          [[volume.uuid, 3n * gib]],
+          `cut ${cuts}`,
+        );
+        deepStrictEqual(env.kept(), ["origin-snapshot"], `cut ${cuts}`);
+        // Nor does anything come back once the clone is deleted.
+        await env.fresh((backend, ctx) => backend.deleteVolume(ctx, none, volume.id));
+        await eventually("all is gone", () => env.cluster.volumes.length === 1 && env.cluster.snapshots.length === 1);
+        if (!wasCut) break;
+      }
 
-    // Version, look, source, snapshot and its state, volume and its state, helpers, deletion.
-    ok(cuts >= 8, `${cuts} cuts`);
-  });
+      // Version, look, source, volume and its state; for a clone also snapshot and its state, helpers, deletion.
+      ok(cuts >= (kind === "volume" ? 9 : 5), `${cuts} cuts`);
+    });
+  }
 
   Deno.test(`promise 8: DeleteVolume of a clone with helpers left, killed ${when} any management call, leaves nothing`, async () => {
     await using env = await cloning();

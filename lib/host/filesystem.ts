@@ -477,7 +477,16 @@ async function mount(
   const writable = wish.readOnly ? [] : ["-w"];
   const args = [...writable, "-t", fsType, "-o", [...options, ...wish.flags].join(","), device.path, path];
   const mounted = await changing(host, ctx, "mount", args);
-  if (mounted.code !== 0) throw failed(action, "mount", mounted);
+  if (mounted.code === 0) return;
+  if (fsType === "btrfs" && mounted.stderr.includes("File exists")) {
+    // EEXIST: before Linux 6.7 the kernel knows one btrfs by each UUID, and a clone has the UUID of its origin.
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: this node has another btrfs with the same UUID, its origin or a clone of it; this kernel mounts ` +
+        `them on different nodes only, Linux 6.7 and later also on one`,
+    );
+  }
+  throw failed(action, "mount", mounted);
 }
 
 async function changing(host: Host, ctx: RequestContext, program: string, args: readonly string[]) {
