@@ -123,8 +123,9 @@ simulatorTest(
     await n.grant(volume, []);
     await n.gone(volume);
 
-    const stats = n.stats({ volumeId: volumeId(volume.uuid), volumePath: n.target });
-    await rejects(stats, "UNAVAILABLE", /ext4 of .*nvme\d+n\d+ .* has lost its device/);
+    const { volumeCondition } = await n.stats({ volumeId: volumeId(volume.uuid), volumePath: n.target });
+    assert.equal(volumeCondition?.abnormal, true);
+    assert.match(volumeCondition?.message ?? "", /ext4 of .*nvme\d+n\d+ .* has lost its device/);
     await n.unpublish({ volumeId: volumeId(volume.uuid), targetPath: n.target });
     await n.unstage({ volumeId: volumeId(volume.uuid), stagingTargetPath: n.staging });
     assert.deepEqual(await n.mounts(), []);

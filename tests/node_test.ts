@@ -467,7 +467,13 @@ nodeTest("NodeGetInfo and NodeGetCapabilities answer what the node was started w
   assert.deepEqual(await n.info(), { nodeId: "n1.node", maxVolumesPerNode: 0n });
   const answer = await n.handlers.nodeGetCapabilities?.(create(NodeGetCapabilitiesRequestSchema), callContext());
   const types = answer?.capabilities?.map(({ type }) => type?.case === "rpc" ? Rpc[type.value.type ?? 0] : "");
-  assert.deepEqual(types, ["STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "EXPAND_VOLUME", "SINGLE_NODE_MULTI_WRITER"]);
+  assert.deepEqual(types, [
+    "STAGE_UNSTAGE_VOLUME",
+    "GET_VOLUME_STATS",
+    "VOLUME_CONDITION",
+    "EXPAND_VOLUME",
+    "SINGLE_NODE_MULTI_WRITER",
+  ]);
 });
 
 // ------------------------------------------------------------------------------------------------------------ promises

@@ -13,7 +13,7 @@ import {
   VolumeCapability_AccessMode_Mode as Mode,
   VolumeUsage_Unit as Unit,
 } from "../../proto/gen/csi_pb.ts";
-import { type RequestContext, sleep, timeLimit, unlessAborted } from "../context.ts";
+import { type RequestContext, sleep } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { Attacher } from "../host/attach.ts";
 import { ensureGrown, type FsType, fsTypes, mountVolume, troubleOf } from "../host/filesystem.ts";
@@ -34,6 +34,7 @@ import type { VolumeId } from "../id.ts";
 import type { KeyedLock } from "../lock.ts";
 import { fromPublishContext } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
+import { conditionProbe } from "./condition.ts";
 import {
   type Access,
   isReaderOnly,
@@ -59,14 +60,13 @@ export interface NodeOptions {
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
 }
 
-// A file system that has not told its size by then is taken for hung; kubelet asks again after a minute.
-const longestStatsMs = 10_000;
 // The cluster announces a new size by itself, within 0.1 s when it was measured; then the kernel is asked to look.
 const announcedMs = 1000;
 
 /** The handlers of CSI's Node service. */
 export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   const { host, attacher, locks, parseId } = options;
+  const probe = conditionProbe(host);
 
   return {
     /** Makes the volume's device appear, and mounts its file system at the staging path (spec/csi.md 7.3). */
@@ -256,26 +256,17 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       return {};
     },
 
-    /** Says how full the volume is (spec/csi.md 7.7, 11). A path that does not show this volume is NOT_FOUND. */
+    /**
+     * Says how full the volume is and how it is (spec/csi.md 7.7, 11). A path that does not show this volume is NOT_FOUND;
+     * one that shows it dead, silent or read-only by itself is answered with that condition.
+     */
     async nodeGetVolumeStats(request, call) {
       const action = "measure the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
       const given = requireText(action, "volume_path", request.volumePath, 4095);
       const id = parseId(volumeId);
       const ctx = call.with({ volume: id.uuid });
-      using limit = timeLimit(ctx.signal, longestStatsMs);
-      try {
-        return await unlessAborted(stats(`${action} ${id.uuid}`, id.uuid, given), limit.signal);
-      } catch (error) {
-        ctx.signal.throwIfAborted();
-        if (error !== limit.signal.reason) throw error;
-        throw new StatusError(
-          "DEADLINE_EXCEEDED",
-          `Cannot ${action} ${id.uuid}: the file system at "${given}" has not answered within ${longestStatsMs} ms, see ` +
-            `whether its device has a working path`,
-          { cause: error },
-        );
-      }
+      return await stats(ctx, `${action} ${id.uuid}`, id.uuid, given);
     },
 
     /** Grows the file system to the size of the device, and answers the size measured then (spec/csi.md 7.8, 9). */
@@ -298,6 +289,12 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       using _held = locks.take(`volume ${id.uuid}`, "NodeExpandVolume");
 
       const shown = await showing(`${action} ${id.uuid}`, id.uuid, given);
+      if (shown.kind === "dead") {
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot ${action} ${id.uuid}: ${describeMount(shown.mount)} at "${shown.mount.path}" has lost its device`,
+        );
+      }
       const device = await grownDevice(ctx, shown.device, requiredBytes, `${action} ${id.uuid}`);
       if (limitBytes > 0n && device.sizeBytes > limitBytes) {
         throw new StatusError(
@@ -334,6 +331,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const types = [
         Capability.STAGE_UNSTAGE_VOLUME,
         Capability.GET_VOLUME_STATS,
+        Capability.VOLUME_CONDITION,
         Capability.EXPAND_VOLUME,
         Capability.SINGLE_NODE_MULTI_WRITER,
       ];
@@ -457,14 +455,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     const mount = mountsAt(await mountTable(host), path).at(-1);
     if (mount !== undefined) {
       const relation = await relationOf(host, mount, device);
-      if (device !== undefined && relation === "ours") return { kind: "mount", device, mount, path };
+      if (device !== undefined && relation === "ours") return { kind: "mount", device, mount };
       if (device !== undefined && relation === "our node") return { kind: "block", device };
-      if (relation === "dead") {
-        throw new StatusError(
-          "UNAVAILABLE",
-          `Cannot ${action}: ${describeMount(mount)} at "${path}" has lost its device`,
-        );
-      }
+      if (relation === "dead") return { kind: "dead", mount };
     } else if (device !== undefined && await host.blockNumber(path) === device.number) {
       return { kind: "block", device };
     }
@@ -473,10 +466,19 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     );
   }
 
-  async function stats(action: string, uuid: string, given: string) {
+  async function stats(ctx: RequestContext, action: string, uuid: string, given: string) {
     const shown = await showing(action, uuid, given);
-    if (shown.kind === "block") return { usage: [{ unit: Unit.BYTES, total: shown.device.sizeBytes }] };
-    const usage = await host.usage(shown.path);
+    const { usage, trouble } = shown.kind === "mount"
+      ? await probe.ofMount(ctx, shown.device, shown.mount)
+      : shown.kind === "block"
+      ? await probe.ofDevice(ctx, shown.device)
+      : await probe.ofDeadMount(ctx, uuid, shown.mount);
+    const volumeCondition = { abnormal: trouble !== undefined, message: trouble ?? "healthy" };
+    if (usage === undefined) {
+      // Kubelet passes over a condition that comes without any usage.
+      const total = shown.kind === "dead" ? [] : [{ unit: Unit.BYTES, total: shown.device.sizeBytes }];
+      return { usage: total, volumeCondition };
+    }
     return {
       usage: [
         {
@@ -492,6 +494,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           used: usage.totalInodes - usage.freeInodes,
         },
       ],
+      volumeCondition,
     };
   }
 
@@ -527,8 +530,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
 }
 
 type Shown =
-  | { readonly kind: "mount"; readonly device: BlockDevice; readonly mount: Mount; readonly path: string }
-  | { readonly kind: "block"; readonly device: BlockDevice };
+  | { readonly kind: "mount"; readonly device: BlockDevice; readonly mount: Mount }
+  | { readonly kind: "block"; readonly device: BlockDevice }
+  | { readonly kind: "dead"; readonly mount: Mount };
 
 function refuseHostEncryption(action: string, id: Pick<VolumeId, "hostEncryption">): void {
   if (id.hostEncryption === undefined) return;

@@ -1,0 +1,124 @@
+/**
+ * How a volume is on this node: whether its device is there, has a path, answers a read, and takes the writes that its
+ * mount promises. Asked once a minute for each volume in use (spec/csi.md section 11).
+ *
+ * A file system or device may never answer, and what was asked cannot be taken back: it holds a thread until the device
+ * answers or goes. So the answer comes after ten seconds at most, and a volume that has not answered since an earlier
+ * question is asked nothing more.
+ */
+import { type RequestContext, requestContext, timeLimit, unlessAborted } from "../context.ts";
+import { messageOf } from "../error.ts";
+import { troubleOf } from "../host/filesystem.ts";
+import type { Host, Usage } from "../host/host.ts";
+import { describeMount, type Mount, mountsOf, mountTable } from "../host/mounts.ts";
+import { type BlockDevice, controllersOf } from "../host/nvme.ts";
+
+/** How long a volume is waited for. */
+export const longestAnswerMs = 10_000;
+
+/** What was found out about a volume. */
+export interface Condition {
+  /** Undefined when the file system does not tell. */
+  readonly usage: Usage | undefined;
+  /** What is wrong, for people; undefined when the volume is well. */
+  readonly trouble: string | undefined;
+}
+
+/** Asks volumes how they are. Its questions reject with the reason of `ctx.signal` and with nothing else. */
+export interface ConditionProbe {
+  /** A mounted file system. */
+  ofMount(ctx: RequestContext, device: BlockDevice, mount: Mount): Promise<Condition>;
+  /** A mounted file system whose device has gone; what it tells of its size, it tells from memory. */
+  ofDeadMount(ctx: RequestContext, uuid: string, mount: Mount): Promise<Condition>;
+  /** A raw block device. */
+  ofDevice(ctx: RequestContext, device: BlockDevice): Promise<Condition>;
+}
+
+/** @param longestMs how long a volume is waited for */
+export function conditionProbe(host: Host, longestMs: number = longestAnswerMs): ConditionProbe {
+  /** Since when volumes have owed an answer, by UUID. */
+  const unanswered = new Map<string, number>();
+
+  /** What `question` finds out; it is given a signal that never aborts, so that it ends when the machine has answered. */
+  async function ask(
+    ctx: RequestContext,
+    uuid: string,
+    what: string,
+    question: (ctx: RequestContext) => Promise<Condition>,
+  ): Promise<Condition> {
+    const silent = (since: number): Condition => ({
+      usage: undefined,
+      trouble: `${what} has not answered for ${Math.round((performance.now() - since) / 1000)} s`,
+    });
+    const owedSince = unanswered.get(uuid);
+    if (owedSince !== undefined && performance.now() - owedSince >= longestMs) return silent(owedSince);
+    const started = performance.now();
+    if (owedSince === undefined) unanswered.set(uuid, started);
+    const answered = question(requestContext(new AbortController().signal, ctx.deadline, ctx.log)).finally(() => {
+      if (unanswered.get(uuid) === started) unanswered.delete(uuid);
+    });
+    using limit = timeLimit(ctx.signal, longestMs);
+    try {
+      return await unlessAborted(answered, limit.signal);
+    } catch (error) {
+      ctx.signal.throwIfAborted();
+      if (error === limit.signal.reason) return silent(started);
+      return { usage: undefined, trouble: `${what} cannot be looked at (${messageOf(error)})` };
+    }
+  }
+
+  /** Why no I/O gets through to the device, as far as its connections show; undefined when they show nothing of it. */
+  async function pathTrouble(device: BlockDevice): Promise<string | undefined> {
+    const controllers = await controllersOf(host, device.subsystemNqn);
+    if (controllers.length === 0 || controllers.some(({ state }) => state === "live")) return undefined;
+    const states = controllers.map(({ name, state }) => `${name} ${state}`).join(", ");
+    return `${device.path} has no live path to ${device.subsystemNqn} (${states}): reads and writes wait or fail`;
+  }
+
+  return {
+    ofMount: (ctx, device, mount) =>
+      ask(ctx, device.uuid, `${mount.fsType} of ${device.path} at "${mount.path}"`, async (asking) => {
+        const noPath = await pathTrouble(device);
+        const usage = await host.usage(mount.path);
+        if (noPath !== undefined) return { usage, trouble: noPath };
+        // A read-only target shares its file system with the staging mount. Where no mount of it is for writing, the
+        // volume is meant to be read only.
+        const mounts = await mountsOf(host, await mountTable(host), device);
+        const writable = mounts.find((other) => other.root === "/" && !other.options.includes("ro"));
+        return { usage, trouble: await troubleOf(host, asking, device, writable ?? mount, writable === undefined) };
+      }),
+    ofDeadMount: (ctx, uuid, mount) =>
+      ask(ctx, uuid, `${mount.fsType} at "${mount.path}"`, async () => {
+        const isNode = mount.root !== "/";
+        const trouble =
+          `${isNode ? "the device node" : describeMount(mount)} at "${mount.path}" has lost its device: ` +
+          `reads and writes fail, the pod has to be started anew`;
+        // Of a bound device node, statfs tells the size of the directory of devices.
+        return { usage: isNode ? undefined : await statfs(mount.path), trouble };
+      }),
+    ofDevice: (ctx, device) =>
+      ask(ctx, device.uuid, device.path, async () => {
+        const noPath = await pathTrouble(device);
+        if (noPath !== undefined) return { usage: undefined, trouble: noPath };
+        const blocks = device.sizeBytes / 4096n;
+        if (blocks === 0n) return { usage: undefined, trouble: `${device.path} has no size` };
+        try {
+          // Somewhere, so that the answer does not come from a cache.
+          const block = BigInt(Math.floor(Math.random() * Number(blocks)));
+          await host.readBytes(device.path, block * 4096n, 4096);
+          return { usage: undefined, trouble: undefined };
+        } catch (error) {
+          return { usage: undefined, trouble: `${device.path} cannot be read (${messageOf(error)})` };
+        }
+      }),
+  };
+
+  async function statfs(path: string): Promise<Usage | undefined> {
+    try {
+      return await host.usage(path);
+    } catch {
+      // A dead file system need not answer; that it is dead is the answer.
+      return undefined;
+    }
+  }
+}
