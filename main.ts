@@ -396,7 +396,7 @@ const commands: Readonly<Record<string, Command>> = {
       keep: { meaning: "leave the temporary directory, with the logs in it", schema: switchSchema },
       verbose: { meaning: "show every command that is run", schema: switchSchema },
     },
-    async (settings) => await (await import("./lib/demo.ts")).demo(settings),
+    async (settings) => await (await import("./lib/demo/demo.ts")).demo(settings),
     "It starts a simulated cluster, a controller and a node as processes of their own, plays the orchestrator over CSI, and\n" +
       "checks at the end that nothing is left over. File systems need root, loop devices and mkfs; without them it says\n" +
       "what is missing and plays the control plane alone.",

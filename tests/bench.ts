@@ -10,7 +10,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import config from "../deno.json" with { type: "json" };
-import { Rig, type Running } from "../lib/demo.ts";
+import { Rig, type Running } from "../lib/demo/rig.ts";
 import type { Channel } from "../lib/rpc.ts";
 import { Controller, Identity, Node, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
 import { bounds, type Cost, firstVolume, type FsType, measureCalls } from "./support/measured_calls.ts";

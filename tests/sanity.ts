@@ -10,7 +10,7 @@
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { Rig } from "../lib/demo.ts";
+import { Rig } from "../lib/demo/rig.ts";
 import { Controller, ControllerServiceCapability_RPC_Type as Rpc, Identity } from "../proto/gen/csi_pb.ts";
 import { needs } from "./support/needs.ts";
 

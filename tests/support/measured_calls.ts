@@ -4,7 +4,8 @@
  */
 import { basename, join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { countsBetween, type DemoFsType as FsType, Rig } from "../../lib/demo.ts";
+import type { DemoFsType as FsType } from "../../lib/demo/demo.ts";
+import { countsBetween, Rig } from "../../lib/demo/rig.ts";
 import type { Channel } from "../../lib/rpc.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
