@@ -13,6 +13,7 @@ import { parseMountTable } from "../lib/host/mounts.ts";
 import { hostNqn, toPublishContext } from "../lib/namespace.ts";
 import type { ContentSource, Volume } from "../lib/storage/backend.ts";
 import { lightosBackend } from "../lib/storage/lightos.ts";
+import { VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
 import { needs } from "./support/needs.ts";
 import { loopMachine } from "./support/loop_machine.ts";
 import {
@@ -198,6 +199,32 @@ for (
       },
     });
   }
+}
+
+for (
+  const [fsType, ...tools] of [["ext4", "e2fsck"], ["xfs", "xfs_logprint"], ["btrfs", "btrfs"]] as const
+) {
+  Deno.test({
+    name:
+      `NodeStageVolume of an ${fsType} clone of a volume in use never shows it shared and read-only with files missing`,
+    ignore: !needs("root", "loop", `mkfs.${fsType}`, ...tools) || (fsType === "btrfs" && !mountsBtrfsTwice),
+    fn: async () => {
+      await using env = await start();
+      const origin = await env.create("origin", 1);
+      const { target } = await env.stage(origin, mountCapability(fsType));
+      await Deno.writeTextFile(join(target, "kept"), "");
+      await writeAt(join(target, "kept"), 0, new TextEncoder().encode("text"));
+      const copy = await env.create("copy", 1, { type: "volume", id: origin.id });
+      const readers = mountCapability(fsType, Mode.MULTI_NODE_READER_ONLY);
+
+      await rejects(env.stage(copy, readers), "FAILED_PRECONDITION", /log of its \S+ holds changes.*mount it once/);
+
+      await env.stage(copy, mountCapability(fsType));
+      await env.unstage(copy);
+      const staged = await env.stage(copy, readers);
+      assert.deepEqual(await read(staged.target), { kept: "text" });
+    },
+  });
 }
 
 Deno.test({

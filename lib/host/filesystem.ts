@@ -100,6 +100,7 @@ export async function mountVolume(
       );
     }
     if (!readOnly && !wish.shared) await check(host, ctx, device, fsType, found.isSmaller, action);
+    if (readOnly && wish.shared) await refuseUnreplayed(host, ctx, device, fsType, action);
   } else {
     if (readOnly || wish.shared) {
       throw new StatusError(
@@ -447,6 +448,54 @@ async function check(
     );
   }
   throw failed(action, "e2fsck", checked);
+}
+
+/**
+ * Throws FAILED_PRECONDITION when the log of a file system holds changes that are not yet in their places, as in a copy of
+ * a volume in use. Shared read-only mounts leave the log alone, for other hosts read the device too; files would then be
+ * missing without a word (seen with xfs: an empty directory).
+ */
+async function refuseUnreplayed(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  action: string,
+): Promise<void> {
+  if (!await hasUnreplayed(host, ctx, device, fsType, action)) return;
+  throw new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot ${action}: the log of its ${fsType} holds changes that a shared read-only mount would not show, as in a copy ` +
+      `of a volume in use; mount it once with access for one node, or make it from a source that was unmounted`,
+  );
+}
+
+async function hasUnreplayed(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  action: string,
+): Promise<boolean> {
+  const read = readerOf(host, ctx, device, action);
+  switch (fsType) {
+    case "ext4":
+      // INCOMPAT_RECOVER in s_feature_incompat.
+      return (viewOf(await read(0n, 4096), 1024).getUint32(0x60, true) & 4) !== 0;
+    case "btrfs":
+      // log_root of the super block: what was synced file by file since the last commit.
+      return viewOf(await read(65536n, 4096), 0).getBigUint64(0x60, true) !== 0n;
+    case "xfs": {
+      const log = await host.run("xfs_logprint", ["-t", device.path], {
+        signal: ctx.signal,
+        onAbort: "kill",
+        log: ctx.log,
+      });
+      const state = /^\s*log tail: .* state: <(CLEAN|DIRTY)>/m.exec(log.stdout)?.[1];
+      if (state === undefined) throw failed(action, "xfs_logprint", log);
+      return state === "DIRTY";
+    }
+  }
 }
 
 /** The kernel lets only holders of CAP_SYS_RESOURCE (24) grow a mounted ext4, root or not. */
