@@ -842,6 +842,18 @@ Deno.test("CreateVolume of a clone succeeds although LightOS refuses to delete t
   deepStrictEqual(env.kept(), ["origin-snapshot"]);
 });
 
+Deno.test("DeleteVolume of a clone succeeds although LightOS refuses to list snapshots", async () => {
+  await using env = await start();
+  const { volumeId } = await sources(env);
+  const clone = await env.volume("copy", { volumeContentSource: fromVolume(volumeId), capacityRange: {} });
+  env.control.fail({ rpc: "ListSnapshots", code: "PERMISSION_DENIED", count: 0 });
+
+  await env.call(deleteVolume, { volumeId: clone });
+
+  ok(env.lines.some((line) => line.includes("could not look for helper snapshots")));
+  await eventually("the clone has gone", () => env.cluster.volumes.length === 1);
+});
+
 Deno.test("promise 9: two CreateVolume calls at once for one clone make one volume and leave no helper", async () => {
   await using env = await start();
   const { volumeId } = await sources(env);

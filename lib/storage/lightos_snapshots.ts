@@ -253,17 +253,27 @@ async function removeHelpers(
   project: string | undefined,
 ): Promise<void> {
   const prefix = helperPrefix(volumeName);
-  for await (const snapshot of snapshotsIn(ctx, cluster, action, project)) {
-    if (!snapshot.name.startsWith(prefix) || !isHelperName(snapshot.name)) continue;
-    const uuid = snapshot.UUID.toLowerCase();
+  // A refusal is for good, and the volume is as it was wanted: neither its creation nor its deletion fails for it.
+  const unlessRefused = async (event: string, name: string, work: () => Promise<void>) => {
     try {
-      await removeSnapshot(ctx, cluster, `${action}, delete its helper snapshot ${uuid}`, { uuid, project }, snapshot);
+      await work();
     } catch (error) {
       if (isRepeated(error)) throw error;
-      // The volume is as it was wanted; a repeat would be refused in the same way.
-      ctx.log.warning("could not delete a helper snapshot", { name: snapshot.name, error: messageOf(error) });
+      ctx.log.warning(event, { name, error: messageOf(error) });
     }
-  }
+  };
+  await unlessRefused("could not look for helper snapshots", volumeName, async () => {
+    for await (const snapshot of snapshotsIn(ctx, cluster, action, project)) {
+      if (!snapshot.name.startsWith(prefix) || !isHelperName(snapshot.name)) continue;
+      const uuid = snapshot.UUID.toLowerCase();
+      const deleting = `${action}, delete its helper snapshot ${uuid}`;
+      await unlessRefused(
+        "could not delete a helper snapshot",
+        snapshot.name,
+        () => removeSnapshot(ctx, cluster, deleting, { uuid, project }, snapshot),
+      );
+    }
+  });
 }
 
 const longestPage = 1000;
