@@ -428,7 +428,10 @@ async function serveCsi(
     log,
     describe: describeRequest,
     redact: redactRequest,
-    quiet: ({ name }) => /^(Probe|GetPlugin.*|.*GetCapabilities|NodeGetInfo|NodeGetVolumeStats)$/.test(name),
+    // Probes come all the time, questions before each call, and the others once a minute, some for each volume.
+    quiet: ({ name }) =>
+      /^(Probe|GetPlugin.*|.*GetCapabilities|NodeGetInfo|NodeGetVolumeStats|ListVolumes|ControllerGetVolume|GetCapacity)$/
+        .test(name),
   });
   log.info("serves", { path, version });
   const signal = await stopped;

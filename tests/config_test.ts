@@ -174,6 +174,7 @@ Deno.test("knownClusters keeps the last good file while the new one is broken or
   files.write("/c", "clusters: []");
   look();
   look();
+  strictEqual(files.reads.length, 2, "a file that is known to be broken is not read again");
   files.remove("/c");
   look();
   look();

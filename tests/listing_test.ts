@@ -509,6 +509,25 @@ Deno.test("ListSnapshots shows no snapshot before it is cut for good", async () 
   deepStrictEqual((await env.snapshots({ snapshotId: await creating })).ids.length, 1);
 });
 
+Deno.test("ListSnapshots leaves out the helper of a clone that is being made", async () => {
+  await using env = await start();
+  const volumeId = await env.create("one");
+  const { control } = env.simulator;
+  control.fail({ rpc: "CreateVolume", hold: true });
+  const wish = creation(env.simulator, "clone");
+  const volumeContentSource = { type: { case: "volume" as const, value: { volumeId } } };
+  const cloning = env.call(method.createVolume, { ...wish, volumeContentSource });
+  await eventually("the helper", () => control.cluster.snapshots.some(({ state }) => state === "Available"));
+
+  const all = await env.snapshots();
+  const ofSource = await env.snapshots({ sourceVolumeId: volumeId });
+  const helpers = control.cluster.snapshots.length;
+  control.releaseHeld();
+  await cloning;
+
+  deepStrictEqual([all.ids, ofSource.ids, helpers], [[], [], 1]);
+});
+
 // ------------------------------------------------------------------------------------------------------------ capacity
 
 const free = 90n * gib;

@@ -205,11 +205,12 @@ Deno.test("ControllerModifyVolume reads anew when the volume was changed between
   await using env = await start();
   const volumeId = await env.create();
   const ref = { project: "default", uuid: parseVolumeId(volumeId).uuid };
-  env.control.fail({ rpc: "UpdateVolume", delayMs: 300 });
+  env.control.fail({ rpc: "UpdateVolume", hold: true });
 
   const modified = env.modify(volumeId, { "qos-policy-name": "gold" });
-  await eventually("the change is under way", () => env.updates() > 0);
+  await eventually("the change is under way", () => env.control.held().length > 0);
   await env.control.cluster.updateVolume(ref, { compression: "true" }, undefined);
+  env.control.releaseHeld();
   await modified;
 
   deepStrictEqual(env.state(volumeId), { policy: "gold", compression: true });
@@ -230,14 +231,15 @@ Deno.test("ControllerModifyVolume waits while LightOS is still applying the chan
 Deno.test("promise 9: ControllerModifyVolume beside another one of the volume answers ABORTED and names it", async () => {
   await using env = await start();
   const volumeId = await env.create();
-  env.control.fail({ rpc: "UpdateVolume", delayMs: 500 });
+  env.control.fail({ rpc: "UpdateVolume", hold: true });
 
   const first = env.modify(volumeId, { "qos-policy-name": "gold" });
-  await eventually("the first is under way", () => env.updates() > 0);
+  await eventually("the first is under way", () => env.control.held().length > 0);
   await rejects(
     env.modify(volumeId, { "qos-policy-name": "silver" }),
     answers("ABORTED", /ControllerModifyVolume has been running for/),
   );
+  env.control.releaseHeld();
   await first;
 
   strictEqual(env.state(volumeId).policy, "gold");

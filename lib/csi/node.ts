@@ -474,6 +474,8 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       ? await probe.ofDevice(ctx, shown.device)
       : await probe.ofDeadMount(ctx, uuid, shown.mount);
     const volumeCondition = { abnormal: trouble !== undefined, message: trouble ?? "healthy" };
+    // Kubelet shows a condition to those only who have switched that on.
+    if (trouble !== undefined) ctx.log.warning("found a volume in trouble", { path: given, error: trouble });
     if (usage === undefined) {
       // Kubelet passes over a condition that comes without any usage.
       const total = shown.kind === "dead" ? [] : [{ unit: Unit.BYTES, total: shown.device.sizeBytes }];
