@@ -327,7 +327,9 @@ export class FakeHost implements Host {
         return {};
       }
       case "blockdev":
-        if (device === undefined) return { code: 1, stderr: `blockdev: cannot open ${last}: No such file or directory` };
+        if (device === undefined) {
+          return { code: 1, stderr: `blockdev: cannot open ${last}: No such file or directory` };
+        }
         if (args[0] === "--setro") this.#readOnly.add(device.name);
         else this.#readOnly.delete(device.name);
         return {};
