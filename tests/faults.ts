@@ -299,7 +299,9 @@ interface Place extends AsyncDisposable {
 }
 
 const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../main.ts", import.meta.url))];
-const patience = AbortSignal.timeout(15 * 60_000);
+/** Aborts when somebody ends the play; every worker then cleans up. */
+const interruption = new AbortController();
+const patience = AbortSignal.any([AbortSignal.timeout(15 * 60_000), interruption.signal]);
 
 async function openPlace(keep: boolean, report: (trouble: string) => void): Promise<Place> {
   // The kernel's tables have paths without symbolic links.
@@ -611,7 +613,7 @@ async function untilOk(step: Step, place: Place, volume: Volume): Promise<string
       await take(step, place, volume);
       return [...[...answers].map(([code, count]) => count === 1 ? code : `${code} ×${count}`), "OK"].join(", ");
     } catch (error) {
-      if (!(error instanceof CallError) || Date.now() > giveUpAt) throw error;
+      if (!(error instanceof CallError) || Date.now() > giveUpAt || patience.aborted) throw error;
       answers.set(error.code, (answers.get(error.code) ?? 0) + 1);
       await new Promise((resolve) => setTimeout(resolve, 100));
     }
@@ -705,7 +707,7 @@ async function playFlow(
         rows.push({ at, direction, answers, leftovers: [], failure: messageOf(error) });
         await discard();
         // A flow that fails again and again may have no last step.
-        if (++failures === 3) return rows;
+        if (++failures === 3 || patience.aborted) return rows;
       }
       if (isLast) break;
     }
@@ -717,7 +719,7 @@ function print({ flow, rows }: Result): void {
   console.log(`\n${flow.name}`);
   for (const { at, direction, answers, leftovers, failure } of rows) {
     const left = leftovers.length === 0 ? "none" : leftovers.join("; ");
-    const end = failure === undefined ? left : `FAILED: ${failure}`;
+    const end = failure === undefined ? left : `FAILED: ${failure.split("\n", 1)[0]}`;
     console.log(`  ${at.padEnd(34)}${direction.padEnd(7)}${answers.padEnd(30)} ${end}`);
   }
 }
@@ -759,6 +761,9 @@ const { values: settings } = parseArgs({
   },
 });
 if (!needs("root", "loop", "mkfs.ext4", "mkfs.xfs", "mkfifo")) Deno.exit(1);
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+  Deno.addSignalListener(signal, () => interruption.abort(new Error(`interrupted by ${signal}`)));
+}
 const started = performance.now();
 const troubles: string[] = [];
 const chosen = flows.filter(({ name }) => name.includes(settings.only));
@@ -781,7 +786,7 @@ await Promise.all(Array.from({ length: Number(settings.workers) }, async () => {
     await old?.[Symbol.asyncDispose]();
   };
   const place = async () => current ??= await openPlace(settings.keep, (trouble) => troubles.push(trouble));
-  for (let next = queue.shift(); next !== undefined; next = queue.shift()) {
+  for (let next = queue.shift(); next !== undefined && !patience.aborted; next = queue.shift()) {
     const result = results.get(next.flow);
     const rows = await playFlow(next.flow, next.direction, place, discard);
     if (result === undefined) continue;
@@ -801,4 +806,5 @@ const seconds = Math.round((performance.now() - started) / 1000);
 console.log(
   `${results.size} flows, ${rows.length} kills, ${bad} ended badly, ${troubles.length} things to clean up; ${seconds} s`,
 );
-Deno.exit(bad + uncut + troubles.length === 0 && rows.length > 0 ? 0 : 1);
+if (patience.aborted) console.log(`ended early: ${messageOf(patience.reason)}`);
+Deno.exit(bad + uncut + troubles.length === 0 && rows.length > 0 && !patience.aborted ? 0 : 1);
