@@ -885,7 +885,7 @@ const none = new Secrets();
 
 /** A source, a wish to copy it, and drivers that come and go. */
 async function cloning(type: "volume" | "snapshot" = "volume") {
-  const env = await start({ creationMs: 5, deletionMs: 5 });
+  const env = await start();
   const { volumeId, snapshotId } = await sources(env);
   const wanted: VolumeWanted = {
     name: "copy",
@@ -911,11 +911,14 @@ async function cloning(type: "volume" | "snapshot" = "volume") {
     ): Promise<boolean> {
       await using backend = openBackend(env.simulator);
       const { ctx, leave } = leavable();
+      // So that looks at the state are among the calls.
+      env.control.behave({ creationMs: 5 });
       env.control.fail({ rpc: "*", hold: true, when, skip });
       const working = work(backend, ctx).then(() => "done", () => "failed");
       const end = await Promise.race([working, eventually("a call is held", () => env.control.held().length > 0)]);
       leave();
       await working;
+      env.control.behave({ creationMs: 0 });
       env.control.clearFaults();
       env.control.releaseHeld();
       return end !== "done";
