@@ -85,6 +85,11 @@ const serviceOptions = {
       "announce the SnapshotMetadata service (alpha), which the controller serves; give it to controller and node",
     schema: switchSchema,
   },
+  "csi-1.13": {
+    env: ["LB_CSI_1_13"],
+    meaning: "announce and serve the health calls of CSI 1.13 (alpha), which tools made for 1.12 may not know",
+    schema: switchSchema,
+  },
   ...logOptions,
 } as const satisfies Options;
 
@@ -304,6 +309,7 @@ const commands: Readonly<Record<string, Command>> = {
         locks: new KeyedLock(),
         defaultFsType: settings["default-fs"],
         nodeIdSuffix: settings["node-id-suffix"],
+        volumeHealth: settings["csi-1.13"],
       });
       const services = [service(Controller, handlers)];
       if (settings["snapshot-metadata"] && backend.changedBlocks !== undefined) {
@@ -341,6 +347,7 @@ const commands: Readonly<Record<string, Command>> = {
       defaultFsType: settings["default-fs"],
       maxVolumes: settings["max-volumes"],
       parseId: parseVolumeId,
+      volumeHealth: settings["csi-1.13"],
     });
     return await serveCsi(settings, log, [service(Node, handlers)]);
   }),
@@ -430,7 +437,7 @@ async function serveCsi(
     redact: redactRequest,
     // Probes come all the time, questions before each call, and the others once a minute, some for each volume.
     quiet: ({ name }) =>
-      /^(Probe|GetPlugin.*|.*GetCapabilities|NodeGetInfo|NodeGetVolumeStats|ListVolumes|ControllerGetVolume|GetCapacity)$/
+      /^(Probe|GetPlugin.*|.*GetCapa(bilities|city)|NodeGet(Info|VolumeStats)|ListVolumes|ControllerGetVolume|.*Health)$/
         .test(name),
   });
   log.info("serves", { path, version });

@@ -229,7 +229,7 @@ conditionTest("a volume that does not answer is reported in time, and asked noth
 
   for (const { usage, trouble } of answers) {
     assert.equal(usage, undefined);
-    assert.match(trouble ?? "", /^ext4 of .*nvme0n1 at ".*\/pod" has not answered for \d s$/);
+    assert.match(trouble?.message ?? "", /^ext4 of .*nvme0n1 at ".*\/pod" has not answered for \d s$/);
   }
   assert.equal(asked, 1);
   held.resolve();
@@ -237,7 +237,7 @@ conditionTest("a volume that does not answer is reported in time, and asked noth
   for (;;) {
     const { trouble } = await probe.ofMount(callContext(), device, mount);
     if (trouble === undefined) break;
-    assert.ok(Date.now() < until, trouble);
+    assert.ok(Date.now() < until, trouble.message);
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
 });

@@ -314,7 +314,7 @@ Deno.test("getVolume tells what is wrong with a volume", async () => {
 
   const volume = await env.backend.getVolume(within(5000), none, id);
 
-  match(volume.trouble ?? "", /writes fail \(LightOS: ReadOnly/);
+  match(volume.trouble?.message ?? "", /writes fail \(LightOS: ReadOnly/);
 });
 
 // ------------------------------------------------------------------------------------------------------------ delete

@@ -8,10 +8,11 @@
  */
 import { type RequestContext, requestContext, timeLimit, unlessAborted } from "../context.ts";
 import { messageOf } from "../error.ts";
-import { troubleOf } from "../host/filesystem.ts";
+import { readTroubleOf, writeTroubleOf } from "../host/filesystem.ts";
 import type { Host, Usage } from "../host/host.ts";
 import { describeMount, type Mount, mountsOf, mountTable } from "../host/mounts.ts";
 import { type BlockDevice, controllersOf } from "../host/nvme.ts";
+import type { Trouble } from "../storage/backend.ts";
 
 /** How long a volume is waited for. */
 export const longestAnswerMs = 10_000;
@@ -20,8 +21,8 @@ export const longestAnswerMs = 10_000;
 export interface Condition {
   /** Undefined when the file system does not tell. */
   readonly usage: Usage | undefined;
-  /** What is wrong, for people; undefined when the volume is well. */
-  readonly trouble: string | undefined;
+  /** What is wrong; undefined when the volume is well. */
+  readonly trouble: Trouble | undefined;
 }
 
 /** Asks volumes how they are. Its questions reject with the reason of `ctx.signal` and with nothing else. */
@@ -48,7 +49,10 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
   ): Promise<Condition> {
     const silent = (since: number): Condition => ({
       usage: undefined,
-      trouble: `${what} has not answered for ${Math.round((performance.now() - since) / 1000)} s`,
+      trouble: unusable(
+        "NotAnswering",
+        `${what} has not answered for ${Math.round((performance.now() - since) / 1000)} s`,
+      ),
     });
     const owedSince = unanswered.get(uuid);
     if (owedSince !== undefined && performance.now() - owedSince >= longestMs) return silent(owedSince);
@@ -63,16 +67,20 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
     } catch (error) {
       ctx.signal.throwIfAborted();
       if (error === limit.signal.reason) return silent(started);
-      return { usage: undefined, trouble: `${what} cannot be looked at (${messageOf(error)})` };
+      const trouble = unusable("Unreadable", `${what} cannot be looked at (${messageOf(error)})`);
+      return { usage: undefined, trouble };
     }
   }
 
   /** Why no I/O gets through to the device, as far as its connections show; undefined when they show nothing of it. */
-  async function pathTrouble(device: BlockDevice): Promise<string | undefined> {
+  async function pathTrouble(device: BlockDevice): Promise<Trouble | undefined> {
     const controllers = await controllersOf(host, device.subsystemNqn);
     if (controllers.length === 0 || controllers.some(({ state }) => state === "live")) return undefined;
     const states = controllers.map(({ name, state }) => `${name} ${state}`).join(", ");
-    return `${device.path} has no live path to ${device.subsystemNqn} (${states}): reads and writes wait or fail`;
+    return unusable(
+      "NoLivePath",
+      `${device.path} has no live path to ${device.subsystemNqn} (${states}): reads and writes wait or fail`,
+    );
   }
 
   return {
@@ -85,7 +93,11 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
         // volume is meant to be read only.
         const mounts = await mountsOf(host, await mountTable(host), device);
         const writable = mounts.find((other) => other.root === "/" && !other.options.includes("ro"));
-        return { usage, trouble: await troubleOf(host, asking, device, writable ?? mount, writable === undefined) };
+        const unreadable = await readTroubleOf(host, asking, device, writable ?? mount);
+        if (unreadable !== undefined) return { usage, trouble: unusable("Unreadable", unreadable) };
+        // A volume for writing that takes no writes is of no use to its pods.
+        const readOnly = writable === undefined ? undefined : await writeTroubleOf(host, asking, writable);
+        return { usage, trouble: readOnly === undefined ? undefined : unusable("ReadOnly", readOnly) };
       }),
     ofDeadMount: (ctx, uuid, mount) =>
       ask(ctx, uuid, `${mount.fsType} at "${mount.path}"`, async () => {
@@ -94,21 +106,24 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
           `${isNode ? "the device node" : describeMount(mount)} at "${mount.path}" has lost its device: ` +
           `reads and writes fail, the pod has to be started anew`;
         // Of a bound device node, statfs tells the size of the directory of devices.
-        return { usage: isNode ? undefined : await statfs(mount.path), trouble };
+        return { usage: isNode ? undefined : await statfs(mount.path), trouble: unusable("DeviceGone", trouble) };
       }),
     ofDevice: (ctx, device) =>
       ask(ctx, device.uuid, device.path, async () => {
         const noPath = await pathTrouble(device);
         if (noPath !== undefined) return { usage: undefined, trouble: noPath };
         const blocks = device.sizeBytes / 4096n;
-        if (blocks === 0n) return { usage: undefined, trouble: `${device.path} has no size` };
+        if (blocks === 0n) {
+          return { usage: undefined, trouble: unusable("Unreadable", `${device.path} has no size`) };
+        }
         try {
           // Somewhere, so that the answer does not come from a cache.
           const block = BigInt(Math.floor(Math.random() * Number(blocks)));
           await host.readBytes(device.path, block * 4096n, 4096);
           return { usage: undefined, trouble: undefined };
         } catch (error) {
-          return { usage: undefined, trouble: `${device.path} cannot be read (${messageOf(error)})` };
+          const trouble = unusable("Unreadable", `${device.path} cannot be read (${messageOf(error)})`);
+          return { usage: undefined, trouble };
         }
       }),
   };
@@ -121,4 +136,12 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
       return undefined;
     }
   }
+}
+
+/** Trouble that keeps a volume from being used. Status and reason are what orchestrators compare from call to call. */
+function unusable(
+  reason: "DeviceGone" | "NoLivePath" | "NotAnswering" | "Unreadable" | "ReadOnly",
+  message: string,
+): Trouble {
+  return { usable: false, reason, message };
 }

@@ -27,6 +27,7 @@ import {
   requireText,
   withoutOrchestratorKeys,
 } from "./request.ts";
+import { healthHandlers } from "./health.ts";
 import { capacityHandlers, listingHandlers } from "./listing.ts";
 import { modifyHandlers, withMutable } from "./modify.ts";
 import { madeFor, parseContentSource, refuseControlCharacters, snapshotHandlers } from "./snapshot.ts";
@@ -41,18 +42,20 @@ export interface ControllerOptions {
    * nodes, so this is all there is to tell a node that cannot exist.
    */
   readonly nodeIdSuffix: string;
+  /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
+  readonly volumeHealth?: boolean;
 }
 
 /** The Controller service over `backend`. What it does not announce answers UNIMPLEMENTED. */
 export function controllerHandlers(
-  { backend, locks, defaultFsType, nodeIdSuffix }: ControllerOptions,
+  { backend, locks, defaultFsType, nodeIdSuffix, volumeHealth = false }: ControllerOptions,
 ): Handlers<typeof Controller> {
   const { snapshots, expansion, listing, capacity, modification } = backend;
   /** Takes the volume for this call, or throws ABORTED; the caller disposes it when the work has ended. */
   const hold = (rpc: string, volumeId: string) => locks.take(`volume ${backend.uuidOf(volumeId)}`, rpc);
 
   return {
-    controllerGetCapabilities: () => Promise.resolve({ capabilities: controllerCapabilities(backend) }),
+    controllerGetCapabilities: () => Promise.resolve({ capabilities: controllerCapabilities(backend, volumeHealth) }),
 
     /** CSI specification, "CreateVolume". */
     async createVolume(request, call) {
@@ -90,7 +93,7 @@ export function controllerHandlers(
         madeFor: madeFor(request.parameters),
       });
       if (volume.trouble !== undefined) {
-        call.log.warning("created a volume in trouble", { volume: volume.uuid, error: volume.trouble });
+        call.log.warning("created a volume in trouble", { volume: volume.uuid, error: volume.trouble.message });
       }
       return {
         volume: {
@@ -171,6 +174,7 @@ export function controllerHandlers(
 
     ...(snapshots === undefined ? {} : snapshotHandlers(snapshots, locks)),
     ...(listing === undefined ? {} : listingHandlers(backend, listing)),
+    ...(volumeHealth ? healthHandlers(backend) : {}),
     ...(capacity === undefined ? {} : capacityHandlers(capacity)),
     ...(modification === undefined ? {} : modifyHandlers(modification, hold)),
 
@@ -203,7 +207,7 @@ export function controllerHandlers(
 type Capabilities = NonNullable<MessageInitShape<typeof ControllerGetCapabilitiesResponseSchema>["capabilities"]>;
 
 /** What the backend has is announced, and nothing else. */
-function controllerCapabilities(backend: StorageBackend): Capabilities {
+function controllerCapabilities(backend: StorageBackend, volumeHealth: boolean): Capabilities {
   const { snapshots, expansion, listing, capacity, modification } = backend;
   const announced = [Rpc.CREATE_DELETE_VOLUME, Rpc.PUBLISH_UNPUBLISH_VOLUME, Rpc.SINGLE_NODE_MULTI_WRITER];
   if (expansion !== undefined) announced.push(Rpc.EXPAND_VOLUME);
@@ -214,6 +218,8 @@ function controllerCapabilities(backend: StorageBackend): Capabilities {
   }
   if (capacity !== undefined) announced.push(Rpc.GET_CAPACITY);
   if (modification !== undefined) announced.push(Rpc.MODIFY_VOLUME);
+  if (volumeHealth) announced.push(Rpc.GET_VOLUME_HEALTH);
+  if (volumeHealth && listing !== undefined) announced.push(Rpc.LIST_VOLUME_HEALTH);
   return announced.map((type) => ({ type: { case: "rpc", value: { type } } }));
 }
 

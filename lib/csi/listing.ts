@@ -71,7 +71,8 @@ export function capacityHandlers(capacity: Capacity) {
   } satisfies Handlers<typeof Controller>;
 }
 
-function pageWanted(action: string, request: { readonly maxEntries: number; readonly startingToken: string }) {
+/** The page that a request asks for; throws INVALID_ARGUMENT for a negative number of entries. */
+export function pageWanted(action: string, request: { readonly maxEntries: number; readonly startingToken: string }) {
   const { maxEntries, startingToken } = request;
   if (maxEntries >= 0) return { maxEntries, startingToken };
   throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: max_entries ${maxEntries} is negative`);
@@ -87,7 +88,7 @@ function describeVolume({ id, capacityBytes, hosts, trouble }: Volume) {
     status: {
       // Hosts that were let in by somebody else are no nodes of the orchestrator's.
       publishedNodeIds: hosts.filter((nqn) => nodeIdOf(nqn) !== nqn).map(nodeIdOf),
-      volumeCondition: { abnormal: trouble !== undefined, message: trouble ?? "healthy" },
+      volumeCondition: { abnormal: trouble !== undefined, message: trouble?.message ?? "healthy" },
     },
   };
 }

@@ -32,9 +32,10 @@ import {
 import { type BlockDevice, findDevice, recheckDevice, rescanNamespaces, waitForDevice } from "../host/nvme.ts";
 import type { VolumeId } from "../id.ts";
 import type { KeyedLock } from "../lock.ts";
-import { fromPublishContext } from "../namespace.ts";
+import { fromPublishContext, hostNqn } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
 import { conditionProbe } from "./condition.ts";
+import { nodeHealthHandlers } from "./node_health.ts";
 import {
   type Access,
   isReaderOnly,
@@ -58,6 +59,8 @@ export interface NodeOptions {
   readonly maxVolumes?: number | undefined;
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
+  /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
+  readonly volumeHealth?: boolean;
 }
 
 // The cluster announces a new size by itself, within 0.1 s when it was measured; then the kernel is asked to look.
@@ -318,6 +321,8 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       return { capacityBytes: device.sizeBytes };
     },
 
+    ...(options.volumeHealth ? nodeHealthHandlers({ host, probe, hostNqn: hostNqn(options.nodeId), parseId }) : {}),
+
     /** Names this node (spec/csi.md 7.2). */
     nodeGetInfo() {
       return Promise.resolve({
@@ -334,6 +339,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         Capability.VOLUME_CONDITION,
         Capability.EXPAND_VOLUME,
         Capability.SINGLE_NODE_MULTI_WRITER,
+        ...(options.volumeHealth ? [Capability.GET_VOLUME_HEALTH, Capability.GET_STORAGE_HEALTH] : []),
       ];
       return Promise.resolve({
         capabilities: types.map((type) => ({ type: { case: "rpc" as const, value: { type } } })),
@@ -473,9 +479,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       : shown.kind === "block"
       ? await probe.ofDevice(ctx, shown.device)
       : await probe.ofDeadMount(ctx, uuid, shown.mount);
-    const volumeCondition = { abnormal: trouble !== undefined, message: trouble ?? "healthy" };
+    const volumeCondition = { abnormal: trouble !== undefined, message: trouble?.message ?? "healthy" };
     // Kubelet shows a condition to those only who have switched that on.
-    if (trouble !== undefined) ctx.log.warning("found a volume in trouble", { path: given, error: trouble });
+    if (trouble !== undefined) ctx.log.warning("found a volume in trouble", { path: given, error: trouble.message });
     if (usage === undefined) {
       // Kubelet passes over a condition that comes without any usage.
       const total = shown.kind === "dead" ? [] : [{ unit: Unit.BYTES, total: shown.device.sizeBytes }];

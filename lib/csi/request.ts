@@ -128,7 +128,7 @@ export function describeRequest(_method: DescMethod, request: Message): Fields {
     snapshot: snapshotId === undefined ? undefined : uuidIn(snapshotId),
     name: text("name"),
     node: text("nodeId"),
-    path: text("targetPath") ?? text("volumePath") ?? text("stagingTargetPath"),
+    path: text("targetPath") ?? text("volumePath") ?? text("volumePublishPath") ?? text("stagingTargetPath"),
   };
   return Object.fromEntries(Object.entries(facts).filter(([, value]) => value !== undefined));
 }

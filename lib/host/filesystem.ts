@@ -139,6 +139,17 @@ export async function troubleOf(
   mount: Mount,
   readOnly: boolean,
 ): Promise<string | undefined> {
+  return await readTroubleOf(host, ctx, device, mount) ??
+    (readOnly ? undefined : await writeTroubleOf(host, ctx, mount));
+}
+
+/** Why a mount of `device` cannot be read, or undefined. Throws the reason of `ctx.signal` and nothing else. */
+export async function readTroubleOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  mount: Mount,
+): Promise<string | undefined> {
   const quote = `${describeMount(mount)} at "${mount.path}"`;
   try {
     if (await unlessAborted(host.list(mount.path), ctx.signal) === undefined) return `${quote} has no root directory`;
@@ -151,7 +162,12 @@ export async function troubleOf(
     ctx.signal.throwIfAborted();
     return `${quote} cannot be read (${messageOf(error)})`;
   }
-  if (readOnly) return undefined;
+  return undefined;
+}
+
+/** Why a mount for writing takes no writes, or undefined. Throws the reason of `ctx.signal` and nothing else. */
+export async function writeTroubleOf(host: Host, ctx: RequestContext, mount: Mount): Promise<string | undefined> {
+  const quote = `${describeMount(mount)} at "${mount.path}"`;
   const state = ["ro", "emergency_ro", "shutdown"].find((option) => mount.superOptions.includes(option));
   if (state !== undefined) {
     return `${quote} is ${state === "shutdown" ? "shut down" : "read-only"} although it should not`;

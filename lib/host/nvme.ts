@@ -70,10 +70,14 @@ export async function devicesOf(host: Host, subsystemNqn: string): Promise<reado
 
 /** All connections of this machine to a subsystem. */
 export async function controllersOf(host: Host, subsystemNqn: string): Promise<readonly NvmeController[]> {
+  return (await allControllers(host)).filter((controller) => controller.subsystemNqn === subsystemNqn);
+}
+
+/** All NVMe controllers of this machine, local drives and discovery controllers among them. */
+export async function allControllers(host: Host): Promise<readonly NvmeController[]> {
   const names = await host.list(`${host.roots.sysfs}/class/nvme`) ?? [];
   const controllers = await Promise.all(names.map((name) => readController(host, name)));
-  return controllers.filter((controller) => controller !== undefined)
-    .filter((controller) => controller.subsystemNqn === subsystemNqn);
+  return controllers.filter((controller) => controller !== undefined);
 }
 
 /** The traddr and trsvcid in a controller's address. */

@@ -49,8 +49,18 @@ export interface Volume {
   readonly capacityBytes: bigint;
   /** Host NQNs that may connect. */
   readonly hosts: readonly string[];
-  /** What limits the use of the volume now, or undefined when it is well. */
-  readonly trouble: string | undefined;
+  /** What is wrong with the volume now, or undefined when it is well. */
+  readonly trouble: Trouble | undefined;
+}
+
+/** Something that is wrong with a volume. */
+export interface Trouble {
+  /** Whether reads and writes go on. */
+  readonly usable: boolean;
+  /** For programs: CamelCase, the same word for the same trouble as long as it lasts. */
+  readonly reason: string;
+  /** For people. */
+  readonly message: string;
 }
 
 export interface Grant {
@@ -184,6 +194,8 @@ export interface Page<T> {
  */
 export interface Listing {
   listVolumes(ctx: RequestContext, wanted: PageWanted): Promise<Page<Volume>>;
+  /** Those that are in trouble. */
+  listTroubled(ctx: RequestContext, secrets: Secrets, wanted: PageWanted): Promise<Page<Volume>>;
   /** Those that match every given filter, on any cluster that an ID leads to; an unknown ID matches nothing. */
   listSnapshots(
     ctx: RequestContext,

@@ -24,7 +24,7 @@ import type { Capacity, Listing, Page, PageWanted, Snapshot, Snapshots } from ".
 import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { isHelperName, toSnapshot } from "./lightos_snapshots.ts";
-import { toVolume } from "./lightos_volumes.ts";
+import { toVolume, troubleOf } from "./lightos_volumes.ts";
 
 /** Most objects in one of LightOS' pages (spec/lightos.md section 15.1). */
 const longestPage = 1000;
@@ -36,10 +36,12 @@ export const longestAnswer = 2000;
 
 /** Lists of what is on the clusters of the file. */
 export function lightosListing(clusters: ClusterPool, known: KnownClusters, snapshots: Snapshots): Listing {
-  const open = (cluster: KnownCluster) => clusters.open(new Secrets(), cluster.endpoints, cluster.scheme);
-  const places = () => known.all().flatMap((cluster) => placesOf(cluster, open(cluster)));
+  const places = (secrets = new Secrets()) =>
+    known.all().flatMap((cluster) => placesOf(cluster, clusters.open(secrets, cluster.endpoints, cluster.scheme)));
   return {
     listVolumes: (ctx, wanted) => page(ctx, "list volumes", places(), wanted, volumesIn),
+    listTroubled: (ctx, secrets, wanted) =>
+      page(ctx, "list volumes in trouble", places(secrets), wanted, troubledVolumesIn),
     async listSnapshots(ctx, secrets, { snapshotId, sourceVolumeId }, wanted) {
       const source = sourceVolumeId === undefined ? undefined : parsed(sourceVolumeId);
       if (snapshotId !== undefined) {
@@ -136,6 +138,8 @@ interface Kind<Raw extends { readonly UUID: string }, Entry> {
   ): Promise<readonly Raw[]>;
   /** Undefined for what does not belong on the list. */
   entry(place: Place, raw: Raw): Entry | undefined;
+  /** Most of what is read does not belong on the list, so as much as possible is read at once. */
+  readonly isRare?: boolean;
 }
 
 const listedStates = [VolumeState.Available, VolumeState.Updating, VolumeState.Migrating, VolumeState.Rollback];
@@ -145,6 +149,12 @@ const volumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
     (await place.cluster.call(ctx, action, DurosAPI.method.listVolumes, range)).volumes,
   entry: (place, volume) =>
     listedStates.includes(volume.state) ? toVolume(idIn(place, volume.UUID, volume.projectName), volume) : undefined,
+};
+
+const troubledVolumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
+  ...volumesIn,
+  entry: (place, volume) => troubleOf(volume) === undefined ? undefined : volumesIn.entry(place, volume),
+  isRare: true,
 };
 
 const snapshotsIn: Kind<LightosSnapshot, Snapshot> = {
@@ -173,7 +183,7 @@ async function page<Raw extends { readonly UUID: string }, Entry>(
   for (const place of places.slice(start.at)) {
     // Whether LightOS counts what it leaves out towards the limit is not documented, so only an empty page is the end.
     for (;;) {
-      const limit = BigInt(Math.min(longestPage, most - entries.length + 1));
+      const limit = BigInt(kind.isRare ? longestPage : Math.min(longestPage, most - entries.length + 1));
       const found = await kind.read(place, ctx, action, { projectName: place.project, offsetUUID, limit });
       for (const raw of found) {
         const entry = kind.entry(place, raw);

@@ -11,7 +11,7 @@ import {
   type Volume as LightosVolume,
   Volume_StateEnum as State,
 } from "../../proto/gen/lightos_pb.ts";
-import type { Volume } from "./backend.ts";
+import type { Trouble, Volume } from "./backend.ts";
 import { type Cluster, codeOf, LightosError } from "./lightos_cluster.ts";
 
 /** The volume; throws NOT_FOUND when it is absent, being deleted, or the husk of a failed creation. */
@@ -105,18 +105,38 @@ export function toVolume(id: VolumeId, volume: LightosVolume): Volume {
   };
 }
 
-/** What limits the use of a volume now, for people; undefined when it is well (spec/lightos.md section 6.6). */
-export function troubleOf({ state, protectionState, rebuildProgress }: LightosVolume): string | undefined {
+/**
+ * What is wrong with a volume now; undefined when it is well. LightOS counts a volume that takes no writes as one that
+ * cannot be used (spec/lightos.md section 6.6).
+ */
+export function troubleOf({ state, protectionState, rebuildProgress }: LightosVolume): Trouble | undefined {
   const rebuild = rebuildProgress === "" || rebuildProgress === "None" ? "" : `, rebuild ${rebuildProgress}`;
   switch (protectionState) {
     case Protection.Degraded:
-      return `a replica is missing: reads and writes go on (LightOS: Degraded${rebuild})`;
+      return {
+        usable: true,
+        reason: "ReplicaMissing",
+        message: `a replica is missing: reads and writes go on (LightOS: Degraded${rebuild})`,
+      };
     case Protection.ReadOnly:
-      return `too few replicas are left: writes fail (LightOS: ReadOnly${rebuild})`;
+      return {
+        usable: false,
+        reason: "ReadOnly",
+        message: `too few replicas are left: writes fail (LightOS: ReadOnly${rebuild})`,
+      };
     case Protection.NotAvailable:
-      return `no replica can be reached: reads and writes fail (LightOS: NotAvailable${rebuild})`;
+      return {
+        usable: false,
+        reason: "NotAvailable",
+        message: `no replica can be reached: reads and writes fail (LightOS: NotAvailable${rebuild})`,
+      };
     default:
-      return state === State.Rollback ? "its content is being set back to a snapshot (LightOS: Rollback)" : undefined;
+      if (state !== State.Rollback) return undefined;
+      return {
+        usable: false,
+        reason: "Rollback",
+        message: "its content is being set back to a snapshot (LightOS: Rollback)",
+      };
   }
 }
 

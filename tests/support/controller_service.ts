@@ -17,10 +17,13 @@ export interface ControllerSettings {
   readonly clusterFile?: string;
   readonly files?: Readonly<Record<string, string>>;
   readonly globalJwt?: string;
+  readonly volumeHealth?: boolean;
 }
 
 /** The Controller service on a socket of its own. Dispose it to end it and remove what it made. */
-export async function startController({ clusterFile, files = {}, globalJwt }: ControllerSettings) {
+export async function startController(
+  { clusterFile, files = {}, globalJwt, volumeHealth = false }: ControllerSettings,
+) {
   await using stack = new AsyncDisposableStack();
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-controller-" });
   stack.defer(() => Deno.remove(directory, { recursive: true }));
@@ -50,6 +53,7 @@ export async function startController({ clusterFile, files = {}, globalJwt }: Co
     locks: new KeyedLock(),
     defaultFsType: "ext4",
     nodeIdSuffix: ".node",
+    volumeHealth,
   });
   const server = await serve({
     listen: { path },
