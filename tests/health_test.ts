@@ -169,6 +169,19 @@ for (
   );
 }
 
+Deno.test("ControllerGetVolumeHealth of a volume that is being set back to a snapshot tells INACCESSIBLE", async () => {
+  await using env = await start();
+  const volumeId = await env.create("v1");
+  env.simulator.control.setVolume(parseVolumeId(volumeId).uuid, { state: "Rollback" });
+
+  const { volumeHealth } = await env.call(controller.controllerGetVolumeHealth, { volumeId });
+  const { entries } = await env.call(controller.controllerListVolumeHealth, {});
+
+  assert.deepEqual(told(volumeHealth).what, ["INACCESSIBLE Rollback"]);
+  assert.match(told(volumeHealth).messages, /^its content is being set back to a snapshot/);
+  assert.deepEqual(entries.map((entry) => told(entry).what), [["INACCESSIBLE Rollback"]]);
+});
+
 Deno.test("ControllerGetVolumeHealth answers NOT_FOUND for an unknown volume, INVALID_ARGUMENT for none", async () => {
   await using env = await start();
   const other = (await env.create("v1")).replace(/nguid:[^|]+/, "nguid:6bb32fb5-99aa-4a4c-a4e7-30b7787bbd66");
