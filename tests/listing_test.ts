@@ -517,7 +517,7 @@ Deno.test("ListSnapshots leaves out the helper of a clone that is being made", a
   const wish = creation(env.simulator, "clone");
   const volumeContentSource = { type: { case: "volume" as const, value: { volumeId } } };
   const cloning = env.call(method.createVolume, { ...wish, volumeContentSource });
-  await eventually("the helper", () => control.cluster.snapshots.some(({ state }) => state === "Available"));
+  await eventually("the volume is asked for, the helper being there", () => control.held().length === 1);
 
   const all = await env.snapshots();
   const ofSource = await env.snapshots({ sourceVolumeId: volumeId });

@@ -14,7 +14,7 @@ const projectName = "default";
 
 for (const scheme of ["grpc", "grpcs"] as const) {
   Deno.test(`management API over ${scheme} takes a volume from creation to deletion`, async () => {
-    await using sim = await startSimulator();
+    await using sim = await startSimulator({ behaviour: { creationMs: 5 } });
     using client = clientOf(sim, scheme);
 
     const created = await client.call(api.createVolume, {

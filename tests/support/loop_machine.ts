@@ -79,6 +79,8 @@ export async function loopMachine(): Promise<LoopMachine> {
       await Deno.writeFile(file, new Uint8Array());
       await Deno.truncate(file, sizeBytes);
       const loop = (await tool("losetup", "--show", "--find", file)).trim();
+      // The kernel keeps the read-only flag of a loop device's last user.
+      await tool("blockdev", "--setrw", loop);
       loops.add(loop);
       const name = options.name ?? `nvme0n${count}`;
       return await machine.show({ uuid, name, path: join(dev, name), file, loop }, options);

@@ -14,7 +14,7 @@ export async function startSimulator(overrides: Partial<SimulateSettings> = {}):
   const settings: SimulateSettings = {
     ...defaultSimulateSettings,
     ...overrides,
-    behaviour: { creationMs: 5, deletionMs: 5, rollbackMs: 5, ...overrides.behaviour },
+    behaviour: { creationMs: 0, deletionMs: 5, rollbackMs: 5, ...overrides.behaviour },
   };
   const simulator = await simulate(settings, createLogger("error"));
   return { ...simulator, [Symbol.asyncDispose]: () => simulator.stop() };
