@@ -272,7 +272,14 @@ It prints one line of JSON with everything that is needed to use it, and runs un
   ca                     certificate to trust for mgmt-scheme grpcs: key "mgmt-ca.crt", or a file for --mgmt-ca
   discoveryDir, devRoot, sysfsRoot
                          with --data loop: start the node with --discovery-dir, --dev and --sysfs set to these
-  control                control port: counters, faults, delays, states; GET it, the routes are in lib/sim/control.ts
+  control                control port, on this machine only: counters, faults, delays, states, devices; for example
+                           curl CONTROL/model                    everything the cluster holds
+                           curl CONTROL/calls                    how often each RPC was called
+                           curl CONTROL/faults -d '{"rpc":"CreateVolume","code":"UNAVAILABLE","count":2}'
+                           curl CONTROL/faults -d '{"rpc":"UpdateVolume","drop":true,"when":"after"}'
+                           curl -X PATCH CONTROL/volumes/UUID -d '{"protection":"Degraded"}'
+                           curl CONTROL/endpoints/stop -d '{"server":0}'
+                         (all of them: the head of lib/sim/control.ts)
 
   lbcsi simulate --data loop --state /var/tmp/cluster &
   lbcsi controller --endpoint unix:///tmp/controller.sock &
