@@ -260,7 +260,7 @@ Deno.test("promise 18: CreateSnapshot looks through the husk of a failed one", a
   env.control.behave({ failCreations: 1 });
   await rejects(
     env.snapshot("s", sourceVolumeId),
-    answers("UNAVAILABLE", /is Failed\), the next attempt takes another/),
+    answers("UNAVAILABLE", /is Failed\), the next attempt makes another/),
   );
 
   const snapshot = await env.snapshot("s", sourceVolumeId);

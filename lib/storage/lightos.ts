@@ -48,6 +48,7 @@ import {
   nobody,
   pause,
   readVolume,
+  settled,
   surelyNotDone,
   toVolume,
   unknownState,
@@ -315,7 +316,15 @@ async function createVolume(
         }
       }
     }
-    const created = await settled(ctx, cluster, action, found, delays);
+    const created = await settled(
+      ctx,
+      cluster,
+      action,
+      "volume",
+      found,
+      delays,
+      ({ UUID, projectName }) => cluster.call(ctx, action, DurosAPI.method.getVolume, { UUID, projectName }),
+    );
     if (created === undefined) continue;
     const differences = differencesOf(created, wanted, parameters, leastBytes);
     if (!isOurs) {
@@ -363,50 +372,6 @@ async function findByName(
   return living.find((volume) => volume.state !== State.Creating) ?? living[0];
 }
 
-/** Waits until a new volume can be used; undefined when it went away meanwhile. */
-async function settled(
-  ctx: RequestContext,
-  cluster: Cluster,
-  action: string,
-  volume: LightosVolume,
-  delays: Iterator<number, never>,
-): Promise<LightosVolume | undefined> {
-  for (let now = volume;;) {
-    switch (now.state) {
-      case State.Available:
-      case State.Updating:
-      case State.Migrating:
-        return now;
-      case State.Deleting:
-      case State.Deleted:
-        return undefined;
-      case State.Failed:
-        // The husk cannot be deleted and does not block the name: the repeat makes a new volume.
-        throw new StatusError(
-          "UNAVAILABLE",
-          `Cannot ${action}: LightOS at ${cluster.lastAddress} could not make it (volume ${now.UUID} is Failed), ` +
-            `the next attempt makes another`,
-        );
-      case State.Creating:
-      case State.Rollback:
-      case State.Unknown:
-        break;
-      default:
-        throw unknownState(action, now);
-    }
-    await pause(ctx, delays, action, `LightOS shows volume ${now.UUID} as ${State[now.state]}`);
-    try {
-      now = await cluster.call(ctx, action, DurosAPI.method.getVolume, {
-        UUID: now.UUID,
-        projectName: now.projectName,
-      });
-    } catch (error) {
-      if (hasCode(error, "NOT_FOUND")) return undefined;
-      throw error;
-    }
-  }
-}
-
 /** How a volume differs from the wish, its source apart. */
 function differencesOf(
   found: LightosVolume,
@@ -449,7 +414,7 @@ async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId)
       throw error;
     }
     if (![State.Available, State.Migrating].includes(volume.state)) {
-      if (State[volume.state] === undefined) throw unknownState(action, volume);
+      if (State[volume.state] === undefined) throw unknownState(action, "volume", volume);
       await pause(ctx, delays, action, `LightOS shows it as ${State[volume.state]}`);
       continue;
     }

@@ -28,7 +28,7 @@ import {
 } from "../../proto/gen/lightos_pb.ts";
 import type { ContentSource, Snapshot, Snapshots, VolumeWanted } from "./backend.ts";
 import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.ts";
-import { growingDelays, pause, readVolume, surelyNotDone } from "./lightos_volumes.ts";
+import { growingDelays, pause, readVolume, settled, surelyNotDone, unknownState } from "./lightos_volumes.ts";
 
 /** The snapshots of the LightOS backend. A snapshot ID has the form of a volume ID, with the snapshot's UUID. */
 export function lightosSnapshots(clusters: ClusterPool): Snapshots {
@@ -388,8 +388,16 @@ async function takeSnapshot(
           `${snapshot.sourceVolumeUUID}, asked is volume ${source.uuid}`,
       );
     }
-    const settled = await settledSnapshot(ctx, cluster, action, snapshot, delays);
-    if (settled !== undefined) return settled;
+    const taken = await settled(
+      ctx,
+      cluster,
+      action,
+      "snapshot",
+      snapshot,
+      delays,
+      ({ UUID, projectName }) => cluster.call(ctx, action, DurosAPI.method.getSnapshot, { UUID, projectName }),
+    );
+    if (taken !== undefined) return taken;
   }
 }
 
@@ -415,47 +423,6 @@ async function findByName(
     "ABORTED",
     `Cannot ${action}: snapshot ${leaving.UUID} of that name is being deleted, repeat the call later`,
   );
-}
-
-/** Waits until a new snapshot can be used; undefined when it went away meanwhile. */
-async function settledSnapshot(
-  ctx: RequestContext,
-  cluster: Cluster,
-  action: string,
-  snapshot: LightosSnapshot,
-  delays: Iterator<number, never>,
-): Promise<LightosSnapshot | undefined> {
-  for (let now = snapshot;;) {
-    switch (now.state) {
-      case State.Available:
-        return now;
-      case State.Deleting:
-      case State.Deleted:
-        return undefined;
-      case State.Failed:
-        // The husk does not block the name: the repeat takes a new one.
-        throw new StatusError(
-          "UNAVAILABLE",
-          `Cannot ${action}: LightOS at ${cluster.lastAddress} could not take it (snapshot ${now.UUID} is Failed), ` +
-            `the next attempt takes another`,
-        );
-      case State.Creating:
-      case State.Unknown:
-        break;
-      default:
-        throw unknownState(action, now);
-    }
-    await pause(ctx, delays, action, `LightOS shows snapshot ${now.UUID} as ${State[now.state]}`);
-    try {
-      now = await cluster.call(ctx, action, DurosAPI.method.getSnapshot, {
-        UUID: now.UUID,
-        projectName: now.projectName,
-      });
-    } catch (error) {
-      if (hasCode(error, "NOT_FOUND")) return undefined;
-      throw error;
-    }
-  }
 }
 
 /** The snapshot; throws NOT_FOUND when it is absent, being deleted, or the husk of a failed creation. */
@@ -493,7 +460,7 @@ async function removeSnapshot(
       const snapshot = seen ?? await readSnapshot(ctx, cluster, action, id);
       if (snapshot.state === State.Failed || snapshot.state === State.Deleting) return;
       if (snapshot.state !== State.Available) {
-        if (State[snapshot.state] === undefined) throw unknownState(action, snapshot);
+        if (State[snapshot.state] === undefined) throw unknownState(action, "snapshot", snapshot);
         await pause(ctx, delays, action, `LightOS shows it as ${State[snapshot.state]}`);
         continue;
       }
@@ -508,13 +475,6 @@ async function removeSnapshot(
       await pause(ctx, delays, action, messageOf(error));
     }
   }
-}
-
-function unknownState(action: string, snapshot: LightosSnapshot): StatusError {
-  return new StatusError(
-    "INTERNAL",
-    `Cannot ${action}: LightOS shows snapshot ${snapshot.UUID} in unknown state ${snapshot.state}`,
-  );
 }
 
 // ------------------------------------------------------------------------------------------------- labels, description

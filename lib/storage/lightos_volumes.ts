@@ -76,7 +76,7 @@ export async function changeVolume(
         await pause(ctx, delays, action, `LightOS shows the volume as ${State[volume.state]}`);
         continue;
       default:
-        throw unknownState(action, volume);
+        throw unknownState(action, "volume", volume);
     }
     try {
       const request = { UUID: id.uuid, projectName: id.project ?? "", ...change };
@@ -140,12 +140,67 @@ export function troubleOf({ state, protectionState, rebuildProgress }: LightosVo
   }
 }
 
+/** A volume or a snapshot. Their states have the same numbers as far as both have them (spec/lightos.md 6.6). */
+interface Made {
+  readonly UUID: string;
+  readonly projectName: string;
+  readonly state: number;
+}
+
+/**
+ * Waits until a new volume or snapshot can be used; undefined when it went away meanwhile.
+ *
+ * @throws StatusError UNAVAILABLE when its creation failed: the husk cannot be deleted and does not block the name, so the
+ *   repeat makes another
+ */
+export async function settled<T extends Made>(
+  ctx: RequestContext,
+  cluster: Cluster,
+  action: string,
+  what: "volume" | "snapshot",
+  made: T,
+  delays: Iterator<number, never>,
+  look: (made: T) => Promise<T>,
+): Promise<T | undefined> {
+  for (let now = made;;) {
+    switch (now.state) {
+      case State.Available:
+      case State.Updating:
+      case State.Migrating:
+        return now;
+      case State.Deleting:
+      case State.Deleted:
+        return undefined;
+      case State.Failed:
+        throw new StatusError(
+          "UNAVAILABLE",
+          `Cannot ${action}: LightOS at ${cluster.lastAddress} could not make it (${what} ${now.UUID} is Failed), ` +
+            `the next attempt makes another`,
+        );
+      case State.Creating:
+      case State.Rollback:
+      case State.Unknown:
+        break;
+      default:
+        throw unknownState(action, what, now);
+    }
+    await pause(ctx, delays, action, `LightOS shows ${what} ${now.UUID} as ${State[now.state]}`);
+    try {
+      now = await look(now);
+    } catch (error) {
+      if (hasCode(error, "NOT_FOUND")) return undefined;
+      throw error;
+    }
+  }
+}
+
 /** INTERNAL for a state that this driver does not know. */
-export function unknownState(action: string, volume: LightosVolume): StatusError {
-  return new StatusError(
-    "INTERNAL",
-    `Cannot ${action}: LightOS shows volume ${volume.UUID} in unknown state ${volume.state}`,
-  );
+export function unknownState(
+  action: string,
+  what: "volume" | "snapshot",
+  { UUID, state }: Pick<Made, "UUID" | "state">,
+): StatusError {
+  return new StatusError("INTERNAL", `Cannot ${action}: LightOS shows ${what} ${UUID} in unknown state ${state}`);
 }
 
 /** Waits before the next look; at the deadline the error tells what was last seen. */
