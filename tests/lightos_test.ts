@@ -7,6 +7,8 @@ import { hostNqn } from "../lib/namespace.ts";
 import type { StorageBackend, VolumeWanted } from "../lib/storage/backend.ts";
 import { lightosBackend, volumeSize } from "../lib/storage/lightos.ts";
 import type { LightosOptions } from "../lib/storage/lightos_cluster.ts";
+import { serve, service } from "../lib/rpc.ts";
+import { DurosAPI, Volume_StateEnum as State } from "../proto/gen/lightos_pb.ts";
 import { startSimulator, type TestSimulator } from "./support/simulator.ts";
 
 const gib = 1n << 30n;
@@ -602,6 +604,36 @@ Deno.test("with every endpoint dead the error lists what each one said", async (
     env.backend.getVolume(within(3000), none, id),
     refuses("UNAVAILABLE", /no LightOS management endpoint answers \(127.*:\d+: .*; 127.*:\d+: .*\)/),
   );
+});
+
+Deno.test("an endpoint that the cluster names twice is fallen back on once", async () => {
+  const [nqn, spare] = ["nqn.2016-01.com.lightbitslabs:uuid:x", "127.0.0.1:9"];
+  const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
+  const volume = { UUID: uuid, name: "pvc-1", state: State.Available, acl: { values: [hostA] }, size: gib };
+  const api = service(DurosAPI, {
+    getVersion: () => Promise.resolve({ apiVersion: "v2.0" }),
+    getVolume: () => Promise.resolve(volume),
+    getClusterInfo: () =>
+      Promise.resolve({ subsystemNQN: nqn, nvmeEndpoints: ["127.0.0.1:4420"], apiEndpoints: [spare, spare] }),
+  });
+  const server = await serve({ listen: { host: "127.0.0.1", port: 0 }, services: [api], log: quiet });
+  await using backend = lightosBackend({
+    log: quiet,
+    globalJwt: () => "x",
+    globalJwtPath: "/etc/lb-csi/jwt",
+    ca: undefined,
+    verifyTls: true,
+    userAgent: "lbcsi/test",
+  });
+  const id = `mgmt:127.0.0.1:${server.port}|nguid:${uuid}|proj:default|scheme:grpc`;
+  await backend.grantAccess(within(5000), none, id, { hostNqn: hostA, shared: false });
+  await server.stop(100);
+
+  await rejects(backend.getVolume(within(4000), none, id), (error: Error) => {
+    const named = /\((.*)\)$/s.exec(error.message)?.[1]?.split("; ").filter((part) => part.startsWith(`${spare}:`));
+    strictEqual(named?.length, 1, error.message);
+    return true;
+  });
 });
 
 Deno.test("a request that changes something is not sent to a second endpoint when the first may have done it", async () => {

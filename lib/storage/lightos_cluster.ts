@@ -237,7 +237,11 @@ class Connections implements Disposable {
     for (const text of info.apiEndpoints) {
       const parsed = parseEndpoints(text);
       if (typeof parsed === "string") continue;
-      this.#members.push(...parsed.filter((endpoint) => !known.has(formatEndpoint(endpoint))).map(newMember));
+      for (const endpoint of parsed) {
+        if (known.has(formatEndpoint(endpoint))) continue;
+        known.add(formatEndpoint(endpoint));
+        this.#members.push(newMember(endpoint));
+      }
     }
   }
 
