@@ -587,7 +587,10 @@ function callError(error: grpc.ServiceError, headersCame: boolean): CallError {
   const origin = answered ? "server" : /^No connection established/.test(details) ? "not connected" : "connection lost";
   // grpc-js calls it INTERNAL when the socket breaks under its hands ("write EPIPE"): a lost connection like any other.
   const broken = origin === "connection lost" && /^Received RST_STREAM .* internal client error/.test(details);
-  return new CallError(broken ? "UNAVAILABLE" : code, details, origin);
+  // Of its long words for a failed connection, only what the system said is of use to a reader.
+  const reason = /Last error: (?:Error: )?(.+?)\. Resolution note/s.exec(details)?.[1];
+  const words = origin === "not connected" && reason !== undefined ? reason : details;
+  return new CallError(broken ? "UNAVAILABLE" : code, words, origin);
 }
 
 function credentials({ address, tls: security }: ChannelOptions): grpc.ChannelCredentials {
