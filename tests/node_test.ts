@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { Attacher } from "../lib/host/attach.ts";
 import { discoveryClient } from "../lib/host/attach.ts";
+import type { Host } from "../lib/host/host.ts";
 import { loopMachine } from "./support/loop_machine.ts";
 import { needs } from "./support/needs.ts";
 import {
@@ -885,11 +886,7 @@ nodeTest(
   "NodeExpandVolume of a mounted ext4 without CAP_SYS_RESOURCE says what is missing, and staging grows it",
   async () => {
     await using n = await node();
-    const host = {
-      ...n.machine.host,
-      readText: (path: string) =>
-        path === "/proc/self/status" ? Promise.resolve("CapEff:\t000001fffeffffff\n") : n.machine.host.readText(path),
-    };
+    const host = withoutSysResource(n.machine.host);
     const attacher = discoveryClient({ host, directory: n.discovery, hostNqn: "nqn.h:n1" });
     const limited = nodeCalls({ host, attacher });
     await limited.stage(n.stageRequest());
@@ -908,6 +905,57 @@ nodeTest(
     assert.deepEqual(n.machine.commands.slice(-4), ["blkid", "e2fsck", "resize2fs", "mount"]);
   },
 );
+
+for (const when of ["while it is being staged", "after it was staged"] as const) {
+  nodeTest(`promise 15: an ext4 whose device grows ${when} has that size without CAP_SYS_RESOURCE too`, async () => {
+    await using n = await node();
+    let growsBefore: string | undefined;
+    const host: Host = {
+      ...withoutSysResource(n.machine.host),
+      async run(program, args, options) {
+        if (program === growsBefore) {
+          growsBefore = undefined;
+          await n.machine.grow(n.namespace, 128 * mib);
+        }
+        return await n.machine.host.run(program, args, options);
+      },
+    };
+    const limited = nodeCalls({
+      host,
+      attacher: discoveryClient({ host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
+    });
+    await limited.stage(n.stageRequest());
+    if (when === "after it was staged") {
+      await n.machine.grow(n.namespace, 128 * mib);
+    } else {
+      await limited.unstage(n.unstageRequest);
+      growsBefore = "mount";
+    }
+
+    await limited.stage(n.stageRequest());
+
+    assert((await host.usage(n.staging)).totalBytes > 100n * BigInt(mib));
+    assert.deepEqual(n.machine.commands.slice(-5), ["umount", "blkid", "e2fsck", "resize2fs", "mount"]);
+    assert.deepEqual(await n.machine.mounts(), [n.staging]);
+  });
+}
+
+nodeTest("NodeStageVolume of a grown ext4 in use leaves it to its pods without CAP_SYS_RESOURCE", async () => {
+  await using n = await node();
+  const host = withoutSysResource(n.machine.host);
+  const limited = nodeCalls({
+    host,
+    attacher: discoveryClient({ host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
+  });
+  await limited.stage(n.stageRequest());
+  await limited.publish(n.publishRequest());
+  await n.machine.grow(n.namespace, 128 * mib);
+
+  await limited.stage(n.stageRequest());
+
+  assert.deepEqual(await n.machine.mounts(), [n.staging, n.target]);
+  assert((await host.usage(n.staging)).totalBytes < 65n * BigInt(mib));
+});
 
 nodeTest("promise 16: NodeExpandVolume of a block volume answers the size of the device", async () => {
   await using n = await node();
@@ -937,6 +985,15 @@ nodeTest("promise 16: NodeExpandVolume does not succeed while the kernel shows t
 
   await rejects(expanded, "UNAVAILABLE", /still has 67108864 bytes, 134217728 are wanted/);
 });
+
+/** The machine as a container sees it that may not grow a mounted ext4. */
+function withoutSysResource(host: Host): Host {
+  return {
+    ...host,
+    readText: (path) =>
+      path === "/proc/self/status" ? Promise.resolve("CapEff:\t000001fffeffffff\n") : host.readText(path),
+  };
+}
 
 function exists(path: string): boolean {
   try {

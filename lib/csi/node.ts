@@ -126,7 +126,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         return {};
       }
       const readOnly = isReaderOnly(access.mode) || parseMountFlags(access.mountFlags).readOnly;
-      const { fsType } = await mountVolume(host, ctx, device, path, {
+      await mountVolume(host, ctx, device, path, {
         fsType: access.fsType,
         defaultFsType: options.defaultFsType,
         flags: access.mountFlags,
@@ -134,8 +134,6 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         shared: isShared(access.mode),
         mkfsOptions,
       });
-      // A clone may be larger than its origin, and the volume may have grown while nobody had it.
-      if (!readOnly) await ensureGrown(host, ctx, device, path, fsType);
       return {};
     },
 

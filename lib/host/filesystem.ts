@@ -50,16 +50,14 @@ export interface MountWish {
   readonly mkfsOptions: string;
 }
 
-/** What mountVolume found or made. */
-export interface Mounted {
-  readonly fsType: FsType;
-}
-
 /**
- * Mounts the file system of `device` at `path`, making one first on a blank device; what is mounted there already and
- * works is left alone, a dead mount is taken down first. Repeat it after any failure.
+ * Mounts the file system of `device` at `path`, making one first on a blank device, and grows it to the size of the
+ * device; what is mounted there already and works is left alone, a dead mount is taken down first. Repeat it after any
+ * failure.
  *
- * Before it returns, the mount at `path` is of this very namespace, has answered a read, and takes writes if it should.
+ * Before it returns, the mount at `path` is of this very namespace, has answered a read, and takes writes if it should. It
+ * has the size of the device, unless it is for reading only, or is an ext4 that pods use while the driver may not grow it
+ * under them (a warning says so then).
  *
  * @param path free of symbolic links, an existing directory
  * @throws StatusError ALREADY_EXISTS when it is mounted there in another way; FAILED_PRECONDITION when the device holds
@@ -72,7 +70,41 @@ export async function mountVolume(
   device: BlockDevice,
   path: string,
   wish: MountWish,
-): Promise<Mounted> {
+): Promise<void> {
+  const fsType = await mountAsItIs(host, ctx, device, path, wish);
+  if (wish.readOnly || parseMountFlags(wish.flags).readOnly) return;
+  // The device may be larger than the origin of a clone, or have grown since it was looked at, even in between.
+  if (fsType === "ext4" && !await canGrowMountedExt4(host)) {
+    const action = `grow the ext4 of namespace ${device.uuid} at "${path}"`;
+    const now = await recheckDevice(host, device, action);
+    const { fsBytes, stepBytes, unusableBytes } = await measure(host, ctx, now, path, fsType, action);
+    // What resize2fs has just left out at the end, it leaves out again.
+    const leastBytes = now.sizeBytes > device.sizeBytes ? stepBytes : unusableBytes;
+    if (now.sizeBytes - fsBytes < leastBytes) return;
+    const mounts = await mountsOf(host, await mountTable(host), device);
+    if (mounts.some((mount) => mount.path !== path)) {
+      ctx.log.warning("leaves a mounted ext4 smaller than its device, the right CAP_SYS_RESOURCE is missing", {
+        device: device.path,
+        path,
+      });
+      return;
+    }
+    // Nobody uses it yet: unmounted it can grow.
+    await takeDown(host, ctx, path, device, action);
+    await mountAsItIs(host, ctx, device, path, wish);
+    return;
+  }
+  await ensureGrown(host, ctx, device, path, fsType);
+}
+
+/** Mounts it, see mountVolume, and leaves its size as it is unless it can only grow before it is mounted. */
+async function mountAsItIs(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  path: string,
+  wish: MountWish,
+): Promise<FsType> {
   const action = `mount namespace ${device.uuid} at "${path}"`;
   const flags = parseMountFlags(wish.flags);
   const readOnly = wish.readOnly || flags.readOnly;
@@ -82,7 +114,7 @@ export async function mountVolume(
     const relation = await relationOf(host, top, device);
     if (relation === "ours") {
       const trouble = await troubleOf(host, ctx, device, top, readOnly);
-      if (trouble === undefined) return { fsType: refuseOtherMount(action, top, wish, readOnly) };
+      if (trouble === undefined) return refuseOtherMount(action, top, wish, readOnly);
       await refuseWhileUsedElsewhere(host, device, path, action, trouble);
       ctx.log.warning("mounts again what does not work", { device: device.path, path, error: trouble });
     }
@@ -124,7 +156,7 @@ export async function mountVolume(
   }
   const trouble = await troubleOf(host, ctx, device, mounted, readOnly);
   if (trouble !== undefined) throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${trouble}`);
-  return { fsType };
+  return fsType;
 }
 
 /**
