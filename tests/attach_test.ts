@@ -69,6 +69,18 @@ Deno.test("discoveryClient.attach leaves a file alone that is right, and replace
   });
 });
 
+Deno.test("discoveryClient takes the temporary file of a driver that was killed while it wrote", async () => {
+  for (const next of ["attach", "detach"] as const) {
+    await withDirectory(async (attacher, directory) => {
+      await Deno.writeTextFile(join(directory, `tmp.dc.${uuid}`), "-t tcp -a 192.0.2");
+      if (next === "attach") await attacher.attach(callContext(), namespace);
+      await attacher.detach(callContext(), uuid);
+
+      assert.deepEqual([...Deno.readDirSync(directory)], []);
+    });
+  }
+});
+
 Deno.test("discoveryClient.attach without the daemon's directory says what to install", async () => {
   await withDirectory(async (attacher, directory) => {
     await Deno.remove(directory);

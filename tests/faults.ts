@@ -16,10 +16,10 @@
  * left on the cluster (volumes, snapshots, access list entries, devices) or the machine (mounts, loop devices, entries of
  * the Discovery-Client, files, processes).
  *
- * What of the node is cut between two tools: a stage writes the discovery entry before its first tool, publish makes the
- * target before its mount, unpublish removes it after its umount, unstage removes the entry after its umount; so each of
- * these lies between two cut points of the table. Cuts between single system calls (a temporary file before its rename)
- * are those of node_cutoff_test.ts, which stops after each call to the machine.
+ * What of the node is cut between two tools: publish makes the target before its mount, unpublish removes it after its
+ * umount, unstage removes the entry after its umount; so each of these lies between two cut points of the table. A stage
+ * writes the discovery entry before its first tool, in more than one step: strace kills the node before it renames the
+ * finished file. Every call to the machine, those that only look included, is cut off in node_cutoff_test.ts.
  *
  * Exit status: 0 when every life ended well and at least one cut was made in every flow; 1 otherwise.
  */
@@ -97,12 +97,13 @@ interface Flow {
   readonly cut: Step;
   /** What follows the repeat. */
   readonly then: readonly Step[];
-  /** The opposite call and what follows it; undefined: CSI has none. */
-  readonly undo: readonly Step[] | undefined;
+  /** The opposite call, or a repeat where that is what allows the opposite, and what follows. */
+  readonly undo: readonly Step[];
 }
 
 const flows: readonly Flow[] = [
-  // The ID of a volume is known from the answer only: CSI has the orchestrator repeat the call before it may delete.
+  // The ID of a volume or snapshot is known from the answer only: CSI has the orchestrator repeat the call before it may
+  // delete, and that is what an orchestrator does which has changed its mind.
   {
     name: "CreateVolume",
     on: "controller",
@@ -110,7 +111,7 @@ const flows: readonly Flow[] = [
     before: [],
     cut: "create",
     then: lifeAfter.created,
-    undo: undefined,
+    undo: ["create", "delete"],
   },
   {
     name: "ControllerPublishVolume",
@@ -155,7 +156,7 @@ const flows: readonly Flow[] = [
     before: upTo.published,
     cut: "snapshot",
     then: ["restore", "life of the copy", "delete snapshot", ...lifeAfter.published],
-    undo: undefined,
+    undo: ["snapshot", "delete snapshot", ...lifeAfter.published],
   },
   {
     name: "DeleteSnapshot",
@@ -173,7 +174,7 @@ const flows: readonly Flow[] = [
     before: [...upTo.published, "snapshot"],
     cut: "restore",
     then: ["life of the copy", "delete snapshot", ...lifeAfter.published],
-    undo: undefined,
+    undo: ["restore", "delete the copy", "delete snapshot", ...lifeAfter.published],
   },
   {
     name: "CreateVolume, larger clone of an xfs volume",
@@ -182,7 +183,7 @@ const flows: readonly Flow[] = [
     before: upTo.published,
     cut: "clone",
     then: ["life of the copy", ...lifeAfter.published],
-    undo: undefined,
+    undo: ["clone", "delete the copy", ...lifeAfter.published],
   },
   {
     name: "DeleteVolume, clone",
@@ -191,7 +192,7 @@ const flows: readonly Flow[] = [
     before: [...upTo.published, "clone"],
     cut: "delete the copy",
     then: lifeAfter.published,
-    undo: undefined,
+    undo: ["clone", "life of the copy", ...lifeAfter.published],
   },
   ...(["ext4", "xfs"] as const).flatMap((kind): Flow[] => [
     {
@@ -419,6 +420,7 @@ async function take(step: Step, place: Place, volume: Volume): Promise<void> {
     case "life of the copy": {
       const { copy } = volume;
       assert(copy !== undefined);
+      for (const directory of [copy.staging, copy.pod]) await Deno.mkdir(directory, { recursive: true });
       for (const next of lifeAfter.created) await take(next, place, copy);
       for (const directory of [copy.staging, copy.pod]) await Deno.remove(directory);
       volume.copy = undefined;
@@ -553,7 +555,7 @@ async function data(rig: Rig, volume: Volume): Promise<void> {
 
 // ------------------------------------------------------------------------------------------------------------- the cuts
 
-type Way = "before" | "alone" | "after";
+type Way = "before" | "alone" | "after" | "rename";
 
 /** Where the driver was killed. */
 interface Cut {
@@ -572,6 +574,14 @@ async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: 
   const { rig, shims } = place;
   const outcome: { error?: unknown; done: boolean } = { done: false };
   const onNode = flow.on === "node";
+  if (way === "rename") {
+    const node = rig.running("node");
+    assert(node !== undefined);
+    const { code } = await killedAtRename(node.pid, () => take(flow.cut, place, volume));
+    assert.equal(code, "UNAVAILABLE");
+    await node.end("SIGKILL", 5000);
+    return { at: "0, within the discovery entry", isLast: false, letGo: undefined };
+  }
   const when = way === "after" ? "after" : "before";
   if (onNode) await shims.arm(k, when);
   else await rig.ask("POST", "/faults", { rpc: "*", skip: k - 1, hold: true, when });
@@ -602,6 +612,33 @@ async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: 
   assert(outcome.error instanceof CallError, `${flow.cut} ended well although it was killed`);
   const word = way === "alone" ? "within" : way;
   return { at: `${k}, ${word} ${held}`, isLast, letGo: way === "alone" ? shims.release : undefined };
+}
+
+/** Makes a call while the process is killed as soon as it renames a file; answers the error of the call. */
+async function killedAtRename(pid: number, act: () => Promise<void>): Promise<CallError> {
+  const renames = "rename,renameat,renameat2";
+  const strace = new Deno.Command("strace", {
+    args: ["-f", "-p", `${pid}`, "-e", `trace=${renames}`, "-e", `inject=${renames}:signal=SIGKILL`, "-o", "/dev/null"],
+    stdin: "null",
+    stdout: "null",
+    stderr: "null",
+  }).spawn();
+  try {
+    await eventually("strace watches every thread", async () => {
+      const threads = await Array.fromAsync(Deno.readDir(`/proc/${pid}/task`));
+      const states = await Promise.all(
+        threads.map(({ name }) => Deno.readTextFile(`/proc/${pid}/task/${name}/status`)),
+      );
+      return states.every((state) => /^TracerPid:\t[1-9]/m.test(state));
+    });
+    const error = await act().then(() => undefined, (error) => error);
+    assert(error instanceof CallError, `the node did not end at its rename: ${error}`);
+    return error;
+  } finally {
+    // It ends with what it watches.
+    await eventually("the node has ended", () => Deno.stat(`/proc/${pid}/exe`).then(() => false, () => true));
+    await strace.status;
+  }
 }
 
 /** Repeats a call until it answers OK, and tells all answers. */
@@ -672,14 +709,14 @@ async function playFlow(
   discard: () => Promise<void>,
 ): Promise<readonly Row[]> {
   const rows: Row[] = [];
-  const steps = direction === "retry" ? [flow.cut, ...flow.then] : flow.undo ?? [];
+  const steps = direction === "retry" ? [flow.cut, ...flow.then] : flow.undo;
   // A tool that goes on alone after its opposite was answered is nobody's to undo.
   const ways: readonly Way[] = flow.on === "node" && direction === "retry"
     ? ["before", "alone", "after"]
     : ["before", "after"];
   let failures = 0;
   for (let k = 1, isLast = false; !isLast; k++) {
-    for (const way of ways) {
+    for (const way of k === 1 && flow.cut === "stage" ? ["rename" as const, ...ways] : ways) {
       let at = `${k}, ${way}`;
       let answers = "";
       try {
@@ -760,7 +797,7 @@ const { values: settings } = parseArgs({
     keep: { type: "boolean", default: false },
   },
 });
-if (!needs("root", "loop", "mkfs.ext4", "mkfs.xfs", "mkfifo")) Deno.exit(1);
+if (!needs("root", "loop", "mkfs.ext4", "mkfs.xfs", "mkfifo", "strace")) Deno.exit(1);
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
   Deno.addSignalListener(signal, () => interruption.abort(new Error(`interrupted by ${signal}`)));
 }
@@ -768,15 +805,13 @@ const started = performance.now();
 const troubles: string[] = [];
 const chosen = flows.filter(({ name }) => name.includes(settings.only));
 const results = new Map(
-  chosen.map((flow) => [flow, { flow, rows: [] as Row[], open: flow.undo === undefined ? 1 : 2 }]),
+  chosen.map((flow) => [flow, { flow, rows: [] as Row[], open: 2 }]),
 );
 // Node flows first: they are the longer ones, and the last to end decides when all is done.
-const queue = chosen.flatMap((flow) =>
-  flow.undo === undefined ? [{ flow, direction: "retry" as const }] : [
-    { flow, direction: "retry" as const },
-    { flow, direction: "undo" as const },
-  ]
-).sort((a, b) => Number(b.flow.on === "node") - Number(a.flow.on === "node"));
+const queue = chosen.flatMap((flow) => (["retry", "undo"] as const).map((direction) => ({ flow, direction }))).sort((
+  a,
+  b,
+) => Number(b.flow.on === "node") - Number(a.flow.on === "node"));
 
 await Promise.all(Array.from({ length: Number(settings.workers) }, async () => {
   let current: Place | undefined;

@@ -246,12 +246,14 @@ Deno.test("Host.replaceText leaves one file with the whole text and no temporary
   await inDirectory(async (directory) => {
     const host = quietHost();
     const path = join(directory, "entry");
-    await host.replaceText(path, "first", "tmp.dc.");
-    await host.replaceText(path, "second", "tmp.dc.");
+    const temporary = join(directory, "tmp.dc.entry");
+    await Deno.writeTextFile(temporary, "left by a process that was killed before its rename", { mode: 0o644 });
+    await host.replaceText(path, "first", temporary);
+    assert.equal(((await Deno.stat(path)).mode ?? 0) & 0o777, 0o600);
+    await host.replaceText(path, "second", temporary);
 
     assert.equal(await host.readText(path), "second");
     assert.deepEqual(await host.list(directory), ["entry"]);
-    assert.equal(((await Deno.stat(path)).mode ?? 0) & 0o777, 0o600);
   });
 });
 

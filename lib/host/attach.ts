@@ -58,7 +58,10 @@ export interface DiscoveryClientOptions {
   readonly hostNqn: string;
 }
 
-/** The name of a temporary file in the watched directory begins with this, and the daemon looks away (spec/lightos.md 12.3). */
+/**
+ * The name of a temporary file in the watched directory begins with this, and the daemon looks away, except when it starts
+ * (spec/lightos.md 12.3). So there is one for each namespace, which detach finds when a killed driver has left it.
+ */
 const temporaryPrefix = "tmp.dc.";
 
 /**
@@ -69,6 +72,7 @@ const temporaryPrefix = "tmp.dc.";
  */
 export function discoveryClient({ host, directory, hostNqn }: DiscoveryClientOptions): Attacher {
   const fileOf = (uuid: string) => `${directory}/${uuid.toLowerCase()}`;
+  const temporaryOf = (uuid: string) => `${directory}/${temporaryPrefix}${uuid.toLowerCase()}`;
   return {
     hint: `see that the Discovery-Client runs on this node, watches ${directory}, and reaches the cluster`,
 
@@ -89,7 +93,7 @@ export function discoveryClient({ host, directory, hostNqn }: DiscoveryClientOpt
       }
       try {
         if (await host.readText(path) === text) return;
-        await host.replaceText(path, text, temporaryPrefix);
+        await host.replaceText(path, text, temporaryOf(namespace.uuid));
       } catch (error) {
         throw refuse(`${path} cannot be written (${messageOf(error)})`, error);
       }
@@ -99,6 +103,7 @@ export function discoveryClient({ host, directory, hostNqn }: DiscoveryClientOpt
     async detach(ctx, uuid) {
       const path = fileOf(uuid);
       try {
+        await host.remove(temporaryOf(uuid));
         if (await host.readText(path) === undefined) return;
         await host.remove(path);
       } catch (error) {

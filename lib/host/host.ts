@@ -6,7 +6,7 @@
  */
 import { constants, statfs } from "node:fs";
 import { open as openFile } from "node:fs/promises";
-import { basename, dirname, join } from "node:path";
+import { basename } from "node:path";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 
@@ -89,10 +89,10 @@ export interface Host {
   /** Opens an unnamed file in `directory`, which the kernel drops at once: throws what a write to that file system meets. */
   tryWrite(directory: string): Promise<void>;
   /**
-   * Makes or replaces a file (mode 0600) in one step: a temporary file beside it, then a rename. `temporaryPrefix` begins
-   * the name of the temporary file.
+   * Makes or replaces a file (mode 0600) in one step: `temporary`, in the same directory, is written and renamed. What an
+   * earlier process left there goes.
    */
-  replaceText(path: string, text: string, temporaryPrefix: string): Promise<void>;
+  replaceText(path: string, text: string, temporary: string): Promise<void>;
   /** Removes one file. Absent: done. */
   remove(path: string): Promise<void>;
   /** Calls `changed` soon after an entry of `directory` came, went or was touched, until disposed. At best effort: poll too. */
@@ -185,8 +185,8 @@ export function linuxHost(options: LinuxHostOptions): Host {
       const unnamed = 0o20000000 | constants.O_DIRECTORY;
       await (await openFile(directory, unnamed | constants.O_WRONLY, 0o600)).close();
     },
-    async replaceText(path, text, temporaryPrefix) {
-      const temporary = join(dirname(path), `${temporaryPrefix}${crypto.randomUUID()}`);
+    async replaceText(path, text, temporary) {
+      await absentAsUndefined(Deno.remove(temporary));
       try {
         const file = await Deno.open(temporary, { write: true, createNew: true, mode: 0o600 });
         try {
