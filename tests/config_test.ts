@@ -326,6 +326,34 @@ Deno.test("promise 13: a StorageClass with former endpoints goes on making and f
   strictEqual(volume.id, moved.volume.id);
 });
 
+Deno.test("promise 13: a volume from before the cluster changed its scheme can be cloned, and taken a snapshot of", async () => {
+  await using simulator = await startSimulator();
+  const { grpc, grpcs, jwt, ca = "" } = simulator.addresses;
+  const secrets = new Secrets({ jwt });
+  await using before = openBackend({});
+  const source = await before.createVolume(within(10_000), secrets, wanted(simulator));
+  const snapshot = await before.snapshots?.createSnapshot(within(10_000), secrets, {
+    name: "snapshot-1",
+    sourceVolumeId: source.id,
+  });
+  const text = JSON.stringify({
+    clusters: [{ name: "moved", endpoints: grpcs, formerEndpoints: grpc, scheme: "grpcs", ca: "/ca", jwt: "/jwt" }],
+  });
+  const files = memoryFiles({ "/c": text, "/ca": ca, "/jwt": jwt });
+  await using backend = openBackend({ clusters: knownClusters("/c", files, quiet) });
+  const today = wanted(simulator, "grpcs");
+
+  for (const [type, id] of [["volume", source.id], ["snapshot", snapshot?.id ?? ""]] as const) {
+    const copy = await backend.createVolume(within(10_000), none, {
+      ...today,
+      name: `copy-${type}`,
+      source: { type, id },
+    });
+
+    strictEqual(copy.id.includes("scheme:grpcs"), true);
+  }
+});
+
 Deno.test("a moved cluster that no file names answers UNAVAILABLE with each endpoint's reason", async () => {
   await using moved = await movedCluster("grpc");
   await using backend = openBackend({});

@@ -445,6 +445,11 @@ async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId)
 
 // -------------------------------------------------------------------------------------------------------------- ACL
 
+// An access list does not say with which access mode a host got in, so a shared request joins a host that has the volume
+// for itself. Orchestrators use one mode for each volume: Kubernetes derives it from the PersistentVolume, where it cannot
+// change. A label that remembers the mode, written with the list, was considered and left out: LightOS keeps 16 labels of
+// which some are the owner's, older versions do not change them, and a volume of the incumbent driver has none.
+
 /** The ACL with this host in it, or undefined when it needs no change. */
 function aclWith(
   action: string,

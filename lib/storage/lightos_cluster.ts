@@ -87,7 +87,9 @@ export class ClusterPool implements AsyncDisposable {
       connections = new Connections(this.#options, today.endpoints, tls);
       this.#connections.set(key, connections);
     }
-    return new Cluster(connections, this.#credentials(given.jwt, known));
+    const isAlsoAt = (others: readonly Endpoint[]) =>
+      known !== undefined && this.#options.clusters?.owning(others)?.name === known.name;
+    return new Cluster(connections, this.#credentials(given.jwt, known), isAlsoAt);
   }
 
   #credentials(fromSecrets: string | undefined, known: KnownCluster | undefined): Credentials {
@@ -132,10 +134,17 @@ export class ClusterPool implements AsyncDisposable {
 export class Cluster {
   readonly #connections: Connections;
   readonly #credentials: Credentials;
+  /** Whether the cluster file says that these endpoints, former ones too, are this cluster's. */
+  readonly isAlsoAt: (endpoints: readonly Endpoint[]) => boolean;
 
-  constructor(connections: Connections, credentials: Credentials) {
+  constructor(
+    connections: Connections,
+    credentials: Credentials,
+    isAlsoAt: (endpoints: readonly Endpoint[]) => boolean,
+  ) {
     this.#connections = connections;
     this.#credentials = credentials;
+    this.isAlsoAt = isAlsoAt;
   }
 
   /** The endpoint that answered last, for messages. */

@@ -124,7 +124,9 @@ export function originOf(
   const given = parseVolumeId(source.id, source.type);
   const what = `source ${source.type} ${given.uuid}`;
   const refuse = (problem: string) => new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${problem}`);
-  if (given.scheme !== place.scheme) {
+  // A cluster that has moved: the source has the endpoints and the scheme of its time.
+  const isKnown = cluster.isAlsoAt(given.endpoints);
+  if (given.scheme !== place.scheme && !isKnown) {
     throw refuse(`${what} is reached over ${given.scheme}, StorageClass parameter "mgmt-scheme" is "${place.scheme}"`);
   }
   if (given.project !== undefined && place.project !== undefined && given.project !== place.project) {
@@ -142,7 +144,7 @@ export function originOf(
     try {
       return await read();
     } catch (error) {
-      if (!hasCode(error, "NOT_FOUND") || haveCommon(given.endpoints, place.endpoints)) throw error;
+      if (!hasCode(error, "NOT_FOUND") || isKnown || haveCommon(given.endpoints, place.endpoints)) throw error;
       throw refuse(
         `${what} is at ${formatEndpoints(given.endpoints)} and not on the cluster of StorageClass parameter ` +
           `"mgmt-endpoint" (${formatEndpoints(place.endpoints)})`,
