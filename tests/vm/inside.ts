@@ -1,0 +1,52 @@
+/**
+ * Runs in the guest: the checks of one boot of a scenario, one after the other.
+ *
+ *   deno run -A inside.ts FILE BOOT NAMES      FILE beside this one, number of the boot, JSON list of the checks to run
+ */
+import { modulesLoaded, World } from "./world.ts";
+import { type Check, type Report, reportMark, type Scenario } from "./scenario.ts";
+
+const [file = "", bootText = "0", namesText = "[]"] = Deno.args;
+const { scenario }: { scenario: Scenario } = await import(new URL(`./${file}`, import.meta.url).href);
+const names = new Set<string>(JSON.parse(namesText));
+const wanted = (scenario.boots[Number(bootText)] ?? []).filter(({ name }) => names.has(name));
+
+// One line is one write, so that output of others does not get between.
+const report = (report: Report) => console.log(reportMark + JSON.stringify(report));
+
+async function run({ name, limitSeconds = 60, run }: Check, world: World): Promise<boolean> {
+  report({ event: "begins", name });
+  const limit = new AbortController();
+  const started = performance.now();
+  const late = new Promise<never>((_resolve, reject) => {
+    limit.signal.addEventListener("abort", () => reject(limit.signal.reason), { once: true });
+  });
+  const timer = setTimeout(
+    () => limit.abort(new Error(`it did not end within ${limitSeconds} s`)),
+    limitSeconds * 1000,
+  );
+  const ms = () => Math.round(performance.now() - started);
+  try {
+    // What hangs in the kernel does not hear of the signal.
+    await Promise.race([run(world, limit.signal), late]);
+    report({ event: "passed", name, ms: ms() });
+    return true;
+  } catch (error) {
+    const problem = error instanceof Error ? error.stack ?? error.message : String(error);
+    report({ event: "failed", name, ms: ms(), problem });
+    return false;
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+await modulesLoaded();
+const world = new World((name, text) => report({ event: "measured", name, text }));
+let failed = false;
+for (const check of wanted) {
+  if (await run(check, world)) continue;
+  failed = true;
+  console.log(await world.evidence());
+}
+// Without waiting for whatever hangs.
+Deno.exit(failed ? 1 : 0);
