@@ -6,9 +6,17 @@ import "./lib/goaway.ts";
 import { readFileSync, statSync } from "node:fs";
 import { z } from "zod";
 import config from "./deno.json" with { type: "json" };
-import { createLogger, type Logger, logLevels } from "./lib/context.ts";
-import { StatusError } from "./lib/error.ts";
-import { schemes } from "./lib/id.ts";
+import {
+  backgroundContext,
+  createLogger,
+  type Logger,
+  logLevels,
+  type RequestContext,
+  Secrets,
+} from "./lib/context.ts";
+import { hasCode, StatusError } from "./lib/error.ts";
+import { parseVolumeId, schemes } from "./lib/id.ts";
+import { hostNqn, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
 import {
   absolutePath,
   describeOptions,
@@ -191,6 +199,132 @@ const nodeOptions = {
   },
 } as const satisfies Options;
 
+/** IP addresses with or without a port, separated by commas. */
+function addressList(defaultPort: string): z.ZodType<readonly TransportAddress[], string> {
+  return z.string().transform((list, check) =>
+    list.split(",").flatMap((text) => {
+      const bare = text.includes(":") && !text.startsWith("[") ? `[${text}]` : text;
+      const address = parseAddress(text) ?? parseAddress(`${bare}:${defaultPort}`);
+      if (address === undefined) check.addIssue(`"${text}" is not an IP address, or one with a port`);
+      return address === undefined ? [] : [address];
+    })
+  );
+}
+
+const shellLogOptions = {
+  "log-level": { ...logOptions["log-level"], fallback: "warning" },
+  "log-fmt": { ...logOptions["log-fmt"], fallback: "text" },
+} as const satisfies Options;
+
+const volumeOptions = {
+  volume: {
+    word: true,
+    value: "VOLUME_ID",
+    meaning: "volumeHandle of the PersistentVolume; the cluster is asked for access and for the way to it",
+    schema: z.string().optional(),
+  },
+  uuid: {
+    value: "UUID",
+    meaning: "instead of VOLUME_ID, with --nqn: the namespace UUID; the cluster is not asked",
+    schema: z.uuid({ error: "is not a UUID" }).toLowerCase().optional(),
+  },
+  nqn: {
+    value: "NQN",
+    meaning: "instead of VOLUME_ID, with --uuid: the subsystem NQN",
+    schema: z.string().startsWith("nqn.", "is not an NQN").max(223, "is longer than 223 bytes").optional(),
+  },
+  mount: {
+    value: "DIR",
+    meaning: "attach: mount it there, the directory has to exist; detach: unmount it there first",
+    schema: absolutePath.optional(),
+  },
+  "jwt-path": { ...controllerOptions["jwt-path"], meaning: "token for the management API" },
+  secrets: {
+    value: "FILE",
+    meaning: "more secrets, one key=value per line, with the keys of the Kubernetes Secret: jwt, ...",
+    schema: absolutePath.optional(),
+  },
+  "mgmt-ca": controllerOptions["mgmt-ca"],
+  "mgmt-tls-verify": controllerOptions["mgmt-tls-verify"],
+  config: { ...controllerOptions.config, meaning: "cluster file: where the endpoints of old volume IDs lead today" },
+  "node-id": nodeOptions["node-id"],
+  attach: { ...nodeOptions.attach, fallback: "direct" },
+  "discovery-dir": nodeOptions["discovery-dir"],
+  sysfs: nodeOptions.sysfs,
+  dev: nodeOptions.dev,
+  timeout: {
+    value: "SECONDS",
+    fallback: "60",
+    meaning: "how long it may take; a command that changes something is let finish",
+    schema: wholeNumber(1, 86_400),
+  },
+  ...shellLogOptions,
+} as const satisfies Options;
+
+const attachOptions = {
+  ...volumeOptions,
+  address: {
+    value: "LIST",
+    meaning:
+      "with --nqn and --attach=direct: IP[:PORT] of I/O controllers, separated by commas; port 4420 if none is given",
+    schema: addressList("4420").optional(),
+  },
+  discovery: {
+    value: "LIST",
+    meaning: "with --nqn and --attach=discovery-client: IP[:PORT] of discovery controllers; port 8009 if none is given",
+    schema: addressList("8009").optional(),
+  },
+  fs: {
+    value: "TYPE",
+    meaning: "with --mount: the file system that it has to have; with --format: that it gets, ext4 if none is given",
+    schema: z.enum(["ext4", "xfs", "btrfs"], { error: "is not ext4, xfs or btrfs" }).optional(),
+  },
+  "read-only": { meaning: "with --mount: mount it read-only", schema: switchSchema },
+  format: {
+    meaning: "with --mount: make a file system if the volume is blank; without this, nothing is ever formatted",
+    schema: switchSchema,
+  },
+  json: { meaning: "print what was attached as JSON", schema: switchSchema },
+} as const satisfies Options;
+
+const listOptions = {
+  uuid: { ...volumeOptions.uuid, meaning: "this volume only; exit status 1 when it is not here" },
+  all: { meaning: "also volumes and connections over TCP that another program made", schema: switchSchema },
+  json: { meaning: "print JSON", schema: switchSchema },
+  "discovery-dir": nodeOptions["discovery-dir"],
+  sysfs: nodeOptions.sysfs,
+  dev: nodeOptions.dev,
+  ...shellLogOptions,
+} as const satisfies Options;
+
+const statusText =
+  `Exit status: 0 done (also when there was nothing to do), 1 failed, 2 bad options, 130 after Ctrl-C, 143 after SIGTERM.
+A signal never cuts a command off that formats, mounts or connects; a second one leaves it running and returns at once.`;
+
+const attachText = `usage: lbcsi attach VOLUME_ID --node-id ID [--mount DIR [--format] [--read-only]] ...
+       lbcsi attach --uuid UUID --nqn NQN --address IP[:PORT],... --node-id ID ...
+
+Connects this machine to a volume as the node plugin does, without an orchestrator, and prints its block device. It may be
+repeated. A volume that another host has access to is refused; so is anything that would overwrite what is on it: only
+--format makes a file system, and only on a device that was read and found blank.
+
+${statusText}`;
+
+const detachText = `usage: lbcsi detach VOLUME_ID --node-id ID [--mount DIR] ...
+       lbcsi detach --uuid UUID --nqn NQN --node-id ID [--mount DIR] ...
+
+Undoes lbcsi attach with the same VOLUME_ID (or --uuid and --nqn), --mount, --attach and --node-id: unmounts, disconnects
+unless another volume of the subsystem is here, and takes this host's access away. It refuses while anything else uses the
+volume, works on any leftover, and may be repeated.
+
+${statusText}`;
+
+const listText =
+  `Shows volumes with device, paths and mounts, from sysfs and the mount table. It does not hang on a dead path: a device is
+read only when it has a live one, for two seconds at most.
+
+Exit status: 0, or 1 when it failed or --uuid names a volume that is not here, 2 for bad options.`;
+
 /** `10Gi`, `2Ti` or bytes. */
 const sizeSchema = z.string().regex(/^[1-9]\d{0,17}(?:[KMGTP]i)?$/, "is not a size such as 500Gi, 16Ti or bytes")
   .transform((text) => {
@@ -297,20 +431,10 @@ const commands: Readonly<Record<string, Command>> = {
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "controller" });
       const { controllerHandlers } = await import("./lib/csi/controller.ts");
       const { snapshotMetadataHandlers } = await import("./lib/csi/snapshot_metadata.ts");
-      const { lightosBackend } = await import("./lib/storage/lightos.ts");
       const { KeyedLock } = await import("./lib/lock.ts");
       const { service } = await import("./lib/rpc.ts");
       const { Controller, SnapshotMetadata } = await import("./proto/gen/csi_pb.ts");
-      if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
-      await using backend = lightosBackend({
-        log,
-        globalJwt: () => readIfThere(settings["jwt-path"]),
-        globalJwtPath: settings["jwt-path"],
-        ca: settings["mgmt-ca"] === undefined ? undefined : readRequired("--mgmt-ca", settings["mgmt-ca"]),
-        verifyTls: settings["mgmt-tls-verify"],
-        userAgent: `lbcsi/${version}`,
-        clusters: settings.config === undefined ? undefined : await readClusters(settings.config, log),
-      });
+      await using backend = await openLightos(settings, log);
       const handlers = controllerHandlers({
         backend,
         locks: new KeyedLock(),
@@ -328,27 +452,21 @@ const commands: Readonly<Record<string, Command>> = {
 
   node: command("serve the CSI identity and node services", nodeOptions, async (settings) => {
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "node" });
-    const { hostNqn, nodeIdProblem } = await import("./lib/namespace.ts");
     const suffix = settings["node-id-suffix"];
     const problem = nodeIdProblem(settings["node-id"]) ??
       (settings["node-id"].endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
     if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
     const { nodeHandlers } = await import("./lib/csi/node.ts");
-    const { direct, discoveryClient, hostIdOf } = await import("./lib/host/attach.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
-    const { parseVolumeId } = await import("./lib/id.ts");
     const { KeyedLock } = await import("./lib/lock.ts");
     const { service } = await import("./lib/rpc.ts");
     const { Node } = await import("./proto/gen/csi_pb.ts");
     const nodeId = settings["node-id"];
     const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
     const locks = new KeyedLock();
-    const attacher = settings.attach === "direct"
-      ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks })
-      : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
     const handlers = nodeHandlers({
       host,
-      attacher,
+      attacher: await attacherOf(settings, host, locks),
       locks,
       nodeId,
       defaultFsType: settings["default-fs"],
@@ -395,6 +513,95 @@ const commands: Readonly<Record<string, Command>> = {
       return 0;
     },
     simulateText,
+  ),
+
+  attach: command("attach a volume to this machine by hand, and mount it", attachOptions, async (settings) => {
+    const { mount, fs, format, "read-only": readOnly, address = [], discovery = [] } = settings;
+    if (mount === undefined && (fs !== undefined || format || readOnly)) {
+      throw new UsageError("--fs, --format and --read-only are for --mount, which is missing");
+    }
+    if (format && readOnly) throw new UsageError("--format and --read-only exclude each other");
+    const needed = settings.attach === "direct" ? { address } : { discovery };
+    for (const [name, list] of Object.entries(needed)) {
+      if (settings.volume === undefined && settings.nqn !== undefined && list.length === 0) {
+        throw new UsageError(
+          `--${name} is missing: with --nqn and --attach=${settings.attach} it says where to connect`,
+        );
+      }
+    }
+    return await atShell("attach the volume", settings, async (ctx) => {
+      await using work = await volumeWork(settings, ctx.log, { addresses: address, discovery });
+      if (format && work.hostEncryption !== undefined) {
+        throw new UsageError(
+          `--format: the volume is encrypted on its host (${work.hostEncryption}), not in clear text`,
+        );
+      }
+      const { attachVolume } = await import("./lib/shell/attach.ts");
+      const wish = mount === undefined ? undefined : { path: mount, fsType: fs, readOnly, format };
+      const { device, mount: mounted } = await attachVolume(ctx, work.machine, work.wanted, wish);
+      const { uuid, path, sizeBytes, subsystemNqn } = device;
+      console.log(
+        settings.json
+          ? JSON.stringify({ uuid, device: path, sizeBytes: Number(sizeBytes), subsystemNqn, mount: mounted }, null, 2)
+          : mounted === undefined
+          ? path
+          : `${path} ${mounted.path}`,
+      );
+    });
+  }, attachText),
+
+  detach: command(
+    "undo lbcsi attach",
+    volumeOptions,
+    async (settings) =>
+      await atShell("detach the volume", settings, async (ctx) => {
+        await using work = await volumeWork(settings, ctx.log, { addresses: [], discovery: [] });
+        const { detachVolume } = await import("./lib/shell/attach.ts");
+        await detachVolume(ctx, work.machine, work.wanted, settings.mount);
+      }),
+    detachText,
+  ),
+
+  list: command(
+    "show the volumes on this machine, their paths and mounts",
+    listOptions,
+    async (settings) =>
+      await atShell("list volumes", { ...settings, timeout: 60 }, async (ctx) => {
+        const { linuxHost } = await import("./lib/host/host.ts");
+        const { listAsJson, listAsText, listVolumes } = await import("./lib/shell/list.ts");
+        const listed = await listVolumes(ctx, {
+          host: linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev }),
+          uuid: settings.uuid,
+          all: settings.all,
+          discoveryDirectory: settings["discovery-dir"],
+        });
+        if (settings.uuid !== undefined && listed.volumes.length === 0) {
+          throw new StatusError("NOT_FOUND", `Cannot list volume ${settings.uuid}: it is not on this machine`);
+        }
+        console.log(settings.json ? listAsJson(listed) : listAsText(listed));
+      }),
+    listText,
+  ),
+
+  completion: command(
+    "print a script that lets a shell complete lbcsi's options",
+    {
+      shell: {
+        word: true,
+        value: "SHELL",
+        meaning: "bash, zsh or fish",
+        schema: z.enum(["bash", "zsh", "fish"], { error: "is not bash, zsh or fish" }),
+      },
+    },
+    async ({ shell }) => {
+      const { completionScript } = await import("./lib/shell/completion.ts");
+      const described = Object.entries(commands).map(([name, { summary, options }]) => ({ name, summary, options }));
+      await writeOut(completionScript(shell, described));
+      return 0;
+    },
+    `bash:  source <(lbcsi completion bash)
+zsh:   source <(lbcsi completion zsh), after compinit
+fish:  lbcsi completion fish | source`,
   ),
 
   demo: command(
@@ -454,6 +661,119 @@ async function serveCsi(
   await server.stop(25_000);
   log.info("stopped");
   return 0;
+}
+
+const exitStatusOf = { SIGINT: 130, SIGTERM: 143 } as const;
+
+/** Work for a person at a shell: it ends at its timeout or with the first signal, but lets running changes finish. */
+async function atShell(
+  what: string,
+  settings: Settings<typeof shellLogOptions> & { readonly timeout: number },
+  work: (ctx: RequestContext) => Promise<void>,
+): Promise<number> {
+  const log = createLogger(settings["log-level"], settings["log-fmt"]);
+  const stop = new AbortController();
+  let status = 0;
+  for (const [signal, code] of Object.entries(exitStatusOf) as ["SIGINT" | "SIGTERM", number][]) {
+    Deno.addSignalListener(signal, () => {
+      // A command in the middle of a change is in a process group of its own and goes on.
+      if (status !== 0) Deno.exit(status);
+      status = code;
+      stop.abort(
+        new StatusError("CANCELLED", `Cannot ${what}: interrupted, what has been done stays and may be repeated`),
+      );
+    });
+  }
+  try {
+    await work(backgroundContext(what, log, settings.timeout * 1000, stop.signal));
+    return 0;
+  } catch (error) {
+    if (status === 0 || !hasCode(error, "CANCELLED")) throw error;
+    console.error(`lbcsi: ${error.message}`);
+    return status;
+  }
+}
+
+/** What attach and detach work with: this machine, and the volume that the options name. */
+async function volumeWork(
+  settings: Settings<typeof volumeOptions>,
+  log: Logger,
+  addresses: { readonly addresses: readonly TransportAddress[]; readonly discovery: readonly TransportAddress[] },
+) {
+  const { volume, uuid, nqn, "node-id": nodeId } = settings;
+  const problem = nodeIdProblem(nodeId);
+  if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
+  if (volume === undefined ? uuid === undefined || nqn === undefined : uuid !== undefined || nqn !== undefined) {
+    throw new UsageError("either VOLUME_ID or both --uuid and --nqn are needed");
+  }
+  const { linuxHost } = await import("./lib/host/host.ts");
+  const { KeyedLock } = await import("./lib/lock.ts");
+  const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+  const attacher = await attacherOf(settings, host, new KeyedLock());
+  const discoveryDirectory = settings.attach === "direct" ? settings["discovery-dir"] : undefined;
+  const machine = { host, attacher, hostNqn: hostNqn(nodeId), discoveryDirectory };
+  await using ending = new AsyncDisposableStack();
+  let wanted: import("./lib/shell/attach.ts").Wanted;
+  if (volume !== undefined) {
+    wanted = {
+      backend: ending.use(await openLightos(settings, log)),
+      volumeId: volume,
+      secrets: new Secrets(settings.secrets === undefined ? {} : await readSecrets(settings.secrets)),
+    };
+  } else {
+    wanted = { namespace: { uuid: uuid ?? "", subsystemNqn: nqn ?? "", ...addresses } };
+  }
+  const hostEncryption = volume === undefined ? undefined : parseVolumeId(volume).hostEncryption;
+  const owned = ending.move();
+  return { machine, wanted, hostEncryption, [Symbol.asyncDispose]: () => owned.disposeAsync() };
+}
+
+async function readSecrets(path: string): Promise<Readonly<Record<string, string>>> {
+  const { parseSecretFile } = await import("./lib/shell/secret_file.ts");
+  const text = readRequired("--secrets", path);
+  try {
+    return parseSecretFile(text);
+  } catch (error) {
+    throw error instanceof StatusError ? new UsageError(`--secrets "${path}": ${error.message}`) : error;
+  }
+}
+
+async function attacherOf(
+  settings: Settings<Pick<typeof nodeOptions, "attach" | "discovery-dir" | "node-id">>,
+  host: import("./lib/host/host.ts").Host,
+  locks: import("./lib/lock.ts").KeyedLock,
+) {
+  const { direct, discoveryClient, hostIdOf } = await import("./lib/host/attach.ts");
+  const nodeId = settings["node-id"];
+  return settings.attach === "direct"
+    ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks })
+    : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
+}
+
+async function openLightos(
+  settings: Settings<Pick<typeof controllerOptions, "jwt-path" | "mgmt-ca" | "mgmt-tls-verify" | "config">>,
+  log: Logger,
+) {
+  const { lightosBackend } = await import("./lib/storage/lightos.ts");
+  if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
+  return lightosBackend({
+    log,
+    globalJwt: () => readIfThere(settings["jwt-path"]),
+    globalJwtPath: settings["jwt-path"],
+    ca: settings["mgmt-ca"] === undefined ? undefined : readRequired("--mgmt-ca", settings["mgmt-ca"]),
+    verifyTls: settings["mgmt-tls-verify"],
+    userAgent: `lbcsi/${version}`,
+    clusters: settings.config === undefined ? undefined : await readClusters(settings.config, log),
+  });
+}
+
+/** Writes all of a long text; a reader who has had enough (`| head`) is no failure. */
+async function writeOut(text: string): Promise<void> {
+  try {
+    await new Blob([text]).stream().pipeTo(Deno.stdout.writable, { preventClose: true });
+  } catch (error) {
+    if (!(error instanceof Deno.errors.BrokenPipe)) throw error;
+  }
 }
 
 function untilStopped(): Promise<Deno.Signal> {

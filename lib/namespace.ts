@@ -116,6 +116,11 @@ export function hostNqn(nodeId: string): string {
   return hostNqnPrefix + nodeId;
 }
 
+/** Whether a host NQN is one that hostNqn makes. */
+export function isNodeHostNqn(nqn: string): boolean {
+  return nqn.startsWith(hostNqnPrefix);
+}
+
 /** The node ID in a host NQN; the NQN itself when another program made it. */
 export function nodeIdOf(nqn: string): string {
   return nqn.startsWith(hostNqnPrefix) ? nqn.slice(hostNqnPrefix.length) : nqn;

@@ -10,6 +10,8 @@ import { z } from "zod";
 /** One option. `schema` reads the text given; it must accept `fallback`, or `undefined` where there is none. */
 export interface Option<S extends z.ZodType = z.ZodType> {
   readonly short?: string;
+  /** It is a bare word on the command line, not a flag. Bare words follow one another in the order of the table. */
+  readonly word?: true;
   /** Environment variables, the first that is set wins. */
   readonly env?: readonly string[];
   readonly fallback?: string;
@@ -36,17 +38,19 @@ export function readOptions<O extends Options>(
   environment: (name: string) => string | undefined,
 ): Settings<O> {
   const config: NonNullable<ParseArgsConfig["options"]> = {};
+  const words = Object.entries(options).flatMap(([name, { word }]) => word ? [name] : []);
   for (const [name, { short, value }] of Object.entries(options)) {
+    if (words.includes(name)) continue;
     config[name] = { type: value === undefined ? "boolean" : "string", ...(short === undefined ? {} : { short }) };
   }
-  const given = parseWords([...args], config);
+  const given = parseWords([...args], config, words);
   const settings: Record<string, unknown> = {};
   const problems: string[] = [];
   for (const [name, option] of Object.entries(options)) {
     const { text, source } = find(name, option, given[name], environment);
     const parsed = option.schema.safeParse(text);
     if (parsed.success) settings[name] = parsed.data;
-    else if (text === undefined) problems.push(`--${name} is missing${hint(option)}`);
+    else if (text === undefined) problems.push(`${shownName(name, option)} is missing${hint(option)}`);
     else problems.push(`${source} "${text}": ${parsed.error.issues.map(({ message }) => message).join("; ")}`);
   }
   if (problems.length > 0) throw new UsageError(problems.join("\n"));
@@ -55,12 +59,25 @@ export function readOptions<O extends Options>(
 
 type Words = Readonly<Record<string, string | boolean | undefined>>;
 
-function parseWords(args: string[], config: NonNullable<ParseArgsConfig["options"]>): Words {
+function parseWords(
+  args: string[],
+  config: NonNullable<ParseArgsConfig["options"]>,
+  words: readonly string[],
+): Words {
+  const allowPositionals = words.length > 0;
   try {
-    return parseArgs({ args, options: config, strict: true, allowPositionals: false }).values as Words;
+    const { values, positionals } = parseArgs({ args, options: config, strict: true, allowPositionals });
+    const surplus = positionals[words.length];
+    if (surplus !== undefined) throw new UsageError(`Unexpected argument '${surplus}'`);
+    return { ...values as Words, ...Object.fromEntries(words.map((name, at) => [name, positionals[at]])) };
   } catch (error) {
     throw new UsageError(error instanceof Error ? error.message : String(error));
   }
+}
+
+/** How a person writes it: `--node-id`, or `VOLUME_ID` for a bare word. */
+function shownName(name: string, { word, value }: Option): string {
+  return word ? value ?? name : `--${name}`;
 }
 
 function find(
@@ -69,7 +86,7 @@ function find(
   flag: string | boolean | undefined,
   environment: (name: string) => string | undefined,
 ): { readonly text: string | undefined; readonly source: string } {
-  if (flag !== undefined && flag !== "") return { text: String(flag), source: `--${name}` };
+  if (flag !== undefined && flag !== "") return { text: String(flag), source: shownName(name, option) };
   for (const variable of option.env ?? []) {
     const text = environment(variable)?.trim();
     if (text !== undefined && text !== "") return { text, source: variable };
@@ -85,7 +102,9 @@ function hint({ env }: Option): string {
 export function describeOptions(options: Options): string {
   const rows = Object.entries(options).map(([name, option]) => {
     const short = option.short === undefined ? "    " : `-${option.short}, `;
-    const flag = `  ${short}--${name}${option.value === undefined ? "" : ` ${option.value}`}`;
+    const flag = option.word
+      ? `  ${shownName(name, option)}`
+      : `  ${short}--${name}${option.value === undefined ? "" : ` ${option.value}`}`;
     const facts = [
       ...(option.fallback === undefined ? [] : [`default: ${option.fallback}`]),
       ...(option.env === undefined ? [] : [`env: ${option.env.join(", ")}`]),
@@ -96,6 +115,21 @@ export function describeOptions(options: Options): string {
   return rows.map(({ flag, text }) =>
     flag.length < width ? flag.padEnd(width) + text : `${flag}\n${" ".repeat(width)}${text}`
   ).join("\n");
+}
+
+/**
+ * The values that an option is limited to, in the order of its schema; none when it takes other texts too. What reads a
+ * text before the schema sees it (an alias, a default) does not hide them.
+ */
+export function choicesOf({ schema }: Option): readonly string[] {
+  return enumIn(schema)?.options.map(String) ?? [];
+}
+
+function enumIn(schema: z.core.$ZodType): z.ZodEnum | undefined {
+  if (schema instanceof z.ZodEnum) return schema;
+  if (schema instanceof z.ZodOptional || schema instanceof z.ZodDefault) return enumIn(schema.def.innerType);
+  if (schema instanceof z.ZodPipe) return enumIn(schema.def.out) ?? enumIn(schema.def.in);
+  return undefined;
 }
 
 /** A switch: off unless its flag is there or its variable says `true`. */

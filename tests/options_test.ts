@@ -67,6 +67,39 @@ for (
   });
 }
 
+const withWords = {
+  volume: { word: true, value: "VOLUME_ID", meaning: "which volume", schema: z.string() },
+  place: { word: true, value: "PLACE", meaning: "where", schema: z.string().optional() },
+  quick: { meaning: "a switch", schema: switchSchema },
+} as const satisfies Options;
+
+Deno.test("readOptions takes bare words in the order of the table, wherever flags stand", () => {
+  const settings = readOptions(withWords, ["v1", "--quick", "here"], noEnvironment);
+
+  deepStrictEqual(settings, { volume: "v1", place: "here", quick: true });
+  deepStrictEqual(readOptions(withWords, ["--", "-x"], noEnvironment), {
+    volume: "-x",
+    place: undefined,
+    quick: false,
+  });
+});
+
+for (
+  const [args, problem] of [
+    [[], /: VOLUME_ID is missing$/],
+    [["a", "b", "c"], /: Unexpected argument 'c'$/],
+    [["a", "--volume", "b"], /Unknown option '--volume'/],
+  ] as const
+) {
+  Deno.test(`readOptions refuses the words "${args.join(" ")}"`, () => {
+    throws(() => readOptions(withWords, args, noEnvironment), problem);
+  });
+}
+
+Deno.test("describeOptions shows a bare word as it is written", () => {
+  match(describeOptions(withWords), /^ {2}VOLUME_ID +which volume$/m);
+});
+
 Deno.test("describeOptions shows each flag with its default and its variable", () => {
   const text = describeOptions(options);
 

@@ -51,7 +51,7 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
     /** CSI specification 1.13, "NodeGetStorageHealth". A node that is connected to nothing has nothing to tell. */
     async nodeGetStorageHealth() {
       const ours = (await allControllers(host)).filter((controller) =>
-        controller.hostNqn === hostNqn && controller.subsystemNqn !== discoveryNqn
+        controller.hostNqn === hostNqn && !controller.isDiscovery
       );
       const lost: string[] = [];
       const reduced: string[] = [];
@@ -128,9 +128,6 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
     return troubles;
   }
 }
-
-// The Discovery-Client keeps connections to discovery controllers, which no data goes over. The name is NVMe's own.
-const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
 
 function downOf(controllers: readonly NvmeController[]): readonly NvmeController[] {
   return controllers.filter(({ state }) => state !== "live");

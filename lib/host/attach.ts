@@ -39,8 +39,12 @@ export interface Attacher {
    *   of the subsystem could be connected
    */
   attach(ctx: RequestContext, namespace: RemoteNamespace): Promise<void>;
-  /** Lets go of a namespace; throws UNAVAILABLE when that failed and may be repeated. */
-  detach(ctx: RequestContext, namespaceUuid: string): Promise<void>;
+  /**
+   * Lets go of a namespace; throws UNAVAILABLE when that failed and may be repeated.
+   *
+   * @param subsystemNqn lets go of a connection that shows no namespace any more too, where it is known
+   */
+  detach(ctx: RequestContext, namespaceUuid: string, subsystemNqn?: string): Promise<void>;
 }
 
 /**
@@ -184,25 +188,26 @@ export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attache
       for (const problem of problems) ctx.log.warning("could not connect", { subsystem: nqn, error: problem });
     },
 
-    async detach(ctx, uuid) {
-      const device = await findDevice(host, uuid);
-      // Without its device nothing tells which subsystem it belonged to. What is left is a connection without this
+    async detach(ctx, uuid, subsystemNqn) {
+      const device = await findDevice(host, uuid, subsystemNqn);
+      // Without its device nothing here tells which subsystem it belonged to. What is left is a connection without this
       // namespace: the cluster's access list decides about the data, not the connection.
-      if (device === undefined) return;
-      const nqn = device.subsystemNqn;
+      const nqn = device?.subsystemNqn ?? subsystemNqn;
+      if (nqn === undefined) return;
       using _held = await locks.wait(`subsystem ${nqn}`, "detach", ctx.signal);
       // Looked at again under the lock: a name or a neighbour may have come meanwhile.
       const devices = await devicesOf(host, nqn);
-      if (!devices.some((other) => other.uuid === uuid)) return;
+      if (subsystemNqn === undefined && !devices.some((other) => other.uuid === uuid)) return;
       if (devices.some((other) => other.uuid !== uuid)) {
         ctx.log.debug("left a subsystem connected that has other namespaces here", { subsystem: nqn });
         return;
       }
-      const users = await usersOf(host, device);
-      if (users.length > 0) {
+      for (const found of devices) {
+        const users = await usersOf(host, found);
+        if (users.length === 0) continue;
         throw new StatusError(
           "FAILED_PRECONDITION",
-          `Cannot detach namespace ${uuid}: ${device.path} is in use by ${users.join(", ")}`,
+          `Cannot detach namespace ${uuid}: ${found.path} is in use by ${users.join(", ")}`,
         );
       }
       for (const controller of await controllersOf(host, nqn)) {
@@ -230,7 +235,8 @@ function isUsable(controller: NvmeController): boolean {
   return !controller.state.startsWith("deleting") && controller.state !== "dead";
 }
 
-async function usersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
+/** What holds a device on this machine: devices on top of it and mounts, in words for an error message. */
+export async function usersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
   const holders = await host.list(`${host.roots.sysfs}/class/block/${device.name}/holders`) ?? [];
   const mounts = await mountsOf(host, await mountTable(host), device);
   return [...holders, ...mounts.map((mount) => `the mount at "${mount.path}"`)];

@@ -48,6 +48,8 @@ export interface MountWish {
   readonly shared: boolean;
   /** Text of the StorageClass parameter `mkfs-options`. */
   readonly mkfsOptions: string;
+  /** Whether a blank device is given a file system. Absent: it is, for that is what a volume's first mount means. */
+  readonly formats?: boolean;
 }
 
 /**
@@ -139,6 +141,14 @@ async function mountAsItIs(
         "FAILED_PRECONDITION",
         `Cannot ${action}: ${device.path} has no file system, and with read-only or shared access none is made; ` +
           `mount it once for writing`,
+      );
+    }
+    if (wish.formats === false) {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: ${device.path} ${
+          found.kind === "blank" ? "is blank" : "holds a file system that was never finished"
+        }, and none is made unless it is asked for`,
       );
     }
     fsType = wish.fsType ?? wish.defaultFsType;

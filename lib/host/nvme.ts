@@ -12,6 +12,9 @@ import { hasCode, messageOf, StatusError } from "../error.ts";
 import { formatAddress, type TransportAddress } from "../namespace.ts";
 import type { Host } from "./host.ts";
 
+/** The subsystem NQN that every discovery controller answers to, by the NVMe base specification. */
+export const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
+
 /** A namespace as this machine sees it. */
 export interface BlockDevice {
   /** `nvme0n1`. Says nothing for long. */
@@ -36,6 +39,9 @@ export interface NvmeController {
   readonly state: string;
   readonly subsystemNqn: string;
   readonly hostNqn: string;
+  readonly hostId: string;
+  /** Tells of other controllers, no data goes over it. */
+  readonly isDiscovery: boolean;
   readonly transport: string;
   /** As sysfs has it: `traddr=192.0.2.1,trsvcid=4420,src_addr=…`. */
   readonly address: string;
@@ -64,8 +70,7 @@ export async function findDevice(host: Host, uuid: string, subsystemNqn?: string
 
 /** All block devices of a subsystem on this machine. */
 export async function devicesOf(host: Host, subsystemNqn: string): Promise<readonly BlockDevice[]> {
-  const devices = await Promise.all((await namespaceNames(host)).map((name) => readDevice(host, name)));
-  return devices.filter((device) => device !== undefined).filter((device) => device.subsystemNqn === subsystemNqn);
+  return (await allDevices(host)).filter((device) => device.subsystemNqn === subsystemNqn);
 }
 
 /** All connections of this machine to a subsystem. */
@@ -78,6 +83,46 @@ export async function allControllers(host: Host): Promise<readonly NvmeControlle
   const names = await host.list(`${host.roots.sysfs}/class/nvme`) ?? [];
   const controllers = await Promise.all(names.map((name) => readController(host, name)));
   return controllers.filter((controller) => controller !== undefined);
+}
+
+/** All NVMe namespaces of this machine that have a UUID, local drives among them. Does not touch the devices. */
+export async function allDevices(host: Host): Promise<readonly BlockDevice[]> {
+  const devices = await Promise.all((await namespaceNames(host)).map((name) => readDevice(host, name)));
+  return devices.filter((device) => device !== undefined);
+}
+
+/** One controller's way to a namespace. */
+export interface NamespacePath {
+  readonly controller: NvmeController;
+  /** `optimized`, `non-optimized`, `inaccessible` …; undefined where the kernel has no multipath. */
+  readonly anaState: string | undefined;
+}
+
+/** The paths of a device over `controllers`, by controller name. Does not touch the device. */
+export async function pathsOf(
+  host: Host,
+  device: BlockDevice,
+  controllers: readonly NvmeController[],
+): Promise<readonly NamespacePath[]> {
+  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
+  const paths = await Promise.all(names.map(async (name) => {
+    // nvme1c2n3 is the path of nvme1n3 over controller nvme2.
+    const [, subsystem, instance, namespace] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
+    if (`nvme${subsystem}n${namespace}` !== device.name) return [];
+    const controller = controllers.find((controller) => controller.name === `nvme${instance}`);
+    if (controller === undefined) return [];
+    return [{ controller, anaState: await attribute(host, `class/block/${name}/ana_state`) }];
+  }));
+  const found = paths.flat();
+  // Without native multipath there are no such entries, and the device hangs on its one controller.
+  return found.length > 0 ? found : controllers
+    .filter((controller) => controller.subsystemNqn === device.subsystemNqn)
+    .map((controller) => ({ controller, anaState: undefined }));
+}
+
+/** Whether reads and writes get through on this path now. */
+export function isLivePath({ controller, anaState }: NamespacePath): boolean {
+  return controller.state === "live" && (anaState === undefined || /optimized$/.test(anaState));
 }
 
 /** The traddr and trsvcid in a controller's address. */
@@ -314,15 +359,26 @@ async function readDevice(host: Host, name: string): Promise<BlockDevice | undef
 
 async function readController(host: Host, name: string): Promise<NvmeController | undefined> {
   const base = `class/nvme/${name}`;
-  const [subsystemNqn, state, hostNqn, transport, address] = await Promise.all([
+  const [subsystemNqn, state, hostNqn, hostId, type, transport, address] = await Promise.all([
     attribute(host, `${base}/subsysnqn`),
     attribute(host, `${base}/state`),
     attribute(host, `${base}/hostnqn`),
+    attribute(host, `${base}/hostid`),
+    attribute(host, `${base}/cntrltype`),
     attribute(host, `${base}/transport`),
     attribute(host, `${base}/address`),
   ]);
   if (subsystemNqn === undefined || state === undefined) return undefined;
-  return { name, subsystemNqn, state, hostNqn: hostNqn ?? "", transport: transport ?? "", address: address ?? "" };
+  return {
+    name,
+    subsystemNqn,
+    state,
+    hostNqn: hostNqn ?? "",
+    hostId: hostId ?? "",
+    isDiscovery: type === "discovery" || subsystemNqn === discoveryNqn,
+    transport: transport ?? "",
+    address: address ?? "",
+  };
 }
 
 async function attribute(host: Host, path: string): Promise<string | undefined> {

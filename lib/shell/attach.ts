@@ -1,0 +1,166 @@
+/**
+ * Attaching and detaching a volume for the engineer at a shell: what controller and node do for a pod, in one go and
+ * without an orchestrator. It has no way of its own to connect, mount or let go; it calls the ones that the node calls.
+ *
+ * Both go forward only. Repeated after a failure, an interruption or a success, attach does what is missing, and detach
+ * undoes whatever part of attach is there. What attach was told, detach has to be told again: nothing is written down.
+ *
+ * A blank device is formatted only when that is asked for: an orchestrator mounts a volume for the first time on purpose,
+ * a person who types the ID of the wrong volume does not.
+ */
+import type { RequestContext, Secrets } from "../context.ts";
+import { StatusError } from "../error.ts";
+import { type Attacher, usersOf } from "../host/attach.ts";
+import { type FsType, mountVolume } from "../host/filesystem.ts";
+import type { Host } from "../host/host.ts";
+import { canonicalPath, mountsAt, mountTable, processesAt, relationOf, takeDown } from "../host/mounts.ts";
+import {
+  allControllers,
+  type BlockDevice,
+  findDevice,
+  isLivePath,
+  pathsOf,
+  recheckDevice,
+  waitForDevice,
+} from "../host/nvme.ts";
+import type { RemoteNamespace } from "../namespace.ts";
+import type { StorageBackend } from "../storage/backend.ts";
+
+/** This machine, and under which name it connects. */
+export interface Machine {
+  readonly host: Host;
+  readonly attacher: Attacher;
+  readonly hostNqn: string;
+  /** Where a Discovery-Client is told what to connect, when `attacher` is not the one that tells it. */
+  readonly discoveryDirectory: string | undefined;
+}
+
+/** Which volume: one that a cluster is asked for by its ID, or a place that is known already. */
+export type Wanted =
+  | { readonly backend: StorageBackend; readonly volumeId: string; readonly secrets: Secrets }
+  | { readonly namespace: RemoteNamespace };
+
+/** What is to be done with an attached volume; `path` is where to mount it. */
+export interface MountWanted {
+  readonly path: string;
+  /** The file system that has to be there; undefined: whichever is. */
+  readonly fsType: FsType | undefined;
+  readonly readOnly: boolean;
+  /** Whether a blank device is given a file system: `fsType`, or ext4. */
+  readonly format: boolean;
+}
+
+/** What attachVolume leaves. */
+export interface Attached {
+  readonly device: BlockDevice;
+  readonly mount: { readonly path: string; readonly fsType: string; readonly readOnly: boolean } | undefined;
+}
+
+/**
+ * Grants this host access (where a cluster is asked), connects, waits for the device, and mounts it. May be repeated.
+ *
+ * @throws StatusError FAILED_PRECONDITION when another host has access, the directory to mount at is missing, or the device
+ *   holds something else than asked for; UNAVAILABLE when it does not come before `ctx.signal` aborts; and what
+ *   StorageBackend.grantAccess, Attacher.attach and mountVolume throw
+ */
+export async function attachVolume(
+  ctx: RequestContext,
+  { host, attacher, hostNqn }: Machine,
+  wanted: Wanted,
+  mount: MountWanted | undefined,
+): Promise<Attached> {
+  // First, so that nothing has been done when it is refused.
+  const path = mount === undefined ? undefined : await mountPointOf(host, mount.path);
+  const namespace = "namespace" in wanted
+    ? wanted.namespace
+    : await wanted.backend.grantAccess(ctx, wanted.secrets, wanted.volumeId, { hostNqn, shared: false });
+  const volume = ctx.with({ volume: namespace.uuid });
+  await attacher.attach(volume, namespace);
+  const device = await waitForDevice(host, volume, namespace.uuid, {
+    subsystemNqn: namespace.subsystemNqn,
+    hint: attacher.hint,
+  });
+  if (mount === undefined || path === undefined) return { device, mount: undefined };
+  await mountVolume(host, volume, device, path, {
+    fsType: mount.fsType,
+    defaultFsType: "ext4",
+    flags: [],
+    readOnly: mount.readOnly,
+    shared: false,
+    mkfsOptions: "",
+    formats: mount.format,
+  });
+  const fsType = mountsAt(await mountTable(host), path).at(-1)?.fsType ?? "";
+  return { device, mount: { path, fsType, readOnly: mount.readOnly } };
+}
+
+async function mountPointOf(host: Host, given: string): Promise<string> {
+  const path = await canonicalPath(host, given);
+  const kind = path === undefined ? "absent" : await host.kindOf(path);
+  if (path !== undefined && kind === "directory") return path;
+  throw new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot mount at "${given}": ${kind === "absent" ? "there is no such directory" : "it is not a directory"}`,
+  );
+}
+
+/**
+ * Unmounts the volume at `mountPath` if that is given, lets go of its namespace, and takes this host's access away (where
+ * a cluster is asked). Nothing of that is there: done.
+ *
+ * @throws StatusError FAILED_PRECONDITION, before anything but `mountPath` was touched, when something else uses the volume
+ *   here; UNAVAILABLE when unmounting would wait for a path; and what Attacher.detach and revokeAccess throw
+ */
+export async function detachVolume(
+  ctx: RequestContext,
+  { host, attacher, hostNqn, discoveryDirectory }: Machine,
+  wanted: Wanted,
+  mountPath: string | undefined,
+): Promise<void> {
+  const uuid = "namespace" in wanted ? wanted.namespace.uuid : wanted.backend.uuidOf(wanted.volumeId);
+  const subsystemNqn = "namespace" in wanted ? wanted.namespace.subsystemNqn : undefined;
+  const action = `detach namespace ${uuid}`;
+  const volume = ctx.with({ volume: uuid });
+  const discoveryFile = `${discoveryDirectory}/${uuid}`;
+  if (discoveryDirectory !== undefined && await host.kindOf(discoveryFile) !== "absent") {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: "${discoveryFile}" asks the Discovery-Client to keep it connected, most likely for the node ` +
+        `service; detach it with --attach=discovery-client if nobody needs it`,
+    );
+  }
+  const device = await findDevice(host, uuid, subsystemNqn);
+  const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
+  if (path !== undefined) {
+    if (device !== undefined) await refuseWithoutPath(host, device, path, action);
+    await takeDown(host, volume, path, device, action);
+  }
+  if (device !== undefined) await refuseWhileUsed(host, device, action);
+  await attacher.detach(volume, uuid, subsystemNqn);
+  if ("backend" in wanted) await wanted.backend.revokeAccess(volume, wanted.secrets, wanted.volumeId, hostNqn);
+}
+
+/** umount writes what is in memory, and would wait for a device without a path for as long as the kernel does. */
+async function refuseWithoutPath(host: Host, device: BlockDevice, path: string, action: string): Promise<void> {
+  const top = mountsAt(await mountTable(host), path).at(-1);
+  if (top === undefined || await relationOf(host, top, device) !== "ours") return;
+  const paths = await pathsOf(host, device, await allControllers(host));
+  if (paths.length === 0 || paths.some(isLivePath)) return;
+  const list = paths.map(({ controller, anaState }) =>
+    `${controller.name} is ${controller.state}${anaState === undefined ? "" : `, ${anaState}`}`
+  ).join("; ");
+  throw new StatusError(
+    "UNAVAILABLE",
+    `Cannot ${action}: ${device.path} has no live path (${list}), and "${path}" can be unmounted only when one is back. ` +
+      `To give up what was not written yet, disconnect these controllers with nvme-cli first`,
+  );
+}
+
+async function refuseWhileUsed(host: Host, device: BlockDevice, action: string): Promise<void> {
+  const users = [
+    ...await usersOf(host, await recheckDevice(host, device, action)),
+    ...await processesAt(host, (place) => place === device.path),
+  ];
+  if (users.length === 0) return;
+  throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
+}
