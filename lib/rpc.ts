@@ -8,6 +8,7 @@
  */
 import "./goaway.ts";
 import grpc from "@grpc/grpc-js";
+import { createHash, X509Certificate } from "node:crypto";
 import { lstatSync, statSync, unlinkSync } from "node:fs";
 import type { EventEmitter } from "node:events";
 import net from "node:net";
@@ -433,15 +434,22 @@ export class CallError extends Error {
   }
 }
 
+/** How a server has to prove who it is. */
+export interface Trust {
+  /** PEM certificates to trust instead of the system's. */
+  readonly ca?: string;
+  /** False accepts any certificate. */
+  readonly verify: boolean;
+  /** The name that the certificate must be for; the host of the address unless told otherwise. */
+  readonly serverName?: string;
+  /** `publicKeyPin`s, one of which the server's key must have besides. Not looked at when `verify` is false. */
+  readonly pins?: readonly string[];
+}
+
 export interface ChannelOptions {
   /** `host:port`, or `unix:///path`. */
   readonly address: string;
-  readonly tls?: {
-    /** PEM certificates to trust instead of the system's. */
-    readonly ca?: string;
-    /** False accepts any certificate. */
-    readonly verify: boolean;
-  };
+  readonly tls?: Trust;
   readonly userAgent?: string;
 }
 
@@ -473,7 +481,7 @@ export class Channel implements Disposable {
       "grpc.initial_reconnect_backoff_ms": 1000,
       "grpc.max_reconnect_backoff_ms": 7000,
       "grpc.max_receive_message_length": 64 << 20,
-      ...(options.tls === undefined ? {} : tlsNameOptions(options.address)),
+      ...(options.tls === undefined ? {} : tlsNameOptions(nameOf(options.address, options.tls))),
     });
   }
 
@@ -593,24 +601,45 @@ function callError(error: grpc.ServiceError, headersCame: boolean): CallError {
   return new CallError(broken ? "UNAVAILABLE" : code, words, origin);
 }
 
-function credentials({ address, tls: security }: ChannelOptions): grpc.ChannelCredentials {
-  if (security === undefined) return grpc.credentials.createInsecure();
-  const ca = security.ca === undefined ? null : Buffer.from(security.ca);
+function credentials({ address, tls: trust }: ChannelOptions): grpc.ChannelCredentials {
+  if (trust === undefined) return grpc.credentials.createInsecure();
+  const ca = trust.ca === undefined ? null : Buffer.from(trust.ca);
   return grpc.credentials.createSsl(ca, null, null, {
-    rejectUnauthorized: security.verify,
-    checkServerIdentity: (_name, certificate) =>
-      security.verify ? tls.checkServerIdentity(hostOf(address), certificate) : undefined,
+    rejectUnauthorized: trust.verify,
+    checkServerIdentity: (_name, certificate) => {
+      if (!trust.verify) return undefined;
+      return tls.checkServerIdentity(nameOf(address, trust), certificate) ?? pinProblem(trust.pins, certificate);
+    },
   });
+}
+
+function pinProblem(pins: readonly string[] = [], certificate: tls.PeerCertificate): Error | undefined {
+  if (pins.length === 0) return undefined;
+  const pin = publicKeyPin(certificate.raw);
+  if (pins.includes(pin)) return undefined;
+  return new Error(`the server's public key is ${pin}, which is not pinned`);
+}
+
+/**
+ * `sha256//` and base64 of the SHA-256 of a certificate's public key (its SubjectPublicKeyInfo), as curl's
+ * `--pinnedpubkey` takes it.
+ *
+ * @param certificate PEM or DER
+ */
+export function publicKeyPin(certificate: string | Uint8Array): string {
+  const key = new X509Certificate(certificate).publicKey.export({ type: "spki", format: "der" });
+  return `sha256//${createHash("sha256").update(key).digest("base64")}`;
 }
 
 /**
  * Deno refuses an IP address as TLS server name (Node only warns), so a placeholder is sent for one; the certificate is
  * still checked against the address itself, in `credentials`.
  */
-function tlsNameOptions(address: string): Record<string, string> {
-  return net.isIP(hostOf(address)) === 0 ? {} : { "grpc.ssl_target_name_override": "ip-address.invalid" };
+function tlsNameOptions(name: string): Record<string, string> {
+  return { "grpc.ssl_target_name_override": net.isIP(name) === 0 ? name : "ip-address.invalid" };
 }
 
-function hostOf(address: string): string {
-  return address.replace(/:\d+$/, "").replace(/^\[(.*)\]$/, "$1");
+/** What the certificate has to be for. */
+function nameOf(address: string, trust: Trust): string {
+  return trust.serverName ?? address.replace(/:\d+$/, "").replace(/^\[(.*)\]$/, "$1");
 }

@@ -43,6 +43,9 @@ clusters:
     projects: [default, team-a]
     ca: /etc/lbcsi/ca.pem
     jwt: /etc/lbcsi/jwt
+    serverName: lightos.example
+    tlsPin: ["sha256//AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]
+    tlsVerify: true
   - name: rack2
     endpoints: [rack2.example:80]
     scheme: grpc
@@ -62,6 +65,11 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
     projects: ["default", "team-a"],
     caPath: "/etc/lbcsi/ca.pem",
     jwtPath: "/etc/lbcsi/jwt",
+    trust: {
+      serverName: "lightos.example",
+      pins: ["sha256//AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="],
+      verify: true,
+    },
   });
   deepStrictEqual(second, {
     name: "rack2",
@@ -72,6 +80,7 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
     projects: [],
     caPath: undefined,
     jwtPath: undefined,
+    trust: { serverName: undefined, pins: undefined, verify: undefined },
   });
 });
 
@@ -407,7 +416,7 @@ Deno.test("a token in the secrets wins over the cluster's, and a bad one of the 
 
   await rejects(
     backend.getVolume(within(5000), none, volume.id),
-    refuses("UNAUTHENTICATED", /JWT: \/jwt of cluster "a"$/),
+    refuses("UNAUTHENTICATED", /JWT: \/jwt of cluster "a", which is not a JSON Web Token$/),
   );
   files.remove("/jwt");
   await rejects(

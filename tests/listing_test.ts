@@ -628,7 +628,7 @@ Deno.test("GetCapacity with a project's token answers UNAUTHENTICATED and says w
 
 Deno.test("GetCapacity with a token of the process' own and no cluster file measures the StorageClass' cluster", async () => {
   await using simulator = await startSimulator({ capacityBytes: free });
-  await using controller = await startController({ globalJwt: simulator.addresses.adminJwt });
+  await using controller = await startController({ globalJwt: () => simulator.addresses.adminJwt });
   const { parameters = {} } = creation(simulator, "x");
 
   const { capabilities } = await controller.call(method.controllerGetCapabilities, {});
@@ -638,6 +638,30 @@ Deno.test("GetCapacity with a token of the process' own and no cluster file meas
   deepStrictEqual(names.filter((name) => /GET_CAPACITY|LIST|GET_VOLUME/.test(name)), ["GET_CAPACITY"]);
   strictEqual(availableCapacity, free);
   await rejects(controller.call(method.getCapacity, {}), answers("INVALID_ARGUMENT", /"mgmt-endpoint" is missing/));
+});
+
+Deno.test("GET_CAPACITY is announced once a token of the process' own has appeared, and while it is there", async () => {
+  await using simulator = await startSimulator({ capacityBytes: free });
+  let token: string | undefined;
+  await using controller = await startController({ globalJwt: () => token });
+  const { parameters = {} } = creation(simulator, "x");
+  const announced = async () => {
+    const { capabilities } = await controller.call(method.controllerGetCapabilities, {});
+    return capabilities.some(({ type }) => type.case === "rpc" && type.value.type === Rpc.GET_CAPACITY);
+  };
+  const seen = [await announced()];
+  await rejects(
+    controller.call(method.getCapacity, { parameters }),
+    answers("UNIMPLEMENTED", /no credentials of its own/),
+  );
+
+  token = `${simulator.addresses.adminJwt}\n`;
+  seen.push(await announced());
+  strictEqual((await controller.call(method.getCapacity, { parameters })).availableCapacity, free);
+  token = "\n";
+  seen.push(await announced());
+
+  deepStrictEqual(seen, [false, true, false]);
 });
 
 // ------------------------------------------------------------------------------------------------------------- process

@@ -50,7 +50,7 @@ export interface ControllerOptions {
 export function controllerHandlers(
   { backend, locks, defaultFsType, nodeIdSuffix, volumeHealth = false }: ControllerOptions,
 ): Handlers<typeof Controller> {
-  const { snapshots, expansion, listing, capacity, modification } = backend;
+  const { snapshots, expansion, listing, modification } = backend;
   /** Takes the volume for this call, or throws ABORTED; the caller disposes it when the work has ended. */
   const hold = (rpc: string, volumeId: string) => locks.take(`volume ${backend.uuidOf(volumeId)}`, rpc);
 
@@ -175,7 +175,7 @@ export function controllerHandlers(
     ...(snapshots === undefined ? {} : snapshotHandlers(snapshots, locks)),
     ...(listing === undefined ? {} : listingHandlers(backend, listing)),
     ...(volumeHealth ? healthHandlers(backend) : {}),
-    ...(capacity === undefined ? {} : capacityHandlers(capacity)),
+    ...capacityHandlers(backend),
     ...(modification === undefined ? {} : modifyHandlers(modification, hold)),
 
     /** CSI specification, "ValidateVolumeCapabilities". */

@@ -7,7 +7,7 @@ import { Secrets } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { nodeIdOf } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
-import type { Capacity, Listing, StorageBackend, Volume } from "../storage/backend.ts";
+import type { Listing, StorageBackend, Volume } from "../storage/backend.ts";
 import type { Controller } from "../../proto/gen/csi_pb.ts";
 import { longestVolumeId, mkfsOptionsKey, parseCapability, requireText, withoutOrchestratorKeys } from "./request.ts";
 import { toMessage } from "./snapshot.ts";
@@ -50,12 +50,19 @@ export function listingHandlers(backend: StorageBackend, listing: Listing) {
   } satisfies Handlers<typeof Controller>;
 }
 
-/** GetCapacity. */
-export function capacityHandlers(capacity: Capacity) {
+/** GetCapacity, which answers UNIMPLEMENTED while the backend has no part for it. */
+export function capacityHandlers(backend: Pick<StorageBackend, "capacity">) {
   return {
     /** CSI specification, "GetCapacity". The largest volume is what is left: no other bound is known. */
     async getCapacity(request, call) {
       const action = "measure the capacity";
+      const { capacity } = backend;
+      if (capacity === undefined) {
+        throw new StatusError(
+          "UNIMPLEMENTED",
+          "Cannot serve GetCapacity: the controller has no credentials of its own now, and this call brings none",
+        );
+      }
       for (const capability of request.volumeCapabilities) parseCapability(action, capability);
       if (request.accessibleTopology !== undefined) {
         throw new StatusError(

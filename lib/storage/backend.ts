@@ -95,7 +95,8 @@ export interface StorageBackend extends AsyncDisposable {
   readonly snapshots?: Snapshots;
   readonly changedBlocks?: ChangedBlocks;
   readonly listing?: Listing;
-  readonly capacity?: Capacity;
+  /** May come and go with the credentials of the process. */
+  readonly capacity?: Capacity | undefined;
   readonly modification?: Modification;
 }
 

@@ -39,6 +39,7 @@ import {
   tidied,
   volumeLabels,
 } from "./lightos_snapshots.ts";
+import { refuseOtherTrust, trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
 import {
   aclOf,
   anybody,
@@ -62,16 +63,16 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
   const known = options.clusters;
   // Both are for calls without secrets. Space is asked for with parameters that name a cluster, so a token is enough.
   const listing = known === undefined ? {} : { listing: lightosListing(clusters, known, snapshots) };
-  const capacity = known === undefined && options.globalJwt() === undefined
-    ? {}
-    : { capacity: lightosCapacity(clusters, known, parseCapacityParameters) };
+  const capacity = lightosCapacity(clusters, known, parseCapacityParameters);
   return {
     name: "lightos",
     uuidOf: (volumeId) => idOf(volumeId).uuid,
     async createVolume(ctx, secrets, wanted) {
       const action = `create volume "${wanted.name}"`;
       const parameters = parseParameters(action, wanted.parameters);
-      const cluster = clusters.open(secrets, parameters.endpoints, parameters.scheme);
+      const { endpoints, scheme, trust } = parameters;
+      refuseOtherTrust(action, trust, clusters.trust(secrets, endpoints, scheme));
+      const cluster = clusters.open(secrets, endpoints, scheme);
       if (wanted.source === undefined) {
         return await createVolume(ctx, cluster, action, wanted, parameters, volumeSize(action, wanted));
       }
@@ -137,7 +138,10 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
     changedBlocks: lightosBlocks(clusters),
     modification: lightosModification(clusters),
     ...listing,
-    ...capacity,
+    // The token may come, or be taken away, later than the process starts (spec/lightos.md 3.5).
+    get capacity() {
+      return known === undefined && (options.globalJwt() ?? "").trim() === "" ? undefined : capacity;
+    },
     async [Symbol.asyncDispose]() {
       await clusters[Symbol.asyncDispose]();
     },
@@ -153,6 +157,7 @@ interface Parameters {
   readonly compression: boolean;
   readonly project: string | undefined;
   readonly qosPolicy: QosPolicy | undefined;
+  readonly trust: TrustWish;
 }
 
 const onOff = (name: string) =>
@@ -184,6 +189,7 @@ const parametersSchema = z.strictObject({
   // The vendor's documents name these two and its driver never read them; classes that have them keep working.
   "encryption-secret-name": z.string().optional(),
   "encryption-secret-namespace": z.string().optional(),
+  ...trustSchema,
 });
 
 function parseParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
@@ -209,6 +215,7 @@ function parseParameters(action: string, parameters: Readonly<Record<string, str
     compression: data.compression,
     project: data["project-name"],
     qosPolicy: qosPolicyOf(action, data),
+    trust: trustWish(data),
   };
 }
 

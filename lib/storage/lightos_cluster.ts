@@ -3,15 +3,17 @@
  * use, fail-over and back-off, tokens, TLS, API version, and errors that name the endpoint and keep LightOS' own words.
  */
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
+import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { clearInterval, setInterval } from "node:timers";
 import { z } from "zod";
 import { type Logger, type RequestContext, type Secrets, sleep, timeLimit } from "../context.ts";
 import { type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";
-import { CallError, Channel } from "../rpc.ts";
+import { CallError, Channel, type Trust } from "../rpc.ts";
 import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
+import { resolveTrust, trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
 
 /** What the process was told about reaching LightOS. */
 export interface LightosOptions {
@@ -43,6 +45,7 @@ export class LightosError extends StatusError {
 const secretsSchema = z.object({
   jwt: z.string().optional(),
   "mgmt-ca.crt": z.string().includes("-----BEGIN CERTIFICATE-----", { error: "holds no PEM certificate" }).optional(),
+  ...trustSchema,
 });
 
 interface Credentials {
@@ -71,25 +74,38 @@ export class ClusterPool implements AsyncDisposable {
    *
    * Endpoints of a known cluster, former ones too, lead to that cluster as it is today: its endpoints, its scheme, and
    * its certificates and token unless the call brings some. Volume IDs are for good, endpoints are not.
+   *
+   * @param wish what else is known of the proof, before everything else
    */
-  open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme): Cluster {
+  open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme, wish: TrustWish = {}): Cluster {
     const given = secrets.parse(secretsSchema);
     const known = this.#options.clusters?.owning(endpoints);
     const today = known ?? { endpoints, scheme };
-    const ca = today.scheme === "grpc" ? undefined : given["mgmt-ca.crt"] ?? known?.ca() ?? this.#options.ca;
-    const trust = ca === undefined ? "" : createHash("sha256").update(ca).digest("hex");
-    const key = [formatEndpoints(today.endpoints), today.scheme, trust].join(" ");
+    const trust = this.trust(secrets, endpoints, scheme, wish);
+    const proof = createHash("sha256").update(JSON.stringify(trust ?? null)).digest("hex");
+    const key = [formatEndpoints(today.endpoints), today.scheme, proof].join(" ");
     let connections = this.#connections.get(key);
     if (connections === undefined) {
-      const tls = today.scheme === "grpc"
-        ? undefined
-        : { verify: this.#options.verifyTls, ...(ca === undefined ? {} : { ca }) };
-      connections = new Connections(this.#options, today.endpoints, tls);
+      connections = new Connections(this.#options, today.endpoints, trust);
       this.#connections.set(key, connections);
     }
     const isAlsoAt = (others: readonly Endpoint[]) =>
       known !== undefined && this.#options.clusters?.owning(others)?.name === known.name;
     return new Cluster(connections, this.#credentials(given.jwt, known), isAlsoAt);
+  }
+
+  /** How the cluster behind these endpoints has to prove who it is; undefined: it does not, for clear text is spoken. */
+  trust(
+    secrets: Secrets,
+    endpoints: readonly Endpoint[],
+    scheme: Scheme,
+    wish: TrustWish = {},
+  ): Trust | undefined {
+    const known = this.#options.clusters?.owning(endpoints);
+    if ((known?.scheme ?? scheme) === "grpc") return undefined;
+    const given = secrets.parse(secretsSchema);
+    const ca = given["mgmt-ca.crt"] ?? known?.ca() ?? this.#options.ca;
+    return resolveTrust(ca, wish, trustWish(given), known?.trust ?? {}, { verify: this.#options.verifyTls });
   }
 
   #credentials(fromSecrets: string | undefined, known: KnownCluster | undefined): Credentials {
@@ -209,20 +225,17 @@ const reads: ReadonlySet<string> = new Set([
  */
 class Connections implements Disposable {
   readonly #options: LightosOptions;
-  readonly #tls: { readonly ca?: string; readonly verify: boolean } | undefined;
+  readonly #trust: Trust | undefined;
   readonly #members: Member[];
   #current: Member | undefined;
   #lastUse = performance.now();
   #running = 0;
   #info: { readonly value: ClusterInfoV2; readonly at: number } | undefined;
 
-  constructor(
-    options: LightosOptions,
-    endpoints: readonly Endpoint[],
-    tls: { readonly ca?: string; readonly verify: boolean } | undefined,
-  ) {
+  /** @param trust undefined: clear text */
+  constructor(options: LightosOptions, endpoints: readonly Endpoint[], trust: Trust | undefined) {
     this.#options = options;
-    this.#tls = tls;
+    this.#trust = trust;
     this.#members = endpoints.map(newMember);
   }
 
@@ -330,11 +343,7 @@ class Connections implements Disposable {
     using limit = timeLimit(ctx.signal, attemptMs);
     const options = { signal: limit.signal, headers, connectTimeoutMs: Math.min(3000, attemptMs) };
     const started = performance.now();
-    const channelUsed = member.channel ??= new Channel({
-      address,
-      userAgent: this.#options.userAgent,
-      ...(this.#tls === undefined ? {} : { tls: this.#tls }),
-    });
+    const channelUsed = member.channel ??= this.#connect(address);
     let sent = false;
     try {
       if (!member.checked) await this.#checkVersion(action, member, channelUsed, options);
@@ -376,6 +385,17 @@ class Connections implements Disposable {
         true,
       );
     }
+  }
+
+  #connect(address: string): Channel {
+    if (this.#trust?.verify === false) {
+      this.#options.log.warning("connects without verifying the management API's certificate", { address });
+    }
+    return new Channel({
+      address,
+      userAgent: this.#options.userAgent,
+      ...(this.#trust === undefined ? {} : { tls: this.#trust }),
+    });
   }
 
   async #checkVersion(
@@ -430,12 +450,29 @@ function answered(
   { code, message: details }: CallError,
   credentials: Credentials,
 ): LightosError {
-  const token = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED" ? `; JWT: ${credentials.source}` : "";
+  const isRefused = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED";
+  const token = isRefused ? `; JWT: ${credentials.source}${lifeOf(credentials.jwt)}` : "";
   const message = `Cannot ${action}: LightOS at ${address} answered ${method} with ${code}: ${details}${token}`;
   const known = code === "UNKNOWN" || code === "DATA_LOSS" ? "INTERNAL" : code;
   // These say that the server broke off in the middle, not that it refused.
   const open = ["INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED"].includes(known) && !reads.has(method);
   return new LightosError(known, message, open);
+}
+
+/** When a token ends, for messages: whoever reads "UNAUTHENTICATED" wants to know. Nothing else of it is told. */
+function lifeOf(jwt: string | undefined): string {
+  if (jwt === undefined) return "";
+  const [, claims, signature, ...rest] = jwt.split(".");
+  if (claims === undefined || signature === undefined || rest.length > 0) return ", which is not a JSON Web Token";
+  let exp: unknown;
+  try {
+    ({ exp } = JSON.parse(Buffer.from(claims, "base64url").toString()));
+  } catch {
+    return ", which is not a JSON Web Token";
+  }
+  // RFC 7519: seconds since 1970. The range is that of dates that have a text.
+  if (typeof exp !== "number" || !(Math.abs(exp) < 8.64e12)) return "";
+  return `, which ${exp * 1000 < Date.now() ? "expired" : "is valid until"} ${new Date(exp * 1000).toISOString()}`;
 }
 
 /** The code for a call that `signal` ended. */

@@ -13,6 +13,9 @@
  *         scheme: grpcs                            # or grpc; default: grpcs
  *         projects: [default]                      # what is listed; default: all that the token may see
  *         ca: /etc/lbcsi/ca.pem                    # file of PEM certificates to trust
+ *         serverName: lightos.example              # what the certificate must be for; default: the endpoint's host
+ *         tlsPin: [sha256//pL1…=]                  # public keys, one of which it must have
+ *         tlsVerify: true                          # false accepts any certificate
  *         jwt: /etc/lbcsi/jwt                      # file of a token, for calls that bring none
  *
  * YAML or JSON, which is YAML too. Secrets are named by their files and read at each use. The file itself is looked at
@@ -24,6 +27,7 @@ import { z } from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, isProjectName, parseEndpoints, type Scheme, schemes } from "../id.ts";
+import { trustConfigSchema, type TrustWish } from "./lightos_trust.ts";
 
 /** One cluster of the file, as text gives it. */
 export interface ClusterEntry {
@@ -41,6 +45,7 @@ export interface ClusterEntry {
   readonly caPath: string | undefined;
   /** File of a token. */
   readonly jwtPath: string | undefined;
+  readonly trust: TrustWish;
 }
 
 /** A cluster of the file, with its secrets within reach. */
@@ -175,6 +180,7 @@ const clusterSchema = z.strictObject({
   ).optional(),
   ca: file.optional(),
   jwt: file.optional(),
+  ...trustConfigSchema,
 }, { error: "is not a map of keys" });
 
 const configSchema = z.strictObject({
@@ -209,6 +215,7 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
     projects: [...new Set(rest.projects ?? [])],
     caPath: rest.ca,
     jwtPath: rest.jwt,
+    trust: { serverName: rest.serverName, pins: rest.tlsPin, verify: rest.tlsVerify },
   }));
   const problems = sharedBetween(entries);
   if (problems.length > 0) throw refuse(problems.join("; "));

@@ -24,6 +24,7 @@ import type { Capacity, Listing, Page, PageWanted, Snapshot, Snapshots } from ".
 import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { isHelperName, toSnapshot } from "./lightos_snapshots.ts";
+import type { TrustWish } from "./lightos_trust.ts";
 import { toVolume, troubleOf } from "./lightos_volumes.ts";
 
 /** Most objects in one of LightOS' pages (spec/lightos.md section 15.1). */
@@ -239,6 +240,7 @@ export interface CapacityParameters {
   readonly endpoints: readonly Endpoint[];
   readonly scheme: Scheme;
   readonly replicaCount: number;
+  readonly trust: TrustWish;
 }
 
 /**
@@ -256,11 +258,11 @@ export function lightosCapacity(
   return {
     async getCapacity(ctx, parameters) {
       const wanted = Object.keys(parameters).length === 0 && known !== undefined
-        ? known.all().map(({ endpoints, scheme }) => ({ endpoints, scheme, replicaCount: 1 }))
+        ? known.all().map(({ endpoints, scheme }) => ({ endpoints, scheme, replicaCount: 1, trust: {} }))
         : [read(action, parameters)];
       const free = await Promise.all(
-        wanted.map(({ endpoints, scheme, replicaCount }) =>
-          freeBytes(ctx, clusters.open(new Secrets(), endpoints, scheme), action, replicaCount)
+        wanted.map(({ endpoints, scheme, replicaCount, trust }) =>
+          freeBytes(ctx, clusters.open(new Secrets(), endpoints, scheme, trust), action, replicaCount)
         ),
       );
       return { availableBytes: free.reduce((sum, bytes) => sum + bytes, 0n), minimumVolumeBytes: gib };

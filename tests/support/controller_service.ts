@@ -16,13 +16,13 @@ export interface ControllerSettings {
   /** The text of a cluster file, and of the files that it names by path. */
   readonly clusterFile?: string;
   readonly files?: Readonly<Record<string, string>>;
-  readonly globalJwt?: string;
+  readonly globalJwt?: () => string | undefined;
   readonly volumeHealth?: boolean;
 }
 
 /** The Controller service on a socket of its own. Dispose it to end it and remove what it made. */
 export async function startController(
-  { clusterFile, files = {}, globalJwt, volumeHealth = false }: ControllerSettings,
+  { clusterFile, files = {}, globalJwt = () => undefined, volumeHealth = false }: ControllerSettings,
 ) {
   await using stack = new AsyncDisposableStack();
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-controller-" });
@@ -32,7 +32,7 @@ export async function startController(
   const texts: Record<string, string | undefined> = { ...files, "/clusters.yaml": clusterFile };
   const options: LightosOptions = {
     log,
-    globalJwt: () => globalJwt,
+    globalJwt,
     globalJwtPath: "/etc/lb-csi/jwt",
     ca: undefined,
     verifyTls: true,
