@@ -190,10 +190,35 @@ function methodDefinition(method: DescMethod): grpc.MethodDefinition<Message, un
     requestStream: method.methodKind === "client_streaming" || method.methodKind === "bidi_streaming",
     responseStream: method.methodKind === "server_streaming" || method.methodKind === "bidi_streaming",
     requestSerialize: serializeRequest,
-    requestDeserialize: (bytes) => fromBinary(method.input, bytes),
+    requestDeserialize: (bytes) => readable(method, bytes),
     responseSerialize: (message) => toBuffer(toBinary(method.output, create(method.output, message as never))),
     responseDeserialize: (bytes) => fromBinary(method.output, bytes),
   };
+}
+
+/** Bytes that are no message of the schema; thrown later, for grpc-js would answer INTERNAL. */
+class Unreadable {
+  readonly error: StatusError;
+
+  constructor(error: StatusError) {
+    this.error = error;
+  }
+}
+
+function readable(method: DescMethod, bytes: Uint8Array): Message {
+  try {
+    return fromBinary(method.input, bytes);
+  } catch (error) {
+    const message = `Cannot read the request of ${method.name}: ${messageOf(error)}`;
+    return new Unreadable(new StatusError("INVALID_ARGUMENT", message)) as unknown as Message;
+  }
+}
+
+/** The request of a call; throws INVALID_ARGUMENT when it could not be read. */
+function requestOf(call: IncomingCall): Message {
+  const request: unknown = call.request;
+  if (request instanceof Unreadable) throw request.error;
+  return call.request;
 }
 
 function toBuffer(bytes: Uint8Array): Buffer {
@@ -229,9 +254,10 @@ function beginCall(options: ServeOptions, state: { calls: number }, method: Desc
   });
   let log = options.log.with({ rpc: method.name, call: ++state.calls });
   try {
-    log = log.with(options.describe?.(method, call.request) ?? {});
+    const request = requestOf(call);
+    log = log.with(options.describe?.(method, request) ?? {});
     if (options.redact !== undefined && log.verbose) {
-      log.debug("received", { request: options.redact(method, call.request) });
+      log.debug("received", { request: options.redact(method, request) });
     }
   } catch (error) {
     // A request that cannot be described is still to be answered.
@@ -286,9 +312,10 @@ async function runUnary(
     if (state.draining) {
       throw new StatusError("UNAVAILABLE", `Cannot start ${method.name}: the driver is shutting down`);
     }
-    await options.before?.(method, call.request, context);
+    const request = requestOf(call);
+    await options.before?.(method, request, context);
     if (handler === undefined) throw unimplemented(method);
-    answer(undefined, await handler(call.request, context));
+    answer(undefined, await handler(request, context));
   } catch (error) {
     answer(foreseen(method, context.log, error));
   } finally {
@@ -310,9 +337,10 @@ async function runStreaming(
     if (state.draining) {
       throw new StatusError("UNAVAILABLE", `Cannot start ${method.name}: the driver is shutting down`);
     }
-    await options.before?.(method, call.request, context);
+    const request = requestOf(call);
+    await options.before?.(method, request, context);
     if (handler === undefined) throw unimplemented(method);
-    for await (const message of handler(call.request, context) as AsyncIterable<unknown>) {
+    for await (const message of handler(request, context) as AsyncIterable<unknown>) {
       context.signal.throwIfAborted();
       if (!call.write(message)) await drained(call, context.signal);
     }

@@ -906,6 +906,24 @@ nodeTest(
   },
 );
 
+nodeTest("NodePublishVolume and NodeUnpublishVolume follow no symbolic link at the target path", async () => {
+  await using n = await node();
+  const elsewhere = join(n.machine.directory, "elsewhere");
+  await Deno.mkdir(elsewhere);
+  await n.stage(n.stageRequest());
+  await Deno.symlink(elsewhere, n.target);
+
+  await rejects(
+    n.publish(n.publishRequest()),
+    "FAILED_PRECONDITION",
+    /the target path "\S+pod1" is there already and is not a directory/,
+  );
+  await rejects(n.unpublish(n.unpublishRequest), "FAILED_PRECONDITION", /pod1/);
+
+  assert.deepEqual(await n.machine.mounts(), [n.staging]);
+  assert.deepEqual([(await Deno.lstat(n.target)).isSymlink, [...Deno.readDirSync(elsewhere)]], [true, []]);
+});
+
 for (const when of ["while it is being staged", "after it was staged"] as const) {
   nodeTest(`promise 15: an ext4 whose device grows ${when} has that size without CAP_SYS_RESOURCE too`, async () => {
     await using n = await node();

@@ -199,7 +199,8 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
     new StatusError("INVALID_ARGUMENT", `Cannot use cluster file ${path}: ${problem}`, { cause });
   let content: unknown;
   try {
-    content = parse(text);
+    // Its warnings would go to stderr, with the lines that they are about.
+    content = parse(text, { logLevel: "error" });
   } catch (error) {
     // The lines that follow the first one show the place in the file.
     throw refuse((messageOf(error).split("\n", 1)[0] ?? "").replace(/:$/, ""), error);
