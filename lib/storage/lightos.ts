@@ -11,25 +11,24 @@
  * CreateVolume is tried before looking for the name: a new volume then costs one call and one look at its state, and the
  * cluster itself, not a gap between two calls of ours, decides whether the name is taken.
  */
-import { z } from "zod";
 import type { Logger, RequestContext } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
-import {
-  type Endpoint,
-  isProjectName,
-  parseEndpoints,
-  parseVolumeId,
-  type Scheme,
-  schemes,
-  type VolumeId,
-} from "../id.ts";
+import { parseVolumeId, type VolumeId } from "../id.ts";
 import { nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
 import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../proto/gen/lightos_pb.ts";
-import type { CapacityRange, StorageBackend, Volume, VolumeWanted } from "./backend.ts";
+import type { StorageBackend, Volume, VolumeWanted } from "./backend.ts";
 import { lightosBlocks } from "./lightos_blocks.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
 import { lightosCapacity, lightosListing } from "./lightos_listing.ts";
-import { lightosModification, qosParameters, type QosPolicy, qosPolicyLike, qosPolicyOf } from "./lightos_modify.ts";
+import { lightosModification, qosPolicyLike } from "./lightos_modify.ts";
+import {
+  checkRange,
+  type Parameters,
+  parseCapacityParameters,
+  parseParameters,
+  sizeWithSource,
+  volumeSize,
+} from "./lightos_parameters.ts";
 import {
   lightosSnapshots,
   type Origin,
@@ -39,7 +38,7 @@ import {
   tidied,
   volumeLabels,
 } from "./lightos_snapshots.ts";
-import { refuseOtherTrust, trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
+import { refuseOtherTrust } from "./lightos_trust.ts";
 import {
   aclOf,
   anybody,
@@ -146,137 +145,6 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
       await clusters[Symbol.asyncDispose]();
     },
   };
-}
-
-// ------------------------------------------------------------------------------------------------------- parameters
-
-interface Parameters {
-  readonly endpoints: readonly Endpoint[];
-  readonly scheme: Scheme;
-  readonly replicaCount: number;
-  readonly compression: boolean;
-  readonly project: string | undefined;
-  readonly qosPolicy: QosPolicy | undefined;
-  readonly trust: TrustWish;
-}
-
-const onOff = (name: string) =>
-  z.enum(["enabled", "disabled", ""], { error: `is not "enabled" or "disabled"` }).default("").transform((text) =>
-    text === "enabled"
-  ).describe(name);
-
-/** StorageClass parameters (spec/lightos.md 3.1). */
-const parametersSchema = z.strictObject({
-  "mgmt-endpoint": z.string({ error: "is missing, give host:port of one or more management endpoints" })
-    .transform((list, check) => {
-      const endpoints = parseEndpoints(list);
-      if (typeof endpoints !== "string") return endpoints;
-      check.addIssue(endpoints);
-      return z.NEVER;
-    }),
-  "mgmt-scheme": z.enum([...schemes, ""], { error: `is not one of ${schemes.join(", ")}` }).default("grpcs")
-    .transform((scheme): Scheme => scheme === "" ? "grpcs" : scheme),
-  "replica-count": z.string({ error: "is missing, give 1, 2 or 3" })
-    .regex(/^[1-9]\d{0,2}$/, "is not a number from 1 to 128").transform(Number)
-    .refine((count) => count <= 128, "is not a number from 1 to 128"),
-  "compression": onOff("compression"),
-  "project-name": z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')
-    .optional(),
-  "qos-policy-name": z.string().transform((name) => name === "" ? undefined : name).optional(),
-  "qos-policy-uuid": qosParameters["qos-policy-uuid"].optional(),
-  "host-encryption": onOff("host-encryption")
-    .refine((enabled) => !enabled, "is enabled, but this version cannot encrypt on the host"),
-  // The vendor's documents name these two and its driver never read them; classes that have them keep working.
-  "encryption-secret-name": z.string().optional(),
-  "encryption-secret-namespace": z.string().optional(),
-  ...trustSchema,
-});
-
-function parseParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
-  const parsed = parametersSchema.safeParse(parameters);
-  if (!parsed.success) {
-    const problems = parsed.error.issues.map((issue) => {
-      if (issue.code === "unrecognized_keys") {
-        return `${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${
-          Object.keys(parametersSchema.shape).join(", ")
-        })`;
-      }
-      const key = String(issue.path[0]);
-      const value = parameters[key];
-      return `"${key}"${value === undefined ? "" : ` "${value}"`} ${issue.message}`;
-    });
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problems.join("; ")}`);
-  }
-  const { data } = parsed;
-  return {
-    endpoints: data["mgmt-endpoint"],
-    scheme: data["mgmt-scheme"],
-    replicaCount: data["replica-count"],
-    compression: data.compression,
-    project: data["project-name"],
-    qosPolicy: qosPolicyOf(action, data),
-    trust: trustWish(data),
-  };
-}
-
-/** GetCapacity may come without a number of replicas. */
-function parseCapacityParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
-  return parseParameters(action, { "replica-count": "1", ...parameters });
-}
-
-const gib = 1n << 30n;
-const largestInt64 = (1n << 63n) - 1n;
-
-/** The size to ask LightOS for: whole GiB, at least one (spec/lightos.md 9.3). */
-export function volumeSize(action: string, range: CapacityRange): bigint {
-  checkRange(action, range);
-  const { requiredBytes, limitBytes } = range;
-  const wanted = requiredBytes === 0n ? gib : requiredBytes;
-  const rounded = (wanted + gib - 1n) / gib * gib;
-  if (rounded > largestInt64) {
-    throw new StatusError(
-      "OUT_OF_RANGE",
-      `Cannot ${action}: ${requiredBytes} bytes rounded up to whole GiB are too many`,
-    );
-  }
-  if (limitBytes !== 0n && rounded > limitBytes) {
-    throw new StatusError(
-      "OUT_OF_RANGE",
-      `Cannot ${action}: LightOS allocates whole GiB, and ${rounded} bytes are above limit_bytes ${limitBytes}`,
-    );
-  }
-  return rounded;
-}
-
-/** The size of a volume made from a source of `sourceBytes`: the source's, or a larger one in whole GiB. */
-function sizeWithSource(action: string, range: CapacityRange, sourceBytes: bigint): bigint {
-  const { requiredBytes, limitBytes } = range;
-  if (requiredBytes > sourceBytes) return volumeSize(action, range);
-  if (requiredBytes !== 0n && requiredBytes < sourceBytes) {
-    throw new StatusError(
-      "OUT_OF_RANGE",
-      `Cannot ${action}: its source has ${sourceBytes} bytes, required_bytes ${requiredBytes} are fewer`,
-    );
-  }
-  if (limitBytes !== 0n && limitBytes < sourceBytes) {
-    throw new StatusError(
-      "OUT_OF_RANGE",
-      `Cannot ${action}: its source has ${sourceBytes} bytes, limit_bytes ${limitBytes} are fewer`,
-    );
-  }
-  return sourceBytes;
-}
-
-function checkRange(action: string, { requiredBytes, limitBytes }: CapacityRange): void {
-  if (requiredBytes < 0n || limitBytes < 0n) {
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);
-  }
-  if (limitBytes !== 0n && limitBytes < requiredBytes) {
-    throw new StatusError(
-      "INVALID_ARGUMENT",
-      `Cannot ${action}: limit_bytes ${limitBytes} is below required_bytes ${requiredBytes}`,
-    );
-  }
 }
 
 // ---------------------------------------------------------------------------------------------------------- volumes
