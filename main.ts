@@ -14,7 +14,7 @@ import {
   type RequestContext,
   Secrets,
 } from "./lib/context.ts";
-import { hasCode, StatusError } from "./lib/error.ts";
+import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { parseVolumeId, schemes } from "./lib/id.ts";
 import { hostNqn, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
 import {
@@ -119,17 +119,8 @@ const fsOption = {
   },
 } as const satisfies Options;
 
-const controllerOptions = {
-  ...serviceOptions,
-  ...fsOption,
-  "jwt-path": {
-    short: "j",
-    env: ["LB_CSI_JWT_PATH"],
-    fallback: "/etc/lb-csi/jwt",
-    value: "FILE",
-    meaning: "token for calls that bring none in their secrets; read at each use, so it may change or come later",
-    schema: absolutePath,
-  },
+/** How management endpoints are reached. */
+const trustOptions = {
   "mgmt-ca": {
     env: ["LB_CSI_MGMT_CA"],
     value: "FILE",
@@ -143,6 +134,20 @@ const controllerOptions = {
     meaning: "false accepts any certificate of a management endpoint: whoever sits in between can read the token",
     schema: z.enum(["true", "false"], { error: "is not true or false" }).transform((text) => text === "true"),
   },
+} as const satisfies Options;
+
+const controllerOptions = {
+  ...serviceOptions,
+  ...fsOption,
+  "jwt-path": {
+    short: "j",
+    env: ["LB_CSI_JWT_PATH"],
+    fallback: "/etc/lb-csi/jwt",
+    value: "FILE",
+    meaning: "token for calls that bring none in their secrets; read at each use, so it may change or come later",
+    schema: absolutePath,
+  },
+  ...trustOptions,
   config: {
     short: "c",
     env: ["LB_CSI_CONFIG"],
@@ -155,6 +160,14 @@ const controllerOptions = {
 const nodeOptions = {
   ...serviceOptions,
   ...fsOption,
+  ...trustOptions,
+  config: {
+    short: "c",
+    env: ["LB_CSI_CONFIG"],
+    value: "FILE",
+    meaning: "the controller's cluster file, for inline volumes of pods: on clusters that it allows them; else none",
+    schema: absolutePath.optional(),
+  },
   "node-id": {
     short: "n",
     env: ["LB_CSI_NODE_ID"],
@@ -332,6 +345,32 @@ const sizeSchema = z.string().regex(/^[1-9]\d{0,17}(?:[KMGTP]i)?$/, "is not a si
     return BigInt(text.replace(/\D/g, "")) << BigInt(10 * power);
   });
 
+const sweepOptions = {
+  config: {
+    short: "c",
+    env: ["LB_CSI_CONFIG"],
+    value: "FILE",
+    meaning: "cluster file",
+    schema: z.string({ error: "is missing" }).startsWith("/", "is not an absolute path"),
+  },
+  "node-id": { short: "n", value: "ID", meaning: "the dead node", schema: z.string({ error: "is missing" }) },
+  delete: { meaning: "remove what is found; without it, list it and change nothing", schema: switchSchema },
+  "even-if-connected": {
+    meaning: "remove volumes too that the cluster shows as connected to the node: for a connection that died with it",
+    schema: switchSchema,
+  },
+  ...trustOptions,
+  ...logOptions,
+  "log-level": { ...logOptions["log-level"], fallback: "warning" },
+} as const satisfies Options;
+
+const sweepText =
+  `A pod's inline volume is removed by the node that made it, after the pod, or when that node starts again. A node that
+never comes back leaves its volumes; this lists them, and with --delete removes them with everything in them.
+
+Be sure that the node is dead, and not merely out of Kubernetes' sight: a pod that still runs there loses its data. A volume
+that the cluster shows as connected to the node is refused. Removing takes the node's access away first.`;
+
 const port = wholeNumber(0, 65535);
 const delayMs = wholeNumber(0, 3_600_000);
 
@@ -456,6 +495,7 @@ const commands: Readonly<Record<string, Command>> = {
     const problem = nodeIdProblem(settings["node-id"]) ??
       (settings["node-id"].endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
     if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
+    const { inlineVolumes, sweepUntilSettled } = await import("./lib/csi/ephemeral.ts");
     const { nodeHandlers } = await import("./lib/csi/node.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
     const { KeyedLock } = await import("./lib/lock.ts");
@@ -464,18 +504,70 @@ const commands: Readonly<Record<string, Command>> = {
     const nodeId = settings["node-id"];
     const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
     const locks = new KeyedLock();
+    const attacher = await attacherOf(settings, host, locks);
+    // What talks to the cluster is loaded by those nodes only that are to make volumes.
+    await using backend = settings.config === undefined ? undefined : await openLightos(settings, log);
+    const defaultFsType = settings["default-fs"];
+    const volumes = backend?.ephemeral;
+    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes });
     const handlers = nodeHandlers({
       host,
-      attacher: await attacherOf(settings, host, locks),
+      attacher,
       locks,
       nodeId,
-      defaultFsType: settings["default-fs"],
+      inline,
+      defaultFsType,
       maxVolumes: settings["max-volumes"],
       parseId: parseVolumeId,
       volumeHealth: settings["csi-1.13"],
     });
-    return await serveCsi(settings, log, [service(Node, handlers)]);
+    const ending = new AbortController();
+    const swept = sweepUntilSettled(inline, log, ending.signal);
+    try {
+      return await serveCsi(settings, log, [service(Node, handlers)]);
+    } finally {
+      ending.abort(new StatusError("CANCELLED", "Cannot go on: the node service is stopping"));
+      await swept;
+    }
   }),
+
+  sweep: command("list, or remove, the inline volumes that a dead node has left", sweepOptions, async (settings) => {
+    const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "sweep" });
+    const nodeId = settings["node-id"];
+    const problem = nodeIdProblem(nodeId);
+    if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
+    await using backend = await openLightos(settings, log);
+    const { ephemeral } = backend;
+    const obstacle = ephemeral?.obstacle();
+    if (ephemeral === undefined || obstacle !== undefined) {
+      throw new UsageError(`--config "${settings.config}": ${obstacle}`);
+    }
+    const ctx = backgroundContext(`sweep after ${nodeId}`, log, 600_000);
+    const { volumes, problems } = await ephemeral.listVolumes(ctx, nodeId);
+    let failures = problems.length;
+    for (const text of problems) console.error(`lbcsi sweep: ${text}`);
+    for (const volume of volumes) {
+      const { uuid, place, pod, capacityBytes } = volume;
+      const isConnected = volume.connectedHosts.includes(hostNqn(nodeId));
+      let outcome = `${isConnected ? "connected to the node, " : ""}${settings.delete ? "removed" : "left alone"}`;
+      if (settings.delete) {
+        try {
+          if (isConnected && !settings["even-if-connected"]) {
+            throw new StatusError("FAILED_PRECONDITION", "refused: the node is connected to it (--even-if-connected)");
+          }
+          await ephemeral.removeVolume(ctx, volume);
+        } catch (error) {
+          failures++;
+          outcome = messageOf(error);
+        }
+      }
+      console.log(`${uuid}  ${capacityBytes} bytes  ${place}  pod ${pod.namespace}/${pod.name}: ${outcome}`);
+    }
+    console.log(
+      `${volumes.length} inline volumes of ${nodeId}${settings.delete ? "" : ", nothing was changed (--delete)"}`,
+    );
+    return failures === 0 ? 0 : 1;
+  }, sweepText),
 
   simulate: command(
     "run a simulated storage cluster, to try and to test against",
@@ -750,16 +842,20 @@ async function attacherOf(
     : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
 }
 
+/** Without `jwt-path`, tokens come from calls and from the cluster file. */
 async function openLightos(
-  settings: Settings<Pick<typeof controllerOptions, "jwt-path" | "mgmt-ca" | "mgmt-tls-verify" | "config">>,
+  settings: Settings<Pick<typeof controllerOptions, "mgmt-ca" | "mgmt-tls-verify" | "config">> & {
+    readonly "jwt-path"?: string;
+  },
   log: Logger,
 ) {
+  const jwtPath = settings["jwt-path"];
   const { lightosBackend } = await import("./lib/storage/lightos.ts");
   if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
   return lightosBackend({
     log,
-    globalJwt: () => readIfThere(settings["jwt-path"]),
-    globalJwtPath: settings["jwt-path"],
+    globalJwt: () => jwtPath === undefined ? undefined : readIfThere(jwtPath),
+    globalJwtPath: jwtPath ?? "file of a token",
     ca: settings["mgmt-ca"] === undefined ? undefined : readRequired("--mgmt-ca", settings["mgmt-ca"]),
     verifyTls: settings["mgmt-tls-verify"],
     userAgent: `lbcsi/${version}`,

@@ -38,6 +38,11 @@ export class StatusError extends Error {
   }
 }
 
+/** Whether a caller takes this for the last word: it may then forget what it asked for, and never ask to have it undone. */
+export function isFinal(error: unknown): boolean {
+  return !hasCode(error, "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "UNAVAILABLE");
+}
+
 /** Whether `error` is a StatusError with one of these codes. */
 export function hasCode(error: unknown, ...codes: readonly StatusCode[]): error is StatusError {
   return error instanceof StatusError && codes.includes(error.code);

@@ -46,6 +46,7 @@ clusters:
     serverName: lightos.example
     tlsPin: ["sha256//AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]
     tlsVerify: true
+    ephemeral: {projects: "default,scratch", maxSize: 100Gi}
   - name: rack2
     endpoints: [rack2.example:80]
     scheme: grpc
@@ -70,6 +71,7 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
       pins: ["sha256//AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="],
       verify: true,
     },
+    ephemeral: { projects: ["default", "scratch"], maxSizeBytes: 100n << 30n },
   });
   deepStrictEqual(second, {
     name: "rack2",
@@ -81,6 +83,7 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
     caPath: undefined,
     jwtPath: undefined,
     trust: { serverName: undefined, pins: undefined, verify: undefined },
+    ephemeral: undefined,
   });
 });
 
@@ -115,6 +118,25 @@ for (
     ["a project in capitals", one("projects: [p1, Team]"), /clusters\[0\]\.projects\[1\] "Team" is not a project name/],
     ["a relative path", one("ca: ca.pem"), /clusters\[0\]\.ca "ca\.pem" is not an absolute path/],
     ["a token instead of its file", one("jwt: eyJhbGciOi"), /clusters\[0\]\.jwt is not an absolute path/],
+    ["inline volumes without a token", one("ephemeral: {projects: p1, maxSize: 1Gi}"), /ephemeral needs jwt beside it/],
+    ["inline volumes with a switch", one("jwt: /j, ephemeral: true"), /ephemeral is not a map with the keys projects/],
+    ["inline volumes nowhere", one("jwt: /j, ephemeral: {maxSize: 1Gi}"), /ephemeral\.projects is missing/],
+    [
+      "inline volumes in no project",
+      one("jwt: /j, ephemeral: {projects: [], maxSize: 1}"),
+      /ephemeral\.projects is empty/,
+    ],
+    ["inline volumes of any size", one("jwt: /j, ephemeral: {projects: p1}"), /ephemeral\.maxSize is missing/],
+    [
+      "inline volumes of no size",
+      one("jwt: /j, ephemeral: {projects: p1, maxSize: 100 GB}"),
+      /ephemeral\.maxSize "100 GB" is not a size such as 100Gi/,
+    ],
+    [
+      "a misspelt key of inline volumes",
+      one("jwt: /j, ephemeral: {projects: p1, maxSize: 1Gi, max: 2}"),
+      /clusters\[0\]\.ephemeral "max" unknown \(known: projects, maxSize\)/,
+    ],
     ["a misspelt key", one("schme: grpc"), /clusters\[0\] "schme" unknown \(known: name, endpoints, formerEndpoints,/],
     [
       "one name twice",

@@ -22,6 +22,7 @@ import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
 import {
   canonicalPath,
   describeMount,
+  makeMountPoint,
   type Mount,
   mountsAt,
   mountsOf,
@@ -35,6 +36,7 @@ import type { KeyedLock } from "../lock.ts";
 import { fromPublishContext, hostNqn } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
 import { conditionProbe } from "./condition.ts";
+import { inlineUuid, type InlineVolumes, inlineVolumes, isInlineId, refuseInline } from "./ephemeral.ts";
 import { nodeHealthHandlers } from "./node_health.ts";
 import {
   type Access,
@@ -59,6 +61,8 @@ export interface NodeOptions {
   readonly maxVolumes?: number | undefined;
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
+  /** Inline volumes of pods; undefined: this node makes none, and says so. */
+  readonly inline?: InlineVolumes;
   /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
   readonly volumeHealth?: boolean;
 }
@@ -69,6 +73,7 @@ const announcedMs = 1000;
 /** The handlers of CSI's Node service. */
 export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   const { host, attacher, locks, parseId } = options;
+  const inline = options.inline ?? inlineVolumes({ ...options, volumes: undefined });
   const probe = conditionProbe(host);
 
   return {
@@ -77,6 +82,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const action = "stage the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
       const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
+      refuseInline(action, volumeId);
       const access = parseCapability(action, request.volumeCapability);
       const namespace = fromPublishContext(request.publishContext);
       const mkfsOptions = request.volumeContext[mkfsOptionsKey] ?? "";
@@ -142,6 +148,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const action = "unstage the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
       const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
+      refuseInline(action, volumeId);
       const path = await canonicalPath(host, given);
       const id = await idUnlessIdle(volumeId, path);
       if (id === undefined) return {};
@@ -169,6 +176,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     async nodePublishVolume(request, call) {
       const action = "publish the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      if (isInlineId(volumeId)) {
+        await inline.publish(request, call);
+        return {};
+      }
       const givenTarget = requirePath(action, "target_path", request.targetPath);
       const access = parseCapability(action, request.volumeCapability);
       const readOnly = request.readonly || isReaderOnly(access.mode) ||
@@ -213,10 +224,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
 
       if (access.type === "block") {
         await setReadOnly(ctx, device, readOnly);
-        await makeTarget(target, "file", refuse);
+        await makeMountPoint(host, target, "file", refuse);
         await bind(ctx, device.path, target, readOnly, refuse);
       } else {
-        await makeTarget(target, "directory", refuse);
+        await makeMountPoint(host, target, "directory", refuse);
         await bind(ctx, staging ?? givenStaging, target, readOnly, refuse);
       }
       const mounted = mountsAt(await mountTable(host), target).at(-1);
@@ -236,6 +247,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     async nodeUnpublishVolume(request, call) {
       const action = "unpublish the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      if (isInlineId(volumeId)) {
+        await inline.unpublish(request, call);
+        return {};
+      }
       const given = requirePath(action, "target_path", request.targetPath);
       const path = await canonicalPath(host, given);
       const id = await idUnlessIdle(volumeId, path);
@@ -265,9 +280,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const action = "measure the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
       const given = requireText(action, "volume_path", request.volumePath, 4095);
-      const id = parseId(volumeId);
-      const ctx = call.with({ volume: id.uuid });
-      return await stats(ctx, `${action} ${id.uuid}`, id.uuid, given);
+      const uuid = isInlineId(volumeId) ? await inlineUuid(host, volumeId, given) : parseId(volumeId).uuid;
+      const ctx = call.with({ volume: uuid });
+      return await stats(ctx, `${action} ${uuid}`, uuid, given);
     },
 
     /** Grows the file system to the size of the device, and answers the size measured then (spec/csi.md 7.8, 9). */
@@ -284,6 +299,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         );
       }
       if (request.volumeCapability !== undefined) parseCapability(action, request.volumeCapability);
+      refuseInline(action, volumeId);
       const id = parseId(volumeId);
       const ctx = call.with({ volume: id.uuid });
       refuseHostEncryption(`${action} ${id.uuid}`, id);
@@ -395,23 +411,6 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     if (mounted.superOptions.includes("ro") && !isReaderOnly(access.mode)) {
       const asked = access.type === "mount" && parseMountFlags(access.mountFlags).readOnly;
       if (!asked) throw refuse(`${describeMount(mounted)} at the staging path is read-only`);
-    }
-  }
-
-  /** Makes an empty target to mount on; what is there already must be empty, for the mount would hide it. */
-  async function makeTarget(
-    target: string,
-    wanted: "file" | "directory",
-    refuse: (problem: string) => StatusError,
-  ): Promise<void> {
-    const kind = await host.kindOf(target);
-    if (kind === "absent") {
-      await (wanted === "file" ? host.makeFile(target) : host.makeDirectory(target));
-      return;
-    }
-    if (kind !== wanted) throw refuse(`the target path "${target}" is there already and is not a ${wanted}`);
-    if (wanted === "directory" && (await host.list(target) ?? []).length > 0) {
-      throw refuse(`the target path "${target}" is not a mount point but holds files of the node's own disk`);
     }
   }
 

@@ -14,6 +14,7 @@ import type { Handlers } from "../rpc.ts";
 import type { Trouble } from "../storage/backend.ts";
 import { type Node, StorageHealthErrorType as StorageStatus } from "../../proto/gen/csi_pb.ts";
 import type { Condition, ConditionProbe } from "./condition.ts";
+import { inlineUuid, isInlineId } from "./ephemeral.ts";
 import { clipped, toVolumeHealth } from "./health.ts";
 import { longestVolumeId, requireText } from "./request.ts";
 
@@ -41,7 +42,9 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
         volume_publish_path: request.volumePublishPath,
         staging_target_path: request.stagingTargetPath,
       }).filter(([, path]) => path !== "").map(([field, path]) => requireText(action, field, path, 4095));
-      const { uuid } = parseId(volumeId);
+      const uuid = isInlineId(volumeId)
+        ? await inlineUuid(host, volumeId, request.volumePublishPath)
+        : parseId(volumeId).uuid;
       const ctx = call.with({ volume: uuid });
       const troubles = await troublesOf(ctx, `${action} ${uuid}`, uuid, paths);
       for (const { message } of troubles) ctx.log.warning("found a volume in trouble", { error: message });

@@ -112,6 +112,15 @@ export function withoutOrchestratorKeys(map: Readonly<Record<string, string>>): 
   );
 }
 
+/** The pod that a volume is published for, as kubelet tells it with podInfoOnMount (spec/csi.md 15); empty where it does not. */
+export function podInfo(context: Readonly<Record<string, string>>) {
+  return {
+    namespace: context["csi.storage.k8s.io/pod.namespace"] ?? "",
+    name: context["csi.storage.k8s.io/pod.name"] ?? "",
+    uid: context["csi.storage.k8s.io/pod.uid"] ?? "",
+  };
+}
+
 /** StorageClass parameter for mkfs, kept in the volume context: the node needs it when it makes the file system. */
 export const mkfsOptionsKey = "mkfs-options";
 

@@ -170,6 +170,25 @@ async function mountAsItIs(
 }
 
 /**
+ * Makes a file system on a blank device without mounting it; does nothing on a device that has one. For a volume that is
+ * new and will be mounted read-only. Repeat it after any failure.
+ *
+ * @throws StatusError as mountVolume does for a device that is not blank and holds none
+ */
+export async function ensureFilesystem(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  wish: Pick<MountWish, "fsType" | "defaultFsType" | "mkfsOptions">,
+): Promise<void> {
+  const action = `make a file system on namespace ${device.uuid}`;
+  const found = await contentOf(host, ctx, device, action);
+  if (found.kind === "filesystem") return;
+  const fsType = wish.fsType ?? wish.defaultFsType;
+  await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished", action);
+}
+
+/**
  * What is wrong with a mount of `device`, or undefined: the file system must list its root, the device must answer a
  * read, and a mount for writing must take writes (the kernel makes a damaged file system read-only without a word in the
  * mount table).

@@ -8,7 +8,7 @@
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { Host } from "./host.ts";
-import { type BlockDevice, describeDevice } from "./nvme.ts";
+import { type BlockDevice, describeDevice, deviceNumbered } from "./nvme.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
 export interface Mount {
@@ -113,6 +113,15 @@ async function numberOf(host: Host, mount: Mount): Promise<string | undefined> {
   return mount.number.startsWith("0:") ? undefined : mount.number;
 }
 
+/**
+ * The namespace whose file system `mount` shows; undefined when that is none, or its device has gone. For who is to take
+ * down a mount and does not know by heart which volume it is of.
+ */
+export async function deviceUnder(host: Host, mount: Mount): Promise<BlockDevice | undefined> {
+  const number = await numberOf(host, mount);
+  return number === undefined ? undefined : await deviceNumbered(host, number);
+}
+
 /** `nvme0n1` of a path that ends in it; the kernel adds `//deleted` to the root of a node that has gone. */
 function namespaceName(path: string): string | undefined {
   return /\/(nvme\d+n\d+)(?:\/\/deleted)?$/.exec(path)?.[1];
@@ -162,6 +171,29 @@ export async function takeDown(
     throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${describeMount(left[0])} is still mounted at "${path}"`);
   }
   return stacked.length;
+}
+
+/**
+ * Makes an empty file or directory to mount on. What is there already must be empty, for the mount would hide it.
+ *
+ * @param path free of symbolic links, in an existing directory
+ * @param refuse makes the error for something else that is there
+ */
+export async function makeMountPoint(
+  host: Host,
+  path: string,
+  wanted: "file" | "directory",
+  refuse: (problem: string) => StatusError,
+): Promise<void> {
+  const kind = await host.kindOf(path);
+  if (kind === "absent") {
+    await (wanted === "file" ? host.makeFile(path) : host.makeDirectory(path));
+    return;
+  }
+  if (kind !== wanted) throw refuse(`the target path "${path}" is there already and is not a ${wanted}`);
+  if (wanted === "directory" && (await host.list(path) ?? []).length > 0) {
+    throw refuse(`the target path "${path}" is not a mount point but holds files of the node's own disk`);
+  }
 }
 
 /** `ext4 of /dev/nvme0n1 (259:1)`. */

@@ -73,6 +73,11 @@ export async function devicesOf(host: Host, subsystemNqn: string): Promise<reado
   return (await allDevices(host)).filter((device) => device.subsystemNqn === subsystemNqn);
 }
 
+/** The block device with this number (`major:minor`); undefined when it is not a namespace with a UUID. */
+export async function deviceNumbered(host: Host, number: string): Promise<BlockDevice | undefined> {
+  return (await allDevices(host)).find((device) => device.number === number);
+}
+
 /** All connections of this machine to a subsystem. */
 export async function controllersOf(host: Host, subsystemNqn: string): Promise<readonly NvmeController[]> {
   return (await allControllers(host)).filter((controller) => controller.subsystemNqn === subsystemNqn);

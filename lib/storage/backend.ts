@@ -98,6 +98,7 @@ export interface StorageBackend extends AsyncDisposable {
   /** May come and go with the credentials of the process. */
   readonly capacity?: Capacity | undefined;
   readonly modification?: Modification;
+  readonly ephemeral?: EphemeralVolumes;
 }
 
 /** Volumes can grow, also while hosts use them. */
@@ -236,4 +237,68 @@ export interface Modification {
     volumeId: string,
     mutable: Readonly<Record<string, string>>,
   ): Promise<void>;
+}
+
+/** What a pod asks of a volume that lives as long as it does (a CSI inline volume). */
+export interface EphemeralWanted {
+  /** CSI's volume ID: made by the orchestrator for this pod, and the same in all calls. */
+  readonly volumeId: string;
+  /** What the author of the pod wrote. It decides what is made, within what the operator allows, and never where. */
+  readonly attributes: Readonly<Record<string, string>>;
+  readonly nodeId: string;
+  /** Where the node is to show it. Kept with the volume: once this place is gone there, nobody asks for it any more. */
+  readonly targetPath: string;
+  readonly pod: { readonly namespace: string; readonly name: string; readonly uid: string };
+  /** Whether an earlier call may have made the volume already. */
+  readonly isRepeat: boolean;
+}
+
+/** An inline volume as the cluster shows it. */
+export interface EphemeralVolume {
+  /** CSI's volume ID. */
+  readonly volumeId: string;
+  /** The ID that the other calls of this backend know it by. */
+  readonly storageId: string;
+  /** NVMe namespace UUID. */
+  readonly uuid: string;
+  readonly capacityBytes: bigint;
+  /** Which cluster and project it is in, for people. */
+  readonly place: string;
+  /** For which node it was made, and where on it; undefined when the cluster does not tell. */
+  readonly nodeId: string | undefined;
+  readonly targetPath: string | undefined;
+  readonly pod: { readonly namespace: string; readonly name: string; readonly uid: string };
+  /** Host NQNs that are connected and may reach it now. */
+  readonly connectedHosts: readonly string[];
+}
+
+/**
+ * Volumes that a node makes for a pod by itself and takes away after it, on clusters whose operator allows that.
+ *
+ * A volume is told by a mark on the cluster that holds its CSI volume ID. What has the right name and not the mark is
+ * neither used nor removed.
+ */
+export interface EphemeralVolumes {
+  /** Why no volume can be made now, whatever is asked for; undefined: they can be. */
+  obstacle(): string | undefined;
+  /**
+   * Makes the volume, unless it is there, lets the node connect, and says where. `secrets` pay for the making; everything
+   * else is done with the operator's token.
+   *
+   * After a failure that is final (see `isFinal`), nothing of it is on the cluster. Throws INVALID_ARGUMENT for bad
+   * attributes, OUT_OF_RANGE for a size that is not allowed, FAILED_PRECONDITION when a volume of that name is not ours.
+   */
+  makeVolume(ctx: RequestContext, secrets: Secrets, wanted: EphemeralWanted): Promise<RemoteNamespace>;
+  /**
+   * The volume of this CSI volume ID, wherever it is; undefined: nowhere. Throws UNAVAILABLE when it was not found and
+   * some cluster could not be asked.
+   */
+  findVolume(ctx: RequestContext, volumeId: string): Promise<EphemeralVolume | undefined>;
+  /** Takes access away from the node that it was made for, and removes it. Absent: done. */
+  removeVolume(ctx: RequestContext, volume: EphemeralVolume): Promise<void>;
+  /** All volumes that were made for a node, and, for people, which clusters could not be asked. */
+  listVolumes(
+    ctx: RequestContext,
+    nodeId: string,
+  ): Promise<{ readonly volumes: readonly EphemeralVolume[]; readonly problems: readonly string[] }>;
 }

@@ -19,6 +19,7 @@ import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } fro
 import type { StorageBackend, Volume, VolumeWanted } from "./backend.ts";
 import { lightosBlocks } from "./lightos_blocks.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
+import { lightosEphemeral } from "./lightos_ephemeral.ts";
 import { lightosCapacity, lightosListing } from "./lightos_listing.ts";
 import { lightosModification, qosPolicyLike } from "./lightos_modify.ts";
 import {
@@ -63,7 +64,7 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
   // Both are for calls without secrets. Space is asked for with parameters that name a cluster, so a token is enough.
   const listing = known === undefined ? {} : { listing: lightosListing(clusters, known, snapshots) };
   const capacity = lightosCapacity(clusters, known, parseCapacityParameters);
-  return {
+  const backend: StorageBackend = {
     name: "lightos",
     uuidOf: (volumeId) => idOf(volumeId).uuid,
     async createVolume(ctx, secrets, wanted) {
@@ -145,6 +146,8 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
       await clusters[Symbol.asyncDispose]();
     },
   };
+  // Added to the same object: a copy would keep what its getters say now.
+  return Object.assign(backend, known === undefined ? {} : { ephemeral: lightosEphemeral(backend, clusters, known) });
 }
 
 // ---------------------------------------------------------------------------------------------------------- volumes

@@ -17,6 +17,9 @@
  *         tlsPin: [sha256//pL1…=]                  # public keys, one of which it must have
  *         tlsVerify: true                          # false accepts any certificate
  *         jwt: /etc/lbcsi/jwt                      # file of a token, for calls that bring none
+ *         ephemeral:                               # pods may have inline volumes here; needs jwt
+ *           projects: [default]                    # in these projects
+ *           maxSize: 100Gi                         # of one volume
  *
  * YAML or JSON, which is YAML too. Secrets are named by their files and read at each use. The file itself is looked at
  * before each use by its inode and times, for Kubernetes swaps a symbolic link where others write in place; a watch
@@ -28,6 +31,7 @@ import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, isProjectName, parseEndpoints, type Scheme, schemes } from "../id.ts";
 import { trustConfigSchema, type TrustWish } from "./lightos_trust.ts";
+import { parseQuantity } from "../quantity.ts";
 
 /** One cluster of the file, as text gives it. */
 export interface ClusterEntry {
@@ -46,6 +50,16 @@ export interface ClusterEntry {
   /** File of a token. */
   readonly jwtPath: string | undefined;
   readonly trust: TrustWish;
+  /** Which inline volumes pods may have here; undefined: none. With it there is a `jwtPath`. */
+  readonly ephemeral: EphemeralRules | undefined;
+}
+
+/** What a cluster allows the authors of pods. */
+export interface EphemeralRules {
+  /** Never empty. */
+  readonly projects: readonly string[];
+  /** The largest size of one volume. */
+  readonly maxSizeBytes: bigint;
 }
 
 /** A cluster of the file, with its secrets within reach. */
@@ -168,6 +182,21 @@ const endpointList = texts("is not host:port, several with commas or as a list")
 
 const file = z.string({ error: "is not the path of a file" }).startsWith("/", "is not an absolute path");
 
+const projectList = texts("is not a project name, several with commas or as a list").pipe(
+  z.array(z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')),
+);
+
+const ephemeralSchema = z.strictObject({
+  projects: projectList,
+  // YAML reads a size without a suffix as a number.
+  maxSize: z.union([z.string(), z.number()], { error: "is not a size such as 100Gi" }).transform((size, check) => {
+    const bytes = parseQuantity(String(size));
+    if (bytes !== undefined) return bytes;
+    check.addIssue("is not a size such as 100Gi");
+    return z.NEVER;
+  }),
+}, { error: "is not a map with the keys projects and maxSize" });
+
 const clusterSchema = z.strictObject({
   name: z.string({ error: "is missing" })
     .regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/, 'is not a name of 1 to 63 letters, digits, ".", "_", "-"'),
@@ -175,13 +204,15 @@ const clusterSchema = z.strictObject({
   formerEndpoints: endpointList.optional(),
   idEndpoints: endpointList.optional(),
   scheme: z.enum(schemes, { error: `is not one of ${schemes.join(", ")}` }).default("grpcs"),
-  projects: texts("is not a project name, several with commas or as a list").pipe(
-    z.array(z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')),
-  ).optional(),
+  projects: projectList.optional(),
   ca: file.optional(),
   jwt: file.optional(),
   ...trustConfigSchema,
-}, { error: "is not a map of keys" });
+  ephemeral: ephemeralSchema.optional(),
+}, { error: "is not a map of keys" }).refine(({ ephemeral, jwt }) => ephemeral === undefined || jwt !== undefined, {
+  path: ["ephemeral"],
+  error: "needs jwt beside it: whoever takes an inline volume away brings no token",
+});
 
 const configSchema = z.strictObject({
   clusters: z.array(clusterSchema, { error: "is missing, give a list of clusters" }).min(1, "is empty"),
@@ -217,6 +248,10 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
     caPath: rest.ca,
     jwtPath: rest.jwt,
     trust: { serverName: rest.serverName, pins: rest.tlsPin, verify: rest.tlsVerify },
+    ephemeral: rest.ephemeral === undefined ? undefined : {
+      projects: [...new Set(rest.ephemeral.projects)],
+      maxSizeBytes: rest.ephemeral.maxSize,
+    },
   }));
   const problems = sharedBetween(entries);
   if (problems.length > 0) throw refuse(problems.join("; "));
@@ -230,7 +265,11 @@ function describe(issue: z.core.$ZodIssue, content: unknown): string {
     .join("");
   const prefix = place === "" ? "" : `${place} `;
   if (issue.code === "unrecognized_keys") {
-    const schema = issue.path.length === 0 ? configSchema : clusterSchema;
+    const schema = issue.path.length === 0
+      ? configSchema
+      : issue.path.at(-1) === "ephemeral"
+      ? ephemeralSchema
+      : clusterSchema;
     const known = Object.keys(schema.shape).join(", ");
     return `${prefix}${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${known})`;
   }

@@ -14,12 +14,14 @@ import {
   type VolumeCapabilitySchema,
 } from "../../proto/gen/csi_pb.ts";
 import { createLogger, type Logger, requestContext } from "../../lib/context.ts";
+import { inlineVolumes } from "../../lib/csi/ephemeral.ts";
 import { nodeHandlers, type NodeOptions } from "../../lib/csi/node.ts";
 import { type StatusCode, StatusError } from "../../lib/error.ts";
 import { parseVolumeId } from "../../lib/id.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { toPublishContext } from "../../lib/namespace.ts";
 import type { CallContext, Handlers } from "../../lib/rpc.ts";
+import type { EphemeralVolumes } from "../../lib/storage/backend.ts";
 import { subsystemNqn } from "./loop_machine.ts";
 
 export type Capability = MessageInitShape<typeof VolumeCapabilitySchema>;
@@ -52,20 +54,28 @@ export function callContext(signal = new AbortController().signal, log: Logger =
 type Request<S extends Parameters<typeof create>[0]> = MessageInitShape<S>;
 
 /** The node service's RPCs, each with what a usual request has filled in. */
-export function nodeCalls(options: Partial<NodeOptions> & Pick<NodeOptions, "host" | "attacher">) {
-  const handlers: Handlers<typeof Node> = nodeHandlers({
+export function nodeCalls(
+  given: Partial<Omit<NodeOptions, "inline">> & Pick<NodeOptions, "host" | "attacher"> & {
+    readonly volumes?: EphemeralVolumes | undefined;
+  },
+) {
+  const options = {
     locks: new KeyedLock(),
     nodeId: "n1.node",
-    defaultFsType: "ext4",
-    parseId: (text) => parseVolumeId(text),
-    ...options,
-  });
+    defaultFsType: "ext4" as const,
+    parseId: (text: string) => parseVolumeId(text),
+    volumes: undefined,
+    ...given,
+  };
+  const inline = inlineVolumes(options);
+  const handlers: Handlers<typeof Node> = nodeHandlers({ ...options, inline });
   const { nodeStageVolume, nodeUnstageVolume, nodePublishVolume, nodeUnpublishVolume } = handlers;
   const { nodeGetVolumeStats, nodeExpandVolume, nodeGetInfo } = handlers;
   assert(nodeStageVolume && nodeUnstageVolume && nodePublishVolume && nodeUnpublishVolume);
   assert(nodeGetVolumeStats && nodeExpandVolume && nodeGetInfo);
   return {
     handlers,
+    inline,
     stage: (request: Request<typeof NodeStageVolumeRequestSchema>, call = callContext()) =>
       nodeStageVolume(create(NodeStageVolumeRequestSchema, request), call),
     unstage: (request: Request<typeof NodeUnstageVolumeRequestSchema>, call = callContext()) =>
