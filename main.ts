@@ -300,6 +300,55 @@ const attachOptions = {
   json: { meaning: "print what was attached as JSON", schema: switchSchema },
 } as const satisfies Options;
 
+/** Seconds; -1: never. */
+const lossSeconds = z.string().regex(/^(?:-1|\d{1,9})$/, "is not a whole number of seconds, or -1").transform(Number);
+
+const discoveryOptions = {
+  "discovery-dir": {
+    ...nodeOptions["discovery-dir"],
+    meaning: "directory whose files say what to connect; made if missing",
+  },
+  poll: {
+    env: ["LB_CSI_DISCOVERY_POLL"],
+    fallback: "10",
+    value: "SECONDS",
+    meaning: "how often each discovery controller is asked whether its log page has changed",
+    schema: wholeNumber(1, 3600),
+  },
+  "ctrl-loss-tmo": {
+    env: ["LB_CSI_DISCOVERY_CTRL_LOSS_TMO"],
+    fallback: "600",
+    value: "SECONDS",
+    meaning:
+      "when the kernel gives up a new I/O connection that is lost, -1: never; an entry of a file may say otherwise",
+    schema: lossSeconds,
+  },
+  "keep-alive-tmo": {
+    env: ["LB_CSI_DISCOVERY_KEEP_ALIVE_TMO"],
+    fallback: "10",
+    value: "SECONDS",
+    meaning: "keep-alive timeout of new I/O connections",
+    schema: wholeNumber(1, 3600),
+  },
+  "io-queues": {
+    env: ["LB_CSI_DISCOVERY_IO_QUEUES"],
+    fallback: "0",
+    value: "COUNT",
+    meaning: "queues of new I/O connections; 0: one for each processor",
+    schema: wholeNumber(0, 65_535),
+  },
+  sysfs: nodeOptions.sysfs,
+  dev: nodeOptions.dev,
+  ...logOptions,
+} as const satisfies Options;
+
+const discoveryText =
+  `Takes the same files as LightOS' Discovery-Client, one per volume with --attach=discovery-client, and stands in its place
+on a machine that has only lbcsi and nvme-cli. It connects to the discovery controllers that the files name, and to every
+I/O controller that these list for the subsystems in the files; follows changes and referrals; and lets go of a subsystem
+that no file names any more, as soon as nothing uses it. It takes over the connections that are there when it starts, and
+leaves them when it ends (SIGTERM): I/O goes on meanwhile.`;
+
 const listOptions = {
   uuid: { ...volumeOptions.uuid, meaning: "this volume only; exit status 1 when it is not here" },
   all: { meaning: "also volumes and connections over TCP that another program made", schema: switchSchema },
@@ -673,6 +722,37 @@ const commands: Readonly<Record<string, Command>> = {
         console.log(settings.json ? listAsJson(listed) : listAsText(listed));
       }),
     listText,
+  ),
+
+  "discovery-client": command(
+    "keep this machine connected to what the files of a directory name, as the cluster moves",
+    discoveryOptions,
+    async (settings) => {
+      const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
+      const { discoveryDaemon } = await import("./lib/discovery/client.ts");
+      const { linuxHost } = await import("./lib/host/host.ts");
+      const stop = new AbortController();
+      const stopped = untilStopped().then((signal) => {
+        log.info("stops on a signal", { name: signal });
+        stop.abort();
+      });
+      const daemon = discoveryDaemon({
+        host: linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev }),
+        directory: settings["discovery-dir"],
+        log,
+        pollMs: settings.poll * 1000,
+        controllerLossSeconds: settings["ctrl-loss-tmo"],
+        keepAliveSeconds: settings["keep-alive-tmo"],
+        ioQueues: settings["io-queues"] === 0 ? undefined : settings["io-queues"],
+      });
+      log.info("watches", { path: settings["discovery-dir"], version });
+      // Kubernetes kills 30 s after SIGTERM unless the manifest says otherwise.
+      await daemon.run(stop.signal, 25_000);
+      await stopped;
+      log.info("stopped");
+      return 0;
+    },
+    discoveryText,
   ),
 
   completion: command(

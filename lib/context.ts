@@ -18,6 +18,9 @@ export interface Fields {
   readonly path?: string;
   readonly subsystem?: string;
   readonly address?: string;
+  /** What a discovery controller lists: I/O controllers, and other discovery controllers. */
+  readonly addresses?: readonly string[];
+  readonly referrals?: readonly string[];
   readonly code?: string;
   readonly ms?: number;
   /** Exit status of a command. */

@@ -1,11 +1,14 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../lib/context.ts";
-import { direct, discoveryClient, discoveryFile, hostIdOf } from "../lib/host/attach.ts";
+import { allUsersOf, direct, discoveryClient, discoveryFile, hostIdOf, usersOf } from "../lib/host/attach.ts";
 import { linuxHost } from "../lib/host/host.ts";
+import { findDevice } from "../lib/host/nvme.ts";
 import { KeyedLock } from "../lib/lock.ts";
 import type { RemoteNamespace } from "../lib/namespace.ts";
 import { FakeHost } from "./support/fake_host.ts";
+import { loopMachine } from "./support/loop_machine.ts";
+import { needs } from "./support/needs.ts";
 import { callContext, rejects } from "./support/node_calls.ts";
 
 const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
@@ -245,4 +248,41 @@ Deno.test("direct.attach of two volumes of a subsystem connects once per address
   ]);
 
   assert.equal(host.commands.length, 2);
+});
+
+Deno.test({
+  name: "promise 3: allUsersOf sees a mount in another mount namespace, and who has the device open",
+  ignore: !needs("root", "loop", "mkfs.ext4", "unshare"),
+  async fn() {
+    await using machine = await loopMachine();
+    const { path } = await machine.addNamespace(uuid, 16 << 20);
+    await machine.tool("mkfs.ext4", "-q", path);
+    const device = await findDevice(machine.host, uuid);
+    assert.ok(device);
+    const place = join(machine.directory, "there");
+    await Deno.mkdir(place);
+    assert.deepEqual(await allUsersOf(machine.host, device), []);
+    const script = `mount "$1" "$2" && touch "$2/mounted" && exec 3<"$1" && echo ready && read -r line`;
+    const user = new Deno.Command("unshare", {
+      args: ["--mount", "--propagation", "private", "sh", "-c", script, "sh", path, place],
+      stdin: "piped",
+      stdout: "piped",
+      stderr: "inherit",
+    }).spawn();
+    try {
+      const { value } = await user.stdout.getReader().read();
+      assert.equal(new TextDecoder().decode(value), "ready\n");
+
+      const users = await allUsersOf(machine.host, device);
+
+      assert.deepEqual(users, [
+        `the mount at "${place}" of process ${user.pid} (sh)`,
+        `process ${user.pid} (sh) with "${path}"`,
+      ]);
+      assert.deepEqual(await usersOf(machine.host, device), []);
+    } finally {
+      await user.stdin.close();
+      await user.status;
+    }
+  },
 });

@@ -27,6 +27,8 @@ const mayImport: Readonly<Record<string, readonly string[]>> = {
   "lib/csi": ["proto/gen/csi_pb.ts", "lib/host/"],
   "lib/storage": ["proto/gen/lightos_pb.ts", "proto/gen/lightos_schedule_pb.ts"],
   "lib/host": [],
+  // It plays LightOS' Discovery-Client on this machine.
+  "lib/discovery": ["lib/host/"],
   // A person at a shell in the orchestrator's place.
   "lib/shell": ["lib/host/"],
   "lib/sim": ["proto/gen/lightos_pb.ts", "proto/gen/lightos_schedule_pb.ts"],
@@ -182,6 +184,10 @@ const broken: readonly (readonly [from: string, to: string, typeOnly: boolean])[
   ["lib/shell/attach.ts", "lib/storage/backend.ts", false],
   ["lib/shell/attach.ts", "lib/storage/lightos.ts", true],
   ["lib/host/nvme.ts", "lib/shell/list.ts", true],
+  ["lib/discovery/client.ts", "lib/sim/discovery_client.ts", false],
+  ["lib/discovery/client.ts", "lib/storage/backend.ts", true],
+  ["lib/discovery/input.ts", "node:net", false],
+  ["lib/csi/node.ts", "lib/discovery/client.ts", false],
   ["lib/sim/lightos.ts", "lib/storage/lightos.ts", true],
   ["lib/sim/lightos.ts", "lib/host/host.ts", false],
   ["lib/sim/lightos.ts", "proto/gen/csi_pb.ts", false],

@@ -16,17 +16,17 @@ import { messageOf, StatusError } from "../error.ts";
 import type { KeyedLock } from "../lock.ts";
 import { formatAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
 import type { Host } from "./host.ts";
-import { mountsOf, mountTable } from "./mounts.ts";
+import { foreignMountsOf, mountsOf, mountTable, processesAt } from "./mounts.ts";
 import {
-  addressOf,
   type BlockDevice,
   connectController,
   controllersOf,
   devicesOf,
   disconnectController,
   findDevice,
+  isAt,
+  isUsable,
   nameUuid,
-  type NvmeController,
 } from "./nvme.ts";
 
 export interface Attacher {
@@ -66,7 +66,7 @@ export interface DiscoveryClientOptions {
  * The name of a temporary file in the watched directory begins with this, and the daemon looks away, except when it starts
  * (spec/lightos.md 12.3). So there is one for each namespace, which detach finds when a killed driver has left it.
  */
-const temporaryPrefix = "tmp.dc.";
+export const temporaryPrefix = "tmp.dc.";
 
 /**
  * Attaches through LightOS' Discovery-Client: one file per namespace UUID in its directory (spec/lightos.md 10.2, 12.3).
@@ -217,27 +217,21 @@ export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attache
   };
 }
 
-function isAt(controller: NvmeController, address: TransportAddress): boolean {
-  const at = addressOf(controller);
-  return at !== undefined && at.trsvcid === address.trsvcid && canonical(at.traddr) === canonical(address.traddr);
-}
-
-/** IPv6 has many spellings of one address. */
-function canonical(traddr: string): string {
-  if (!traddr.includes(":")) return traddr;
-  const [plain = "", zone] = traddr.split("%");
-  const url = URL.parse(`http://[${plain}]`);
-  return `${url === null ? plain.toLowerCase() : url.hostname}${zone === undefined ? "" : `%${zone}`}`;
-}
-
-/** A connecting controller heals by itself; one that is being deleted never does. */
-function isUsable(controller: NvmeController): boolean {
-  return !controller.state.startsWith("deleting") && controller.state !== "dead";
-}
-
-/** What holds a device on this machine: devices on top of it and mounts, in words for an error message. */
+/** What holds a device on this machine, in words for an error message: devices on top of it, and mounts. */
 export async function usersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
   const holders = await host.list(`${host.roots.sysfs}/class/block/${device.name}/holders`) ?? [];
   const mounts = await mountsOf(host, await mountTable(host), device);
   return [...holders, ...mounts.map((mount) => `the mount at "${mount.path}"`)];
+}
+
+/**
+ * The same, with what it takes a walk through all processes to see: who has the device open, and mounts in containers. In a
+ * container that does not share the machine's processes (`hostPID`) it sees no more than usersOf.
+ */
+export async function allUsersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
+  return [
+    ...await usersOf(host, device),
+    ...await foreignMountsOf(host, device),
+    ...await processesAt(host, (place) => place === device.path),
+  ];
 }

@@ -252,6 +252,34 @@ export async function processesAt(host: Host, isThere: (place: string) => boolea
   return found;
 }
 
+/**
+ * Mounts of a device in the mount namespaces of other processes, one for each namespace, at most a few: `the mount at "/x"
+ * of process 7 (redis)`. For a device that somebody uses where our own mount table does not show it.
+ */
+export async function foreignMountsOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
+  const proc = host.roots.proc;
+  const seen = new Set([await quietly(host.readLink(`${proc}/self/ns/mnt`))]);
+  const found: string[] = [];
+  for (const pid of await host.list(proc) ?? []) {
+    if (found.length >= mostHolders) break;
+    if (!/^\d+$/.test(pid)) continue;
+    const namespace = await quietly(host.readLink(`${proc}/${pid}/ns/mnt`));
+    if (namespace === undefined || seen.has(namespace)) continue;
+    const table = parseMountTable(await quietly(host.readText(`${proc}/${pid}/mountinfo`)) ?? "");
+    // A process that ended while we looked leaves the namespace to another one of its own.
+    if (table.length > 0) seen.add(namespace);
+    // A file system goes by its number, btrfs by its source, and a bound device node by its place in devtmpfs.
+    const mount = table.find(({ number, fsType, source, root }) =>
+      number === device.number || fsType === "btrfs" && source === device.path ||
+      fsType === "devtmpfs" && root === `/${device.name}`
+    );
+    if (mount === undefined) continue;
+    const name = (await quietly(host.readText(`${proc}/${pid}/comm`)))?.trim() ?? "unknown";
+    found.push(`the mount at "${mount.path}" of process ${pid} (${name})`);
+  }
+  return found;
+}
+
 /** Processes end while they are looked at. */
 async function quietly<T>(promise: Promise<T>): Promise<T | undefined> {
   try {

@@ -7,9 +7,10 @@
  * another namespace after a reconnect: identity is read again before each step that relies on it.
  */
 import { createHash } from "node:crypto";
+import { z } from "zod";
 import type { RequestContext } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
-import { formatAddress, type TransportAddress } from "../namespace.ts";
+import { formatAddress, parseAddress, type TransportAddress } from "../namespace.ts";
 import type { Host } from "./host.ts";
 
 /** The subsystem NQN that every discovery controller answers to, by the NVMe base specification. */
@@ -143,6 +144,25 @@ export function addressOf(controller: NvmeController): TransportAddress | undefi
   return traddr === undefined || trsvcid === undefined ? undefined : { traddr, trsvcid };
 }
 
+/** Whether a controller is a connection to `address`. */
+export function isAt(controller: NvmeController, address: TransportAddress): boolean {
+  const at = addressOf(controller);
+  return at !== undefined && at.trsvcid === address.trsvcid && canonical(at.traddr) === canonical(address.traddr);
+}
+
+/** IPv6 has many spellings of one address. */
+function canonical(traddr: string): string {
+  if (!traddr.includes(":")) return traddr;
+  const [plain = "", zone] = traddr.split("%");
+  const url = URL.parse(`http://[${plain}]`);
+  return `${url === null ? plain.toLowerCase() : url.hostname}${zone === undefined ? "" : `%${zone}`}`;
+}
+
+/** Whether a controller works or heals by itself, as a connecting one does; one that is being deleted never does. */
+export function isUsable(controller: NvmeController): boolean {
+  return !controller.state.startsWith("deleting") && controller.state !== "dead";
+}
+
 export interface WaitOptions {
   /** Only a namespace of this subsystem will do. */
   readonly subsystemNqn?: string | undefined;
@@ -245,16 +265,22 @@ export interface ConnectWish {
   readonly subsystemNqn: string;
   readonly hostNqn: string;
   readonly hostId: string;
+  /** After how many seconds without a connection the kernel gives it up, -1: never. The kernel's own choice is 600. */
+  readonly controllerLossSeconds?: number | undefined;
+  /** The kernel's own choice is 5. */
+  readonly keepAliveSeconds?: number | undefined;
+  /** The kernel's own choice is one for each processor. */
+  readonly ioQueues?: number | undefined;
 }
 
 /**
- * `nvme connect` to one I/O controller. Connected already: done. Answers undefined, or why it failed, in words for an
+ * `nvme connect` to one I/O controller, or with discoveryNqn to a discovery controller, which then stays connected. Connected already: done. Answers undefined, or why it failed, in words for an
  * error message. The reasons are those of nvme-cli 2.3, which exits 1 for all of them.
  */
 export async function connectController(
   host: Host,
   ctx: RequestContext,
-  { address, subsystemNqn, hostNqn, hostId }: ConnectWish,
+  { address, subsystemNqn, hostNqn, hostId, ...wish }: ConnectWish,
 ): Promise<string | undefined> {
   // Both host names are always given: without them nvme-cli takes a random host ID each time.
   const result = await host.run("nvme", [
@@ -265,6 +291,9 @@ export async function connectController(
     `--nqn=${subsystemNqn}`,
     `--hostnqn=${hostNqn}`,
     `--hostid=${hostId}`,
+    ...(wish.controllerLossSeconds === undefined ? [] : [`--ctrl-loss-tmo=${wish.controllerLossSeconds}`]),
+    ...(wish.keepAliveSeconds === undefined ? [] : [`--keep-alive-tmo=${wish.keepAliveSeconds}`]),
+    ...(wish.ioQueues === undefined ? [] : [`--nr-io-queues=${wish.ioQueues}`]),
   ], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
   const text = result.stderr.trim();
   if (result.code === 0 || /already connected|Operation already in progress/i.test(text)) return undefined;
@@ -301,6 +330,74 @@ export async function disconnectController(
       result.stderr.trim() || `nvme exits ${result.code}`
     }`,
   );
+}
+
+/** What a discovery controller tells. */
+export interface DiscoveryLog {
+  /** Changes with its content. */
+  readonly generation: bigint;
+  /** I/O controllers that it offers to this host NQN, over TCP. */
+  readonly controllers: readonly { readonly subsystemNqn: string; readonly address: TransportAddress }[];
+  /** Other discovery controllers, over TCP. */
+  readonly referrals: readonly TransportAddress[];
+}
+
+const discoverySchema = z.object({
+  genctr: z.number().int().nonnegative(),
+  records: z.array(z.object({
+    trtype: z.string(),
+    subtype: z.string(),
+    trsvcid: z.string(),
+    subnqn: z.string(),
+    traddr: z.string(),
+  })),
+});
+
+/**
+ * Reads the discovery log page over a connection that is there: it takes the ioctl of nvme-cli, sysfs does not show it.
+ *
+ * @param controller a live discovery controller; nvme-cli does not wait for one that is connecting
+ * @throws StatusError UNAVAILABLE when it cannot be read, INTERNAL when nvme-cli's answer cannot
+ */
+export async function readDiscoveryLog(
+  host: Host,
+  ctx: RequestContext,
+  controller: NvmeController,
+): Promise<DiscoveryLog> {
+  const action = `read the discovery log page over ${controller.name} (${controller.address})`;
+  const result = await host.run("nvme", ["discover", `--device=${controller.name}`, "--output-format=json"], {
+    signal: ctx.signal,
+    onAbort: "kill",
+    log: ctx.log,
+  });
+  if (result.code !== 0) {
+    const text = result.stderr.trim().replace(/\s*\n\s*/g, "; ");
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${text === "" ? `nvme exits ${result.code}` : text}`);
+  }
+  let json: unknown;
+  try {
+    json = JSON.parse(result.stdout);
+  } catch (error) {
+    throw new StatusError("INTERNAL", `Cannot ${action}: nvme-cli's answer is not JSON`, { cause: error });
+  }
+  const parsed = discoverySchema.safeParse(json);
+  if (!parsed.success) {
+    const problems = parsed.error.issues.map(({ path, message }) => `${path.join(".")}: ${message}`).join("; ");
+    throw new StatusError("INTERNAL", `Cannot ${action}: nvme-cli's answer is not understood (${problems})`);
+  }
+  const records = parsed.data.records.filter(({ trtype }) => trtype === "tcp").flatMap((record) => {
+    // Padded with blanks by some targets, as the page's fields are of fixed length.
+    const text = record.traddr.trim();
+    const address = parseAddress(formatAddress({ traddr: text, trsvcid: record.trsvcid.trim() }));
+    return address === undefined ? [] : [{ subtype: record.subtype, subsystemNqn: record.subnqn.trim(), address }];
+  });
+  return {
+    generation: BigInt(parsed.data.genctr),
+    controllers: records.filter(({ subtype }) => subtype === "nvme subsystem")
+      .map(({ subsystemNqn, address }) => ({ subsystemNqn, address })),
+    referrals: records.filter(({ subtype }) => subtype === "discovery subsystem referral")
+      .map(({ address }) => address),
+  };
 }
 
 /** `nvme0n1 (namespace <uuid> of <subsystem NQN>)`. */

@@ -10,10 +10,10 @@
  */
 import type { RequestContext, Secrets } from "../context.ts";
 import { StatusError } from "../error.ts";
-import { type Attacher, usersOf } from "../host/attach.ts";
+import { allUsersOf, type Attacher } from "../host/attach.ts";
 import { type FsType, mountVolume } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
-import { canonicalPath, mountsAt, mountTable, processesAt, relationOf, takeDown } from "../host/mounts.ts";
+import { canonicalPath, mountsAt, mountTable, relationOf, takeDown } from "../host/mounts.ts";
 import {
   allControllers,
   type BlockDevice,
@@ -157,10 +157,7 @@ async function refuseWithoutPath(host: Host, device: BlockDevice, path: string, 
 }
 
 async function refuseWhileUsed(host: Host, device: BlockDevice, action: string): Promise<void> {
-  const users = [
-    ...await usersOf(host, await recheckDevice(host, device, action)),
-    ...await processesAt(host, (place) => place === device.path),
-  ];
+  const users = await allUsersOf(host, await recheckDevice(host, device, action));
   if (users.length === 0) return;
   throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
 }

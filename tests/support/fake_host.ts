@@ -9,6 +9,8 @@ import type { CommandResult, Host, Kind, Roots } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { StatusError } from "../../lib/error.ts";
 
+const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
+
 export interface FakeNamespace {
   readonly uuid: string;
   readonly subsystemNqn: string;
@@ -37,9 +39,17 @@ interface Controller {
   readonly name: string;
   readonly subsystemNqn: string;
   readonly hostNqn: string;
+  readonly hostId: string;
   readonly traddr: string;
   readonly trsvcid: string;
   state: string;
+}
+
+/** What a discovery controller tells. */
+export interface FakeLogPage {
+  generation: number;
+  /** As `traddr:trsvcid`, with the subsystem NQN of an I/O controller; without one it is a referral. */
+  records: readonly { readonly address: string; readonly subsystemNqn?: string }[];
 }
 
 /** Thrown at the call where the machine is cut off, as a kill of the driver would end it. */
@@ -66,6 +76,10 @@ export class FakeHost implements Host {
   readonly mounts: FakeMount[] = [];
   readonly controllers: Controller[] = [];
   readonly discoveryDirectory = "/etc/discovery-client/discovery.d";
+  /** Whether a Discovery-Client connects what its directory asks for. */
+  playsDiscoveryClient = true;
+  /** Discovery controllers, by `traddr:trsvcid`. */
+  readonly logPages = new Map<string, FakeLogPage>();
   readonly #directories = new Set(["/", "/staging", "/pods", "/etc/discovery-client/discovery.d", "/sys/class/nvme"]);
   readonly #files = new Map<string, string>();
   /** Names of devices that were made to refuse writes. */
@@ -79,19 +93,27 @@ export class FakeHost implements Host {
   }
 
   /** Makes the devices of a subsystem appear, as the kernel does after a connect. */
-  connect(subsystemNqn: string, hostNqn = "nqn.host", traddr = "192.0.2.1", trsvcid = "4420"): void {
+  connect(subsystemNqn: string, hostNqn = "nqn.host", traddr = "192.0.2.1", trsvcid = "4420", hostId = ""): void {
     const same = this.controllers.find((controller) =>
       controller.subsystemNqn === subsystemNqn && controller.traddr === traddr && controller.trsvcid === trsvcid
     );
     if (same === undefined) {
-      const name = `nvme${this.controllers.length}`;
-      this.controllers.push({ name, subsystemNqn, hostNqn, traddr, trsvcid, state: "live" });
+      this.addController({ subsystemNqn, hostNqn, hostId, traddr, trsvcid, state: "live" });
     }
     for (const namespace of this.remote) {
       if (namespace.subsystemNqn !== subsystemNqn) continue;
       if (this.devices.some((device) => device.namespace === namespace)) continue;
       const n = ++this.#numbers;
       this.devices.push({ name: `nvme0n${n}`, number: `259:${n}`, namespace });
+    }
+  }
+
+  /** Adds a connection under the first free name. */
+  addController(controller: Omit<Controller, "name">): void {
+    for (let n = 0;; n++) {
+      if (this.controllers.some(({ name }) => name === `nvme${n}`)) continue;
+      this.controllers.push({ name: `nvme${n}`, ...controller });
+      return;
     }
   }
 
@@ -124,6 +146,7 @@ export class FakeHost implements Host {
       if (this.#directories.has(path)) return "directory";
       if (this.#files.has(path)) return "file";
       if (this.#deviceAt(path) !== undefined) return "block";
+      if (path === "/dev/nvme-fabrics") return "other";
       return this.devices.some((device) => path === `/sys/dev/block/${device.number}`) ? "symlink" : "absent";
     });
   }
@@ -216,7 +239,7 @@ export class FakeHost implements Host {
     return this.#call(() => {
       this.#files.set(path, text);
       // The daemon connects at once.
-      if (path.startsWith(this.discoveryDirectory)) {
+      if (this.playsDiscoveryClient && path.startsWith(this.discoveryDirectory)) {
         for (const [, nqn = ""] of text.matchAll(/ -n (\S+)/g)) this.connect(nqn);
       }
     });
@@ -264,8 +287,10 @@ export class FakeHost implements Host {
       };
       for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/block/${name}/${key}`, `${text}\n`);
     }
-    for (const { name, subsystemNqn, hostNqn, traddr, trsvcid, state } of this.controllers) {
+    for (const { name, subsystemNqn, hostNqn, hostId, traddr, trsvcid, state } of this.controllers) {
       const attributes = {
+        hostid: hostId,
+        cntrltype: subsystemNqn === discoveryNqn ? "discovery" : "io",
         subsysnqn: subsystemNqn,
         hostnqn: hostNqn,
         state,
@@ -369,15 +394,49 @@ export class FakeHost implements Host {
       case "connect": {
         const nqn = value("nqn");
         const traddr = value("traddr");
+        const trsvcid = value("trsvcid");
         const there = this.controllers.some((controller) =>
-          controller.subsystemNqn === nqn && controller.traddr === traddr
+          controller.subsystemNqn === nqn && controller.traddr === traddr && controller.trsvcid === trsvcid
         );
         if (there) return { code: 1, stderr: "already connected\n" };
+        if (nqn === discoveryNqn) {
+          if (!this.logPages.has(`${traddr}:${trsvcid}`)) {
+            return { code: 1, stderr: "Failed to write to /dev/nvme-fabrics: Connection refused\n" };
+          }
+          const [hostNqn, hostId] = [value("hostnqn"), value("hostid")];
+          this.addController({ subsystemNqn: nqn, hostNqn, hostId, traddr, trsvcid, state: "live" });
+          return {};
+        }
         if (!this.remote.some((namespace) => namespace.subsystemNqn === nqn)) {
           return { code: 1, stderr: "Failed to write to /dev/nvme-fabrics: Input/output error\n" };
         }
-        this.connect(nqn, value("hostnqn"), traddr, value("trsvcid"));
+        this.connect(nqn, value("hostnqn"), traddr, trsvcid, value("hostid"));
         return {};
+      }
+      case "discover": {
+        const controller = this.controllers.find(({ name }) => name === value("device"));
+        const page = this.logPages.get(`${controller?.traddr}:${controller?.trsvcid}`);
+        if (controller?.state !== "live" || page === undefined) {
+          return {
+            code: 1,
+            stderr: `Failed to open ctrl ${
+              value("device")
+            }, errno 11\nfailed to get discovery log: Bad file descriptor\n`,
+          };
+        }
+        const records = page.records.map(({ address, subsystemNqn }) => ({
+          trtype: "tcp",
+          adrfam: "ipv4",
+          subtype: subsystemNqn === undefined ? "discovery subsystem referral" : "nvme subsystem",
+          treq: "not specified",
+          portid: 1,
+          trsvcid: address.split(":")[1],
+          subnqn: subsystemNqn ?? discoveryNqn,
+          traddr: address.split(":")[0],
+          eflags: "none",
+          sectype: "none",
+        }));
+        return { stdout: JSON.stringify({ genctr: page.generation, records }, null, 2) };
       }
       case "disconnect": {
         const at = this.controllers.findIndex((controller) => controller.name === value("device"));
