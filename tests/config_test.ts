@@ -5,7 +5,8 @@ import { formatEndpoints } from "../lib/id.ts";
 import { hostNqn } from "../lib/namespace.ts";
 import type { VolumeWanted } from "../lib/storage/backend.ts";
 import { lightosBackend } from "../lib/storage/lightos.ts";
-import { type ConfigFiles, knownClusters, parseConfig } from "../lib/storage/lightos_config.ts";
+import type { ConfigFiles } from "../lib/storage/config_file.ts";
+import { knownClusters, parseConfig } from "../lib/storage/lightos_config.ts";
 import type { LightosOptions } from "../lib/storage/lightos_cluster.ts";
 import { startSimulator, type TestSimulator } from "./support/simulator.ts";
 

@@ -21,15 +21,13 @@
  *           projects: [default]                    # in these projects
  *           maxSize: 100Gi                         # of one volume
  *
- * YAML or JSON, which is YAML too. Secrets are named by their files and read at each use. The file itself is looked at
- * before each use by its inode and times, for Kubernetes swaps a symbolic link where others write in place; a watch
- * would have to know both. A new file that cannot be used leaves the old one in force.
+ * YAML or JSON. Secrets are named by their files and read at each use; when the file itself is: config_file.ts.
  */
-import { parse } from "yaml";
 import { z } from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, isProjectName, parseEndpoints, type Scheme, schemes } from "../id.ts";
+import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, texts } from "./config_file.ts";
 import { trustConfigSchema, type TrustWish } from "./lightos_trust.ts";
 import { parseQuantity } from "../quantity.ts";
 
@@ -78,13 +76,6 @@ export interface KnownClusters {
   owning(endpoints: readonly Endpoint[]): KnownCluster | undefined;
 }
 
-/** How files are read; throws what the system says. */
-export interface ConfigFiles {
-  /** A text that changes whenever the file may hold something else. */
-  stamp(path: string): string;
-  read(path: string): string;
-}
-
 /**
  * The clusters that `path` names, looked up anew whenever the file has changed.
  *
@@ -92,30 +83,7 @@ export interface ConfigFiles {
  *   each such file, and the last good one stays in force
  */
 export function knownClusters(path: string, files: ConfigFiles, log: Logger): KnownClusters {
-  const load = (): { readonly stamp: string; readonly clusters: readonly KnownCluster[] } => {
-    // The stamp first: what is written in between is then seen as a change.
-    const stamp = attempt(path, () => files.stamp(path));
-    const entries = parseConfig(path, attempt(path, () => files.read(path)));
-    return { stamp, clusters: entries.map((entry) => known(entry, files)) };
-  };
-  let current = load();
-  let lastFailure = "";
-  const all = () => {
-    let stamp = "";
-    try {
-      stamp = files.stamp(path);
-      if (stamp === current.stamp) return current.clusters;
-      if (stamp === lastFailure) return current.clusters;
-      current = load();
-      lastFailure = "";
-      log.info("read the cluster file again", { path });
-    } catch (error) {
-      const failure = stamp === "" ? messageOf(error) : stamp;
-      if (failure !== lastFailure) log.error("kept the last good cluster file", { path, error: messageOf(error) });
-      lastFailure = failure;
-    }
-    return current.clusters;
-  };
+  const all = fileInForce(path, files, log, (text) => parseConfig(path, text).map((entry) => known(entry, files)));
   return {
     all,
     owning: (endpoints) => {
@@ -158,20 +126,7 @@ function known(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
   };
 }
 
-function attempt<T>(path: string, read: () => T): T {
-  try {
-    return read();
-  } catch (error) {
-    throw new StatusError("INVALID_ARGUMENT", `Cannot use cluster file ${path}: ${messageOf(error)}`, { cause: error });
-  }
-}
-
 // ------------------------------------------------------------------------------------------------------------- content
-
-const texts = (problem: string) =>
-  z.union([z.string().transform((text) => text.split(",")), z.array(z.string()).min(1, "is empty")], {
-    error: problem,
-  });
 
 const endpointList = texts("is not host:port, several with commas or as a list").transform((list, check) => {
   const endpoints = parseEndpoints(list.join(","));
@@ -198,8 +153,7 @@ const ephemeralSchema = z.strictObject({
 }, { error: "is not a map with the keys projects and maxSize" });
 
 const clusterSchema = z.strictObject({
-  name: z.string({ error: "is missing" })
-    .regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/, 'is not a name of 1 to 63 letters, digits, ".", "_", "-"'),
+  name: entryName,
   endpoints: endpointList,
   formerEndpoints: endpointList.optional(),
   idEndpoints: endpointList.optional(),
@@ -226,19 +180,16 @@ const configSchema = z.strictObject({
  *   endpoint, for then nobody could tell whose a volume ID is
  */
 export function parseConfig(path: string, text: string): readonly ClusterEntry[] {
-  const refuse = (problem: string, cause?: unknown) =>
-    new StatusError("INVALID_ARGUMENT", `Cannot use cluster file ${path}: ${problem}`, { cause });
-  let content: unknown;
-  try {
-    // Its warnings would go to stderr, with the lines that they are about.
-    content = parse(text, { logLevel: "error" });
-  } catch (error) {
-    // The lines that follow the first one show the place in the file.
-    throw refuse((messageOf(error).split("\n", 1)[0] ?? "").replace(/:$/, ""), error);
-  }
-  const parsed = configSchema.safeParse(content);
-  if (!parsed.success) throw refuse(parsed.error.issues.map((issue) => describe(issue, content)).join("; "));
-  const entries = parsed.data.clusters.map(({ name, endpoints, formerEndpoints, idEndpoints, scheme, ...rest }) => ({
+  const { clusters } = parseConfigText(
+    path,
+    text,
+    configSchema,
+    (place) =>
+      Object.keys(
+        (place.length === 0 ? configSchema : place.at(-1) === "ephemeral" ? ephemeralSchema : clusterSchema).shape,
+      ),
+  );
+  const entries = clusters.map(({ name, endpoints, formerEndpoints, idEndpoints, scheme, ...rest }) => ({
     name,
     endpoints,
     formerEndpoints: formerEndpoints ?? [],
@@ -254,42 +205,8 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
     },
   }));
   const problems = sharedBetween(entries);
-  if (problems.length > 0) throw refuse(problems.join("; "));
+  if (problems.length > 0) throw refusal(path, problems.join("; "));
   return entries;
-}
-
-function describe(issue: z.core.$ZodIssue, content: unknown): string {
-  const place = issue.path.map((part, at) =>
-    typeof part === "number" ? `[${part}]` : `${at > 0 ? "." : ""}${String(part)}`
-  )
-    .join("");
-  const prefix = place === "" ? "" : `${place} `;
-  if (issue.code === "unrecognized_keys") {
-    const schema = issue.path.length === 0
-      ? configSchema
-      : issue.path.at(-1) === "ephemeral"
-      ? ephemeralSchema
-      : clusterSchema;
-    const known = Object.keys(schema.shape).join(", ");
-    return `${prefix}${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${known})`;
-  }
-  let parent: unknown;
-  let value = content;
-  for (const part of issue.path) {
-    parent = value;
-    // A text that stands for a list is what is shown of its parts.
-    if (isRecord(value)) value = value[String(part)];
-  }
-  // Who wrote a token where its file belongs does not want to read it in a log.
-  const isShowable = issue.path.at(-1) !== "jwt" && (typeof value === "string" || typeof value === "number");
-  const shown = isShowable ? ` "${value}"` : "";
-  const isMissing = isRecord(parent) && value === undefined && !issue.message.startsWith("is missing");
-  const problem = isMissing ? "is missing" : issue.message;
-  return `${place}${shown} ${problem}`.trim();
-}
-
-function isRecord(value: unknown): value is Readonly<Record<string, unknown>> {
-  return typeof value === "object" && value !== null;
 }
 
 function sharedBetween(entries: readonly ClusterEntry[]): readonly string[] {
