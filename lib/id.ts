@@ -9,6 +9,12 @@
  *     project   = 1 to 63 of a-z 0-9 "." "-", with a-z 0-9 at both ends
  *
  * An ID says which volume on which cluster, and that for good. Its endpoints are a way in and may be out of date.
+ *
+ * PoseidonOS has IDs of a form of our own, for its names alone do not identify a volume for good:
+ *
+ *     id        = "pos:" endpoint "|array:" array-name "|vol:" volume-name "|uuid:" uuid
+ *
+ * The UUID is what counts; a volume that was renamed is found by it, and a new one of an old name is not taken for it.
  */
 import { StatusError } from "./error.ts";
 
@@ -113,6 +119,59 @@ export function formatEndpoints(endpoints: readonly Endpoint[]): string {
 /** Whether LightOS takes `text` as the name of a project. */
 export function isProjectName(text: string): boolean {
   return /^[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?$/.test(text);
+}
+
+/** Which volume on which array of a PoseidonOS. */
+export interface PoseidonVolumeId {
+  /** The DAgent that answered for the array when the ID was made. */
+  readonly endpoint: Endpoint;
+  readonly array: string;
+  /** Its name then. */
+  readonly name: string;
+  /** UUID of the volume, lower case, and of its NVMe namespace. */
+  readonly uuid: string;
+}
+
+/** Reads the ID of a volume on PoseidonOS; throws NOT_FOUND for a text that is none, as parseVolumeId does. */
+export function parsePoseidonId(text: string): PoseidonVolumeId {
+  const malformed = (problem: string) =>
+    new StatusError("NOT_FOUND", `Cannot find volume "${text}": its ID is not one of this driver, ${problem}`);
+  const match = /^pos:([^|]*)\|array:([^|]*)\|vol:([^|]*)\|uuid:([^|]*)$/.exec(text);
+  if (match === null) throw malformed("it is not of the form pos:…|array:…|vol:…|uuid:…");
+  const [, pos = "", array = "", name = "", given = ""] = match;
+  const endpoints = parseEndpoints(pos);
+  if (typeof endpoints === "string") throw malformed(endpoints);
+  const [endpoint, ...others] = endpoints;
+  if (endpoint === undefined || others.length > 0) throw malformed(`pos "${pos}" is more than one endpoint`);
+  if (!isArrayName(array)) throw malformed(`array "${array}" is not the name of an array`);
+  if (!isPoseidonVolumeName(name)) throw malformed(`vol "${name}" is not the name of a volume`);
+  const uuid = given.toLowerCase();
+  if (!isUuid(uuid)) throw malformed(`uuid "${given}" is not a UUID`);
+  return { endpoint, array, name, uuid };
+}
+
+/** The text of an ID on PoseidonOS. */
+export function formatPoseidonId({ endpoint, array, name, uuid }: PoseidonVolumeId): string {
+  return `pos:${formatEndpoint(endpoint)}|array:${array}|vol:${name}|uuid:${uuid}`;
+}
+
+/** Whether PoseidonOS takes `text` as the name of an array (spec/pos.md 11.1). */
+export function isArrayName(text: string): boolean {
+  return /^[A-Za-z0-9_-][A-Za-z0-9_ -]{0,61}[A-Za-z0-9_-]$/.test(text);
+}
+
+/** Whether PoseidonOS takes `text` as the name of a volume (spec/pos.md 11.1). */
+export function isPoseidonVolumeName(text: string): boolean {
+  return /^[A-Za-z0-9_-][A-Za-z0-9_ -]{0,253}[A-Za-z0-9_-]$/.test(text);
+}
+
+/** The UUID in a volume or snapshot ID of any backend; undefined when `text` is none. */
+export function uuidInId(text: string): string | undefined {
+  try {
+    return text.startsWith("pos:") ? parsePoseidonId(text).uuid : parseVolumeId(text).uuid;
+  } catch {
+    return undefined;
+  }
 }
 
 /** Whether `text` is a UUID in its usual form with dashes, and not the nil UUID. */

@@ -265,7 +265,7 @@ for (
       "/faults",
       `{"rpc":"*"}`,
       400,
-      /: body: one of code, delayMs, drop and hold is needed$/,
+      /: body: one of code, event, delayMs, drop and hold is needed$/,
     ],
     ["an unknown code", "POST", "/faults", `{"rpc":"*","code":"OK"}`, 400, /^Cannot read the body: code: /],
     ["an unknown key", "PATCH", "/behaviour", `{"creationSeconds":1}`, 400, /creationSeconds/],

@@ -977,7 +977,8 @@ export class Cluster implements AsyncDisposable {
   #show(volume: SimVolume): void {
     if (!isServed(volume)) return this.dataPlane.hide(volume.uuid);
     const { uuid, nsid, sizeBytes, sectorSizeBytes } = volume;
-    this.dataPlane.expose({ uuid, nsid, sizeBytes, sectorSizeBytes, acl: [...effectiveAcl(volume)] });
+    const { subsystemNqn } = this.identity;
+    this.dataPlane.expose({ uuid, subsystemNqn, nsid, sizeBytes, sectorSizeBytes, acl: [...effectiveAcl(volume)] });
   }
 
   #at(uuid: string, dueAtMs: number, step: () => Promise<void> | void): void {

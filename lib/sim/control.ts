@@ -12,7 +12,7 @@
  * | GET /settled                  |                                                             | answers when hosts see what they may |
  * | GET /visible?host=NQN         |                                                             | namespaces a host may reach |
  * | GET /calls, DELETE /calls     |                                                             | calls per RPC; reset        |
- * | POST /faults                  | {rpc, count?, skip?, code?, message?, delayMs?, drop?, hold?, when?, endpoint?} | adds a rule, see faults.ts |
+ * | POST /faults                  | {rpc, count?, skip?, code? or event?, message?, delayMs?, drop?, hold?, when?, endpoint?} | adds a rule, see faults.ts |
  * | DELETE /faults                |                                                             | forgets the rules, lets held calls go on |
  * | GET /held, DELETE /held       |                                                             | calls that a rule holds; lets them go on |
  * | GET /behaviour, PATCH         | any of {creationMs, deletionMs, updateMs, rollbackMs, holdCreations, failCreations, nameShowsDead, snapshotWaitsForClones} | how the cluster behaves |
@@ -37,7 +37,7 @@ import { messageOf, StatusError } from "../error.ts";
 import type { Scheme } from "../id.ts";
 import type { Behaviour, Cluster, Protection, SimPolicy, VolumeState } from "./cluster.ts";
 import { protections, volumeStates } from "./cluster.ts";
-import type { Machine } from "./data_plane.ts";
+import type { DataPlane, Machine } from "./data_plane.ts";
 import type { CallCount, CallEvent, FaultRule, Faults, HeldCall } from "./faults.ts";
 import type { ApiEndpoint } from "./lightos.ts";
 import { onFreePort } from "./port.ts";
@@ -74,9 +74,8 @@ export interface Leftovers {
 /** A fault to add: one call, before its effect, unless it says otherwise. */
 export type FaultWish = { readonly rpc: string } & { readonly [K in Exclude<keyof FaultRule, "rpc">]?: FaultRule[K] };
 
-/** All that a test can do to a simulator, callable in its process; the control port offers the same over HTTP. */
-export interface Control {
-  readonly cluster: Cluster;
+/** What can be done to the calls of a management API. */
+export interface CallControl {
   /** Calls per RPC since the last reset. */
   calls(): Readonly<Record<string, CallCount>>;
   /** Calls of all RPCs since the last reset. */
@@ -89,6 +88,11 @@ export interface Control {
   releaseHeld(): void;
   /** Tells `listener` when a call begins and when it has ended. */
   watchCalls(listener: (event: CallEvent) => void): Disposable;
+}
+
+/** All that a test can do to a simulator, callable in its process; the control port offers the same over HTTP. */
+export interface Control extends CallControl {
+  readonly cluster: Cluster;
   behave(change: Partial<Behaviour>): void;
   releaseCreations(): void;
   setVolume(uuid: string, to: { readonly state?: VolumeState; readonly protection?: Protection }): void;
@@ -111,6 +115,20 @@ export interface Control {
   machine(): Machine;
 }
 
+/** The part of a control port that is the same for every management API. */
+export function callControl(faults: Faults): CallControl {
+  return {
+    calls: () => faults.calls(),
+    callsInAll: () => Object.values(faults.calls()).reduce((sum, { total }) => sum + total, 0),
+    resetCalls: () => faults.resetCalls(),
+    fail: (fault) => faults.add({ ...fault, count: fault.count ?? 1, when: fault.when ?? "before" }),
+    clearFaults: () => faults.clear(),
+    held: () => faults.held(),
+    releaseHeld: () => faults.release(),
+    watchCalls: (listener) => faults.watch(listener),
+  };
+}
+
 export function control(
   cluster: Cluster,
   endpoints: readonly ApiEndpoint[],
@@ -130,15 +148,8 @@ export function control(
     await Promise.all(matching(which).map(step));
   };
   const self: Control = {
+    ...callControl(faults),
     cluster,
-    calls: () => faults.calls(),
-    callsInAll: () => Object.values(faults.calls()).reduce((sum, { total }) => sum + total, 0),
-    resetCalls: () => faults.resetCalls(),
-    fail: (fault) => faults.add({ ...fault, count: fault.count ?? 1, when: fault.when ?? "before" }),
-    clearFaults: () => faults.clear(),
-    held: () => faults.held(),
-    releaseHeld: () => faults.release(),
-    watchCalls: (listener) => faults.watch(listener),
     behave: (change) => {
       Object.assign(cluster.behaviour, change);
     },
@@ -175,15 +186,15 @@ export function control(
       else await cluster.forget();
       await Promise.all(running.map((endpoint) => endpoint.start()));
     },
-    machine: () => {
-      if (cluster.dataPlane.machine !== undefined) return cluster.dataPlane.machine;
-      throw new StatusError(
-        "UNIMPLEMENTED",
-        `Cannot change a device: data plane "${cluster.dataPlane.kind}" has none, use another one`,
-      );
-    },
+    machine: () => machineOf(cluster.dataPlane),
   };
   return self;
+}
+
+/** The machine that a data plane plays; throws UNIMPLEMENTED when it plays none. */
+export function machineOf({ kind, machine }: DataPlane): Machine {
+  if (machine !== undefined) return machine;
+  throw new StatusError("UNIMPLEMENTED", `Cannot change a device: data plane "${kind}" has none, use another one`);
 }
 
 /** A running control port. */
@@ -217,6 +228,7 @@ const faultSchema = z.strictObject({
     "UNAUTHENTICATED",
   ]).optional(),
   message: z.string().optional(),
+  event: z.string().optional(),
   delayMs: z.number().min(0).optional(),
   drop: z.boolean().optional(),
   skip: z.int().min(0).optional(),
@@ -224,8 +236,8 @@ const faultSchema = z.strictObject({
   when: z.enum(["before", "after"]).default("before"),
   endpoint: z.string().optional(),
 }).refine(
-  ({ code, delayMs, drop, hold }) => code !== undefined || delayMs !== undefined || drop === true || hold === true,
-  { message: "one of code, delayMs, drop and hold is needed" },
+  ({ code, event, delayMs, drop, hold }) => [code, event, delayMs].some((given) => given !== undefined) || drop || hold,
+  { message: "one of code, event, delayMs, drop and hold is needed" },
 );
 const milliseconds = z.number().min(0);
 const behaviourSchema = z.strictObject({
@@ -256,15 +268,29 @@ const uuidSchema = z.strictObject({ uuid: z.uuid() });
  * @param about what GET / answers
  * @throws StatusError INVALID_ARGUMENT for a host that is not a loopback address: whoever reaches the port may do all
  */
-export async function serveControl(
+export function serveControl(
   control: Control,
   about: () => unknown,
-  { host, port, log }: { readonly host: string; readonly port: number; readonly log: Logger },
+  options: ControlPortOptions,
+): Promise<ControlPort> {
+  return serveRoutes(routesOf(control, about), options);
+}
+
+/** Where a control port listens. */
+export interface ControlPortOptions {
+  readonly host: string;
+  readonly port: number;
+  readonly log: Logger;
+}
+
+/** Serves routes as a control port; throws what serveControl throws. */
+export async function serveRoutes(
+  routes: readonly Route[],
+  { host, port, log }: ControlPortOptions,
 ): Promise<ControlPort> {
   if (!/^(127\.|::1$|localhost$)/.test(host)) {
     throw new StatusError("INVALID_ARGUMENT", `Cannot serve the control port on ${host}: only loopback is safe`);
   }
-  const routes = routesOf(control, about);
   const answer = async (request: Request): Promise<Response> => {
     const url = new URL(request.url);
     try {
@@ -303,12 +329,13 @@ function reply(status: number, body: unknown): Response {
   return new Response(`${text}\n`, { status, headers: { "content-type": "application/json" } });
 }
 
-interface ControlRequest {
+/** A request of a control port. */
+export interface ControlRequest {
   readonly text: string;
   readonly url: URL;
   readonly argument: string;
 }
-type Route = readonly ["GET" | "POST" | "PATCH" | "DELETE", RegExp, (request: ControlRequest) => unknown];
+export type Route = readonly ["GET" | "POST" | "PATCH" | "DELETE", RegExp, (request: ControlRequest) => unknown];
 
 function routesOf(control: Control, about: () => unknown): readonly Route[] {
   const { cluster } = control;
@@ -324,14 +351,8 @@ function routesOf(control: Control, about: () => unknown): readonly Route[] {
     ["GET", /^\/$/, about],
     ["GET", /^\/model$/, () => cluster.dump()],
     ["GET", /^\/leftovers$/, () => control.leftovers()],
-    ["GET", /^\/settled$/, () => control.settled()],
     ["GET", /^\/visible$/, ({ url }) => control.visible(url.searchParams.get("host") ?? "")],
-    ["GET", /^\/calls$/, () => control.calls()],
-    ["DELETE", /^\/calls$/, () => control.resetCalls()],
-    ["POST", /^\/faults$/, ({ text }) => control.fail(parse(faultSchema, text))],
-    ["DELETE", /^\/faults$/, () => control.clearFaults()],
-    ["GET", /^\/held$/, () => control.held()],
-    ["DELETE", /^\/held$/, () => control.releaseHeld()],
+    ...sharedRoutes(control),
     ["GET", /^\/behaviour$/, () => cluster.behaviour],
     ["PATCH", /^\/behaviour$/, ({ text }) => {
       control.behave(defined(parse(behaviourSchema, text)));
@@ -362,6 +383,19 @@ function routesOf(control: Control, about: () => unknown): readonly Route[] {
       const { memory = true } = parse(z.strictObject({ memory: z.boolean().optional() }), text);
       await control.restart({ memory });
     }],
+  ];
+}
+
+/** What control ports of all storage systems offer: faults and counts of calls, and the devices of the machine. */
+export function sharedRoutes(control: CallControl & Pick<Control, "settled" | "machine">): readonly Route[] {
+  return [
+    ["GET", /^\/settled$/, () => control.settled()],
+    ["GET", /^\/calls$/, () => control.calls()],
+    ["DELETE", /^\/calls$/, () => control.resetCalls()],
+    ["POST", /^\/faults$/, ({ text }) => control.fail(parse(faultSchema, text))],
+    ["DELETE", /^\/faults$/, () => control.clearFaults()],
+    ["GET", /^\/held$/, () => control.held()],
+    ["DELETE", /^\/held$/, () => control.releaseHeld()],
     ["GET", /^\/devices$/, () => control.machine().devices],
     ["POST", /^\/devices\/remove$/, ({ text }) => control.machine().remove(parse(uuidSchema, text).uuid)],
     ["POST", /^\/devices\/heal$/, ({ text }) => control.machine().heal(parse(uuidSchema, text).uuid)],
@@ -380,7 +414,8 @@ function routesOf(control: Control, about: () => unknown): readonly Route[] {
   ];
 }
 
-function parse<T>(schema: z.ZodType<T>, text: string): T {
+/** Reads the body of a request; throws INVALID_ARGUMENT that names the bad fields. */
+export function parse<T>(schema: z.ZodType<T>, text: string): T {
   let value: unknown;
   try {
     value = JSON.parse(text.trim() === "" ? "{}" : text);
@@ -394,7 +429,7 @@ function parse<T>(schema: z.ZodType<T>, text: string): T {
 }
 
 /** Without the keys whose value is undefined. */
-function defined<T extends object>(value: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
+export function defined<T extends object>(value: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
   return Object.fromEntries(Object.entries(value).filter(([, entry]) => entry !== undefined)) as {
     [K in keyof T]?: Exclude<T[K], undefined>;
   };

@@ -11,6 +11,8 @@
 export interface ExposedNamespace {
   /** Namespace UUID, which is the volume's. */
   readonly uuid: string;
+  /** The subsystem that it is part of. LightOS has one for the whole cluster. */
+  readonly subsystemNqn: string;
   /** Number of the namespace in its subsystem. */
   readonly nsid: number;
   readonly sizeBytes: bigint;

@@ -15,6 +15,8 @@ export interface FaultRule {
   /** Answer with this code. */
   readonly code?: StatusCode | undefined;
   readonly message?: string | undefined;
+  /** PoseidonOS: answer with this event, `VOL_MGR_BUSY`; with `panic` DAgent answers HTTP status 500 and nothing else. */
+  readonly event?: string | undefined;
   /** End the connections of the endpoint instead of an answer. */
   readonly drop?: boolean | undefined;
   /** Keep the call waiting at `when` until it is let go, or its caller is gone. */

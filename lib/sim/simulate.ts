@@ -286,15 +286,17 @@ function newServer(number: number, host: string): Remembered["identity"]["server
 
 // --------------------------------------------------------------------------------------------------------- data plane
 
-interface OpenedPlane extends AsyncDisposable {
+/** A data plane, and where the machine that it plays has its things. */
+export interface OpenedPlane extends AsyncDisposable {
   readonly plane: DataPlane;
   readonly discoveryDir: string | undefined;
   readonly devRoot: string | undefined;
   readonly sysfsRoot: string | undefined;
 }
 
-async function openDataPlane(
-  settings: SimulateSettings,
+/** Opens the data plane that `settings` ask for; what it needs besides goes with `stack`. */
+export async function openDataPlane(
+  settings: Pick<SimulateSettings, "data" | "stateDir" | "discoveryDir" | "devRoot" | "sysfsRoot">,
   identity: ClusterIdentity,
   stack: AsyncDisposableStack,
   log: Logger,
@@ -330,5 +332,11 @@ async function openDataPlane(
     identity,
     log,
   });
-  return { plane, discoveryDir, devRoot, sysfsRoot, [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose]() };
+  return {
+    plane,
+    discoveryDir,
+    devRoot,
+    sysfsRoot,
+    [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
+  };
 }
