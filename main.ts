@@ -15,7 +15,7 @@ import {
   Secrets,
 } from "./lib/context.ts";
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
-import { parseVolumeId, schemes } from "./lib/id.ts";
+import { parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
 import { hostNqn, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
 import {
   absolutePath,
@@ -29,7 +29,8 @@ import {
   wholeNumber,
 } from "./lib/options.ts";
 
-const driverName = "csi.lightbitslabs.com";
+/** Name of the CSIDriver object and the StorageClass provisioner, by storage system. */
+const driverNames = { lightos: "csi.lightbitslabs.com", poseidon: "csi.pos.io" } as const;
 const version = config.version;
 
 interface Command {
@@ -86,6 +87,13 @@ const serviceOptions = {
     value: "URL",
     meaning: "socket to serve CSI on; its directory must exist",
     schema: unixEndpoint,
+  },
+  backend: {
+    env: ["LB_CSI_BACKEND"],
+    fallback: "lightos",
+    value: "NAME",
+    meaning: "storage system of this deployment, the same for controller and node: lightos, poseidon (PoseidonOS)",
+    schema: z.enum(["lightos", "poseidon"], { error: "is not lightos or poseidon" }),
   },
   "snapshot-metadata": {
     env: ["LB_CSI_SNAPSHOT_METADATA"],
@@ -177,10 +185,11 @@ const nodeOptions = {
   },
   attach: {
     env: ["LB_CSI_ATTACH"],
-    fallback: "discovery-client",
     value: "HOW",
-    meaning: "who connects to subsystems: discovery-client (a daemon follows files that we write), direct (nvme-cli)",
-    schema: z.enum(["discovery-client", "direct"], { error: "is not discovery-client or direct" }),
+    meaning:
+      "who connects to subsystems: discovery-client (a daemon follows files that we write; default with LightOS), " +
+      "direct (nvme-cli; PoseidonOS)",
+    schema: z.enum(["discovery-client", "direct"], { error: "is not discovery-client or direct" }).optional(),
   },
   "discovery-dir": {
     env: ["LB_CSI_DISCOVERY_DIR"],
@@ -424,6 +433,12 @@ const port = wholeNumber(0, 65535);
 const delayMs = wholeNumber(0, 3_600_000);
 
 const simulateOptions = {
+  backend: {
+    fallback: "lightos",
+    value: "NAME",
+    meaning: "what is simulated: lightos, poseidon (PoseidonOS)",
+    schema: z.enum(["lightos", "poseidon"], { error: "is not lightos or poseidon" }),
+  },
   data: {
     fallback: "none",
     value: "PLANE",
@@ -465,6 +480,14 @@ const simulateOptions = {
     meaning: "space of the cluster; a volume takes its size times its replicas",
     schema: sizeSchema,
   },
+  arrays: {
+    fallback: "POSArray",
+    value: "LIST",
+    meaning: "PoseidonOS: arrays, separated by commas, each with --capacity",
+    schema: z.string().transform((list) => list.split(",")),
+  },
+  "dagent-port": { fallback: "0", value: "PORT", meaning: "PoseidonOS: port of DAgent; 0: a free one", schema: port },
+  "call-ms": { fallback: "0", value: "MS", meaning: "PoseidonOS: how long each call takes at least", schema: delayMs },
   "no-auth": { meaning: "admit calls without a token", schema: switchSchema },
   "creation-ms": { fallback: "50", value: "MS", meaning: "how long a new volume is Creating", schema: delayMs },
   "deletion-ms": { fallback: "50", value: "MS", meaning: "how long a deleted volume is Deleting", schema: delayMs },
@@ -507,6 +530,17 @@ It prints one line of JSON with everything that is needed to use it, and runs un
   lbcsi controller --endpoint unix:///tmp/controller.sock &
   lbcsi node --endpoint unix:///tmp/node.sock --node-id here.node --discovery-dir DIR --dev DIR --sysfs DIR &
 
+With --backend poseidon it is a PoseidonOS: DAgent's REST API, arrays of volumes, status codes, and an export that is
+forgotten at each restart. --servers, --schemes, ports for gRPC, --projects, --no-auth and the times of states do not apply.
+Its line of JSON has
+  dagent, arrays, targetAddress, transportServiceId
+                         for the StorageClass: provisionerIP and provisionerPort, arrayName, and the two of these names
+  control                the same as above, with the events of PoseidonOS for codes:
+                           curl CONTROL/faults -d '{"rpc":"MountVolume","event":"VOL_MGR_BUSY","count":2}'
+                           curl -X PATCH CONTROL/arrays/POSArray -d '{"state":"OFFLINE"}'
+                           curl -X POST CONTROL/restart          forgets exports, as PoseidonOS does
+                         (all of them: the head of lib/sim/poseidon_control.ts)
+
 lbcsi demo does all of this by itself.`;
 
 // --------------------------------------------------------------------------------------------------------- commands
@@ -522,7 +556,9 @@ const commands: Readonly<Record<string, Command>> = {
       const { KeyedLock } = await import("./lib/lock.ts");
       const { service } = await import("./lib/rpc.ts");
       const { Controller, SnapshotMetadata } = await import("./proto/gen/csi_pb.ts");
-      await using backend = await openLightos(settings, log);
+      await using backend = settings.backend === "poseidon"
+        ? await openPoseidon(settings, log)
+        : await openLightos(settings, log);
       const handlers = controllerHandlers({
         backend,
         locks: new KeyedLock(),
@@ -544,6 +580,7 @@ const commands: Readonly<Record<string, Command>> = {
     const problem = nodeIdProblem(settings["node-id"]) ??
       (settings["node-id"].endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
     if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
+    if (settings.backend === "poseidon") refusePoseidon(settings);
     const { inlineVolumes, sweepUntilSettled } = await import("./lib/csi/ephemeral.ts");
     const { nodeHandlers } = await import("./lib/csi/node.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
@@ -553,7 +590,11 @@ const commands: Readonly<Record<string, Command>> = {
     const nodeId = settings["node-id"];
     const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
     const locks = new KeyedLock();
-    const attacher = await attacherOf(settings, host, locks);
+    const attacher = await attacherOf(
+      settings.backend === "poseidon" ? { ...settings, attach: "direct" } : settings,
+      host,
+      locks,
+    );
     // What talks to the cluster is loaded by those nodes only that are to make volumes.
     await using backend = settings.config === undefined ? undefined : await openLightos(settings, log);
     const defaultFsType = settings["default-fs"];
@@ -567,7 +608,10 @@ const commands: Readonly<Record<string, Command>> = {
       inline,
       defaultFsType,
       maxVolumes: settings["max-volumes"],
-      parseId: parseVolumeId,
+      parseId: settings.backend === "poseidon"
+        ? (text) => ({ uuid: parsePoseidonId(text).uuid, hostEncryption: undefined })
+        : parseVolumeId,
+      expansion: grows(settings.backend),
       volumeHealth: settings["csi-1.13"],
     });
     const ending = new AbortController();
@@ -623,8 +667,29 @@ const commands: Readonly<Record<string, Command>> = {
     simulateOptions,
     async (settings) => {
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "simulator" });
-      const { defaultSimulateSettings, simulate } = await import("./lib/sim/simulate.ts");
       const stopped = untilStopped();
+      if (settings.backend === "poseidon") {
+        if (settings.data !== "none") throw new UsageError(`--data ${settings.data}: it is for LightOS`);
+        const { defaultPoseidonSettings, simulatePoseidon } = await import("./lib/sim/simulate_poseidon.ts");
+        const simulator = await simulatePoseidon({
+          ...defaultPoseidonSettings,
+          host: settings.host,
+          port: settings["dagent-port"],
+          controlPort: settings["control-port"],
+          arrays: settings.arrays,
+          capacityBytes: settings.capacity,
+          behaviour: { callMs: settings["call-ms"] },
+          data: settings.data,
+          stateDir: settings.state,
+          devRoot: settings.dev,
+          sysfsRoot: settings.sysfs,
+        }, log);
+        console.log(JSON.stringify(simulator.addresses));
+        await stopped;
+        await simulator.stop();
+        return 0;
+      }
+      const { defaultSimulateSettings, simulate } = await import("./lib/sim/simulate.ts");
       const simulator = await simulate({
         ...defaultSimulateSettings,
         host: settings.host,
@@ -796,6 +861,7 @@ fish:  lbcsi completion fish | source`,
   ),
 
   identity: command("serve the CSI identity service alone", serviceOptions, async (settings) => {
+    if (settings.backend === "poseidon") refusePoseidon(settings);
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });
     return await serveCsi(settings, log, []);
   }),
@@ -814,7 +880,8 @@ async function serveCsi(
   const stopped = untilStopped();
   const path = settings.endpoint;
   const snapshotMetadata = settings["snapshot-metadata"];
-  const identity = { name: driverName, version, expansion: true, snapshotMetadata };
+  const { backend } = settings;
+  const identity = { name: driverNames[backend], version, expansion: grows(backend), snapshotMetadata };
   const server = await serve({
     listen: { path },
     services: [service(Identity, identityHandlers(identity)), ...services],
@@ -875,6 +942,9 @@ async function volumeWork(
   const { volume, uuid, nqn, "node-id": nodeId } = settings;
   const problem = nodeIdProblem(nodeId);
   if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
+  if (volume?.startsWith("pos:")) {
+    throw new UsageError("a volume on PoseidonOS is named by --uuid, --nqn and --address here, with --attach direct");
+  }
   if (volume === undefined ? uuid === undefined || nqn === undefined : uuid !== undefined || nqn !== undefined) {
     throw new UsageError("either VOLUME_ID or both --uuid and --nqn are needed");
   }
@@ -943,6 +1013,49 @@ async function openLightos(
   });
 }
 
+/** Whether volumes of a storage system can grow, for the processes that do not open it. */
+function grows(backend: keyof typeof driverNames): boolean {
+  return backend === "lightos";
+}
+
+/** What has no sense with PoseidonOS is refused, for who gives it expects something of it. */
+function refusePoseidon(
+  settings: Partial<Settings<typeof controllerOptions> & Pick<Settings<typeof nodeOptions>, "attach" | "node-id">>,
+): void {
+  const jwtPath = settings["jwt-path"] ?? controllerOptions["jwt-path"].fallback;
+  const http = "its management API is plain HTTP";
+  const problems = ([
+    [settings["snapshot-metadata"], "--snapshot-metadata", "it has no snapshots"],
+    [settings["mgmt-ca"] !== undefined, "--mgmt-ca", http],
+    [settings["mgmt-tls-verify"] === false, "--mgmt-tls-verify", http],
+    [jwtPath !== controllerOptions["jwt-path"].fallback, "--jwt-path", "it takes no tokens"],
+    [
+      settings["node-id"] !== undefined && settings.config !== undefined,
+      "--config of a node",
+      "it has no inline volumes",
+    ],
+    [settings.attach === "discovery-client", "--attach discovery-client", "that daemon is for LightOS"],
+  ] as const).flatMap(([isGiven, option, reason]) =>
+    isGiven ? [`${option} cannot be used with PoseidonOS: ${reason}`] : []
+  );
+  if (problems.length > 0) throw new UsageError(problems.join("\n"));
+}
+
+async function openPoseidon(settings: Settings<typeof controllerOptions>, log: Logger) {
+  refusePoseidon(settings);
+  // fetch would send every call to a proxy, a request for volumes among them; this process has nothing else to fetch.
+  for (const name of ["http_proxy", "all_proxy"]) {
+    for (const variable of [name, name.toUpperCase()]) Deno.env.delete(variable);
+  }
+  const { poseidonBackend } = await import("./lib/storage/poseidon.ts");
+  const { knownSystems } = await import("./lib/storage/poseidon_config.ts");
+  const { config } = settings;
+  return poseidonBackend({
+    log,
+    systems: config === undefined ? undefined : asUsage(() => knownSystems(config, configFiles, log)),
+  });
+}
+
 /** Writes all of a long text; a reader who has had enough (`| head`) is no failure. */
 async function writeOut(text: string): Promise<void> {
   try {
@@ -966,14 +1079,23 @@ function readIfThere(path: string): string | undefined {
   }
 }
 
-async function readClusters(path: string, log: Logger) {
-  const { knownClusters } = await import("./lib/storage/lightos_config.ts");
-  const stamp = (path: string) => {
+const configFiles = {
+  stamp(path: string): string {
     const { dev, ino, size, mtimeNs, ctimeNs } = statSync(path, { bigint: true });
     return [dev, ino, size, mtimeNs, ctimeNs].join(" ");
-  };
+  },
+  read: (path: string) => readFileSync(path, "utf8"),
+};
+
+async function readClusters(path: string, log: Logger) {
+  const { knownClusters } = await import("./lib/storage/lightos_config.ts");
+  return asUsage(() => knownClusters(path, configFiles, log));
+}
+
+/** A file that cannot be used at start is a mistake on the command line. */
+function asUsage<T>(read: () => T): T {
   try {
-    return knownClusters(path, { stamp, read: (path) => readFileSync(path, "utf8") }, log);
+    return read();
   } catch (error) {
     if (error instanceof StatusError) throw new UsageError(error.message);
     throw error;

@@ -22,6 +22,8 @@ export interface Fields {
   readonly addresses?: readonly string[];
   readonly referrals?: readonly string[];
   readonly code?: string;
+  /** What a call to a management API is called in the log of its other end: `X-request-Id`. */
+  readonly requestId?: string;
   readonly ms?: number;
   /** Exit status of a command. */
   readonly exit?: number;

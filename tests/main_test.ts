@@ -1,8 +1,15 @@
-import { match, ok, strictEqual } from "node:assert/strict";
+import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import { Channel } from "../lib/rpc.ts";
-import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
+import {
+  Controller,
+  Identity,
+  Node,
+  NodeServiceCapability_RPC_Type as NodeRpc,
+  VolumeCapability_AccessMode_Mode as Mode,
+} from "../proto/gen/csi_pb.ts";
 import config from "../deno.json" with { type: "json" };
+import { poseidonParameters, startPoseidon } from "./support/poseidon.ts";
 import { startSimulator } from "./support/simulator.ts";
 
 const mainPath = fileURLToPath(new URL("../main.ts", import.meta.url));
@@ -53,6 +60,17 @@ for (
     [["node", "--node-id", "worker"], 2, /does not end in "\.node" \(see --node-id-suffix\)/],
     [["controller", "--endpoint", "tcp://127.0.0.1:1"], 2, /is not of the form unix:\/\/\//],
     [["controller", "--mgmt-ca", "/nonexistent/ca.pem"], 2, /--mgmt-ca "\/nonexistent\/ca\.pem": /],
+    [["controller", "--backend", "ceph"], 2, /--backend "ceph": is not lightos or poseidon/],
+    [["controller", "--backend=poseidon", "--mgmt-ca", "/ca"], 2, /--mgmt-ca cannot be used with PoseidonOS: .* HTTP/],
+    [["controller", "--backend=poseidon", "--mgmt-tls-verify=false"], 2, /--mgmt-tls-verify cannot be used with/],
+    [["controller", "--backend=poseidon", "--jwt-path", "/jwt"], 2, /--jwt-path cannot .*: it takes no tokens/],
+    [["identity", "--backend=poseidon", "--snapshot-metadata"], 2, /--snapshot-metadata cannot .* it has no snapshots/],
+    [["controller", "--backend=poseidon", "--config", "/none.yaml"], 2, /Cannot use cluster file \/none\.yaml/],
+    [
+      ["node", "--backend=poseidon", "--node-id", "a.node", "--attach=discovery-client"],
+      2,
+      /that daemon is for LightOS/,
+    ],
     [["identity", "--endpoint", "unix:///nonexistent/csi.sock"], 1, /its directory is missing, create \/nonexistent/],
   ] as const
 ) {
@@ -85,6 +103,63 @@ for (const role of ["identity", "controller", "node"] as const) {
     }
   });
 }
+
+for (const role of ["identity", "controller", "node"] as const) {
+  Deno.test(`lbcsi ${role} --backend poseidon is csi.pos.io, and announces no growth`, async () => {
+    const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
+    const process = lbcsi([role, "--backend", "poseidon", ...(role === "node" ? ["--node-id", "a.node"] : [])], {
+      CSI_ENDPOINT: `unix://${directory}/csi.sock`,
+    }).spawn();
+    try {
+      using channel = new Channel({ address: `unix://${directory}/csi.sock` });
+      const info = await untilAnswered(channel);
+
+      strictEqual(info.name, "csi.pos.io");
+      const options = { signal: AbortSignal.timeout(5000) };
+      const plugin = await channel.call(Identity.method.getPluginCapabilities, {}, options);
+      deepStrictEqual(plugin.capabilities.map(({ type }) => type.case), ["service"]);
+      if (role === "node") {
+        const { capabilities } = await channel.call(Node.method.nodeGetCapabilities, {}, options);
+        const names = capabilities.map(({ type }) => type.case === "rpc" ? NodeRpc[type.value.type] : "");
+        ok(names.length > 0 && !names.includes("EXPAND_VOLUME"), names.join());
+      }
+      process.kill("SIGTERM");
+      strictEqual((await process.output()).code, 0);
+    } finally {
+      end(process);
+      await Deno.remove(directory, { recursive: true });
+    }
+  });
+}
+
+Deno.test("lbcsi controller --backend poseidon calls DAgent and no proxy", async () => {
+  await using simulator = await startPoseidon();
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
+  // Nobody listens there.
+  const proxies = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"].map((name) => [name, "http://127.0.0.1:9"]);
+  const args = ["controller", "--backend", "poseidon", "--endpoint", `unix://${directory}/csi.sock`];
+  const process = lbcsi(args, Object.fromEntries(proxies)).spawn();
+  try {
+    using channel = new Channel({ address: `unix://${directory}/csi.sock` });
+    await untilAnswered(channel);
+
+    const { volume } = await channel.call(Controller.method.createVolume, {
+      name: "pvc-1",
+      volumeCapabilities: [{
+        accessType: { case: "block", value: {} },
+        accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+      }],
+      parameters: poseidonParameters(simulator),
+    }, { signal: AbortSignal.timeout(10_000) });
+
+    strictEqual(volume?.capacityBytes, 1n << 20n);
+    process.kill("SIGTERM");
+    strictEqual((await process.output()).code, 0);
+  } finally {
+    end(process);
+    await Deno.remove(directory, { recursive: true });
+  }
+});
 
 Deno.test("lbcsi controller lets a running call end after SIGTERM", async () => {
   await using simulator = await startSimulator();

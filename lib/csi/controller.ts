@@ -17,6 +17,7 @@ import {
   type Controller,
   type ControllerGetCapabilitiesResponseSchema,
   ControllerServiceCapability_RPC_Type as Rpc,
+  VolumeCapability_AccessMode_Mode as Mode,
 } from "../../proto/gen/csi_pb.ts";
 import {
   type Access,
@@ -66,6 +67,7 @@ export function controllerHandlers(
         throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: volume_capabilities is missing`);
       }
       const accesses = request.volumeCapabilities.map((capability) => parseCapability(action, capability));
+      for (const access of accesses) refuseSharing(action, backend, access);
       if (request.accessibilityRequirements !== undefined) {
         throw new StatusError(
           "INVALID_ARGUMENT",
@@ -99,7 +101,7 @@ export function controllerHandlers(
         volume: {
           volumeId: volume.id,
           capacityBytes: volume.capacityBytes,
-          volumeContext: mkfsText === undefined ? {} : { [mkfsOptionsKey]: mkfsText },
+          volumeContext: { ...volume.context, ...(mkfsText === undefined ? {} : { [mkfsOptionsKey]: mkfsText }) },
           // The provisioner deletes a volume whose answer does not name the source that it asked for.
           ...(request.volumeContentSource === undefined ? {} : { contentSource: request.volumeContentSource }),
         },
@@ -126,6 +128,7 @@ export function controllerHandlers(
       const nodeId = requireText("publish a volume", "node_id", request.nodeId, 256);
       const action = `publish volume "${volumeId}" to node "${nodeId}"`;
       const access = parseCapability(action, request.volumeCapability);
+      refuseSharing(action, backend, access);
       if (request.readonly) {
         throw new StatusError(
           "INVALID_ARGUMENT",
@@ -137,6 +140,7 @@ export function controllerHandlers(
       const namespace = await backend.grantAccess(call, new Secrets(request.secrets), volumeId, {
         hostNqn: hostNqn(nodeId),
         shared: isShared(access.mode),
+        volumeContext: withoutOrchestratorKeys(request.volumeContext),
       });
       return { publishContext: toPublishContext(namespace) };
     },
@@ -187,7 +191,9 @@ export function controllerHandlers(
       }
       await backend.getVolume(call, new Secrets(request.secrets), volumeId);
       try {
-        for (const capability of request.volumeCapabilities) parseCapability(action, capability);
+        for (const capability of request.volumeCapabilities) {
+          refuseSharing(action, backend, parseCapability(action, capability));
+        }
       } catch (error) {
         if (!hasCode(error, "INVALID_ARGUMENT")) throw error;
         return { message: error.message };
@@ -214,13 +220,22 @@ function controllerCapabilities(backend: StorageBackend, volumeHealth: boolean):
   if (snapshots !== undefined) announced.push(Rpc.CREATE_DELETE_SNAPSHOT, Rpc.CLONE_VOLUME, Rpc.GET_SNAPSHOT);
   if (listing !== undefined) {
     announced.push(Rpc.LIST_VOLUMES, Rpc.LIST_VOLUMES_PUBLISHED_NODES, Rpc.GET_VOLUME, Rpc.VOLUME_CONDITION);
-    announced.push(Rpc.LIST_SNAPSHOTS);
+    if (listing.listSnapshots !== undefined) announced.push(Rpc.LIST_SNAPSHOTS);
   }
   if (capacity !== undefined) announced.push(Rpc.GET_CAPACITY);
   if (modification !== undefined) announced.push(Rpc.MODIFY_VOLUME);
   if (volumeHealth) announced.push(Rpc.GET_VOLUME_HEALTH);
   if (volumeHealth && listing !== undefined) announced.push(Rpc.LIST_VOLUME_HEALTH);
   return announced.map((type) => ({ type: { case: "rpc", value: { type } } }));
+}
+
+/** Throws INVALID_ARGUMENT for an access mode of several nodes, where the backend can give a volume to one only. */
+function refuseSharing(action: string, backend: StorageBackend, access: Access): void {
+  if (backend.oneHostOnly === undefined || !isShared(access.mode)) return;
+  throw new StatusError(
+    "INVALID_ARGUMENT",
+    `Cannot ${action}: access mode ${Mode[access.mode]} is for several nodes, and ${backend.oneHostOnly}`,
+  );
 }
 
 function requireOurNode(action: string, nodeId: string, suffix: string): void {

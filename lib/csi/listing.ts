@@ -12,7 +12,7 @@ import type { Controller } from "../../proto/gen/csi_pb.ts";
 import { longestVolumeId, mkfsOptionsKey, parseCapability, requireText, withoutOrchestratorKeys } from "./request.ts";
 import { toMessage } from "./snapshot.ts";
 
-/** ListVolumes, ControllerGetVolume and ListSnapshots, for a backend that has clusters of its own. */
+/** ListVolumes, ControllerGetVolume and, where there are any, ListSnapshots, for a backend that has clusters of its own. */
 export function listingHandlers(backend: StorageBackend, listing: Listing) {
   return {
     /** CSI specification, "ListVolumes". */
@@ -29,13 +29,19 @@ export function listingHandlers(backend: StorageBackend, listing: Listing) {
       return { volume: { ...volume, volumeId }, status };
     },
 
+    ...(listing.listSnapshots === undefined ? {} : listSnapshotsHandler(listing.listSnapshots)),
+  } satisfies Handlers<typeof Controller>;
+}
+
+function listSnapshotsHandler(list: NonNullable<Listing["listSnapshots"]>) {
+  return {
     /** CSI specification, "ListSnapshots". */
     async listSnapshots(request, call) {
       const wanted = pageWanted("list snapshots", request);
       const snapshotId = optional("snapshot_id", request.snapshotId);
       const sourceVolumeId = optional("source_volume_id", request.sourceVolumeId);
       const filter = { snapshotId, sourceVolumeId };
-      const { entries, nextToken } = await listing.listSnapshots(call, new Secrets(request.secrets), filter, wanted);
+      const { entries, nextToken } = await list(call, new Secrets(request.secrets), filter, wanted);
       return {
         entries: entries.map((snapshot) => ({
           snapshot: toMessage({

@@ -63,6 +63,8 @@ export interface NodeOptions {
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
   /** Inline volumes of pods; undefined: this node makes none, and says so. */
   readonly inline?: InlineVolumes;
+  /** Whether volumes of this driver can grow. */
+  readonly expansion?: boolean;
   /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
   readonly volumeHealth?: boolean;
 }
@@ -351,7 +353,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         Capability.STAGE_UNSTAGE_VOLUME,
         Capability.GET_VOLUME_STATS,
         Capability.VOLUME_CONDITION,
-        Capability.EXPAND_VOLUME,
+        ...(options.expansion === false ? [] : [Capability.EXPAND_VOLUME]),
         Capability.SINGLE_NODE_MULTI_WRITER,
         ...(options.volumeHealth ? [Capability.GET_VOLUME_HEALTH, Capability.GET_STORAGE_HEALTH] : []),
       ];

@@ -9,7 +9,7 @@ import { reflect } from "@bufbuild/protobuf/reflect";
 import type { Fields } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { type FsType, fsTypes } from "../host/filesystem.ts";
-import { parseVolumeId } from "../id.ts";
+import { uuidInId } from "../id.ts";
 import { csi_secret, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import type { VolumeCapability } from "../../proto/gen/csi_pb.ts";
 
@@ -143,11 +143,7 @@ export function describeRequest(_method: DescMethod, request: Message): Fields {
 }
 
 function uuidIn(volumeId: string): string {
-  try {
-    return parseVolumeId(volumeId).uuid;
-  } catch {
-    return volumeId.slice(0, longestVolumeId);
-  }
+  return uuidInId(volumeId) ?? volumeId.slice(0, longestVolumeId);
 }
 
 /** A request as JSON, with every field that the schema marks as secret emptied. */

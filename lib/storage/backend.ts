@@ -51,6 +51,8 @@ export interface Volume {
   readonly hosts: readonly string[];
   /** What is wrong with the volume now, or undefined when it is well. */
   readonly trouble: Trouble | undefined;
+  /** What `grantAccess` has to be told of it again, for the orchestrator to keep; absent: nothing. */
+  readonly context?: Readonly<Record<string, string>>;
 }
 
 /** Something that is wrong with a volume. */
@@ -67,10 +69,17 @@ export interface Grant {
   readonly hostNqn: string;
   /** Whether other hosts may have access at the same time. */
   readonly shared: boolean;
+  /** `context` of the volume, or the attributes of a PersistentVolume that somebody wrote by hand. */
+  readonly volumeContext?: Readonly<Record<string, string>>;
 }
 
 export interface StorageBackend extends AsyncDisposable {
   readonly name: "lightos" | "poseidon";
+  /**
+   * Why a volume can be with one host at a time only, for an error message; such access modes are refused. Absent: hosts
+   * may share volumes.
+   */
+  readonly oneHostOnly?: string;
   /** The UUID in a volume ID, for logs and locks. Throws NOT_FOUND for an ID that is not one of this backend. */
   uuidOf(volumeId: string): string;
   /**
@@ -80,7 +89,7 @@ export interface StorageBackend extends AsyncDisposable {
    * Sources are for backends with `snapshots`.
    */
   createVolume(ctx: RequestContext, secrets: Secrets, wanted: VolumeWanted): Promise<Volume>;
-  /** Absent: done. Throws FAILED_PRECONDITION while a host may still connect. */
+  /** Absent: done. Throws FAILED_PRECONDITION while a host may still connect; never succeeds while the volume exists. */
   deleteVolume(ctx: RequestContext, secrets: Secrets, volumeId: string): Promise<void>;
   /** Absent: NOT_FOUND. */
   getVolume(ctx: RequestContext, secrets: Secrets, volumeId: string): Promise<Volume>;
@@ -198,8 +207,11 @@ export interface Listing {
   listVolumes(ctx: RequestContext, wanted: PageWanted): Promise<Page<Volume>>;
   /** Those that are in trouble. */
   listTroubled(ctx: RequestContext, secrets: Secrets, wanted: PageWanted): Promise<Page<Volume>>;
-  /** Those that match every given filter, on any cluster that an ID leads to; an unknown ID matches nothing. */
-  listSnapshots(
+  /**
+   * Those that match every given filter, on any cluster that an ID leads to; an unknown ID matches nothing. Absent: the
+   * backend has no snapshots.
+   */
+  listSnapshots?(
     ctx: RequestContext,
     secrets: Secrets,
     filter: { readonly snapshotId: string | undefined; readonly sourceVolumeId: string | undefined },

@@ -2,10 +2,11 @@ import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } fro
 import { match, ok, strictEqual } from "node:assert/strict";
 import { controllerHandlers } from "../../lib/csi/controller.ts";
 import { describeRequest, redactRequest } from "../../lib/csi/request.ts";
-import { createLogger } from "../../lib/context.ts";
+import { createLogger, type Logger } from "../../lib/context.ts";
 import type { StatusCode } from "../../lib/error.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { CallError, Channel, serve, service } from "../../lib/rpc.ts";
+import type { StorageBackend } from "../../lib/storage/backend.ts";
 import { lightosBackend } from "../../lib/storage/lightos.ts";
 import type { LightosOptions } from "../../lib/storage/lightos_cluster.ts";
 import { knownClusters } from "../../lib/storage/lightos_config.ts";
@@ -18,11 +19,13 @@ export interface ControllerSettings {
   readonly files?: Readonly<Record<string, string>>;
   readonly globalJwt?: () => string | undefined;
   readonly volumeHealth?: boolean;
+  /** Another storage system than LightOS. */
+  readonly backend?: (log: Logger) => StorageBackend;
 }
 
 /** The Controller service on a socket of its own. Dispose it to end it and remove what it made. */
 export async function startController(
-  { clusterFile, files = {}, globalJwt = () => undefined, volumeHealth = false }: ControllerSettings,
+  { clusterFile, files = {}, globalJwt = () => undefined, volumeHealth = false, backend: open }: ControllerSettings,
 ) {
   await using stack = new AsyncDisposableStack();
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-controller-" });
@@ -46,7 +49,7 @@ export async function startController(
       },
     }, log),
   };
-  const backend = stack.use(lightosBackend(options));
+  const backend = stack.use(open === undefined ? lightosBackend(options) : open(log));
   const path = `${directory}/csi.sock`;
   const handlers = controllerHandlers({
     backend,

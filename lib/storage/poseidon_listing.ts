@@ -1,0 +1,117 @@
+/**
+ * Lists of volumes and the space that is left, on the arrays of the cluster file.
+ *
+ * Kubernetes compares volume IDs as texts. So an ID in a list is written as CreateVolume wrote it for a StorageClass whose
+ * `provisionerIP` and `provisionerPort` are the `idEndpoint` of the system in the file. PoseidonOS lists a whole array at
+ * once, 256 volumes at most; a token names the array and the last volume of the page before it, nothing is kept in between.
+ */
+import { createHash } from "node:crypto";
+import type { RequestContext } from "../context.ts";
+import { StatusError } from "../error.ts";
+import { isUuid, type PoseidonVolumeId } from "../id.ts";
+import type { Capacity, Listing, Page, PageWanted, Volume } from "./backend.ts";
+import type { KnownSystem, KnownSystems } from "./poseidon_config.ts";
+import type { Dagents } from "./poseidon_dagent.ts";
+import { parseCapacityParameters } from "./poseidon_parameters.ts";
+import {
+  mib,
+  mostVolumes,
+  type PoseidonArray,
+  type PoseidonSubsystem,
+  type PoseidonVolume,
+  readSubsystems,
+  readVolumes,
+} from "./poseidon_world.ts";
+
+/** Makes an entry of a list. */
+type ToVolume = (
+  id: Pick<PoseidonVolumeId, "endpoint" | "array">,
+  array: PoseidonArray,
+  volume: PoseidonVolume,
+  subsystems: readonly PoseidonSubsystem[],
+) => Volume;
+
+interface Place {
+  /** Tells this array from others, in tokens. */
+  readonly key: string;
+  readonly system: KnownSystem;
+  readonly array: string;
+}
+
+/** Lists of what is on the arrays of the file. */
+export function poseidonListing(dagents: Dagents, systems: KnownSystems, toVolume: ToVolume): Listing {
+  const volumesAt = async (ctx: RequestContext, action: string, { system, array: name }: Place) => {
+    const dagent = dagents.at(system.endpoint);
+    const { array, volumes } = await readVolumes(ctx, dagent, action, name);
+    const subsystems = await readSubsystems(ctx, dagent, action);
+    return volumes.map((volume) => toVolume({ endpoint: system.idEndpoint, array: name }, array, volume, subsystems))
+      .sort((a, b) => a.uuid < b.uuid ? -1 : 1);
+  };
+  const list = async (
+    ctx: RequestContext,
+    action: string,
+    { maxEntries, startingToken }: PageWanted,
+    belongs: (volume: Volume) => boolean,
+  ): Promise<Page<Volume>> => {
+    const places = systems.all().flatMap((system) =>
+      system.arrays.map((array): Place => ({
+        key: createHash("sha256").update(JSON.stringify([system.name, array])).digest("hex").slice(0, 32),
+        system,
+        array,
+      }))
+    );
+    const start = startingToken === "" ? { at: 0, after: "" } : startOf(action, places, startingToken);
+    const entries: Volume[] = [];
+    let nextToken = "";
+    for (const [at, place] of places.entries()) {
+      if (at < start.at) continue;
+      for (const volume of await volumesAt(ctx, action, place)) {
+        if ((at === start.at && volume.uuid <= start.after) || !belongs(volume)) continue;
+        if (maxEntries !== 0 && entries.length === maxEntries) return { entries, nextToken };
+        entries.push(volume);
+        nextToken = `${place.key}.${volume.uuid}`;
+      }
+    }
+    return { entries, nextToken: "" };
+  };
+  return {
+    listVolumes: (ctx, wanted) => list(ctx, "list volumes", wanted, () => true),
+    listTroubled: (ctx, _secrets, wanted) =>
+      list(ctx, "list volumes in trouble", wanted, ({ trouble }) => trouble !== undefined),
+  };
+}
+
+function startOf(
+  action: string,
+  places: readonly Place[],
+  token: string,
+): { readonly at: number; readonly after: string } {
+  const [key, after = ""] = token.split(".", 2);
+  const at = places.findIndex((place) => place.key === key);
+  if (at >= 0 && isUuid(after)) return { at, after };
+  throw new StatusError(
+    "ABORTED",
+    `Cannot ${action}: starting_token "${token}" is not one that leads on now, begin again without one`,
+  );
+}
+
+/** The space that is left on an array that parameters name, or on all arrays of the file. */
+export function poseidonCapacity(dagents: Dagents, systems: KnownSystems): Capacity {
+  const action = "measure the capacity";
+  return {
+    async getCapacity(ctx, parameters) {
+      const wanted = Object.keys(parameters).length === 0
+        ? systems.all().flatMap(({ endpoint, arrays }) => arrays.map((array) => ({ endpoint, array })))
+        : [parseCapacityParameters(action, parameters)];
+      let availableBytes = 0n;
+      for (const { endpoint, array: name } of wanted) {
+        const dagent = dagents.at(systems.owning(endpoint)?.endpoint ?? endpoint);
+        const { array, volumes } = await readVolumes(ctx, dagent, action, name);
+        const free = array.capacity - array.used;
+        // Where no volume can be added, no space is of use.
+        if (free > 0n && volumes.length < mostVolumes) availableBytes += free / mib * mib;
+      }
+      return { availableBytes, minimumVolumeBytes: mib };
+    },
+  };
+}
