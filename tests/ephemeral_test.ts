@@ -1,10 +1,15 @@
 /** Inline volumes of pods: their whole life on a simulated cluster and machine. */
+import { create } from "@bufbuild/protobuf";
 import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { Secrets } from "../lib/context.ts";
 import { Rig } from "../lib/demo/rig.ts";
-import { Node, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
+import {
+  Node,
+  NodeGetVolumeHealthRequestSchema,
+  VolumeCapability_AccessMode_Mode as Mode,
+} from "../proto/gen/csi_pb.ts";
 import { FakeHost } from "./support/fake_host.ts";
 import { inlineHost, inlineId, inlineNode, inlineRequest, podUid } from "./support/inline_node.ts";
 import { needs } from "./support/needs.ts";
@@ -210,6 +215,28 @@ inlineTest("a full file system in an inline volume does not keep it from being r
   await nothingLeft(n);
 });
 
+inlineTest("the health of an inline volume is told by its path", async () => {
+  await using n = await inlineNode();
+  const targetPath = await n.target();
+  await n.publish(inlineRequest(targetPath));
+  const { handlers } = nodeCalls({ host: n.host, attacher: n.attacher, volumeHealth: true });
+  const health = async () =>
+    await handlers.nodeGetVolumeHealth?.(
+      create(NodeGetVolumeHealthRequestSchema, { volumeId: inlineId(), volumePublishPath: targetPath }),
+      n.call(),
+    );
+
+  const well = await health();
+  const [volume] = n.sim.control.cluster.volumes;
+  const ref = { project: "default", uuid: volume?.uuid ?? "" };
+  await n.sim.control.cluster.updateVolume(ref, { acl: [] }, undefined);
+  await eventually("the device goes", () => n.sim.control.machine().devices.length === 0);
+  const ill = await health();
+
+  assert.doesNotMatch(JSON.stringify(well), /INACCESSIBLE|DeviceGone/);
+  assert.match(JSON.stringify(ill), /DeviceGone/);
+});
+
 inlineTest(
   "while the cluster is away, unpublish unmounts an inline volume, is refused, and ends it later",
   async () => {
@@ -364,22 +391,24 @@ inlineTest("promise 1: a sweep keeps a volume that is mounted, though the direct
   assert(n.lines.some((line) => line.includes("kept an inline volume") && line.includes(`it is mounted at`)));
 });
 
-inlineTest("a sweep keeps a volume that another container has mounted", async () => {
-  await using n = await inlineNode();
-  const targetPath = await n.target();
-  await n.publish(inlineRequest(targetPath));
-  await new Deno.Command("umount", { args: [targetPath] }).output();
-  await n.forget();
-  const [device] = n.sim.control.machine().devices;
-  // The simulated sysfs does not follow the kernel here.
-  await Deno.mkdir(`${n.sim.addresses.sysfsRoot}/fs/ext4/${device?.name}`, { recursive: true });
+for (const [fsType, place] of [["ext4", "ext4"], ["xfs", "xfs"], ["btrfs", `btrfs/${podUid()}/devices`]] as const) {
+  inlineTest(`a sweep keeps a volume that another container has mounted (${fsType})`, async () => {
+    await using n = await inlineNode();
+    const targetPath = await n.target();
+    await n.publish(inlineRequest(targetPath));
+    await new Deno.Command("umount", { args: [targetPath] }).output();
+    await n.forget();
+    const [device] = n.sim.control.machine().devices;
+    // The simulated sysfs does not follow the kernel here.
+    await Deno.mkdir(`${n.sim.addresses.sysfsRoot}/fs/${place}/${device?.name}`, { recursive: true });
 
-  const isSettled = await n.inline.sweep(n.call());
+    const isSettled = await n.inline.sweep(n.call());
 
-  assert.equal(isSettled, false);
-  assert.equal(n.sim.control.leftovers().volumes.length, 1);
-  assert(n.lines.some((line) => line.includes("is mounted where this process cannot see it")));
-});
+    assert.equal(isSettled, false);
+    assert.equal(n.sim.control.leftovers().volumes.length, 1);
+    assert(n.lines.some((line) => line.includes(`${fsType} of `) && line.includes("where this process cannot see it")));
+  });
+}
 
 inlineTest("a sweep keeps every volume while kubelet's directory is not there to be looked at", async () => {
   await using n = await inlineNode();

@@ -22,6 +22,7 @@ import {
   canonicalPath,
   deviceUnder,
   makeMountPoint,
+  mountedSomewhere,
   mountsAt,
   mountsOf,
   mountTable,
@@ -311,13 +312,9 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
   ): Promise<{ readonly reason: string; readonly isSettled: boolean } | undefined> {
     const mounts = await mountsOf(host, await mountTable(host), device);
     if (mounts[0] !== undefined) return { reason: `it is mounted at "${mounts[0].path}"`, isSettled: true };
-    // A file system that another container alone has mounted is in no table that we see, but the kernel lists it here.
-    for (const fsType of ["ext4", "xfs"]) {
-      if (await host.kindOf(`${host.roots.sysfs}/fs/${fsType}/${device.name}`) !== "absent") {
-        return { reason: `${fsType} of ${device.path} is mounted where this process cannot see it`, isSettled: false };
-      }
-    }
-    return undefined;
+    const fsType = await mountedSomewhere(host, device);
+    if (fsType === undefined) return undefined;
+    return { reason: `${fsType} of ${device.path} is mounted where this process cannot see it`, isSettled: false };
   }
 }
 

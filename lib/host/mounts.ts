@@ -143,6 +143,23 @@ export async function mountsOf(host: Host, table: readonly Mount[], device: Bloc
 }
 
 /**
+ * The file system of `device` that is mounted anywhere on this machine, in other containers too, as the kernel lists it in
+ * sysfs (ext4, xfs and btrfs, seen on 6.18); undefined: none of these. A mount table shows one mount namespace only.
+ */
+export async function mountedSomewhere(host: Host, { name }: BlockDevice): Promise<string | undefined> {
+  const fs = `${host.roots.sysfs}/fs`;
+  const places: (readonly [fsType: string, path: string])[] = [
+    ["ext4", `${fs}/ext4/${name}`],
+    ["xfs", `${fs}/xfs/${name}`],
+  ];
+  for (const id of await host.list(`${fs}/btrfs`) ?? []) places.push(["btrfs", `${fs}/btrfs/${id}/devices/${name}`]);
+  for (const [fsType, path] of places) {
+    if (await host.kindOf(path) !== "absent") return fsType;
+  }
+  return undefined;
+}
+
+/**
  * Takes down every mount at `path` that is the volume's or dead, topmost first, and answers how many. Nothing there: 0.
  *
  * @throws StatusError FAILED_PRECONDITION when something foreign is mounted there (left as it is), or the mount is busy,

@@ -2,9 +2,10 @@
 import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
-import { discoveryClient } from "../../lib/host/attach.ts";
+import { direct, discoveryClient } from "../../lib/host/attach.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
+import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { lightosBackend } from "../../lib/storage/lightos.ts";
 import type { ConfigFiles } from "../../lib/storage/config_file.ts";
@@ -92,12 +93,13 @@ export interface InlineNodeSettings {
   readonly data?: "none" | "loop";
   /** Changes of the cluster file's entry. */
   readonly entry?: Readonly<Record<string, unknown>>;
+  readonly strategy?: "discovery-client" | "direct";
   /** In place of the simulator's machine. */
   readonly host?: (sim: TestSimulator) => Host & { readonly discoveryDirectory: string };
 }
 
 /** See the head of this file. Dispose it, with `await using`. */
-export async function inlineNode({ data = "loop", entry, host: hostOf }: InlineNodeSettings = {}) {
+export async function inlineNode({ data = "loop", entry, strategy, host: hostOf }: InlineNodeSettings = {}) {
   await using stack = new AsyncDisposableStack();
   const sim = stack.use(await startSimulator({ data }));
   const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-inline-" }));
@@ -116,10 +118,13 @@ export async function inlineNode({ data = "loop", entry, host: hostOf }: InlineN
   const { discoveryDir = "", sysfsRoot = "", devRoot = "" } = sim.addresses;
   const host = hostOf?.(sim) ?? linuxHost({ log: createLogger("error"), sysfsRoot, devRoot });
   const inDirectory = "discoveryDirectory" in host ? String(host.discoveryDirectory) : discoveryDir;
-  const attacher = discoveryClient({ host, directory: inDirectory, hostNqn: inlineHost });
+  const locks = new KeyedLock();
+  const attacher = strategy === "direct"
+    ? direct({ host, hostNqn: inlineHost, hostId: podUid(0), locks })
+    : discoveryClient({ host, directory: inDirectory, hostNqn: inlineHost });
   const { backend, volumes, log } = openInline(files, (line) => lines.push(line));
   stack.use(backend);
-  const calls = nodeCalls({ host, attacher, volumes, nodeId: inlineNodeId });
+  const calls = nodeCalls({ host, attacher, locks, volumes, nodeId: inlineNodeId });
   const parts = stack.move();
   return {
     ...calls,
