@@ -1,4 +1,4 @@
-/** What `deno task bundle` makes, and `deno compile` embeds, must behave as the sources do. */
+/** What `deno task bundle:js` makes, and `deno compile` embeds, must behave as the sources do. */
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import config from "../deno.json" with { type: "json" };
@@ -10,7 +10,7 @@ async function withBundle(body: (directory: string) => Promise<void>): Promise<v
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-bundle-" });
   try {
     const { success, stderr } = await new Deno.Command(Deno.execPath(), {
-      args: ["task", "--eval", config.tasks.bundle.replaceAll("dist/js", directory)],
+      args: ["task", "--eval", config.tasks["bundle:js"].replaceAll("dist/js", directory)],
       cwd: root,
       stdout: "null",
       stderr: "piped",
