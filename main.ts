@@ -517,6 +517,7 @@ It prints one line of JSON with everything that is needed to use it, and runs un
   ca                     certificate to trust for mgmt-scheme grpcs: key "mgmt-ca.crt", or a file for --mgmt-ca
   discoveryDir, devRoot, sysfsRoot
                          with --data loop: start the node with --discovery-dir, --dev and --sysfs set to these
+  programs               with --data loop: directory of an nvme for --attach=direct, to be first in the node's PATH
   control                control port, on this machine only: counters, faults, delays, states, devices; for example
                            curl CONTROL/model                    everything the cluster holds
                            curl CONTROL/calls                    how often each RPC was called
@@ -535,6 +536,9 @@ forgotten at each restart. --servers, --schemes, ports for gRPC, --projects, --n
 Its line of JSON has
   dagent, arrays, targetAddress, transportServiceId
                          for the StorageClass: provisionerIP and provisionerPort, arrayName, and the two of these names
+  devRoot, sysfsRoot, programs
+                         with --data loop: start the node with --dev, --sysfs, and the directory programs first in PATH,
+                         where an nvme is that connects to the simulated machine's devices
   control                the same as above, with the events of PoseidonOS for codes:
                            curl CONTROL/faults -d '{"rpc":"MountVolume","event":"VOL_MGR_BUSY","count":2}'
                            curl -X PATCH CONTROL/arrays/POSArray -d '{"state":"OFFLINE"}'
@@ -669,7 +673,6 @@ const commands: Readonly<Record<string, Command>> = {
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "simulator" });
       const stopped = untilStopped();
       if (settings.backend === "poseidon") {
-        if (settings.data !== "none") throw new UsageError(`--data ${settings.data}: it is for LightOS`);
         const { defaultPoseidonSettings, simulatePoseidon } = await import("./lib/sim/simulate_poseidon.ts");
         const simulator = await simulatePoseidon({
           ...defaultPoseidonSettings,
@@ -844,6 +847,7 @@ fish:  lbcsi completion fish | source`,
   demo: command(
     "take volumes through their whole lives on a simulated cluster, with real file systems",
     {
+      backend: { ...simulateOptions.backend, meaning: "what is played: lightos, poseidon (PoseidonOS)" },
       fs: {
         value: "LIST",
         meaning:

@@ -106,6 +106,22 @@ Deno.test({
   },
 });
 
+Deno.test({
+  name: "demo --backend poseidon takes volumes of PoseidonOS through their whole lives",
+  ignore: !machine,
+  fn: async () => {
+    const { code, text, home } = await run(["--backend", "poseidon", "--fs", "ext4"]);
+
+    assert.equal(code, 0, text);
+    assert.match(text, /on a simulated PoseidonOS$/m);
+    assert.match(text, /csi\.pos\.io /);
+    assert.match(text, /NodeStageVolume .* ran nvme, blkid, mkfs\.ext4, /);
+    assert.match(text, /the files are the same after the crash/);
+    assert.match(text, /FAILED_PRECONDITION: Cannot give demo-2\.node access .*demo-1\.node has it/);
+    assert.deepEqual(leftovers(home), []);
+  },
+});
+
 for (const fsType of ["xfs", "btrfs"] as const) {
   Deno.test({
     name: `demo --fs ${fsType} plays ${fsType}, the raw block volume, and no other file system`,

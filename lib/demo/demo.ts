@@ -20,7 +20,7 @@ import {
 import { checksum, differsAt, writeAt, writeFiles } from "./contents.ts";
 import { CheckFailed, Interrupted, interruptedStatus, interruptions } from "./ending.ts";
 import { findPlace, fsLacks, kindOf, listNames, machineLacks, processesNaming } from "./machine.ts";
-import { programOf, Rig } from "./rig.ts";
+import { type Backend, programOf, Rig } from "./rig.ts";
 import { formatBytes, Screen } from "./screen.ts";
 import { hostsIn, Tale } from "./tale.ts";
 
@@ -34,6 +34,8 @@ export interface DemoSettings {
   readonly keep: boolean;
   /** Shows every command with its arguments, exit status and time. */
   readonly verbose: boolean;
+  /** The storage system to simulate. */
+  readonly backend: Backend;
   /** File systems to play; undefined: ext4, and each other one that this machine can make. */
   readonly fs: readonly DemoFsType[] | undefined;
 }
@@ -77,7 +79,8 @@ async function play(
   const place = await findPlace();
   const missing = [...await machineLacks(place, wanted)];
   const full = missing.length === 0;
-  screen.title("lbcsi demo: volumes from creation to deletion, on a simulated LightOS cluster");
+  const system = settings.backend === "lightos" ? "LightOS cluster" : "PoseidonOS";
+  screen.title(`lbcsi demo: volumes from creation to deletion, on a simulated ${system}`);
   if (!full) {
     screen.line("This machine cannot play the part with real devices and file systems:");
     for (const { what, remedy } of missing) screen.line(`  ${screen.red("missing")}  ${what}: ${remedy}`);
@@ -85,7 +88,7 @@ async function play(
   }
   // The kernel's tables have paths without symbolic links.
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-demo-", dir: place.directory }));
-  const rig = new Rig(home, program);
+  const rig = new Rig(home, program, program, settings.backend);
   let failure: unknown;
   try {
     await startAll(rig, screen, full, signal);
@@ -140,8 +143,9 @@ async function startAll(rig: Rig, screen: Screen, full: boolean, signal: AbortSi
   };
   await started("simulator", async () => {
     const { pid } = await rig.startSimulator(full ? "loop" : "none", signal);
-    const { grpcs, data } = rig.addresses;
-    return `pid ${pid}, ${grpcs.length} servers at ${grpcs.join(", ")}, data plane ${data}`;
+    const { grpcs, dagent, data } = rig.addresses;
+    const where = rig.backend === "lightos" ? `${grpcs.length} servers at ${grpcs.join(", ")}` : `DAgent at ${dagent}`;
+    return `pid ${pid}, ${where}, data plane ${data}`;
   });
   await started("controller", async () => {
     const { pid } = await rig.startController(signal);
@@ -326,18 +330,12 @@ type Repeat = "again" | undefined;
 
 /** Answers the size in bytes. */
 async function create(tale: Tale, volume: Subject, repeat?: Repeat): Promise<bigint> {
-  const { addresses } = tale.rig;
   const answer = await tale.call(tale.rig.controller, Controller.method.createVolume, {
     name: volume.name,
     capacityRange: { requiredBytes: gib },
     volumeCapabilities: [volume.capability],
-    parameters: {
-      "mgmt-endpoint": addresses.grpcs.join(","),
-      "mgmt-scheme": "grpcs",
-      "project-name": addresses.projects[0] ?? "",
-      "replica-count": "2",
-    },
-    secrets: { jwt: addresses.jwt },
+    parameters: tale.rig.parameters,
+    secrets: tale.rig.secrets,
   }, { unchanged: repeat === "again" });
   const made = answer.volume;
   const listed = tale.world.volumes.filter(({ name, state }) => name === volume.name && state === "Available");
@@ -359,7 +357,7 @@ function controllerPublishRequest(tale: Tale, volume: Subject, node: string) {
     nodeId: node,
     volumeCapability: volume.capability,
     volumeContext: volume.volumeContext,
-    secrets: { jwt: tale.rig.addresses.jwt },
+    secrets: tale.rig.secrets,
   };
 }
 
@@ -434,7 +432,7 @@ async function unpublish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<
   await tale.call(tale.rig.controller, Controller.method.controllerUnpublishVolume, {
     volumeId: volume.id,
     nodeId,
-    secrets: { jwt: tale.rig.addresses.jwt },
+    secrets: tale.rig.secrets,
   }, { unchanged: repeat === "again" });
   const acl = tale.world.volumes.find(({ name }) => name === volume.name)?.acl;
   tale.check("no host may connect", acl !== undefined && hostsIn(acl).length === 0, acl?.join(", "));
@@ -443,7 +441,7 @@ async function unpublish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<
 async function remove(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
   await tale.call(tale.rig.controller, Controller.method.deleteVolume, {
     volumeId: volume.id,
-    secrets: { jwt: tale.rig.addresses.jwt },
+    secrets: tale.rig.secrets,
   }, { unchanged: repeat === "again" });
   const live = tale.world.volumes.filter(({ name, state }) => name === volume.name && state !== "Deleting");
   tale.check("the cluster has it no more, or is deleting it", live.length === 0, live.map(({ state }) => state).join());
@@ -471,8 +469,10 @@ async function nothingLeft(tale: Tale): Promise<void> {
     const names = await listNames(join(rig.home, directory)) ?? [];
     tale.verify(`machine: no ${directory} directories`, names.length === 0, names.join(", "));
   }
-  const loud = await rig.logsThatHold([rig.addresses.jwt, rig.addresses.adminJwt]);
-  tale.verify("the cluster's token is in no log", loud.length === 0, loud.join(", "));
+  if (rig.backend === "lightos") {
+    const loud = await rig.logsThatHold([rig.addresses.jwt, rig.addresses.adminJwt]);
+    tale.verify("the cluster's token is in no log", loud.length === 0, loud.join(", "));
+  }
   for (const { name, ending } of await rig.stopAll()) {
     tale.verify(`${name} ended by itself on SIGTERM`, ending === "exit 0", ending);
   }

@@ -6,22 +6,31 @@ import { join } from "node:path";
 import { z } from "zod";
 import { sleep } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
+import { hostNqn } from "../namespace.ts";
 import { CallError, Channel } from "../rpc.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 import { kindOf, listNames, loopsBelow, type Mount, mountsBelow, processesNaming, readText } from "./machine.ts";
 
 const addressesSchema = z.object({
-  grpc: z.array(z.string()),
-  grpcs: z.array(z.string()),
-  control: z.string(),
+  // Of LightOS.
+  grpc: z.array(z.string()).default([]),
+  grpcs: z.array(z.string()).default([]),
   ca: z.string().optional(),
-  adminJwt: z.string(),
-  jwt: z.string(),
-  projects: z.array(z.string()),
+  adminJwt: z.string().default(""),
+  jwt: z.string().default(""),
+  projects: z.array(z.string()).default([]),
+  // Of PoseidonOS.
+  dagent: z.string().default(""),
+  arrays: z.array(z.string()).default([]),
+  targetAddress: z.string().default(""),
+  transportServiceId: z.string().default(""),
+
+  control: z.string(),
   data: z.enum(["none", "loop"]),
   discoveryDir: z.string().optional(),
   devRoot: z.string().optional(),
   sysfsRoot: z.string().optional(),
+  programs: z.string().optional(),
 });
 /** Where a simulator listens, as it says itself when it has started. */
 type Addresses = z.infer<typeof addressesSchema>;
@@ -34,6 +43,12 @@ const modelSchema = z.object({
     sizeBytes: z.coerce.bigint(),
     acl: z.array(z.string()),
   })),
+});
+const poseidonModelSchema = z.object({
+  arrays: z.array(z.object({
+    volumes: z.array(z.object({ uuid: z.string(), name: z.string(), sizeBytes: z.coerce.bigint() })),
+  })),
+  subsystems: z.array(z.object({ nqn: z.string(), namespaces: z.array(z.object({ volumeUuid: z.string() })) })),
 });
 const callsSchema = z.record(z.string(), z.object({ total: z.number() }));
 const leftoversSchema = z.record(z.string(), z.array(z.string()));
@@ -85,6 +100,9 @@ export function countsBetween(
   );
 }
 
+/** The storage systems that can be played. */
+export type Backend = "lightos" | "poseidon";
+
 /**
  * A simulator, a controller and a node as processes, with everything of theirs in one directory.
  *
@@ -92,6 +110,7 @@ export function countsBetween(
  */
 export class Rig {
   readonly home: string;
+  readonly backend: Backend;
   readonly #program: readonly string[];
   readonly #simulator: readonly string[];
   readonly #processes = new Map<string, Running>();
@@ -103,8 +122,9 @@ export class Rig {
    * @param program what starts lbcsi, `ownProgram()`
    * @param simulator what starts the lbcsi that simulates; the same unless told otherwise
    */
-  constructor(home: string, program: readonly string[], simulator = program) {
+  constructor(home: string, program: readonly string[], simulator = program, backend: Backend = "lightos") {
     this.home = home;
+    this.backend = backend;
     this.#program = program;
     this.#simulator = simulator;
   }
@@ -113,6 +133,30 @@ export class Rig {
   get addresses(): Addresses {
     if (this.#addresses === undefined) throw new Error("the simulator has not been started");
     return this.#addresses;
+  }
+
+  /** The parameters of a StorageClass for the simulator. */
+  get parameters(): Record<string, string> {
+    const { grpcs, projects, dagent, arrays, targetAddress, transportServiceId } = this.addresses;
+    if (this.backend === "lightos") {
+      return {
+        "mgmt-endpoint": grpcs.join(","),
+        "mgmt-scheme": "grpcs",
+        "project-name": projects[0] ?? "",
+        "replica-count": "2",
+      };
+    }
+    const [provisionerIP = "", provisionerPort = ""] = dagent.split(":");
+    return { provisionerIP, provisionerPort, arrayName: arrays[0] ?? "", targetAddress, transportServiceId };
+  }
+
+  /** The secrets of calls to the controller; PoseidonOS knows none. */
+  get secrets(): Record<string, string> {
+    return this.backend === "lightos" ? { jwt: this.addresses.jwt } : {};
+  }
+
+  get #backendOption(): readonly string[] {
+    return this.backend === "lightos" ? [] : ["--backend", this.backend];
   }
 
   /** The connection to the controller. */
@@ -133,7 +177,7 @@ export class Rig {
   /** Starts the simulator; with devices, they and their contents are in the rig's directory. */
   async startSimulator(data: "loop" | "none", signal: AbortSignal): Promise<Running> {
     const state = data === "loop" ? ["--state", join(this.home, "cluster")] : [];
-    const words = ["simulate", "--data", data, ...state, "--log-level", "info"];
+    const words = ["simulate", ...this.#backendOption, "--data", data, ...state, "--log-level", "info"];
     const running = this.#start("simulator", [...this.#simulator, ...words]);
     const line = await running.until("its addresses", signal, async () => {
       const text = await readText(`${running.log}.out`) ?? "";
@@ -145,6 +189,7 @@ export class Rig {
 
   /** Starts the controller, which trusts the simulator's certificate. */
   async startController(signal: AbortSignal): Promise<Running> {
+    if (this.backend === "poseidon") return await this.startService("controller", ["--log-level", "debug"], signal);
     const ca = join(this.home, "ca.pem");
     await Deno.writeTextFile(ca, this.addresses.ca ?? "");
     return await this.startService("controller", ["--mgmt-ca", ca, "--log-level", "debug"], signal);
@@ -156,10 +201,16 @@ export class Rig {
    * @param env added to the environment
    */
   async startNode(nodeId: string, signal: AbortSignal, env: Readonly<Record<string, string>> = {}): Promise<Running> {
-    const { discoveryDir, devRoot, sysfsRoot } = this.addresses;
+    const { discoveryDir, devRoot, sysfsRoot, programs } = this.addresses;
     const places = { "discovery-dir": discoveryDir, dev: devRoot, sysfs: sysfsRoot };
+    const path = env["PATH"] ?? Deno.env.get("PATH") ?? "";
+    // With PoseidonOS the node connects by itself, with the nvme of the simulated machine.
+    const itsPath = this.backend === "poseidon" && programs !== undefined ? { PATH: `${programs}:${path}` } : {};
     const words = Object.entries(places).flatMap(([name, path]) => path === undefined ? [] : [`--${name}`, path]);
-    return await this.startService("node", ["--node-id", nodeId, ...words, "--log-level", "debug"], signal, env);
+    return await this.startService("node", ["--node-id", nodeId, ...words, "--log-level", "debug"], signal, {
+      ...env,
+      ...itsPath,
+    });
   }
 
   /** Starts a service and waits until it answers a Probe. */
@@ -174,7 +225,10 @@ export class Rig {
     this.#channels.delete(role);
     // One that was killed leaves its socket file; without it here, the file tells that the new one listens.
     await removeIfThere(socket);
-    const running = this.#start(role, [...this.#program, role, "--endpoint", `unix://${socket}`, ...options], env);
+    const running = this.#start(role, [
+      ...[...this.#program, role, ...this.#backendOption, "--endpoint", `unix://${socket}`],
+      ...options,
+    ], env);
     await running.until("an answer to Probe", signal, async () => {
       if (await kindOf(socket) === "absent") return undefined;
       const channel = new Channel({ address: `unix://${socket}`, userAgent: "lbcsi-demo" });
@@ -229,13 +283,26 @@ export class Rig {
     const names = devRoot === undefined ? [] : await listNames(devRoot) ?? [];
     const kinds = await Promise.all(names.map((name) => kindOf(join(devRoot ?? "", name))));
     return {
-      volumes: modelSchema.parse(await this.ask("GET", "/model")).volumes,
+      volumes: await this.#volumes(),
       calls: await this.managementCalls(),
       mounts: await mountsBelow(this.home),
       loops: await loopsBelow(this.home),
       devices: names.filter((_name, at) => kinds[at] === "block"),
       entries: discoveryDir === undefined ? [] : await listNames(discoveryDir) ?? [],
     };
+  }
+
+  async #volumes(): Promise<World["volumes"]> {
+    const model = await this.ask("GET", "/model");
+    if (this.backend === "lightos") return modelSchema.parse(model).volumes;
+    const { arrays, subsystems } = poseidonModelSchema.parse(model);
+    return arrays.flatMap(({ volumes }) => volumes).map((volume) => ({
+      ...volume,
+      state: "Available",
+      // Who may connect is written in the names of the subsystems that show the volume.
+      acl: subsystems.filter(({ namespaces }) => namespaces.some(({ volumeUuid }) => volumeUuid === volume.uuid))
+        .map(({ nqn }) => nqn.startsWith("nqn.2019-04.pos:lbcsi:") ? hostNqn(nqn.replace(/^.*:/, "")) : nqn),
+    }));
   }
 
   /** What is left on the cluster once deletions that go on by themselves have ended; waits for that for 10 s at most. */

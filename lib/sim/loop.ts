@@ -1,25 +1,27 @@
 /**
- * A data plane of sparse files behind loop devices, which plays one machine: its kernel's NVMe driver and its
- * Discovery-Client. File systems on it are real, and no NVMe is needed.
+ * A data plane of sparse files behind loop devices, which plays one machine: its kernel's NVMe driver, its
+ * Discovery-Client and its nvme-cli. File systems on it are real, and no NVMe is needed.
  *
  * - For each namespace that a connected host may see there is a device node `nvmeXnY` with the loop device's number, an
  *   entry in a tree like sysfs, and the link that udev would make. They come and go with the access list.
  * - A device that vanishes under a mount leaves a dead mount, as in the kernel: the old loop device keeps a file of its
  *   own, which is emptied, so that every read and write of it fails; the volume lives on in a copy. Writes that are on
  *   their way at that moment may be in the copy or not, in any order. So does a deleted volume.
- * - Controllers stay: the driver never disconnects in this mode, and removing a file of the Discovery-Client does nothing.
+ * - Controllers that the Discovery-Client made stay, for removing one of its files does nothing. Those of nvme-cli go with
+ *   `nvme disconnect`, and the devices that nobody has a path to any more go with them.
  * - An adopted device: after a crash, a simulator with the same directories takes over loop devices that still stand for
  *   its volumes, names and mounts included, and detaches the rest. A loop device is ours when its backing file is.
  */
 import { basename, dirname, join } from "node:path";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
-import { parseAddress } from "../namespace.ts";
+import { formatAddress, parseAddress, type TransportAddress } from "../namespace.ts";
 import type { ClusterIdentity } from "./cluster.ts";
 import { type ChangedRun, type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
 import { type DiscoveryEntry, watchDiscoveryDirectory } from "./discovery_client.ts";
 import { lockFile } from "./lock_file.ts";
-import { nameInTree, subsystemInstance, type SysfsController, type SysfsTree, sysfsTree } from "./sysfs.ts";
+import { type ProgramEnd, serveNvmeProgram } from "./nvme_program.ts";
+import { nameInTree, type SysfsController, type SysfsSubsystem, type SysfsTree, sysfsTree } from "./sysfs.ts";
 
 export interface LoopOptions {
   /** Where the contents live. */
@@ -27,6 +29,8 @@ export interface LoopOptions {
   readonly discoveryDir: string;
   readonly devRoot: string;
   readonly sysfsRoot: string;
+  /** Where the machine's `nvme` is put. */
+  readonly programs: string;
   readonly identity: ClusterIdentity;
   readonly log: Logger;
 }
@@ -78,6 +82,7 @@ class LoopPlane implements DataPlane {
   readonly #machineId = crypto.randomUUID();
   readonly #held: AsyncDisposableStack;
   #watch: AsyncDisposable | undefined;
+  #program: AsyncDisposable | undefined;
   #queue: Promise<unknown> = Promise.resolve();
   #reconcilePending = false;
   #started = false;
@@ -90,6 +95,7 @@ class LoopPlane implements DataPlane {
     try {
       const report = (entries: readonly DiscoveryEntry[]) => plane.#connect(entries);
       plane.#watch = await watchDiscoveryDirectory(options.discoveryDir, options.log, report);
+      plane.#program = await serveNvmeProgram(options.programs, options.log, (words) => plane.#nvme(words));
     } catch (error) {
       await plane[Symbol.asyncDispose]();
       throw error;
@@ -106,7 +112,7 @@ class LoopPlane implements DataPlane {
     this.#held = held;
     this.#log = options.log;
     this.#adoptable = adoptable;
-    this.#tree = sysfsTree(options.sysfsRoot, options.identity.subsystemNqn);
+    this.#tree = sysfsTree(options.sysfsRoot);
     clearNodes(options.devRoot);
     Deno.mkdirSync(join(options.devRoot, "disk/by-id"), { recursive: true });
     const deviceOf = (uuid: string) => {
@@ -129,7 +135,7 @@ class LoopPlane implements DataPlane {
             throw new StatusError("NOT_FOUND", `Cannot restore the device of namespace ${uuid}: it was not removed`);
           }
           this.#removed.delete(uuid);
-          this.#wantedNames.set(uuid, name ?? this.#freeName(old));
+          this.#wantedNames.set(uuid, name ?? this.#freeName(this.#instanceOf(uuid), old));
           await this.#reconcile();
           return shown(this.#options.devRoot, deviceOf(uuid));
         }),
@@ -294,6 +300,7 @@ class LoopPlane implements DataPlane {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#watch?.[Symbol.asyncDispose]();
+    await this.#program?.[Symbol.asyncDispose]();
     await this.#enqueue(async () => {
       for (const device of [...this.#attached.values()]) {
         this.#hideDevice(device);
@@ -336,16 +343,89 @@ class LoopPlane implements DataPlane {
         this.#log.warning("discovery client found nobody", { address, subsystem: subsystemNqn });
         continue;
       }
-      if (this.#controllers.some((controller) => controller.hostNqn === hostNqn)) continue;
+      const isConnected = this.#controllers.some((controller) =>
+        controller.hostNqn === hostNqn && controller.subsystem.nqn === subsystemNqn
+      );
+      if (isConnected) continue;
       for (const { nvmeEndpoint } of identity.servers) {
         const endpoint = parseAddress(nvmeEndpoint) ?? { traddr: nvmeEndpoint, trsvcid: "4420" };
-        const name = `nvme${this.#controllers.length}`;
-        const controller = { name, hostNqn, hostId: hostId ?? this.#machineId, ...endpoint };
-        this.#controllers.push(controller);
-        this.#tree.addController(controller);
+        this.#addController(subsystemNqn, hostNqn, hostId, endpoint);
       }
     }
     this.#changed();
+  }
+
+  #addController(nqn: string, hostNqn: string, hostId: string | undefined, at: TransportAddress): void {
+    const subsystem = this.#controllers.find((controller) => controller.subsystem.nqn === nqn)?.subsystem ??
+      this.#newSubsystem(nqn);
+    const names = this.#controllers.map(({ name }) => name);
+    let number = 0;
+    while (names.includes(`nvme${number}`)) number++;
+    const controller = { name: `nvme${number}`, subsystem, hostNqn, hostId: hostId ?? this.#machineId, ...at };
+    this.#controllers.push(controller);
+    this.#tree.addController(controller);
+  }
+
+  /** A number that no subsystem has, and no device that outlived its subsystem. */
+  #newSubsystem(nqn: string): SysfsSubsystem {
+    const taken = new Set([
+      ...this.#controllers.map(({ subsystem }) => subsystem.instance),
+      ...[...this.#zombies.keys()].map((name) => Number(/^nvme(\d+)n/.exec(name)?.[1])),
+    ]);
+    let instance = 0;
+    while (taken.has(instance)) instance++;
+    return { instance, nqn, model: "lbcsi simulator" };
+  }
+
+  /** What the machine's `nvme` does. */
+  async #nvme(words: readonly string[]): Promise<ProgramEnd> {
+    const option = (name: string) => words.find((word) => word.startsWith(`--${name}=`))?.slice(name.length + 3) ?? "";
+    switch (words[0]) {
+      case "connect":
+        return await this.#nvmeConnect(option("nqn"), option("hostnqn"), option("hostid"), {
+          traddr: option("traddr"),
+          trsvcid: option("trsvcid"),
+        });
+      case "disconnect": {
+        const controller = this.#controllers.find(({ name }) => name === option("device"));
+        if (controller === undefined) return { status: 1, words: `Did not find device ${option("device")}` };
+        await this.#enqueue(async () => {
+          this.#controllers.splice(this.#controllers.indexOf(controller), 1);
+          // The devices first, as long as their place in the tree is there.
+          await this.#reconcile();
+          this.#tree.removeController(controller);
+        });
+        return { status: 0, words: "" };
+      }
+      case "ns-rescan":
+        return { status: 0, words: "" };
+      default:
+        return { status: 1, words: `Invalid command "${words.join(" ")}"` };
+    }
+  }
+
+  /** The words for failures are those of nvme-cli 2.3. */
+  async #nvmeConnect(nqn: string, hostNqn: string, hostId: string, at: TransportAddress): Promise<ProgramEnd> {
+    const address = formatAddress(at);
+    const { identity } = this.#options;
+    if (!identity.servers.some(({ nvmeEndpoint }) => nvmeEndpoint === address)) {
+      return { status: 1, words: "failed to write to nvme-fabrics device: Connection refused" };
+    }
+    // Subsystems of their own are there as long as they show something, and to whom they show it.
+    const isKnown = nqn === identity.subsystemNqn ||
+      [...this.#exposed.values()].some((namespace) =>
+        namespace.subsystemNqn === nqn && mayAccess(namespace.acl, hostNqn)
+      );
+    if (!isKnown) return { status: 1, words: "failed to write to nvme-fabrics device: Input/output error" };
+    const isConnected = this.#controllers.some((controller) =>
+      controller.subsystem.nqn === nqn && formatAddress(controller) === address
+    );
+    if (isConnected) return { status: 1, words: "already connected" };
+    await this.#enqueue(async () => {
+      this.#addController(nqn, hostNqn, hostId, at);
+      await this.#reconcile();
+    });
+    return { status: 0, words: "" };
   }
 
   /** Makes the devices of the machine what the access lists say. */
@@ -354,7 +434,9 @@ class LoopPlane implements DataPlane {
       .filter(({ uuid }) => !this.#removed.has(uuid) && this.#pathsTo(uuid).length > 0)
       .sort((a, b) => a.nsid - b.nsid);
     for (const device of [...this.#attached.values()]) {
-      if (!wanted.some(({ uuid }) => uuid === device.namespace.uuid)) await this.#detach(device, true);
+      const { uuid, subsystemNqn } = device.namespace;
+      const isThere = wanted.some((namespace) => namespace.uuid === uuid && namespace.subsystemNqn === subsystemNqn);
+      if (!isThere) await this.#detach(device, true);
     }
     for (const namespace of wanted) {
       try {
@@ -368,8 +450,11 @@ class LoopPlane implements DataPlane {
   }
 
   #pathsTo(uuid: string): SysfsController[] {
-    const acl = this.#exposed.get(uuid)?.acl ?? [];
-    return this.#controllers.filter(({ hostNqn }) => mayAccess(acl, hostNqn));
+    const namespace = this.#exposed.get(uuid);
+    if (namespace === undefined) return [];
+    return this.#controllers.filter(({ hostNqn, subsystem }) =>
+      subsystem.nqn === namespace.subsystemNqn && mayAccess(namespace.acl, hostNqn)
+    );
   }
 
   #pathText(uuid: string): string {
@@ -390,7 +475,7 @@ class LoopPlane implements DataPlane {
     if (adopted !== undefined) await output("losetup", "-c", loop);
     // The kernel keeps a loop device read-only that an earlier user made so, even through a detach.
     else await output("blockdev", "--setrw", loop);
-    const name = this.#wantedNames.get(uuid) ?? adopted?.name ?? this.#freeName();
+    const name = this.#wantedNames.get(uuid) ?? adopted?.name ?? this.#freeName(this.#instanceOf(uuid));
     this.#wantedNames.delete(uuid);
     await this.#showDevice({ namespace, name, loop, number: numberOf(loop), paths: "" });
     this.#log.info("showed a namespace", { volume: uuid, device: name });
@@ -483,15 +568,20 @@ class LoopPlane implements DataPlane {
     await removeFile(dead);
   }
 
-  /** The lowest name that no device has, and no mount of a device that is gone. */
-  #freeName(butNot?: string): string {
+  /** The number of the subsystem that a namespace is seen in. */
+  #instanceOf(uuid: string): number {
+    return this.#pathsTo(uuid)[0]?.subsystem.instance ?? 0;
+  }
+
+  /** The lowest name in a subsystem that no device has, and no mount of a device that is gone. */
+  #freeName(instance: number, butNot?: string): string {
     for (const [name, loop] of this.#zombies) {
       if (backingFile(loop)?.startsWith(this.#options.contentDir) !== true) this.#zombies.delete(name);
     }
     const taken = new Set([...this.#attached.values()].map(({ name }) => name));
     for (const { name } of this.#adoptable.values()) if (name !== undefined) taken.add(name);
     for (let head = 1;; head++) {
-      const name = `nvme${subsystemInstance}n${head}`;
+      const name = `nvme${instance}n${head}`;
       if (!taken.has(name) && !this.#zombies.has(name) && name !== butNot) return name;
     }
   }

@@ -86,10 +86,12 @@ export interface SimulatorAddresses {
   readonly projects: readonly string[];
   readonly data: "none" | "loop";
   readonly stateDir: string | undefined;
-  /** The next three are absent without a machine (`data` is `none`). */
+  /** The next four are absent without a machine (`data` is `none`). */
   readonly discoveryDir: string | undefined;
   readonly devRoot: string | undefined;
   readonly sysfsRoot: string | undefined;
+  /** Directory of the machine's `nvme`, to be first on the PATH of a node that attaches directly. */
+  readonly programs: string | undefined;
 }
 
 export interface Simulator {
@@ -182,6 +184,7 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
     discoveryDir: dataPlane.discoveryDir,
     devRoot: dataPlane.devRoot,
     sysfsRoot: dataPlane.sysfsRoot,
+    programs: dataPlane.programs,
   };
   if (stateDir !== undefined) {
     const ports = Object.fromEntries(
@@ -292,6 +295,8 @@ export interface OpenedPlane extends AsyncDisposable {
   readonly discoveryDir: string | undefined;
   readonly devRoot: string | undefined;
   readonly sysfsRoot: string | undefined;
+  /** Directory of the machine's `nvme`. */
+  readonly programs: string | undefined;
 }
 
 /** Opens the data plane that `settings` ask for; what it needs besides goes with `stack`. */
@@ -308,6 +313,7 @@ export async function openDataPlane(
       discoveryDir: undefined,
       devRoot: undefined,
       sysfsRoot: undefined,
+      programs: undefined,
       [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
     };
   }
@@ -324,7 +330,9 @@ export async function openDataPlane(
   const discoveryDir = settings.discoveryDir ?? join(home, "discovery.d");
   const devRoot = settings.devRoot ?? join(home, "dev");
   const sysfsRoot = settings.sysfsRoot ?? join(home, "sys");
+  const programs = join(home, "programs");
   const plane = await openLoopPlane({
+    programs,
     contentDir: join(home, "content"),
     discoveryDir,
     devRoot,
@@ -337,6 +345,7 @@ export async function openDataPlane(
     discoveryDir,
     devRoot,
     sysfsRoot,
+    programs,
     [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
   };
 }

@@ -61,9 +61,11 @@ export interface PoseidonAddresses {
   readonly control: string;
   readonly data: DataPlane["kind"];
   readonly stateDir: string | undefined;
-  /** The next two are absent without a simulated machine (`data` is not `loop`). */
+  /** The next three are absent without a simulated machine (`data` is not `loop`). */
   readonly devRoot: string | undefined;
   readonly sysfsRoot: string | undefined;
+  /** Directory of the machine's `nvme`, to be first on the node's PATH. */
+  readonly programs: string | undefined;
 }
 
 export interface PoseidonSimulator {
@@ -98,7 +100,7 @@ export async function simulatePoseidon(settings: PoseidonSettings, log: Logger):
     servers: [{ uuid: "", nodeUuid: "", name: "pos", nvmeEndpoint: target, discoveryEndpoint: target }],
   };
   const planeSettings = { ...settings, discoveryDir: undefined };
-  const { plane, devRoot, sysfsRoot } = stack.use(await openDataPlane(planeSettings, identity, stack, log));
+  const { plane, devRoot, sysfsRoot, programs } = stack.use(await openDataPlane(planeSettings, identity, stack, log));
   const model = await PoseidonModel.open({
     arrays: settings.arrays,
     capacityBytes: settings.capacityBytes,
@@ -126,6 +128,7 @@ export async function simulatePoseidon(settings: PoseidonSettings, log: Logger):
     stateDir,
     devRoot,
     sysfsRoot,
+    programs,
   };
   const parts = stack.move();
   let stopped: Promise<void> | undefined;

@@ -6,12 +6,21 @@
  * number of the subsystem and not of a controller, Y is not the NSID; `nvmeXcCnY` are its paths, hidden, without a node;
  * `wwid` is `uuid.<uuid>`, `nguid` has dashes; every text ends in a newline.
  */
-import { join } from "node:path";
+import { basename, join } from "node:path";
 
-/** A controller: one connection of a host to one address of the subsystem. */
+/** A subsystem that this machine is connected to. */
+export interface SysfsSubsystem {
+  /** The X of `nvmeXnY`. */
+  readonly instance: number;
+  readonly nqn: string;
+  readonly model: string;
+}
+
+/** A controller: one connection of a host to one address of a subsystem. */
 export interface SysfsController {
   /** `nvmeN`. */
   readonly name: string;
+  readonly subsystem: SysfsSubsystem;
   readonly hostNqn: string;
   readonly hostId: string;
   readonly traddr: string;
@@ -32,9 +41,12 @@ export interface SysfsNamespace {
   readonly controllers: readonly SysfsController[];
 }
 
-/** One subsystem in one tree. Everything is synchronous: whoever looks sees each entry whole or not at all. */
+/** One tree. Everything is synchronous: whoever looks sees each entry whole or not at all. */
 export interface SysfsTree {
+  /** With its subsystem, if it is the first one of that. */
   addController(controller: SysfsController): void;
+  /** With its subsystem, if it was the last one of that. Its namespaces have to be removed, or given other paths, before. */
+  removeController(controller: SysfsController): void;
   /** Shows a namespace; again: with other paths, number or size. */
   putNamespace(namespace: SysfsNamespace): void;
   /** Absent: done. */
@@ -44,14 +56,10 @@ export interface SysfsTree {
   clear(): void;
 }
 
-/** The subsystem's instance number, the X of nvmeXnY. */
-export const subsystemInstance = 0;
-
-const subsystem = `nvme-subsys${subsystemInstance}`;
-const headDir = `devices/virtual/nvme-subsystem/${subsystem}`;
+const subsystemsDir = "devices/virtual/nvme-subsystem";
 const controllersDir = "devices/virtual/nvme-fabrics/ctl";
 
-export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
+export function sysfsTree(root: string): SysfsTree {
   const at = (...parts: string[]) => join(root, ...parts);
   const clear = () => {
     for (const part of ["class", "block", "dev", "devices"]) removeTree(at(part));
@@ -64,30 +72,33 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
       }))
     );
 
+  const subsystemDir = (instance: number | string) => at(subsystemsDir, `nvme-subsys${instance}`);
+  /** Where the device of a name is: it says the number of its subsystem. */
+  const headDir = (name: string) => subsystemDir(/^nvme(\d+)n/.exec(name)?.[1] ?? "");
   const start = () => {
     clear();
     for (const part of ["class/block", "class/nvme", "class/nvme-subsystem", "block", "dev/block", controllersDir]) {
       Deno.mkdirSync(at(part), { recursive: true });
     }
-    texts(at(headDir), {
-      subsysnqn: subsystemNqn,
-      model: "Lightbits LightOS",
-      serial: "simulated",
-      firmware_rev: "3.17",
-      iopolicy: "numa",
-    });
-    link(at("class/nvme-subsystem", subsystem), `../../${headDir}`);
   };
   start();
 
   return {
     addController(controller) {
-      const { name, traddr, trsvcid } = controller;
+      const { name, traddr, trsvcid, subsystem: { instance, nqn, model } } = controller;
+      texts(subsystemDir(instance), {
+        subsysnqn: nqn,
+        model,
+        serial: "simulated",
+        firmware_rev: "3.17",
+        iopolicy: "numa",
+      });
+      link(at("class/nvme-subsystem", `nvme-subsys${instance}`), `../../${subsystemsDir}/nvme-subsys${instance}`);
       const family = traddr.includes(":") ? "::1" : "127.0.0.1";
       texts(at(controllersDir, name), {
         state: "live",
         address: `traddr=${traddr},trsvcid=${trsvcid},src_addr=${family}`,
-        subsysnqn: subsystemNqn,
+        subsysnqn: nqn,
         hostnqn: controller.hostNqn,
         hostid: controller.hostId,
         transport: "tcp",
@@ -97,8 +108,17 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
         kato: "10",
         queue_count: "2",
       });
-      link(at(headDir, name), `../../nvme-fabrics/ctl/${name}`);
+      link(join(subsystemDir(instance), name), `../../nvme-fabrics/ctl/${name}`);
       link(at("class/nvme", name), `../../${controllersDir}/${name}`);
+    },
+
+    removeController({ name, subsystem: { instance } }) {
+      unlink(at("class/nvme", name));
+      unlink(join(subsystemDir(instance), name));
+      removeTree(at(controllersDir, name));
+      if (list(subsystemDir(instance)).some((entry) => /^nvme\d+$/.test(entry))) return;
+      unlink(at("class/nvme-subsystem", `nvme-subsys${instance}`));
+      removeTree(subsystemDir(instance));
     },
 
     putNamespace(namespace) {
@@ -134,7 +154,8 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
         link(at("class/block", path), `../../${controllersDir}/${controller.name}/${path}`);
       }
       const [major, minor] = number.split(":");
-      const home = at(headDir, name);
+      const home = join(headDir(name), name);
+      const subsystem = basename(headDir(name));
       texts(join(home, "queue"), queue);
       texts(home, {
         ...facts,
@@ -148,10 +169,10 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
       for (const entry of list(at("dev/block"))) {
         if (entry !== number && targetOf(at("dev/block", entry))?.endsWith(`/${name}`)) unlink(at("dev/block", entry));
       }
-      link(at("dev/block", number), `../../${headDir}/${name}`);
-      link(at("block", name), `../${headDir}/${name}`);
+      link(at("dev/block", number), `../../${subsystemsDir}/${subsystem}/${name}`);
+      link(at("block", name), `../${subsystemsDir}/${subsystem}/${name}`);
       // Last, as it is where readers start.
-      link(at("class/block", name), `../../${headDir}/${name}`);
+      link(at("class/block", name), `../../${subsystemsDir}/${subsystem}/${name}`);
     },
 
     removeNamespace(name) {
@@ -164,11 +185,11 @@ export function sysfsTree(root: string, subsystemNqn: string): SysfsTree {
         unlink(at("class/block", path));
         removeTree(at(controllersDir, controller, path));
       }
-      removeTree(at(headDir, name));
+      removeTree(join(headDir(name), name));
     },
 
     setSize(name, sizeBytes) {
-      text(at(headDir, name, "size"), String(sizeBytes / 512n));
+      text(join(headDir(name), name, "size"), String(sizeBytes / 512n));
       for (const { controller, path } of paths(name)) {
         text(at(controllersDir, controller, path, "size"), String(sizeBytes / 512n));
       }
