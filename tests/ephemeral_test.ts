@@ -451,19 +451,40 @@ inlineTest(
   },
 );
 
-inlineTest("promise 9: a sweep waits with a volume that a call works on", async () => {
+inlineTest("promise 9: a sweep waits with a leftover that a call works on", async () => {
   await using n = await inlineNode();
   const targetPath = await n.target();
-  n.sim.control.fail({ rpc: "UpdateVolume", hold: true });
-  const published = n.publish(inlineRequest(targetPath));
-  await eventually("the grant waits", () => n.sim.control.held().length > 0);
+  await n.publish(inlineRequest(targetPath));
+  n.sim.control.fail({ rpc: "DeleteVolume", hold: true });
+  const unpublished = n.unpublish({ volumeId: inlineId(), targetPath });
+  await eventually("the deletion waits", () => n.sim.control.held().length > 0);
+  await n.forget();
+
+  const during = await n.inline.sweep(n.call());
+  n.sim.control.releaseHeld();
+  await unpublished;
+  const after = await n.inline.sweep(n.call());
+
+  assert.deepEqual([during, after], [false, true]);
+  await nothingLeft(n);
+});
+
+inlineTest("promise 9: calls for an inline volume in use go on while a sweep looks at it", async () => {
+  await using n = await inlineNode();
+  const targetPath = await n.target();
+  await n.publish(inlineRequest(targetPath));
+  const answers: Promise<unknown>[] = [];
+  // As soon as the sweep has read its list.
+  using _watch = n.sim.control.watchCalls(({ phase, rpc }) => {
+    if (phase === "end" && rpc === "ListVolumes" && answers.length === 0) {
+      answers.push(n.publish(inlineRequest(targetPath)));
+    }
+  });
 
   const isSettled = await n.inline.sweep(n.call());
-  n.sim.control.releaseHeld();
-  await published;
+  await Promise.all(answers);
 
-  assert.equal(isSettled, false);
-  assert.equal((await n.mounts()).length, 1);
+  assert.deepEqual([isSettled, answers.length], [true, 1]);
   await n.unpublish({ volumeId: inlineId(), targetPath });
   await nothingLeft(n);
 });

@@ -92,6 +92,12 @@ export interface InlineVolumes {
   sweep(ctx: RequestContext): Promise<boolean>;
 }
 
+/** Why a sweep leaves a volume alone, and whether that is for good. */
+interface Kept {
+  readonly reason: string;
+  readonly isSettled: boolean;
+}
+
 export function inlineVolumes(options: InlineOptions): InlineVolumes {
   const { host, attacher, locks, nodeId, defaultFsType, volumes } = options;
   const obstacle = () =>
@@ -196,14 +202,17 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       const { volumes: found, problems } = await volumes.listVolumes(ctx, nodeId);
       for (const error of problems) ctx.log.warning("could not look for leftover inline volumes", { error });
       let isSettled = problems.length === 0;
-      for (const { volumeId } of found) {
+      for (const volume of found) {
         try {
-          if (!await sweepOne(ctx, volumes, volumeId)) isSettled = false;
+          if (!await sweepOne(ctx, volumes, volume)) isSettled = false;
         } catch (error) {
           ctx.signal.throwIfAborted();
           // Its pod is being started or ended just now.
           if (!hasCode(error, "ABORTED")) {
-            ctx.log.warning("could not remove a leftover inline volume", { name: volumeId, error: messageOf(error) });
+            ctx.log.warning("could not remove a leftover inline volume", {
+              name: volume.volumeId,
+              error: messageOf(error),
+            });
           }
           isSettled = false;
         }
@@ -266,19 +275,23 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
   }
 
   /** Answers whether the volume needs no other look. */
-  async function sweepOne(ctx: RequestContext, volumes: EphemeralVolumes, volumeId: string): Promise<boolean> {
-    using _held = locks.take(lockOf(volumeId), "the removal of leftovers");
-    // Looked for again, for a publish or unpublish may have ended since the list was read.
-    const volume = await volumes.findVolume(ctx, volumeId);
+  async function sweepOne(ctx: RequestContext, volumes: EphemeralVolumes, seen: EphemeralVolume): Promise<boolean> {
+    const log = ctx.with({ volume: seen.uuid, name: seen.volumeId });
+    const keep = ({ reason, isSettled }: Kept) => {
+      if (isSettled) log.log.debug("kept an inline volume", { error: reason });
+      else log.log.warning("kept an inline volume that nobody may need", { error: reason });
+      return isSettled;
+    };
+    // Without the lock at first, so that the calls for volumes in use go on.
+    const first = await reasonToKeep(seen);
+    if (first !== undefined) return keep(first);
+    using _held = locks.take(lockOf(seen.volumeId), "the removal of leftovers");
+    // Looked for again, for a publish or unpublish may have come in between.
+    const volume = await volumes.findVolume(ctx, seen.volumeId);
     if (volume === undefined || volume.nodeId !== nodeId) return true;
-    const log = ctx.with({ volume: volume.uuid, name: volumeId });
-    const kept = await reasonToKeep(volume);
-    if (kept !== undefined) {
-      if (kept.isSettled) log.log.debug("kept an inline volume", { error: kept.reason });
-      else log.log.warning("kept an inline volume that nobody may need", { error: kept.reason });
-      return kept.isSettled;
-    }
-    await letGo(log, `remove the leftover inline volume ${volumeId}`, volume.uuid, volume);
+    const second = await reasonToKeep(volume);
+    if (second !== undefined) return keep(second);
+    await letGo(log, `remove the leftover inline volume ${volume.volumeId}`, volume.uuid, volume);
     log.log.info("removed a leftover inline volume", { path: volume.targetPath ?? "" });
     return true;
   }
@@ -286,7 +299,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
   /** Why a volume of this node is not a leftover, or may not be one; undefined when it surely is. */
   async function reasonToKeep(
     volume: EphemeralVolume,
-  ): Promise<{ readonly reason: string; readonly isSettled: boolean } | undefined> {
+  ): Promise<Kept | undefined> {
     const doubt = (reason: string) => ({ reason, isSettled: false });
     const { targetPath, pod, uuid } = volume;
     // Without kubelet's directory, or with another one, every path would seem to be gone.
@@ -307,9 +320,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
     return isConnected ? undefined : doubt(`a host of this node's name is connected to it, and this machine is not`);
   }
 
-  async function usedBy(
-    device: BlockDevice,
-  ): Promise<{ readonly reason: string; readonly isSettled: boolean } | undefined> {
+  async function usedBy(device: BlockDevice): Promise<Kept | undefined> {
     const mounts = await mountsOf(host, await mountTable(host), device);
     if (mounts[0] !== undefined) return { reason: `it is mounted at "${mounts[0].path}"`, isSettled: true };
     const fsType = await mountedSomewhere(host, device);
