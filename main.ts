@@ -296,6 +296,14 @@ const attachOptions = {
     meaning: "with --nqn and --attach=discovery-client: IP[:PORT] of discovery controllers; port 8009 if none is given",
     schema: addressList("8009").optional(),
   },
+  "volume-attributes": {
+    value: "LIST",
+    meaning: "volumeAttributes of the PersistentVolume, key=value separated by commas; PoseidonOS needs them",
+    schema: z.string().regex(/^[^=,]+=[^=,]*(,[^=,]+=[^=,]*)*$/, "is not key=value,key=value")
+      .transform((list): Record<string, string> =>
+        Object.fromEntries(list.split(",").map((pair) => [pair.split("=")[0] ?? "", pair.split("=")[1] ?? ""]))
+      ).optional(),
+  },
   fs: {
     value: "TYPE",
     meaning: "with --mount: the file system that it has to have; with --format: that it gets, ext4 if none is given",
@@ -739,7 +747,8 @@ const commands: Readonly<Record<string, Command>> = {
       }
     }
     return await atShell("attach the volume", settings, async (ctx) => {
-      await using work = await volumeWork(settings, ctx.log, { addresses: address, discovery });
+      const place = { addresses: address, discovery };
+      await using work = await volumeWork(settings, ctx.log, place, settings["volume-attributes"]);
       if (format && work.hostEncryption !== undefined) {
         throw new UsageError(
           `--format: the volume is encrypted on its host (${work.hostEncryption}), not in clear text`,
@@ -942,8 +951,9 @@ async function volumeWork(
   settings: Settings<typeof volumeOptions>,
   log: Logger,
   addresses: { readonly addresses: readonly TransportAddress[]; readonly discovery: readonly TransportAddress[] },
+  volumeContext: Readonly<Record<string, string>> = {},
 ) {
-  const { volume, uuid, nqn, "node-id": nodeId } = settings;
+  const { volume, uuid, nqn, "node-id": nodeId, ...rest } = settings;
   const problem = nodeIdProblem(nodeId);
   if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
   if (volume?.startsWith("pos:")) {
@@ -962,14 +972,18 @@ async function volumeWork(
   let wanted: import("./lib/shell/attach.ts").Wanted;
   if (volume !== undefined) {
     wanted = {
-      backend: ending.use(await openLightos(settings, log)),
+      backend: ending.use(
+        // An ID says whose it is.
+        volume.startsWith("pos:") ? await openPoseidon(rest, log) : await openLightos(settings, log),
+      ),
       volumeId: volume,
+      volumeContext,
       secrets: new Secrets(settings.secrets === undefined ? {} : await readSecrets(settings.secrets)),
     };
   } else {
     wanted = { namespace: { uuid: uuid ?? "", subsystemNqn: nqn ?? "", ...addresses } };
   }
-  const hostEncryption = volume === undefined ? undefined : parseVolumeId(volume).hostEncryption;
+  const hostEncryption = volume?.startsWith("mgmt:") ? parseVolumeId(volume).hostEncryption : undefined;
   const owned = ending.move();
   return { machine, wanted, hostEncryption, [Symbol.asyncDispose]: () => owned.disposeAsync() };
 }
@@ -1045,7 +1059,7 @@ function refusePoseidon(
   if (problems.length > 0) throw new UsageError(problems.join("\n"));
 }
 
-async function openPoseidon(settings: Settings<typeof controllerOptions>, log: Logger) {
+async function openPoseidon(settings: Parameters<typeof refusePoseidon>[0], log: Logger) {
   refusePoseidon(settings);
   // fetch would send every call to a proxy, a request for volumes among them; this process has nothing else to fetch.
   for (const name of ["http_proxy", "all_proxy"]) {

@@ -251,7 +251,7 @@ Deno.test("direct.attach of two volumes of a subsystem connects once per address
 });
 
 Deno.test({
-  name: "promise 3: allUsersOf sees a mount in another mount namespace, and who has the device open",
+  name: "promise 3: allUsersOf sees a mount in another mount namespace or container, and who has the device open",
   ignore: !needs("root", "loop", "mkfs.ext4", "unshare"),
   async fn() {
     await using machine = await loopMachine();
@@ -284,5 +284,11 @@ Deno.test({
       await user.stdin.close();
       await user.status;
     }
+    // Where the kernel lists a mounted file system; this machine's sysfs does not follow it.
+    const listed = join(machine.host.roots.sysfs, "fs/ext4", device.name);
+    await Deno.mkdir(listed, { recursive: true });
+    assert.deepEqual(await allUsersOf(machine.host, device), [
+      "its ext4, which is mounted where this process cannot see it",
+    ]);
   },
 });

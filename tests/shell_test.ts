@@ -11,9 +11,11 @@ import { attachVolume, detachVolume, type Machine, type MountWanted, type Wanted
 import { listAsJson, listAsText, listVolumes } from "../lib/shell/list.ts";
 import { parseSecretFile } from "../lib/shell/secret_file.ts";
 import { lightosBackend } from "../lib/storage/lightos.ts";
+import { poseidonBackend } from "../lib/storage/poseidon.ts";
 import { CutOff, FakeHost } from "./support/fake_host.ts";
 import { needs } from "./support/needs.ts";
 import { callContext, rejects } from "./support/node_calls.ts";
+import { poseidonParameters, startPoseidon } from "./support/poseidon.ts";
 import { eventually, startSimulator, type TestSimulator } from "./support/simulator.ts";
 
 const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
@@ -284,7 +286,7 @@ Deno.test("attachVolume asks the cluster for access, detachVolume gives it back,
   await using simulator = await startSimulator();
   await using backend = backendOf(simulator);
   const { volume, id } = await clusterVolume(simulator);
-  const wanted: Wanted = { backend, volumeId: id, secrets: new Secrets() };
+  const wanted: Wanted = { backend, volumeId: id, volumeContext: {}, secrets: new Secrets() };
 
   for (let at = 1, whole = false; !whole; at += 3) {
     const { host, attach, detach } = machine();
@@ -312,9 +314,40 @@ Deno.test("promise 7: attachVolume refuses a volume that another host may use, a
   );
   const { host, attach } = machine();
 
-  await rejects(attach({ backend, volumeId: id, secrets: new Secrets() }), "FAILED_PRECONDITION", /n2\.node/);
+  await rejects(
+    attach({ backend, volumeId: id, volumeContext: {}, secrets: new Secrets() }),
+    "FAILED_PRECONDITION",
+    /n2\.node/,
+  );
 
   assert.deepEqual(host.commands, []);
+});
+
+Deno.test("attachVolume and detachVolume work with a volume of PoseidonOS, whose place is in its attributes", async () => {
+  await using simulator = await startPoseidon();
+  await using backend = poseidonBackend({ log: createLogger("error") });
+  const none = new Secrets();
+  const volumeContext = poseidonParameters(simulator);
+  const wish = { name: "pvc-1", requiredBytes: 1n << 30n, limitBytes: 0n, parameters: volumeContext };
+  const volume = await backend.createVolume(callContext(), none, wish);
+  const { host, tools, attach, detach } = machine();
+  const wanted: Wanted = { backend, volumeId: volume.id, volumeContext, secrets: none };
+  const place = await backend.grantAccess(callContext(), none, volume.id, {
+    hostNqn: us,
+    shared: false,
+    volumeContext,
+  });
+  host.addNamespace(volume.uuid, place.subsystemNqn);
+  await backend.revokeAccess(callContext(), none, volume.id, us);
+
+  const { device } = await attach(wanted, mounting);
+  assert.equal(device.uuid, volume.uuid);
+  assert.deepEqual((await backend.getVolume(callContext(), none, volume.id)).hosts, [tools.hostNqn]);
+  await detach(wanted, path);
+  await detach(wanted, path);
+
+  assert.deepEqual((await backend.getVolume(callContext(), none, volume.id)).hosts, []);
+  assert.deepEqual(host.leftovers(), []);
 });
 
 // --------------------------------------------------------------------------------------------------------------- list

@@ -16,7 +16,7 @@ import { messageOf, StatusError } from "../error.ts";
 import type { KeyedLock } from "../lock.ts";
 import { formatAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
 import type { Host } from "./host.ts";
-import { foreignMountsOf, mountsOf, mountTable, processesAt } from "./mounts.ts";
+import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
 import {
   type BlockDevice,
   connectController,
@@ -225,13 +225,16 @@ export async function usersOf(host: Host, device: BlockDevice): Promise<readonly
 }
 
 /**
- * The same, with what it takes a walk through all processes to see: who has the device open, and mounts in containers. In a
- * container that does not share the machine's processes (`hostPID`) it sees no more than usersOf.
+ * The same, with what it takes more work to see: who has the device open, and mounts that our own mount table does not
+ * show. Of those in containers that do not share their processes with us (`hostPID`) it sees the file system alone.
  */
 export async function allUsersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
-  return [
+  const users = [
     ...await usersOf(host, device),
     ...await foreignMountsOf(host, device),
     ...await processesAt(host, (place) => place === device.path),
   ];
+  if (users.length > 0) return users;
+  const fsType = await mountedSomewhere(host, device);
+  return fsType === undefined ? [] : [`its ${fsType}, which is mounted where this process cannot see it`];
 }

@@ -37,7 +37,13 @@ export interface Machine {
 
 /** Which volume: one that a cluster is asked for by its ID, or a place that is known already. */
 export type Wanted =
-  | { readonly backend: StorageBackend; readonly volumeId: string; readonly secrets: Secrets }
+  | {
+    readonly backend: StorageBackend;
+    readonly volumeId: string;
+    /** Attributes of the PersistentVolume, for backends that need them to grant access. */
+    readonly volumeContext: Readonly<Record<string, string>>;
+    readonly secrets: Secrets;
+  }
   | { readonly namespace: RemoteNamespace };
 
 /** What is to be done with an attached volume; `path` is where to mount it. */
@@ -73,7 +79,11 @@ export async function attachVolume(
   const path = mount === undefined ? undefined : await mountPointOf(host, mount.path);
   const namespace = "namespace" in wanted
     ? wanted.namespace
-    : await wanted.backend.grantAccess(ctx, wanted.secrets, wanted.volumeId, { hostNqn, shared: false });
+    : await wanted.backend.grantAccess(ctx, wanted.secrets, wanted.volumeId, {
+      hostNqn,
+      shared: false,
+      volumeContext: wanted.volumeContext,
+    });
   const volume = ctx.with({ volume: namespace.uuid });
   await attacher.attach(volume, namespace);
   const device = await waitForDevice(host, volume, namespace.uuid, {
