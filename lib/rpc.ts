@@ -9,7 +9,7 @@
 import "./goaway.ts";
 import grpc from "@grpc/grpc-js";
 import { createHash, X509Certificate } from "node:crypto";
-import { lstatSync, statSync, unlinkSync } from "node:fs";
+import { chmodSync, lstatSync, statSync, unlinkSync } from "node:fs";
 import type { EventEmitter } from "node:events";
 import net from "node:net";
 import { dirname } from "node:path";
@@ -101,8 +101,8 @@ const statusNumbers = grpc.status as unknown as Readonly<Record<string, number>>
 /**
  * Serves gRPC until `stop` is called. Idle connections are kept for ever: the sidecars exit when theirs is closed.
  *
- * @throws StatusError FAILED_PRECONDITION when the socket's directory is missing, its path is too long, is something
- *   else than a socket, or another process answers on it. A socket file that nobody answers on is removed
+ * @throws StatusError FAILED_PRECONDITION when the socket's directory is missing or open to everybody, its path is too
+ *   long, is something else than a socket, or another process answers on it. A socket file that nobody answers on is removed
  */
 export async function serve(options: ServeOptions): Promise<Server> {
   const server = new grpc.Server({ "grpc.max_receive_message_length": 16 << 20 });
@@ -153,6 +153,8 @@ export async function serve(options: ServeOptions): Promise<Server> {
     if ("path" in listen) listener.listen(listen.path, resolve);
     else listener.listen(listen.port, listen.host, resolve);
   });
+  // Whoever may connect may order volumes about: the driver's user, and its group for sidecars that run as another user.
+  if ("path" in listen) chmodSync(listen.path, 0o660);
   const address = listener.address();
 
   return {
@@ -424,8 +426,11 @@ async function clearSocketPath(path: string): Promise<void> {
   const refuse = (problem: string, cause?: unknown) =>
     new StatusError("FAILED_PRECONDITION", `Cannot listen on ${path}: ${problem}`, { cause });
   if (Buffer.byteLength(path) > longestSocketPath) throw refuse(`the path has more than ${longestSocketPath} bytes`);
-  if (!statSync(dirname(path), { throwIfNoEntry: false })?.isDirectory()) {
-    throw refuse(`its directory is missing, create ${dirname(path)} first`);
+  const directory = statSync(dirname(path), { throwIfNoEntry: false });
+  if (!directory?.isDirectory()) throw refuse(`its directory is missing, create ${dirname(path)} first`);
+  // With the sticky bit, as /tmp has it, nobody can put a socket of theirs in the place of ours.
+  if ((directory.mode & 0o1002) === 0o002) {
+    throw refuse(`every user of the machine may replace files in ${dirname(path)}, take that right away (chmod o-w)`);
   }
   const found = lstatSync(path, { throwIfNoEntry: false });
   if (found === undefined) return;

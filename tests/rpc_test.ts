@@ -135,6 +135,39 @@ Deno.test("serve refuses a path where something else than a socket is, and leave
   });
 });
 
+Deno.test("serve lets owner and group connect and nobody else, whatever the umask", async () => {
+  await withDirectory(async (directory) => {
+    const before = Deno.umask(0);
+    try {
+      const path = `${directory}/csi.sock`;
+      const server = await listenOn(path);
+
+      assert.equal(((await Deno.stat(path)).mode ?? 0) & 0o777, 0o660);
+      await server.stop(100);
+    } finally {
+      Deno.umask(before);
+    }
+  });
+});
+
+Deno.test("serve refuses a directory where everybody may replace its socket, and takes one with the sticky bit", async () => {
+  await withDirectory(async (directory) => {
+    const path = `${directory}/csi.sock`;
+    await Deno.chmod(directory, 0o777);
+    await assert.rejects(listenOn(path), {
+      code: "FAILED_PRECONDITION",
+      message:
+        `Cannot listen on ${path}: every user of the machine may replace files in ${directory}, take that right ` +
+        "away (chmod o-w)",
+    });
+    assert.deepEqual([...Deno.readDirSync(directory)], []);
+
+    await Deno.chmod(directory, 0o1777);
+    const server = await listenOn(path);
+    await server.stop(100);
+  });
+});
+
 Deno.test("serve refuses a socket path of more than 107 bytes, and takes one of 107", async () => {
   await withDirectory(async (directory) => {
     const longest = `${directory}/${"x".repeat(107 - directory.length - 1)}`;
