@@ -212,6 +212,46 @@ const nodeOptions = {
     meaning: "where device nodes are",
     schema: absolutePath,
   },
+  "luks-cipher": {
+    env: ["LB_CSI_LUKS_CIPHER"],
+    fallback: "aes-xts-plain64",
+    value: "CIPHER",
+    meaning: "of new volumes with host encryption, as cryptsetup calls it",
+    schema: z.string().regex(/^[a-z0-9][a-z0-9:-]{0,63}$/, "is not the name of a cipher"),
+  },
+  "luks-key-size": {
+    env: ["LB_CSI_LUKS_KEY_SIZE"],
+    fallback: "512",
+    value: "BITS",
+    meaning: "of new volumes; XTS halves it: 512 is AES-256, 256 is AES-128",
+    schema: z.enum(["128", "256", "512"], { error: "is not 128, 256 or 512" }).transform(Number),
+  },
+  "luks-pbkdf": {
+    env: ["LB_CSI_LUKS_PBKDF"],
+    fallback: "argon2id",
+    value: "PBKDF",
+    meaning: "how the key of a new volume is made of the passphrase: argon2id, pbkdf2",
+    schema: z.enum(["argon2id", "pbkdf2"], { error: "is not argon2id or pbkdf2" }),
+  },
+  "luks-pbkdf-memory": {
+    env: ["LB_CSI_LUKS_PBKDF_MEMORY"],
+    fallback: "65535",
+    value: "KIB",
+    meaning: "most memory for argon2id: every node that opens the volume needs it",
+    schema: wholeNumber(32, 4 << 20),
+  },
+  "luks-sector-size": {
+    env: ["LB_CSI_LUKS_SECTOR_SIZE"],
+    value: "BYTES",
+    meaning: "encryption sectors of new volumes: 512 or 4096; default: what suits the device",
+    schema: z.enum(["512", "4096"], { error: "is not 512 or 4096" }).transform((text) => text === "512" ? 512 : 4096)
+      .optional(),
+  },
+  "luks-discard": {
+    env: ["LB_CSI_LUKS_DISCARD"],
+    meaning: "let discards through to the cluster, which then sees which blocks are unused",
+    schema: switchSchema,
+  },
   "max-volumes": {
     env: ["LB_CSI_MAX_VOLUMES"],
     fallback: "0",
@@ -620,6 +660,14 @@ const commands: Readonly<Record<string, Command>> = {
       inline,
       defaultFsType,
       maxVolumes: settings["max-volumes"],
+      luks: {
+        cipher: settings["luks-cipher"],
+        keyBits: settings["luks-key-size"],
+        pbkdf: settings["luks-pbkdf"],
+        pbkdfMemoryKib: settings["luks-pbkdf-memory"],
+        sectorBytes: settings["luks-sector-size"],
+        discard: settings["luks-discard"],
+      },
       parseId: settings.backend === "poseidon"
         ? (text) => ({ uuid: parsePoseidonId(text).uuid, hostEncryption: undefined })
         : parseVolumeId,

@@ -111,7 +111,7 @@ for (
     ["a project in capitals", { "size": "1Gi", "project-name": "Default" }, /"Default" is not a project name/],
     ["no replicas", { "size": "1Gi", "replica-count": "0" }, /"replica-count" "0" is not a number/],
     ["compression by halves", { size: "1Gi", compression: "maybe" }, /"compression" "maybe" is not "enabled" or "disa/],
-    ["host encryption", { "size": "1Gi", "host-encryption": "enabled" }, /this version cannot encrypt on the host/],
+    ["host encryption", { "size": "1Gi", "host-encryption": "enabled" }, /inline volumes have no secret of their own/],
     ["a bad policy", { "size": "1Gi", "qos-policy-uuid": "x" }, /"qos-policy-uuid" "x" is not a UUID/],
     ["two policies", { "size": "1Gi", "qos-policy-uuid": policy, "qos-policy-name": "a" }, /are both given/],
   ] as const

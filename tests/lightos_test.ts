@@ -133,7 +133,6 @@ for (
     [{ compression: "on" }, /"compression" "on" is not "enabled" or "disabled"/],
     [{ "project-name": "" }, /"project-name" "" is not a project name/],
     [{ "project-name": "Team_A" }, /"project-name" "Team_A" is not a project name/],
-    [{ "host-encryption": "enabled" }, /"host-encryption" "enabled" is enabled, but this version cannot/],
     [{ "host-encryption": "yes" }, /"host-encryption" "yes" is not "enabled" or "disabled"/],
     [{ "replica-cout": "3" }, /"replica-cout" unknown \(known: mgmt-endpoint, mgmt-scheme, replica-count,/],
   ] as const
@@ -340,6 +339,34 @@ Deno.test("deleteVolume of an absent volume, and twice in a row, is done", async
   await env.backend.deleteVolume(within(5000), none, id);
   await env.backend.deleteVolume(within(5000), none, id);
   await env.backend.deleteVolume(within(5000), none, id.replace(uuid, crypto.randomUUID()));
+});
+
+Deno.test("createVolume with host encryption says so in the ID and in a label, and is not the volume without it", async () => {
+  await using env = await start();
+  const encrypted = env.wanted({}, { "host-encryption": "enabled" });
+
+  const { id } = await env.backend.createVolume(within(5000), none, encrypted);
+  const again = await env.backend.createVolume(within(5000), none, encrypted);
+
+  strictEqual(parseVolumeId(id).hostEncryption, "luks2");
+  strictEqual(again.id, id);
+  await rejects(
+    env.backend.createVolume(within(5000), none, env.wanted()),
+    refuses("ALREADY_EXISTS", /differs: host-encryption is luks2, asked is disabled/),
+  );
+});
+
+Deno.test("createVolume with host encryption and compression answers FAILED_PRECONDITION", async () => {
+  await using env = await start();
+
+  await rejects(
+    env.backend.createVolume(
+      within(5000),
+      none,
+      env.wanted({}, { "host-encryption": "enabled", compression: "enabled" }),
+    ),
+    refuses("FAILED_PRECONDITION", /"host-encryption" and "compression" are both enabled/),
+  );
 });
 
 Deno.test("deleteVolume refuses with FAILED_PRECONDITION while a host may connect, and names it", async () => {

@@ -8,7 +8,10 @@ import { blockCapability, mountCapability, nodeCalls, publishContext, volumeId }
 
 const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 const strategies = ["discovery-client", "direct"] as const;
-const kinds = ["mount", "mount read-only at the target", "block", "block read-only"] as const;
+const kinds = [
+  ...["mount", "mount read-only at the target", "block", "block read-only"],
+  ...["encrypted mount", "encrypted block"],
+] as const;
 
 type Step = "stage" | "publish" | "unpublish" | "unstage";
 const steps: readonly Step[] = ["stage", "publish", "unpublish", "unstage"];
@@ -20,12 +23,21 @@ function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeo
     ? direct({ host, hostNqn: "nqn.host", hostId: "f4c1fb1c-0d56-4d0a-9d5d-9c36ed1ffa0c", locks })
     : discoveryClient({ host, directory: host.discoveryDirectory, hostNqn: "nqn.host" });
   const calls = nodeCalls({ host, attacher, locks });
-  const volumeCapability = kind.startsWith("block") ? blockCapability() : mountCapability();
-  const volume = { volumeId: volumeId(uuid) };
+  const volumeCapability = kind.includes("block") ? blockCapability() : mountCapability();
+  const isEncrypted = kind.startsWith("encrypted");
+  const volume = { volumeId: `${volumeId(uuid)}${isEncrypted ? "|hostcrypto:luks2" : ""}` };
+  const secrets: Record<string, string> = isEncrypted ? { "host-encryption-passphrase": "open sesame" } : {};
   const stagingTargetPath = "/staging";
   const targetPath = "/pods/target";
   const acts: Record<Step, () => Promise<unknown>> = {
-    stage: () => calls.stage({ ...volume, stagingTargetPath, volumeCapability, publishContext: publishContext(uuid) }),
+    stage: () =>
+      calls.stage({
+        ...volume,
+        stagingTargetPath,
+        volumeCapability,
+        secrets,
+        publishContext: publishContext(uuid),
+      }),
     publish: () =>
       calls.publish({
         ...volume,
@@ -50,7 +62,9 @@ function machine(): FakeHost {
 function state(host: FakeHost) {
   const mounts = host.mounts.map(({ path, isNode, readOnly }) => ({ path, isNode, readOnly }));
   const connected = { devices: host.devices.length, controllers: host.controllers.length };
-  return { mounts, connected, leftovers: host.leftovers(), content: host.remote.map((namespace) => namespace.content) };
+  const encryption = host.remote.map(({ luks }) => luks === undefined ? undefined : [luks.label, luks.inner.content]);
+  const content = host.remote.map((namespace) => namespace.content);
+  return { mounts, connected, leftovers: host.leftovers(), content, encryption };
 }
 
 for (const strategy of strategies) {
@@ -84,8 +98,10 @@ for (const strategy of strategies) {
             }
             assert.deepEqual(state(host), ends[n], `${step} after a kill ${when} call ${at}`);
           }
-          const formats = host.commands.filter((command) => command.startsWith("mkfs"));
-          assert(formats.length <= 1 || kind.startsWith("block"), `formatted twice: ${formats.join("; ")}`);
+          // Within an encryption that nobody has used, a file system may be begun again.
+          const format = kind.startsWith("encrypted") ? "cryptsetup luksFormat" : "mkfs";
+          const formats = host.commands.filter((command) => command.startsWith(format));
+          assert(formats.length <= 1, `formatted twice: ${formats.join("; ")}`);
         }
       }
 

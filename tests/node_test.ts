@@ -368,18 +368,19 @@ nodeTest(
   },
 );
 
-nodeTest("node calls for a volume encrypted on the host answer FAILED_PRECONDITION and never format it", async () => {
+nodeTest("promise 17: a volume encrypted on the host is never published without its encryption", async () => {
   await using n = await node();
   const encrypted = `${volumeId(uuid)}|hostcrypto:luks2`;
 
-  await rejects(
-    n.stage({ ...n.stageRequest(), volumeId: encrypted }),
-    "FAILED_PRECONDITION",
-    /never used in the clear/,
-  );
-  await rejects(n.publish({ ...n.publishRequest(), volumeId: encrypted }), "FAILED_PRECONDITION", /hostcrypto:luks2/);
+  for (const capability of [blockCapability(), mountCapability()]) {
+    await rejects(
+      n.publish({ ...n.publishRequest(capability), volumeId: encrypted }),
+      "FAILED_PRECONDITION",
+      /this node has its encryption not open, it has to be staged first/,
+    );
+  }
 
-  assert.deepEqual(n.machine.commands, []);
+  assert.deepEqual([n.machine.commands, await n.machine.mounts()], [[], []]);
 });
 
 nodeTest("NodeStageVolume with the publish context of another driver uses the device that is there", async () => {

@@ -561,15 +561,26 @@ for (
     strictEqual(env.cluster.volumes.length, 0);
   });
 
-  Deno.test(`CreateVolume from ${kind} encrypted on the host answers INVALID_ARGUMENT`, async () => {
+  Deno.test(`CreateVolume from ${kind} encrypted on the host is encrypted too, and anything else is refused`, async () => {
     await using env = await start();
     const { volumeId, snapshotId } = await sources(env);
     const encrypted = { volumeId: `${volumeId}|hostcrypto:luks2`, snapshotId: `${snapshotId}|hostcrypto:luks2` };
+    const parameters = env.parameters({ "host-encryption": "enabled" });
 
     await rejects(
       env.create("copy", { volumeContentSource: sourceOf(encrypted) }),
-      answers("INVALID_ARGUMENT", /is encrypted on the host \(luks2\)/),
+      answers("INVALID_ARGUMENT", /is encrypted on the host, StorageClass parameter "host-encryption" is disabled/),
     );
+    await rejects(
+      env.create("copy", { volumeContentSource: sourceOf({ volumeId, snapshotId }), parameters }),
+      answers("INVALID_ARGUMENT", /is not encrypted on the host, StorageClass parameter "host-encryption" is enabled/),
+    );
+    const made = await env.create("copy", {
+      volumeContentSource: sourceOf(encrypted),
+      parameters,
+      capacityRange: { requiredBytes: 2n * gib },
+    });
+    match(made.volumeId, /\|hostcrypto:luks2$/);
   });
 
   Deno.test(`CreateVolume from ${kind} that is absent answers NOT_FOUND`, async () => {

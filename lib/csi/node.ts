@@ -13,11 +13,12 @@ import {
   VolumeCapability_AccessMode_Mode as Mode,
   VolumeUsage_Unit as Unit,
 } from "../../proto/gen/csi_pb.ts";
-import { type RequestContext, sleep } from "../context.ts";
+import { type RequestContext, Secrets, sleep } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { Attacher } from "../host/attach.ts";
-import { ensureGrown, type FsType, fsTypes, mountVolume, troubleOf } from "../host/filesystem.ts";
+import { contentOf, ensureGrown, type FsType, fsTypes, mountVolume, troubleOf } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
+import { closeMapper, defaultLuksSettings, growMapper, type LuksSettings, markUsed, openMapper } from "../host/luks.ts";
 import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
 import {
   canonicalPath,
@@ -30,7 +31,14 @@ import {
   relationOf,
   takeDown,
 } from "../host/mounts.ts";
-import { type BlockDevice, findDevice, recheckDevice, rescanNamespaces, waitForDevice } from "../host/nvme.ts";
+import {
+  type BlockDevice,
+  findDevice,
+  findMapper,
+  recheckDevice,
+  rescanNamespaces,
+  waitForDevice,
+} from "../host/nvme.ts";
 import type { VolumeId } from "../id.ts";
 import type { KeyedLock } from "../lock.ts";
 import { fromPublishContext, hostNqn } from "../namespace.ts";
@@ -45,6 +53,7 @@ import {
   longestVolumeId,
   mkfsOptionsKey,
   parseCapability,
+  parsePassphrases,
   requirePath,
   requireText,
 } from "./request.ts";
@@ -65,6 +74,8 @@ export interface NodeOptions {
   readonly inline?: InlineVolumes;
   /** Whether volumes of this driver can grow. */
   readonly expansion?: boolean;
+  /** How volumes with host encryption are formatted and opened. */
+  readonly luks?: LuksSettings;
   /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
   readonly volumeHealth?: boolean;
 }
@@ -74,7 +85,7 @@ const announcedMs = 1000;
 
 /** The handlers of CSI's Node service. */
 export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
-  const { host, attacher, locks, parseId } = options;
+  const { host, attacher, locks, parseId, luks = defaultLuksSettings } = options;
   const inline = options.inline ?? inlineVolumes({ ...options, volumes: undefined });
   const probe = conditionProbe(host);
 
@@ -99,7 +110,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           `Cannot ${action} ${id.uuid}: the publish context is of namespace ${namespace.uuid}`,
         );
       }
-      refuseHostEncryption(`${action} ${id.uuid}`, id);
+      const passphrases = id.hostEncryption === undefined
+        ? undefined
+        : parsePassphrases(`${action} ${id.uuid}`, new Secrets(request.secrets));
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeStageVolume");
 
@@ -123,6 +136,21 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       } else {
         device = await attachedBefore(id.uuid);
       }
+      const readOnly = isReaderOnly(access.mode) ||
+        (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
+      if (passphrases !== undefined) {
+        device = await openMapper(host, ctx, device, {
+          passphrases,
+          settings: luks,
+          readOnly,
+          shared: isShared(access.mode),
+          stagingPath: path,
+          contentOf: async (device) => {
+            const { kind } = await contentOf(host, ctx, device, `${action} ${id.uuid}`);
+            return kind === "blank" || kind === "luks" ? kind : "other";
+          },
+        });
+      }
       if (access.type === "block") {
         const mounted = mountsAt(await mountTable(host), path).at(-1);
         if (mounted !== undefined && await relationOf(host, mounted, device) === "ours") {
@@ -131,9 +159,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
             `Cannot ${action} ${id.uuid} as a block device: ${describeMount(mounted)} is staged at "${path}"`,
           );
         }
+        if (!readOnly) await markUsed(host, ctx, device, `${action} ${id.uuid}`);
         return {};
       }
-      const readOnly = isReaderOnly(access.mode) || parseMountFlags(access.mountFlags).readOnly;
       await mountVolume(host, ctx, device, path, {
         fsType: access.fsType,
         defaultFsType: options.defaultFsType,
@@ -157,7 +185,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeUnstageVolume");
 
-      const device = await findDevice(host, id.uuid);
+      const device = await deviceOf(id);
       if (path !== undefined) await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
       if (device !== undefined) {
         const others = await mountsOf(host, await mountTable(host), device);
@@ -170,6 +198,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           );
         }
       }
+      if (id.hostEncryption !== undefined) await closeMapper(host, ctx, id.uuid, `${action} ${id.uuid}`);
       await attacher.detach(ctx, id.uuid);
       return {};
     },
@@ -194,14 +223,16 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       }
       const givenStaging = requirePath(action, "staging_target_path", request.stagingTargetPath);
       const id = parseId(volumeId);
-      refuseHostEncryption(`${action} ${id.uuid}`, id);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodePublishVolume");
 
       const refuse = (problem: string) =>
         new StatusError("FAILED_PRECONDITION", `Cannot ${action} ${id.uuid}: ${problem}`);
-      const found = await findDevice(host, id.uuid);
-      if (found === undefined) throw refuse("this node has no block device of it, it has to be staged first");
+      const found = await deviceOf(id);
+      if (found === undefined) {
+        const what = id.hostEncryption === undefined ? "no block device of it" : "its encryption not open";
+        throw refuse(`this node has ${what}, it has to be staged first`);
+      }
       const device = await recheckDevice(host, found, `${action} ${id.uuid}`);
       const target = await canonicalPath(host, givenTarget);
       if (target === undefined) throw refuse(`the directory of the target path "${givenTarget}" is missing`);
@@ -260,7 +291,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeUnpublishVolume");
 
-      const device = await findDevice(host, id.uuid);
+      const device = await deviceOf(id);
       const table = await mountTable(host);
       const there = mountsAt(table, path).at(-1);
       if (device !== undefined && (device.readOnly || there?.options.includes("ro") === true)) {
@@ -282,9 +313,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const action = "measure the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
       const given = requireText(action, "volume_path", request.volumePath, 4095);
-      const uuid = isInlineId(volumeId) ? await inlineUuid(host, volumeId, given) : parseId(volumeId).uuid;
-      const ctx = call.with({ volume: uuid });
-      return await stats(ctx, `${action} ${uuid}`, uuid, given);
+      const id = isInlineId(volumeId) ? { uuid: await inlineUuid(host, volumeId, given) } : parseId(volumeId);
+      const ctx = call.with({ volume: id.uuid });
+      return await stats(ctx, `${action} ${id.uuid}`, id, given);
     },
 
     /** Grows the file system to the size of the device, and answers the size measured then (spec/csi.md 7.8, 9). */
@@ -304,23 +335,29 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       refuseInline(action, volumeId);
       const id = parseId(volumeId);
       const ctx = call.with({ volume: id.uuid });
-      refuseHostEncryption(`${action} ${id.uuid}`, id);
       using _held = locks.take(`volume ${id.uuid}`, "NodeExpandVolume");
 
-      const shown = await showing(`${action} ${id.uuid}`, id.uuid, given);
+      const shown = await showing(`${action} ${id.uuid}`, id, given);
       if (shown.kind === "dead") {
         throw new StatusError(
           "UNAVAILABLE",
           `Cannot ${action} ${id.uuid}: ${describeMount(shown.mount)} at "${shown.mount.path}" has lost its device`,
         );
       }
-      const device = await grownDevice(ctx, shown.device, requiredBytes, `${action} ${id.uuid}`);
-      if (limitBytes > 0n && device.sizeBytes > limitBytes) {
+      const namespace = shown.device.encrypts === undefined ? shown.device : shown.device.encrypts.beneath;
+      if (namespace === undefined) {
+        throw new StatusError("UNAVAILABLE", `Cannot ${action} ${id.uuid}: ${shown.device.path} has lost its device`);
+      }
+      const { sizeBytes } = await grownDevice(ctx, namespace, requiredBytes, `${action} ${id.uuid}`);
+      if (limitBytes > 0n && sizeBytes > limitBytes) {
         throw new StatusError(
           "OUT_OF_RANGE",
-          `Cannot ${action} ${id.uuid}: it has ${device.sizeBytes} bytes already, at most ${limitBytes} are wanted`,
+          `Cannot ${action} ${id.uuid}: it has ${sizeBytes} bytes already, at most ${limitBytes} are wanted`,
         );
       }
+      const device = shown.device.encrypts === undefined
+        ? shown.device
+        : await growMapper(host, ctx, shown.device, `${action} ${id.uuid}`);
       if (shown.kind === "mount") {
         const mounts = await mountsOf(host, await mountTable(host), device);
         // A read-only target shares its file system with the staging mount, which may be writable.
@@ -334,7 +371,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         }
         await ensureGrown(host, ctx, device, writable.path, fsType);
       }
-      return { capacityBytes: device.sizeBytes };
+      return { capacityBytes: sizeBytes };
     },
 
     ...(options.volumeHealth ? nodeHealthHandlers({ host, probe, hostNqn: hostNqn(options.nodeId), parseId }) : {}),
@@ -362,6 +399,11 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       });
     },
   };
+
+  /** What this node reads and writes the volume through: its device, or its mapper, and never the device under that. */
+  async function deviceOf({ uuid, hostEncryption }: VolumeOnNode): Promise<BlockDevice | undefined> {
+    return await (hostEncryption === undefined ? findDevice(host, uuid) : findMapper(host, uuid));
+  }
 
   /** The device of a volume that was attached before this driver took over, without a publish context of ours. */
   async function attachedBefore(uuid: string): Promise<BlockDevice> {
@@ -452,11 +494,11 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   }
 
   /** What a path shows of the volume; throws NOT_FOUND when that is nothing. */
-  async function showing(action: string, uuid: string, given: string): Promise<Shown> {
+  async function showing(action: string, id: VolumeOnNode, given: string): Promise<Shown> {
     const refuse = (problem: string) => new StatusError("NOT_FOUND", `Cannot ${action}: ${problem}`);
     const path = given.startsWith("/") ? await canonicalPath(host, given) : undefined;
     if (path === undefined) throw refuse(`"${given}" is not there`);
-    const device = await findDevice(host, uuid);
+    const device = await deviceOf(id);
     const mount = mountsAt(await mountTable(host), path).at(-1);
     if (mount !== undefined) {
       const relation = await relationOf(host, mount, device);
@@ -471,13 +513,13 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     );
   }
 
-  async function stats(ctx: RequestContext, action: string, uuid: string, given: string) {
-    const shown = await showing(action, uuid, given);
+  async function stats(ctx: RequestContext, action: string, id: VolumeOnNode, given: string) {
+    const shown = await showing(action, id, given);
     const { usage, trouble } = shown.kind === "mount"
       ? await probe.ofMount(ctx, shown.device, shown.mount)
       : shown.kind === "block"
       ? await probe.ofDevice(ctx, shown.device)
-      : await probe.ofDeadMount(ctx, uuid, shown.mount);
+      : await probe.ofDeadMount(ctx, id.uuid, shown.mount);
     const volumeCondition = { abnormal: trouble !== undefined, message: trouble?.message ?? "healthy" };
     // Kubelet shows a condition to those only who have switched that on.
     if (trouble !== undefined) ctx.log.warning("found a volume in trouble", { path: given, error: trouble.message });
@@ -536,19 +578,13 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   }
 }
 
+/** What of a volume ID is the node's business. */
+type VolumeOnNode = Pick<VolumeId, "uuid"> & Partial<Pick<VolumeId, "hostEncryption">>;
+
 type Shown =
   | { readonly kind: "mount"; readonly device: BlockDevice; readonly mount: Mount }
   | { readonly kind: "block"; readonly device: BlockDevice }
   | { readonly kind: "dead"; readonly mount: Mount };
-
-function refuseHostEncryption(action: string, id: Pick<VolumeId, "hostEncryption">): void {
-  if (id.hostEncryption === undefined) return;
-  throw new StatusError(
-    "FAILED_PRECONDITION",
-    `Cannot ${action}: it is encrypted on the host (hostcrypto:${id.hostEncryption}), which this version cannot open; it ` +
-      `is never used in the clear`,
-  );
-}
 
 /** Throws when the volume is published at this target in another way than is asked for. */
 function refuseOtherPublish(

@@ -8,7 +8,14 @@ import { StatusError } from "../error.ts";
 import type { RequestContext } from "../context.ts";
 import type { Host } from "../host/host.ts";
 import { canonicalPath, type Mount, mountsAt, mountTable, relationOf } from "../host/mounts.ts";
-import { allControllers, controllersOf, findDevice, type NvmeController } from "../host/nvme.ts";
+import {
+  allControllers,
+  type BlockDevice,
+  controllersOf,
+  findDevice,
+  findMapper,
+  type NvmeController,
+} from "../host/nvme.ts";
 import type { VolumeId } from "../id.ts";
 import type { Handlers } from "../rpc.ts";
 import type { Trouble } from "../storage/backend.ts";
@@ -25,7 +32,7 @@ export interface NodeHealthOptions {
   /** Tells connections of this driver from others of the machine. */
   readonly hostNqn: string;
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
-  readonly parseId: (text: string) => Pick<VolumeId, "uuid">;
+  readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
 }
 
 /** NodeGetVolumeHealth and NodeGetStorageHealth. */
@@ -42,11 +49,12 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
         volume_publish_path: request.volumePublishPath,
         staging_target_path: request.stagingTargetPath,
       }).filter(([, path]) => path !== "").map(([field, path]) => requireText(action, field, path, 4095));
-      const uuid = isInlineId(volumeId)
-        ? await inlineUuid(host, volumeId, request.volumePublishPath)
-        : parseId(volumeId).uuid;
+      const { uuid, hostEncryption } = isInlineId(volumeId)
+        ? { uuid: await inlineUuid(host, volumeId, request.volumePublishPath), hostEncryption: undefined }
+        : parseId(volumeId);
       const ctx = call.with({ volume: uuid });
-      const troubles = await troublesOf(ctx, `${action} ${uuid}`, uuid, paths);
+      const device = await (hostEncryption === undefined ? findDevice(host, uuid) : findMapper(host, uuid));
+      const troubles = await troublesOf(ctx, `${action} ${uuid}`, uuid, device, paths);
       for (const { message } of troubles) ctx.log.warning("found a volume in trouble", { error: message });
       return { volumeHealth: toVolumeHealth(volumeId, troubles) };
     },
@@ -88,9 +96,9 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
     ctx: RequestContext,
     action: string,
     uuid: string,
+    device: BlockDevice | undefined,
     paths: readonly string[],
   ): Promise<readonly Trouble[]> {
-    const device = await findDevice(host, uuid);
     const table = await mountTable(host);
     let ours: Mount | undefined;
     let dead: Mount | undefined;

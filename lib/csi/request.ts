@@ -6,9 +6,11 @@
  */
 import { clone, type DescMessage, type DescMethod, hasOption, type Message, toJson } from "@bufbuild/protobuf";
 import { reflect } from "@bufbuild/protobuf/reflect";
-import type { Fields } from "../context.ts";
-import { StatusError } from "../error.ts";
+import { z } from "zod";
+import type { Fields, Secrets } from "../context.ts";
+import { hasCode, StatusError } from "../error.ts";
 import { type FsType, fsTypes } from "../host/filesystem.ts";
+import type { Passphrases } from "../host/luks.ts";
 import { uuidInId } from "../id.ts";
 import { csi_secret, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import type { VolumeCapability } from "../../proto/gen/csi_pb.ts";
@@ -119,6 +121,28 @@ export function podInfo(context: Readonly<Record<string, string>>) {
     name: context["csi.storage.k8s.io/pod.name"] ?? "",
     uid: context["csi.storage.k8s.io/pod.uid"] ?? "",
   };
+}
+
+// A LUKS2 passphrase may have 512 bytes (cryptsetup's limit for what is typed, and the incumbent's).
+const passphrase = z.string({ error: "is missing, the volume is encrypted on the host" }).min(1, "is empty")
+  .refine((text) => new TextEncoder().encode(text).length <= 512, "has more than 512 bytes");
+const passphrasesSchema = z.object({
+  "host-encryption-passphrase": passphrase,
+  "host-encryption-passphrase-previous": passphrase.optional(),
+});
+
+/** What opens an encrypted volume; throws INVALID_ARGUMENT that names the key and shows no value. */
+export function parsePassphrases(action: string, secrets: Secrets): Passphrases {
+  try {
+    const values = secrets.parse(passphrasesSchema);
+    return {
+      current: values["host-encryption-passphrase"],
+      previous: values["host-encryption-passphrase-previous"],
+    };
+  } catch (error) {
+    if (!hasCode(error, "INVALID_ARGUMENT")) throw error;
+    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${error.message.replace(/^Cannot /, "cannot ")}`);
+  }
 }
 
 /** StorageClass parameter for mkfs, kept in the volume context: the node needs it when it makes the file system. */

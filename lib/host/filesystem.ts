@@ -19,6 +19,7 @@ import { Buffer } from "node:buffer";
 import { type RequestContext, unlessAborted } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
+import { isNeverUsed, markUsed } from "./luks.ts";
 import { parseMkfsOptions, parseMountFlags } from "./mkfs_options.ts";
 import {
   describeMount,
@@ -124,6 +125,7 @@ async function mountAsItIs(
   }
 
   const found = await contentOf(host, ctx, device, action);
+  if (found.kind === "luks") throw refuseEncrypted(action, device);
   let fsType: FsType;
   if (found.kind === "filesystem") {
     fsType = found.fsType;
@@ -184,6 +186,7 @@ export async function ensureFilesystem(
   const action = `make a file system on namespace ${device.uuid}`;
   const found = await contentOf(host, ctx, device, action);
   if (found.kind === "filesystem") return;
+  if (found.kind === "luks") throw refuseEncrypted(action, device);
   const fsType = wish.fsType ?? wish.defaultFsType;
   await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished", action);
 }
@@ -298,6 +301,8 @@ function refuseOtherMount(action: string, mount: Mount, wish: MountWish, readOnl
 // ----------------------------------------------------------------------------------------------------- what is there
 
 type Content =
+  /** Encrypted on the host: luks.ts opens it. */
+  | { readonly kind: "luks" }
   | { readonly kind: "filesystem"; readonly fsType: FsType; readonly isSmaller: boolean }
   | { readonly kind: "blank" }
   /** A mkfs of ours for this namespace that was cut off: see the head of this file. */
@@ -322,6 +327,10 @@ export async function contentOf(
   }
   const holders = await host.list(`${host.roots.sysfs}/class/block/${now.name}/holders`) ?? [];
   if (holders.length > 0) throw refuse(`${now.path} is in use by ${holders.join(", ")}`);
+  const beneath = now.encrypts?.beneath;
+  if (beneath !== undefined && await isNeverUsed(beneath, readerOf(host, ctx, beneath, action))) {
+    return { kind: "unfinished" };
+  }
 
   const probed = await host.run(
     "blkid",
@@ -345,6 +354,7 @@ export async function contentOf(
   }
   if (partitions !== undefined) throw refuse(`${now.path} holds a partition table (${partitions}), it is left alone`);
   const fsType = fsTypes.find((fsType) => fsType === type);
+  if (type === "crypto_LUKS") return { kind: "luks" };
   if (type !== undefined && fsType === undefined) {
     throw refuse(`${now.path} holds ${type}, which is none of ${fsTypes.join(", ")}; it is left alone`);
   }
@@ -362,6 +372,10 @@ export async function contentOf(
     return { kind: "filesystem", fsType, isSmaller: now.sizeBytes - size.fsBytes >= size.stepBytes };
   }
   if (probed.code === 0) throw refuse(`blkid finds something on ${now.path} that it does not name, it is left alone`);
+  if (now.encrypts !== undefined) {
+    // What was never written shows as noise. Only the mark of a new volume could tell, and it is gone.
+    throw refuse(`${now.path} holds no file system, and may have been used without one; it is left alone`);
+  }
   await proveBlank(read, now, refuse);
   return { kind: "blank" };
 }
@@ -478,9 +492,13 @@ async function format(
     }
   }
   if (unfinished) {
-    ctx.log.warning("makes a file system anew that was never finished", { device: device.path });
-    // mkfs.xfs refuses to write over the magic of its own half-made work, and is never forced.
-    const wiped = await changing(host, ctx, "wipefs", ["--quiet", "--all", "--types", "xfs", device.path]);
+    if (device.encrypts === undefined) {
+      ctx.log.warning("makes a file system anew that was never finished", { device: device.path });
+    }
+    // mkfs.xfs refuses to write over the magic of its own half-made work, and is never forced. Within a new encryption
+    // there may be more than that: a whole file system of which the mark was not told any more.
+    const types = device.encrypts === undefined ? ["--types", "xfs"] : [];
+    const wiped = await changing(host, ctx, "wipefs", ["--quiet", "--all", ...types, device.path]);
     if (wiped.code !== 0) throw failed(action, "wipefs", wiped);
   }
   const uuid = fileSystemUuid(device.uuid);
@@ -493,6 +511,14 @@ async function format(
   }[fsType];
   const made = await changing(host, ctx, `mkfs.${fsType}`, args);
   if (made.code !== 0) throw failed(action, `mkfs.${fsType}`, made);
+  await markUsed(host, ctx, device, action);
+}
+
+function refuseEncrypted(action: string, device: BlockDevice): StatusError {
+  return new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot ${action}: ${device.path} holds crypto_LUKS, which is none of ${fsTypes.join(", ")}; it is left alone`,
+  );
 }
 
 async function check(

@@ -122,9 +122,12 @@ export async function deviceUnder(host: Host, mount: Mount): Promise<BlockDevice
   return number === undefined ? undefined : await deviceNumbered(host, number);
 }
 
-/** `nvme0n1` of a path that ends in it; the kernel adds `//deleted` to the root of a node that has gone. */
+/**
+ * `nvme0n1` of a path that ends in it, or the name of a mapper; the kernel adds `//deleted` to the root of a node that has
+ * gone.
+ */
 function namespaceName(path: string): string | undefined {
-  return /\/(nvme\d+n\d+)(?:\/\/deleted)?$/.exec(path)?.[1];
+  return /\/(nvme\d+n\d+|dm-\d+|lb-csi-nvme-uuid\.[0-9a-f-]{36})(?:\/\/deleted)?$/.exec(path)?.[1];
 }
 
 async function isPresent(host: Host, number: string): Promise<boolean> {

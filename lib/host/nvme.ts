@@ -1,5 +1,6 @@
 /**
- * Block devices of NVMe namespaces: found in sysfs by namespace UUID, never by name or number.
+ * Block devices of NVMe namespaces, and the mappers that encrypt them: found in sysfs by namespace UUID, never by name or
+ * number.
  *
  * What the kernel shows (measured on 6.1): `class/block/nvmeXnY` is the multipath head of a namespace, `nvmeXcYnZ` are its
  * paths (`hidden` is 1, no device node). `wwid` begins with `uuid.` if the namespace has a UUID; the file `uuid` shows the
@@ -30,6 +31,8 @@ export interface BlockDevice {
   readonly sizeBytes: bigint;
   /** Whether the kernel refuses writes to it. */
   readonly readOnly: boolean;
+  /** Of a mapper that encrypts (luks.ts): its name, and the namespace under it, undefined when that has gone. */
+  readonly encrypts?: { readonly name: string; readonly beneath: BlockDevice | undefined };
 }
 
 /** A connection of this machine to a subsystem: one path to each of its namespaces. */
@@ -67,6 +70,41 @@ export async function findDevice(host: Host, uuid: string, subsystemNqn?: string
     );
   }
   return found[0];
+}
+
+/** Name of the volume's mapper, the incumbent driver's. */
+export function mapperName(uuid: string): string {
+  return `lb-csi-nvme-uuid.${uuid.toLowerCase()}`;
+}
+
+/**
+ * The open mapper of a volume as a block device, or undefined. Does not touch the device itself.
+ *
+ * @throws as findDevice
+ */
+export async function findMapper(host: Host, uuid: string): Promise<BlockDevice | undefined> {
+  const base = `${host.roots.sysfs}/class/block`;
+  for (const name of await host.list(base) ?? []) {
+    if (!/^dm-\d+$/.test(name)) continue;
+    const text = async (path: string) => (await host.readText(`${base}/${name}/${path}`))?.trim();
+    if (await text("dm/name") !== mapperName(uuid)) continue;
+    const [number, size, ro] = await Promise.all([text("dev"), text("size"), text("ro")]);
+    if (number === undefined || size === undefined || !/^\d+$/.test(size)) continue;
+    const slaves = await host.list(`${base}/${name}/slaves`) ?? [];
+    const device = await findDevice(host, uuid);
+    const beneath = device !== undefined && slaves.includes(device.name) ? device : undefined;
+    return {
+      name,
+      path: `${host.roots.dev}/${name}`,
+      number,
+      uuid: uuid.toLowerCase(),
+      subsystemNqn: device?.subsystemNqn ?? "",
+      sizeBytes: BigInt(size) * 512n,
+      readOnly: ro === "1",
+      encrypts: { name: mapperName(uuid), beneath },
+    };
+  }
+  return undefined;
 }
 
 /** All block devices of a subsystem on this machine. */
@@ -224,6 +262,14 @@ export async function waitForDevice(
 export async function recheckDevice(host: Host, device: BlockDevice, action: string): Promise<BlockDevice> {
   const refuse = (problem: string) =>
     new StatusError("UNAVAILABLE", `Cannot ${action}: ${problem}, namespace ${device.uuid} has to be found again`);
+  if (device.encrypts !== undefined) {
+    const mapper = await findMapper(host, device.uuid);
+    if (mapper === undefined) throw refuse(`${device.encrypts.name} has been closed`);
+    if (mapper.number !== device.number) throw refuse(`${device.encrypts.name} has become device ${mapper.number}`);
+    if (mapper.encrypts?.beneath === undefined) throw refuse(`${device.encrypts.name} has lost its device`);
+    await recheckDevice(host, mapper.encrypts.beneath, action);
+    return mapper;
+  }
   const now = await readDevice(host, device.name);
   if (now === undefined) throw refuse(`${device.path} is gone`);
   if (now.uuid !== device.uuid || now.subsystemNqn !== device.subsystemNqn) {

@@ -31,6 +31,9 @@ import {
   volumeSize,
 } from "./lightos_parameters.ts";
 import {
+  encryptionLabels,
+  encryptionOf,
+  isMadeByUs,
   lightosSnapshots,
   type Origin,
   originOf,
@@ -178,7 +181,7 @@ async function createVolume(
           compression: String(parameters.compression),
           replicaCount: parameters.replicaCount,
           projectName,
-          labels: volumeLabels(wanted.madeFor, origin?.labels),
+          labels: volumeLabels(wanted.madeFor, { ...encryptionLabels(parameters.hostEncryption), ...origin?.labels }),
           ...(beginning === undefined ? {} : { sourceSnapshotUUID: beginning.snapshotUuid }),
           ...(parameters.qosPolicy === undefined ? {} : { qosPolicyID: parameters.qosPolicy }),
         });
@@ -216,7 +219,7 @@ async function createVolume(
       uuid: created.UUID.toLowerCase(),
       project: created.projectName === "" ? parameters.project : created.projectName,
       scheme: parameters.scheme,
-      hostEncryption: undefined,
+      hostEncryption: parameters.hostEncryption,
     };
     if (differences.length === 0) return toVolume(id, created);
     if (isOurs && origin !== undefined) {
@@ -271,7 +274,12 @@ function differencesOf(
   if (parameters.project !== undefined && found.projectName !== parameters.project) {
     differ("project-name", `"${found.projectName}"`, `"${parameters.project}"`);
   }
-  const { qosPolicy } = parameters;
+  const { qosPolicy, hostEncryption } = parameters;
+  // Only this driver writes the label: of others' volumes nothing is known.
+  const encryption = encryptionOf(found.labels);
+  if (isMadeByUs(found.labels) && encryption !== hostEncryption) {
+    differ("host-encryption", encryption ?? "disabled", hostEncryption ?? "disabled");
+  }
   if (qosPolicy !== undefined && qosPolicyLike(qosPolicy, found) !== qosPolicy.value) {
     const key = qosPolicy.case === "qosPolicyName" ? "qos-policy-name" : "qos-policy-uuid";
     differ(key, `"${qosPolicyLike(qosPolicy, found)}"`, `"${qosPolicy.value}"`);

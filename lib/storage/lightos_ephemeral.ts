@@ -275,7 +275,8 @@ const attributesSchema = z.strictObject({
   "compression": shape.compression,
   "qos-policy-name": shape["qos-policy-name"],
   "qos-policy-uuid": shape["qos-policy-uuid"],
-  "host-encryption": shape["host-encryption"],
+  "host-encryption": shape["host-encryption"]
+    .refine((enabled) => !enabled, "is enabled, but inline volumes have no secret of their own to be encrypted with"),
   // For the node, which checks it.
   "mkfs-options": z.string().optional(),
 });

@@ -23,7 +23,7 @@ import {
 import type { Capacity, Listing, Page, PageWanted, Snapshot, Snapshots } from "./backend.ts";
 import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
-import { isHelperName, toSnapshot } from "./lightos_snapshots.ts";
+import { encryptionOf, isHelperName, toSnapshot } from "./lightos_snapshots.ts";
 import type { TrustWish } from "./lightos_trust.ts";
 import { toVolume, troubleOf } from "./lightos_volumes.ts";
 
@@ -118,14 +118,18 @@ function placesOf({ name, projects, idEndpoints, scheme }: KnownCluster, cluster
   }));
 }
 
-function idIn(place: Place, uuid: string, projectName: string): VolumeId {
+function idIn(
+  place: Place,
+  { UUID, projectName, labels }: Pick<LightosVolume | LightosSnapshot, "UUID" | "projectName" | "labels">,
+): VolumeId {
   const project = projectName === "" ? place.project : projectName;
   return {
     endpoints: place.idEndpoints,
-    uuid: uuid.toLowerCase(),
+    uuid: UUID.toLowerCase(),
     project: project === "" ? undefined : project,
     scheme: place.scheme,
-    hostEncryption: undefined,
+    // Volumes of the incumbent driver have no label that says so.
+    hostEncryption: encryptionOf(labels),
   };
 }
 
@@ -148,8 +152,7 @@ const listedStates = [VolumeState.Available, VolumeState.Updating, VolumeState.M
 const volumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
   read: async (place, ctx, action, range) =>
     (await place.cluster.call(ctx, action, DurosAPI.method.listVolumes, range)).volumes,
-  entry: (place, volume) =>
-    listedStates.includes(volume.state) ? toVolume(idIn(place, volume.UUID, volume.projectName), volume) : undefined,
+  entry: (place, volume) => listedStates.includes(volume.state) ? toVolume(idIn(place, volume), volume) : undefined,
 };
 
 const troubledVolumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
@@ -164,7 +167,7 @@ const snapshotsIn: Kind<LightosSnapshot, Snapshot> = {
   // One that is Creating may still end as Failed; the helper of a clone is gone in a moment.
   entry: (place, snapshot) =>
     snapshot.state === SnapshotState.Available && !isHelperName(snapshot.name)
-      ? toSnapshot(idIn(place, snapshot.UUID, snapshot.projectName), snapshot)
+      ? toSnapshot(idIn(place, snapshot), snapshot)
       : undefined,
 };
 

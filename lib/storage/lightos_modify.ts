@@ -65,6 +65,12 @@ export function lightosModification(clusters: ClusterPool): Modification {
       const { policy, isCompressed } = parseMutable("modify the volume", mutable);
       const id = parseVolumeId(volumeId);
       const action = `modify volume ${id.uuid}`;
+      if (isCompressed && id.hostEncryption !== undefined) {
+        throw new StatusError(
+          "FAILED_PRECONDITION",
+          `Cannot ${action}: it is encrypted on the host, and what is encrypted cannot be compressed by the cluster`,
+        );
+      }
       const cluster = clusters.open(secrets, id.endpoints, id.scheme);
       try {
         await changeVolume(ctx, cluster, action, id, (volume) => {

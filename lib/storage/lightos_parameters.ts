@@ -1,7 +1,7 @@
 /** What a StorageClass may say of a LightOS volume, and how large a volume can be (facts: spec/lightos.md 3.1 and 9.3). */
 import { z } from "zod";
 import { StatusError } from "../error.ts";
-import { type Endpoint, isProjectName, parseEndpoints, type Scheme, schemes } from "../id.ts";
+import { type Endpoint, isProjectName, parseEndpoints, type Scheme, schemes, type VolumeId } from "../id.ts";
 import type { CapacityRange } from "./backend.ts";
 import { qosParameters, type QosPolicy, qosPolicyOf } from "./lightos_modify.ts";
 import { trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
@@ -14,6 +14,7 @@ export interface Parameters {
   readonly compression: boolean;
   readonly project: string | undefined;
   readonly qosPolicy: QosPolicy | undefined;
+  readonly hostEncryption: VolumeId["hostEncryption"];
   readonly trust: TrustWish;
 }
 
@@ -41,8 +42,7 @@ export const parametersSchema = z.strictObject({
     .optional(),
   "qos-policy-name": z.string().transform((name) => name === "" ? undefined : name).optional(),
   "qos-policy-uuid": qosParameters["qos-policy-uuid"].optional(),
-  "host-encryption": onOff("host-encryption")
-    .refine((enabled) => !enabled, "is enabled, but this version cannot encrypt on the host"),
+  "host-encryption": onOff("host-encryption"),
   // The vendor's documents name these two and its driver never read them; classes that have them keep working.
   "encryption-secret-name": z.string().optional(),
   "encryption-secret-namespace": z.string().optional(),
@@ -57,6 +57,14 @@ export function parseParameters(action: string, parameters: Readonly<Record<stri
     throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problems.join("; ")}`);
   }
   const { data } = parsed;
+  const isEncrypted = data["host-encryption"];
+  if (isEncrypted && data.compression) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: StorageClass parameters "host-encryption" and "compression" are both enabled, but what is ` +
+        `encrypted on the host cannot be compressed by the cluster`,
+    );
+  }
   return {
     endpoints: data["mgmt-endpoint"],
     scheme: data["mgmt-scheme"],
@@ -64,6 +72,7 @@ export function parseParameters(action: string, parameters: Readonly<Record<stri
     compression: data.compression,
     project: data["project-name"],
     qosPolicy: qosPolicyOf(action, data),
+    hostEncryption: isEncrypted ? "luks2" : undefined,
     trust: trustWish(data),
   };
 }

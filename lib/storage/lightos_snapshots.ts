@@ -82,6 +82,7 @@ export interface Place {
   readonly endpoints: readonly Endpoint[];
   readonly scheme: Scheme;
   readonly project: string | undefined;
+  readonly hostEncryption: VolumeId["hostEncryption"];
 }
 
 /** Where a new volume gets its content from. */
@@ -135,8 +136,10 @@ export function originOf(
         `LightOS copies within a project only`,
     );
   }
-  if (given.hostEncryption !== undefined) {
-    throw refuse(`${what} is encrypted on the host (${given.hostEncryption}), and the new volume would not be`);
+  if (given.hostEncryption !== place.hostEncryption) {
+    // A copy is encrypted as its source is, with the same passphrase.
+    const [is, asked] = given.hostEncryption === undefined ? ["not ", "enabled"] : ["", "disabled"];
+    throw refuse(`${what} is ${is}encrypted on the host, StorageClass parameter "host-encryption" is ${asked}`);
   }
   const id = { ...given, project: place.project ?? given.project };
   /** The source as `read` finds it; tells an absent one from one on another cluster. */
@@ -480,6 +483,26 @@ async function removeSnapshot(
 }
 
 // ------------------------------------------------------------------------------------------------- labels, description
+
+// LightOS keeps of a key what follows its last separator (spec/lightos.md section 14), so there is none in ours.
+const encryptionLabel = "hostcrypto";
+
+/** The label that tells how a volume is encrypted on the host: LightOS does not know. */
+export function encryptionLabels(hostEncryption: VolumeId["hostEncryption"]): Readonly<Record<string, string>> {
+  return hostEncryption === undefined ? {} : { [encryptionLabel]: hostEncryption };
+}
+
+type Labels = readonly { readonly key: string; readonly value: string }[];
+
+/** What the labels of a volume or snapshot say of its encryption on the host. */
+export function encryptionOf(labels: Labels): VolumeId["hostEncryption"] {
+  return labels.some(({ key, value }) => key === encryptionLabel && value === "luks2") ? "luks2" : undefined;
+}
+
+/** Whether this driver made the volume, or one that it comes from. */
+export function isMadeByUs(labels: Labels): boolean {
+  return labels.some(({ key, value }) => key === "madeby" && value === "lbcsi");
+}
 
 /**
  * The labels of a new volume: who made it, for whom, and what else `more` says. Keys and values have 1 to 253 letters,

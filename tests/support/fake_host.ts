@@ -17,7 +17,12 @@ export interface FakeNamespace {
   sizeBytes: bigint;
   /** What is on it, size of the file system included; undefined: blank. */
   content: { fsType: string; fsBytes: bigint } | undefined;
+  /** A LUKS2 header, and what is within. */
+  luks?: { label: string; readonly passphrases: Set<string>; readonly inner: FakeNamespace };
 }
+
+/** What the header takes of the device. */
+const luksHeaderBytes = 16n << 20n;
 
 interface Device {
   readonly name: string;
@@ -73,6 +78,9 @@ export class FakeHost implements Host {
   /** What the cluster would show to this host once it is connected. */
   readonly remote: FakeNamespace[] = [];
   readonly devices: Device[] = [];
+  /** Open mappers; the namespace of each is what is within the encryption. */
+  readonly mappers: (Device & { readonly mapperName: string; readonly beneath: Device; readonly readOnly: boolean })[] =
+    [];
   readonly mounts: FakeMount[] = [];
   readonly controllers: Controller[] = [];
   readonly discoveryDirectory = "/etc/discovery-client/discovery.d";
@@ -123,11 +131,17 @@ export class FakeHost implements Host {
       ...this.mounts.map((mount) => `mount ${mount.path}`),
       ...[...this.#files.keys()].map((path) => `file ${path}`),
       ...[...this.#directories].filter((path) => path.startsWith("/pods/")).map((path) => `directory ${path}`),
-      ...this.devices.filter(({ name }) => this.#readOnly.has(name)).map(({ name }) => `read-only device ${name}`),
+      ...[...this.devices, ...this.mappers].filter(({ name }) => this.#readOnly.has(name))
+        .map(({ name }) => `read-only device ${name}`),
+      ...this.mappers.map(({ mapperName }) => `mapper ${mapperName}`),
     ];
   }
 
-  run(program: string, args: readonly string[], { signal }: { readonly signal: AbortSignal }): Promise<CommandResult> {
+  run(
+    program: string,
+    args: readonly string[],
+    { signal, stdin = "" }: { readonly signal: AbortSignal; readonly stdin?: string },
+  ): Promise<CommandResult> {
     return this.#call(() => {
       signal.throwIfAborted();
       const command = [program, ...args].join(" ");
@@ -135,7 +149,7 @@ export class FakeHost implements Host {
       for (const [start, answer] of this.answers) {
         if (command.startsWith(start)) return { code: 0, stdout: "", stderr: "", ...answer };
       }
-      const answer = this.#tool(program, args);
+      const answer = this.#tool(program, args, stdin);
       return { code: 0, stdout: "", stderr: "", ...answer };
     });
   }
@@ -147,7 +161,8 @@ export class FakeHost implements Host {
       if (this.#files.has(path)) return "file";
       if (this.#deviceAt(path) !== undefined) return "block";
       if (path === "/dev/nvme-fabrics") return "other";
-      return this.devices.some((device) => path === `/sys/dev/block/${device.number}`) ? "symlink" : "absent";
+      const numbers = [...this.devices, ...this.mappers].map(({ number }) => `/sys/dev/block/${number}`);
+      return numbers.includes(path) ? "symlink" : "absent";
     });
   }
 
@@ -192,7 +207,11 @@ export class FakeHost implements Host {
 
   list(directory: string): Promise<readonly string[] | undefined> {
     return this.#call(() => {
-      if (directory === "/sys/class/block") return this.devices.map((device) => device.name);
+      if (directory === "/sys/class/block") return [...this.devices, ...this.mappers].map((device) => device.name);
+      const mapper = this.mappers.find(({ name }) => directory === `/sys/class/block/${name}/slaves`);
+      if (mapper !== undefined) return this.devices.includes(mapper.beneath) ? [mapper.beneath.name] : [];
+      const held = this.devices.find(({ name }) => directory === `/sys/class/block/${name}/holders`);
+      if (held !== undefined) return this.mappers.filter(({ beneath }) => beneath === held).map(({ name }) => name);
       if (directory === "/sys/class/nvme") return this.controllers.map((controller) => controller.name);
       if (this.#mountAt(directory) !== undefined) return ["lost+found"];
       if (!this.#directories.has(directory)) return undefined;
@@ -217,7 +236,12 @@ export class FakeHost implements Host {
       const device = this.#deviceAt(path);
       if (device === undefined) throw new Error("No such device or address (os error 6)");
       const bytes = new Uint8Array(lengthBytes);
-      const { content } = device.namespace;
+      const { content, luks } = device.namespace;
+      if (luks !== undefined && offsetBytes === 0n) {
+        bytes.set(new TextEncoder().encode("LUKS"));
+        bytes.set([0xba, 0xbe, 0, 2], 4);
+        bytes.set(new TextEncoder().encode(luks.label), 24);
+      }
       if (content?.fsType === "ext4" && offsetBytes === 0n) {
         const view = new DataView(bytes.buffer, 1024);
         view.setUint16(0x38, 0xef53, true);
@@ -266,7 +290,7 @@ export class FakeHost implements Host {
   }
 
   #deviceAt(path: string): Device | undefined {
-    return this.devices.find((device) => path === `/dev/${device.name}`);
+    return [...this.devices, ...this.mappers].find((device) => path === `/dev/${device.name}`);
   }
 
   #mountAt(path: string): FakeMount | undefined {
@@ -284,6 +308,15 @@ export class FakeHost implements Host {
         hidden: "0",
         ro: this.#readOnly.has(name) ? "1" : "0",
         "device/subsysnqn": namespace.subsystemNqn,
+      };
+      for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/block/${name}/${key}`, `${text}\n`);
+    }
+    for (const { name, number, namespace, mapperName, readOnly } of this.mappers) {
+      const attributes = {
+        "dm/name": mapperName,
+        dev: number,
+        size: String(namespace.sizeBytes / 512n),
+        ro: readOnly || this.#readOnly.has(name) ? "1" : "0",
       };
       for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/block/${name}/${key}`, `${text}\n`);
     }
@@ -318,12 +351,12 @@ export class FakeHost implements Host {
     return text;
   }
 
-  #tool(program: string, args: readonly string[]): Partial<CommandResult> {
+  #tool(program: string, args: readonly string[], stdin: string): Partial<CommandResult> {
     const last = args.at(-1) ?? "";
     const device = this.#deviceAt(last);
     switch (program) {
       case "blkid": {
-        const fsType = device?.namespace.content?.fsType;
+        const fsType = device?.namespace.luks === undefined ? device?.namespace.content?.fsType : "crypto_LUKS";
         return fsType === undefined ? { code: 2 } : { stdout: `DEVNAME=${last}\nTYPE=${fsType}\n` };
       }
       case "mkfs.ext4": {
@@ -358,6 +391,11 @@ export class FakeHost implements Host {
         if (args[0] === "--setro") this.#readOnly.add(device.name);
         else this.#readOnly.delete(device.name);
         return {};
+      case "wipefs":
+        if (device !== undefined) device.namespace.content = undefined;
+        return {};
+      case "cryptsetup":
+        return this.#cryptsetup(args, stdin);
       case "nvme":
         return this.#nvme(args);
     }
@@ -385,6 +423,74 @@ export class FakeHost implements Host {
     }
     this.mounts.push({ path, device, isNode: false, fsType, readOnly, superReadOnly: readOnly });
     return {};
+  }
+
+  /** Exit codes as in cryptsetup(8): 2 bad passphrase, 4 wrong device, 5 exists or busy. */
+  #cryptsetup(args: readonly string[], stdin: string): Partial<CommandResult> {
+    const [action = ""] = args;
+    const last = args.at(-1) ?? "";
+    const mapper = this.mappers.find(({ mapperName }) => mapperName === last);
+    switch (action) {
+      case "luksFormat": {
+        const device = this.#deviceAt(last);
+        if (device === undefined) return { code: 4, stderr: `Device ${last} does not exist or access denied.` };
+        if (stdin === "") return { code: 2, stderr: "Nothing to read on input." };
+        const label = args.find((arg) => arg.startsWith("--label="))?.slice("--label=".length) ?? "";
+        const { uuid, sizeBytes } = device.namespace;
+        const inner = { uuid, subsystemNqn: "", sizeBytes: sizeBytes - luksHeaderBytes, content: undefined };
+        device.namespace.luks = { label, passphrases: new Set([stdin]), inner };
+        return {};
+      }
+      case "open": {
+        const device = this.#deviceAt(args.at(-2) ?? "");
+        const luks = device?.namespace.luks;
+        if (device === undefined || luks === undefined) {
+          return { code: 1, stderr: "Device is not a valid LUKS device." };
+        }
+        if (mapper !== undefined) return { code: 5, stderr: `Device ${last} already exists.` };
+        if (!luks.passphrases.has(stdin)) return { code: 2, stderr: "No key available with this passphrase." };
+        const n = ++this.#numbers;
+        luks.inner.sizeBytes = device.namespace.sizeBytes - luksHeaderBytes;
+        const readOnly = args.includes("--readonly");
+        this.mappers.push({
+          name: `dm-${n}`,
+          number: `253:${n}`,
+          namespace: luks.inner,
+          mapperName: last,
+          beneath: device,
+          readOnly,
+        });
+        return {};
+      }
+      case "close": {
+        if (mapper === undefined) return { code: 4, stderr: `Device ${last} is not active.` };
+        if (this.mounts.some(({ device }) => device === mapper)) {
+          return { code: 5, stderr: `Device ${last} is still in use.` };
+        }
+        this.mappers.splice(this.mappers.indexOf(mapper), 1);
+        return {};
+      }
+      case "resize":
+        if (mapper === undefined) return { code: 4, stderr: `Device ${last} is not active.` };
+        mapper.namespace.sizeBytes = mapper.beneath.namespace.sizeBytes - luksHeaderBytes;
+        return {};
+      case "config": {
+        const luks = this.#deviceAt(last)?.namespace.luks;
+        if (luks === undefined) return { code: 1, stderr: "Device is not a valid LUKS device." };
+        luks.label = args[args.indexOf("--label") + 1] ?? "";
+        return {};
+      }
+      case "luksChangeKey": {
+        const luks = this.#deviceAt(last)?.namespace.luks;
+        const [before = "", after = ""] = stdin.split("\n");
+        if (luks?.passphrases.delete(before) !== true) {
+          return { code: 2, stderr: "No key available with this passphrase." };
+        }
+        luks.passphrases.add(after);
+        return {};
+      }
+    }
+    throw new Error(`unknown: cryptsetup ${args.join(" ")}`);
   }
 
   #nvme(args: readonly string[]): Partial<CommandResult> {

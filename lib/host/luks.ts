@@ -1,0 +1,315 @@
+/**
+ * Encryption on the host: LUKS2 between the namespace and everything that uses it (facts: spec/lightos.md section 11).
+ *
+ * The mapper of a volume has the incumbent driver's name, so what that driver formatted opens here. A device is formatted
+ * only when it is proved blank (see filesystem.ts), and never with what came in a request as an argument: passphrases go
+ * through standard input.
+ *
+ * What a new mapper shows is noise, not zeros, so nothing can be read from it about whether it is blank. The LUKS header
+ * has a label for that: it says "lbcsi-new" from luksFormat until the first file system has been made, or the first pod
+ * was given the block device. With that label nobody has ever used what is inside, and mkfs may be begun, or begun again;
+ * without it only what blkid recognises is mounted.
+ *
+ * Volume key in the mapper's table and not in the kernel's keyring (`--disable-keyring`): growing needs no passphrase then.
+ */
+import { Buffer } from "node:buffer";
+import type { RequestContext } from "../context.ts";
+import { StatusError } from "../error.ts";
+import type { CommandResult, Host } from "./host.ts";
+import { mountsOf, mountTable, takeDown } from "./mounts.ts";
+import { type BlockDevice, describeDevice, findMapper, mapperName, recheckDevice } from "./nvme.ts";
+
+/** How new volumes are encrypted, and how mappers are opened. What exists tells its own cipher. */
+export interface LuksSettings {
+  /** `aes-xts-plain64`. */
+  readonly cipher: string;
+  /** Of both keys of XTS together: 512 is AES-256. */
+  readonly keyBits: number;
+  readonly pbkdf: "argon2id" | "pbkdf2";
+  /**
+   * At most so much memory for argon2id, in KiB: without a bound it is measured on the node that formats, and a smaller
+   * node could not open the volume.
+   */
+  readonly pbkdfMemoryKib: number;
+  /** Encryption sectors; undefined: what cryptsetup finds best for the device. */
+  readonly sectorBytes: 512 | 4096 | undefined;
+  /** Lets discards through, which shows the cluster which blocks are unused. */
+  readonly discard: boolean;
+}
+
+/** AES-256 in XTS, argon2id in 64 MiB at most (the incumbent's bound). */
+export const defaultLuksSettings: LuksSettings = {
+  cipher: "aes-xts-plain64",
+  keyBits: 512,
+  pbkdf: "argon2id",
+  pbkdfMemoryKib: 65535,
+  sectorBytes: undefined,
+  discard: false,
+};
+
+/** What opens a volume, and what opened it before it was changed; neither is ever part of a message. */
+export interface Passphrases {
+  readonly current: string;
+  readonly previous: string | undefined;
+}
+
+const newLabel = "lbcsi-new";
+const usedLabel = "lbcsi";
+
+/** Where and how a volume is to be opened. */
+export interface OpenWish {
+  readonly passphrases: Passphrases;
+  readonly settings: LuksSettings;
+  /** Nobody writes: nothing is formatted, and the mapper refuses writes. */
+  readonly readOnly: boolean;
+  /** Other hosts may have it open: nothing is formatted. */
+  readonly shared: boolean;
+  /** Where it may be mounted with a device that has gone; such a mount is taken down. */
+  readonly stagingPath: string;
+  /** What the device holds, as filesystem.ts finds out before anything is formatted. */
+  readonly contentOf: (device: BlockDevice) => Promise<"blank" | "luks" | "other">;
+}
+
+/**
+ * Opens the mapper of a volume, after luksFormat on a blank device; open already: done. Repeat it after any failure.
+ *
+ * @throws StatusError FAILED_PRECONDITION when the device holds something else than LUKS, or is blank and must not be
+ *   formatted, or the mapper is of a device that has gone and still in use; INVALID_ARGUMENT when no passphrase opens it;
+ *   UNAVAILABLE when the device changes meanwhile
+ */
+export async function openMapper(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  wish: OpenWish,
+): Promise<BlockDevice> {
+  const action = `open the encryption of namespace ${device.uuid}`;
+  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
+  const there = await findMapper(host, device.uuid);
+  if (there !== undefined) {
+    if (there.encrypts?.beneath?.number === device.number) {
+      if (there.readOnly && !wish.readOnly) throw refuse(`${there.path} is open for reading only, unstage it first`);
+      // It may have been opened when the volume was smaller.
+      return wish.readOnly ? there : await growMapper(host, ctx, there, action);
+    }
+    ctx.log.warning("closes the encryption of a device that has gone", { device: there.path, path: wish.stagingPath });
+    const elsewhere = (await mountsOf(host, await mountTable(host), there)).filter(({ path }) =>
+      path !== wish.stagingPath
+    );
+    if (elsewhere.length > 0) {
+      throw refuse(
+        `${there.path} is of a device that has gone, and still mounted at ${
+          elsewhere.map(({ path }) => `"${path}"`).join(", ")
+        }; the pods there have to end first`,
+      );
+    }
+    await takeDown(host, ctx, wish.stagingPath, there, action);
+    await closeMapper(host, ctx, device.uuid, action);
+  }
+
+  const content = await wish.contentOf(device);
+  if (content === "other") throw refuse(`${device.path} holds a file system in the clear, it is left alone`);
+  if (content === "blank") {
+    if (wish.readOnly || wish.shared) {
+      throw refuse(
+        `${device.path} is blank, and with read-only or shared access nothing is made; stage it for writing once`,
+      );
+    }
+    await luksFormat(host, ctx, device, wish, action);
+  }
+  if (await hasAes(host) === false) {
+    ctx.log.warning("encrypts without AES instructions of the processor, which is slow", { device: device.path });
+  }
+  await recheckDevice(host, device, action);
+  await open(host, ctx, device, wish, action);
+  const opened = await findMapper(host, device.uuid);
+  if (opened?.encrypts?.beneath?.number !== device.number) {
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${mapperName(device.uuid)} was opened and is not there`);
+  }
+  return opened;
+}
+
+/**
+ * Closes the mapper of a volume; not open: done. What is mounted has to be unmounted before.
+ *
+ * @throws StatusError FAILED_PRECONDITION when something uses it; UNAVAILABLE when cryptsetup fails otherwise
+ */
+export async function closeMapper(host: Host, ctx: RequestContext, uuid: string, action: string): Promise<void> {
+  const mapper = await findMapper(host, uuid);
+  if (mapper === undefined) return;
+  const mounts = await mountsOf(host, await mountTable(host), mapper);
+  const holders = await host.list(`${host.roots.sysfs}/class/block/${mapper.name}/holders`) ?? [];
+  const users = [...mounts.map(({ path }) => `the mount at "${path}"`), ...holders];
+  const refuse = (users: string) =>
+    new StatusError("FAILED_PRECONDITION", `Cannot ${action}: its encryption (${mapper.path}) is in use by ${users}`);
+  if (users.length > 0) throw refuse(users.join(", "));
+  const closed = await cryptsetup(host, ctx, ["close", mapperName(uuid)]);
+  // cryptsetup(8): 4 is "wrong device", here one that is gone already; 5 is "exists or is busy".
+  if (closed.code === 0 || closed.code === 4) return;
+  if (closed.code === 5) throw refuse("something that this process cannot see");
+  throw failed(action, "UNAVAILABLE", "close", closed);
+}
+
+/** Makes the mapper as large as its device allows, and answers it as it is then. */
+export async function growMapper(
+  host: Host,
+  ctx: RequestContext,
+  mapper: BlockDevice,
+  action: string,
+): Promise<BlockDevice> {
+  const resized = await cryptsetup(host, ctx, ["resize", mapperName(mapper.uuid)]);
+  if (resized.code !== 0) throw failed(action, "FAILED_PRECONDITION", "resize", resized);
+  return await recheckDevice(host, mapper, action);
+}
+
+/** Whether nobody has ever used what is inside: see the head of this file. */
+export async function isNeverUsed(
+  device: BlockDevice,
+  read: (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>,
+): Promise<boolean> {
+  if (device.sizeBytes < 4096n) return false;
+  const header = Buffer.from(await read(0n, 4096));
+  // The LUKS2 on-disk format: magic, version (big endian), two 64-bit numbers, then the label, 48 bytes.
+  if (!header.subarray(0, 6).equals(Buffer.from("LUKS\xba\xbe", "latin1")) || header.readUInt16BE(6) !== 2) {
+    return false;
+  }
+  return header.subarray(24, 72).toString("latin1").replace(/\0.*$/s, "") === newLabel;
+}
+
+/** Writes down that from now on somebody may have used what is inside. Do it before anybody can. */
+export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDevice, action: string): Promise<void> {
+  const beneath = mapper.encrypts?.beneath;
+  if (beneath === undefined) return;
+  const isNew = await isNeverUsed(beneath, (offset, length) => host.readBytes(beneath.path, offset, length));
+  if (!isNew) return;
+  const marked = await cryptsetup(host, ctx, ["config", "--label", usedLabel, beneath.path]);
+  if (marked.code !== 0) throw failed(action, "UNAVAILABLE", "config", marked);
+}
+
+async function luksFormat(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  { passphrases, settings }: OpenWish,
+  action: string,
+): Promise<void> {
+  const { cipher, keyBits, pbkdf, pbkdfMemoryKib, sectorBytes } = settings;
+  ctx.log.info("encrypts a blank device", { device: device.path });
+  await recheckDevice(host, device, action);
+  const made = await cryptsetup(host, ctx, [
+    "luksFormat",
+    "--batch-mode",
+    "--type=luks2",
+    "--hash=sha256",
+    `--cipher=${cipher}`,
+    `--key-size=${keyBits}`,
+    `--pbkdf=${pbkdf}`,
+    ...(pbkdf === "argon2id" ? [`--pbkdf-memory=${pbkdfMemoryKib}`] : []),
+    ...(sectorBytes === undefined ? [] : [`--sector-size=${sectorBytes}`]),
+    `--label=${newLabel}`,
+    "--key-file=-",
+    device.path,
+  ], passphrases.current);
+  if (made.code !== 0) throw failed(action, "FAILED_PRECONDITION", "luksFormat", made);
+}
+
+async function open(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  { passphrases, settings, readOnly }: OpenWish,
+  action: string,
+): Promise<void> {
+  const args = [
+    "open",
+    "--type=luks2",
+    "--key-file=-",
+    "--disable-keyring",
+    // Requests are encrypted where they are made: NVMe/TCP has many queues, and a thread between costs latency.
+    "--perf-same_cpu_crypt",
+    "--perf-submit_from_crypt_cpus",
+    "--perf-no_read_workqueue",
+    "--perf-no_write_workqueue",
+    ...(settings.discard ? ["--allow-discards"] : []),
+    ...(readOnly ? ["--readonly"] : []),
+    device.path,
+    mapperName(device.uuid),
+  ];
+  const opened = await cryptsetup(host, ctx, args, passphrases.current);
+  if (opened.code === 0) return;
+  // cryptsetup(8): 2 is "no permission (bad passphrase)".
+  if (opened.code !== 2) throw failed(action, "FAILED_PRECONDITION", "open", opened);
+  const noKey = (problem: string) =>
+    new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${problem} ${describeDevice(device)}`);
+  const { current, previous } = passphrases;
+  if (previous === undefined) throw noKey(`the passphrase in the secrets ("host-encryption-passphrase") does not open`);
+  const before = await cryptsetup(host, ctx, args, previous);
+  if (before.code === 2) throw noKey("neither the passphrase in the secrets nor the previous one opens");
+  if (before.code !== 0) throw failed(action, "FAILED_PRECONDITION", "open", before);
+  if (readOnly) return;
+  // They are told apart by the end of the line then.
+  if (/\n/.test(current + previous)) {
+    ctx.log.warning("leaves the previous passphrase of a volume, for one of the two has a line break", {
+      device: device.path,
+    });
+    return;
+  }
+  // The old key goes only when the new one is in its place: luksChangeKey adds, then removes.
+  const changed = await cryptsetup(
+    host,
+    ctx,
+    ["luksChangeKey", "--batch-mode", `--pbkdf=${settings.pbkdf}`, ...memoryOf(settings), device.path],
+    `${previous}\n${current}\n`,
+  );
+  if (changed.code !== 0) {
+    ctx.log.warning("could not change the passphrase of a volume", {
+      device: device.path,
+      exit: changed.code,
+      error: changed.stderr.trim(),
+    });
+    return;
+  }
+  ctx.log.info("changed the passphrase of a volume", { device: device.path });
+}
+
+function memoryOf({ pbkdf, pbkdfMemoryKib }: LuksSettings): readonly string[] {
+  return pbkdf === "argon2id" ? [`--pbkdf-memory=${pbkdfMemoryKib}`] : [];
+}
+
+/** Runs cryptsetup to its end; the passphrase goes in by standard input. */
+async function cryptsetup(
+  host: Host,
+  ctx: RequestContext,
+  args: readonly string[],
+  passphrase?: string,
+): Promise<CommandResult> {
+  return await host.run("cryptsetup", args, {
+    signal: ctx.signal,
+    onAbort: "finish",
+    log: ctx.log,
+    ...(passphrase === undefined ? {} : { stdin: passphrase }),
+  });
+}
+
+function failed(
+  action: string,
+  code: "FAILED_PRECONDITION" | "UNAVAILABLE",
+  command: string,
+  result: CommandResult,
+): StatusError {
+  const text = result.stderr.trim().replace(/\s+/g, " ").slice(-400);
+  return new StatusError(
+    code,
+    `Cannot ${action}: cryptsetup ${command} failed with exit ${result.code} (${
+      text === "" ? "without a word" : text
+    })`,
+  );
+}
+
+/** Whether the processor has AES instructions; undefined: it does not tell. */
+export async function hasAes(host: Host): Promise<boolean | undefined> {
+  const text = await host.readText(`${host.roots.proc}/cpuinfo`);
+  // x86 calls the line "flags", ARM "Features".
+  const flags = /^(?:flags|Features)\s*:(.*)$/m.exec(text ?? "")?.[1];
+  return flags === undefined ? undefined : flags.split(/\s+/).includes("aes");
+}
