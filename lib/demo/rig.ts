@@ -12,6 +12,7 @@ import { Identity } from "../../proto/gen/csi_pb.ts";
 import { kindOf, listNames, loopsBelow, type Mount, mountsBelow, processesNaming, readText } from "./machine.ts";
 
 const addressesSchema = z.object({
+  subsystemNqn: z.string().default(""),
   // Of LightOS.
   grpc: z.array(z.string()).default([]),
   grpcs: z.array(z.string()).default([]),
@@ -26,7 +27,7 @@ const addressesSchema = z.object({
   transportServiceId: z.string().default(""),
 
   control: z.string(),
-  data: z.enum(["none", "loop"]),
+  data: z.enum(["none", "loop", "nvmet"]),
   discoveryDir: z.string().optional(),
   devRoot: z.string().optional(),
   sysfsRoot: z.string().optional(),
@@ -113,6 +114,7 @@ export class Rig {
   readonly backend: Backend;
   readonly #program: readonly string[];
   readonly #simulator: readonly string[];
+  readonly #patienceMs: number;
   readonly #processes = new Map<string, Running>();
   readonly #channels = new Map<string, Channel>();
   readonly #logRead = new Map<string, number>();
@@ -121,12 +123,20 @@ export class Rig {
   /**
    * @param program what starts lbcsi, `ownProgram()`
    * @param simulator what starts the lbcsi that simulates; the same unless told otherwise
+   * @param patienceMs how long a process may take to start: on a fresh machine it fetches packages first
    */
-  constructor(home: string, program: readonly string[], simulator = program, backend: Backend = "lightos") {
+  constructor(
+    home: string,
+    program: readonly string[],
+    simulator = program,
+    backend: Backend = "lightos",
+    patienceMs = 60_000,
+  ) {
     this.home = home;
     this.backend = backend;
     this.#program = program;
     this.#simulator = simulator;
+    this.#patienceMs = patienceMs;
   }
 
   /** What the simulator said when it had started. */
@@ -174,13 +184,23 @@ export class Rig {
     return this.#processes.get(name);
   }
 
-  /** Starts the simulator; with devices, they and their contents are in the rig's directory. */
-  async startSimulator(data: "loop" | "none", signal: AbortSignal): Promise<Running> {
-    const state = data === "loop" ? ["--state", join(this.home, "cluster")] : [];
-    const words = ["simulate", ...this.#backendOption, "--data", data, ...state, "--log-level", "info"];
+  /**
+   * Starts the simulator; with devices, they and their contents are in the rig's directory.
+   *
+   * @param options more options of `lbcsi simulate`
+   */
+  async startSimulator(
+    data: Addresses["data"],
+    signal: AbortSignal,
+    options: readonly string[] = [],
+  ): Promise<Running> {
+    const state = data === "none" || options.includes("--state") ? [] : ["--state", join(this.home, "cluster")];
+    const words = ["simulate", ...this.#backendOption, "--data", data, ...state, "--log-level", "info", ...options];
+    // An earlier one wrote to the same file.
+    const said = (await readText(join(this.home, "simulator.log.out")) ?? "").length;
     const running = this.#start("simulator", [...this.#simulator, ...words]);
     const line = await running.until("its addresses", signal, async () => {
-      const text = await readText(`${running.log}.out`) ?? "";
+      const text = (await readText(`${running.log}.out`) ?? "").slice(said);
       return text.includes("\n") ? text.slice(0, text.indexOf("\n")) : undefined;
     });
     this.#addresses = addressesSchema.parse(JSON.parse(line));
@@ -199,18 +219,22 @@ export class Rig {
    * Starts the node on the simulator's machine.
    *
    * @param env added to the environment
+   * @param options more options of `lbcsi node`
    */
-  async startNode(nodeId: string, signal: AbortSignal, env: Readonly<Record<string, string>> = {}): Promise<Running> {
+  async startNode(
+    nodeId: string,
+    signal: AbortSignal,
+    env: Readonly<Record<string, string>> = {},
+    options: readonly string[] = [],
+  ): Promise<Running> {
     const { discoveryDir, devRoot, sysfsRoot, programs } = this.addresses;
     const places = { "discovery-dir": discoveryDir, dev: devRoot, sysfs: sysfsRoot };
     const path = env["PATH"] ?? Deno.env.get("PATH") ?? "";
     // With PoseidonOS the node connects by itself, with the nvme of the simulated machine.
     const itsPath = this.backend === "poseidon" && programs !== undefined ? { PATH: `${programs}:${path}` } : {};
     const words = Object.entries(places).flatMap(([name, path]) => path === undefined ? [] : [`--${name}`, path]);
-    return await this.startService("node", ["--node-id", nodeId, ...words, "--log-level", "debug"], signal, {
-      ...env,
-      ...itsPath,
-    });
+    const nodeOptions = ["--node-id", nodeId, ...words, "--log-level", "debug", ...options];
+    return await this.startService("node", nodeOptions, signal, { ...env, ...itsPath });
   }
 
   /** Starts a service and waits until it answers a Probe. */
@@ -246,7 +270,7 @@ export class Rig {
   }
 
   #start(name: string, command: readonly string[], env: Readonly<Record<string, string>> = {}): Running {
-    const running = new Running(name, command, join(this.home, `${name}.log`), env);
+    const running = new Running(name, command, join(this.home, `${name}.log`), env, this.#patienceMs);
     this.#processes.set(name, running);
     return running;
   }
@@ -430,11 +454,19 @@ export class Running {
   readonly log: string;
   readonly pid: number;
   readonly #child: Deno.ChildProcess;
+  readonly #patienceMs: number;
   #status: Deno.CommandStatus | undefined;
 
-  constructor(name: string, command: readonly string[], log: string, env: Readonly<Record<string, string>> = {}) {
+  constructor(
+    name: string,
+    command: readonly string[],
+    log: string,
+    env: Readonly<Record<string, string>> = {},
+    patienceMs = 60_000,
+  ) {
     this.name = name;
     this.log = log;
+    this.#patienceMs = patienceMs;
     // The shell gives way to the program, which thus has this PID, and writes to files: what it wrote before it answered a
     // call is there when the answer is.
     this.#child = new Deno.Command("/bin/sh", {
@@ -456,18 +488,20 @@ export class Running {
   }
 
   /**
-   * Polls until `look` answers something, for 60 s at most (a first start on a fresh machine fetches packages); rejects
-   * with the end of its log when the process ends instead.
+   * Polls until `look` answers something; rejects with the end of its log when the process ends instead, or its time is
+   * up.
    */
   async until<T>(what: string, signal: AbortSignal, look: () => Promise<T | undefined>): Promise<T> {
-    const giveUpAt = performance.now() + 60_000;
+    const giveUpAt = performance.now() + this.#patienceMs;
     for (;;) {
       const ended = this.#status;
       const found = await look();
       if (found !== undefined) return found;
       if (ended !== undefined || performance.now() > giveUpAt) {
         const log = (await readText(this.log) ?? "").trimEnd().split("\n").slice(-5).join("\n");
-        const fate = ended === undefined ? "it gave none for 60 s" : `it ended with status ${ended.code}`;
+        const fate = ended === undefined
+          ? `it gave none for ${this.#patienceMs / 1000} s`
+          : `it ended with status ${ended.code}`;
         throw new StatusError("UNAVAILABLE", `Cannot get ${what} from the ${this.name}: ${fate}\n${log}`);
       }
       await sleep(5, signal);

@@ -30,6 +30,9 @@
  * | POST /devices/restore         | {uuid, name?}                                               | the same                    |
  * | POST /devices/damage          | {uuid, how: "unreadable" or "empty"}                        | the same                    |
  * | POST /devices/swap            | {uuid, other}                                               | the same                    |
+ * | GET /paths                    |                                                             | I/O controllers of the servers, state |
+ * | POST /paths/down, /up         | {server}                                                    | as a server that is switched off, on |
+ * | POST /paths/ana               | {server, state}                                             | what a server says of its path: "optimized", "inaccessible" … |
  */
 import { z } from "zod";
 import type { Logger } from "../context.ts";
@@ -37,7 +40,7 @@ import { messageOf, StatusError } from "../error.ts";
 import type { Scheme } from "../id.ts";
 import type { Behaviour, Cluster, Protection, SimPolicy, VolumeState } from "./cluster.ts";
 import { protections, volumeStates } from "./cluster.ts";
-import type { DataPlane, Machine } from "./data_plane.ts";
+import { anaStates, type DataPlane, type Machine, type Paths } from "./data_plane.ts";
 import type { CallCount, CallEvent, FaultRule, Faults, HeldCall } from "./faults.ts";
 import type { ApiEndpoint } from "./lightos.ts";
 import { onFreePort } from "./port.ts";
@@ -113,6 +116,8 @@ export interface Control extends CallControl {
   restart(options?: { readonly memory?: boolean }): Promise<void>;
   /** @throws StatusError UNIMPLEMENTED for a data plane without a machine */
   machine(): Machine;
+  /** @throws StatusError UNIMPLEMENTED for a data plane that no host connects to */
+  paths(): Paths;
 }
 
 /** The part of a control port that is the same for every management API. */
@@ -187,6 +192,7 @@ export function control(
       await Promise.all(running.map((endpoint) => endpoint.start()));
     },
     machine: () => machineOf(cluster.dataPlane),
+    paths: () => pathsOf(cluster.dataPlane),
   };
   return self;
 }
@@ -195,6 +201,12 @@ export function control(
 export function machineOf({ kind, machine }: DataPlane): Machine {
   if (machine !== undefined) return machine;
   throw new StatusError("UNIMPLEMENTED", `Cannot change a device: data plane "${kind}" has none, use another one`);
+}
+
+/** The ways to a data plane; throws UNIMPLEMENTED for one that no host connects to. */
+export function pathsOf({ kind, paths }: DataPlane): Paths {
+  if (paths !== undefined) return paths;
+  throw new StatusError("UNIMPLEMENTED", `Cannot change a path: nobody connects to data plane "${kind}", use "nvmet"`);
 }
 
 /** A running control port. */
@@ -260,6 +272,7 @@ const policySchema = z.strictObject({
   projects: z.array(z.string()).optional(),
 });
 const tokenSchema = z.strictObject({ projects: z.array(z.string()), lifeMs: z.number() }).partial();
+const serverSchema = z.strictObject({ server: z.int().min(0) });
 const uuidSchema = z.strictObject({ uuid: z.uuid() });
 
 /**
@@ -387,7 +400,7 @@ function routesOf(control: Control, about: () => unknown): readonly Route[] {
 }
 
 /** What control ports of all storage systems offer: faults and counts of calls, and the devices of the machine. */
-export function sharedRoutes(control: CallControl & Pick<Control, "settled" | "machine">): readonly Route[] {
+export function sharedRoutes(control: CallControl & Pick<Control, "settled" | "machine" | "paths">): readonly Route[] {
   return [
     ["GET", /^\/settled$/, () => control.settled()],
     ["GET", /^\/calls$/, () => control.calls()],
@@ -396,6 +409,17 @@ export function sharedRoutes(control: CallControl & Pick<Control, "settled" | "m
     ["DELETE", /^\/faults$/, () => control.clearFaults()],
     ["GET", /^\/held$/, () => control.held()],
     ["DELETE", /^\/held$/, () => control.releaseHeld()],
+    ["GET", /^\/paths$/, () => control.paths().list()],
+    ["POST", /^\/paths\/(down|up)$/, async ({ text, argument }) => {
+      const { server } = parse(serverSchema, text);
+      await control.paths().take(server, argument === "up");
+      return control.paths().list();
+    }],
+    ["POST", /^\/paths\/ana$/, async ({ text }) => {
+      const { server, state } = parse(serverSchema.extend({ state: z.enum(anaStates) }), text);
+      await control.paths().setAna(server, state);
+      return control.paths().list();
+    }],
     ["GET", /^\/devices$/, () => control.machine().devices],
     ["POST", /^\/devices\/remove$/, ({ text }) => control.machine().remove(parse(uuidSchema, text).uuid)],
     ["POST", /^\/devices\/heal$/, ({ text }) => control.machine().heal(parse(uuidSchema, text).uuid)],

@@ -68,10 +68,33 @@ export interface Machine {
   heal(uuid: string): Promise<{ readonly written: boolean }>;
 }
 
+/** How a port says that it reaches namespaces (NVMe's asymmetric namespace access). */
+export const anaStates = ["optimized", "non-optimized", "inaccessible", "persistent-loss", "change"] as const;
+export type AnaState = typeof anaStates[number];
+
+/** Where the I/O controllers of one server listen. */
+export interface PathPort {
+  /** `127.0.0.1:4420`. */
+  readonly address: string;
+  /** Whether it listens. */
+  readonly up: boolean;
+  readonly ana: AnaState | undefined;
+}
+
+/** The ways to the cluster's namespaces, one per server, by its number. Changes throw NOT_FOUND for a server that is not. */
+export interface Paths {
+  list(): readonly PathPort[];
+  /** Down: connections end and new ones are refused, as of a server that was switched off. */
+  take(server: number, up: boolean): Promise<void>;
+  setAna(server: number, state: AnaState): Promise<void>;
+}
+
 export interface DataPlane extends AsyncDisposable {
-  readonly kind: "none" | "loop";
+  readonly kind: "none" | "loop" | "nvmet";
   /** The machine whose kernel the data plane plays; absent without one. */
   readonly machine?: Machine;
+  /** Absent where no host ever connects. */
+  readonly paths?: Paths;
   /** Shows what has been exposed, and from now on each change: called once, when the model is complete. */
   start(): Promise<void>;
   /** Makes the content of a volume: zeros, or a copy of a snapshot with zeros behind it. Done already: nothing. */

@@ -17,11 +17,13 @@ import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { formatAddress, parseAddress, type TransportAddress } from "../namespace.ts";
 import type { ClusterIdentity } from "./cluster.ts";
-import { type ChangedRun, type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
+import { Contents, copySparse, exists, removeFile } from "./contents.ts";
+import { type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
 import { type DiscoveryEntry, watchDiscoveryDirectory } from "./discovery_client.ts";
 import { lockFile } from "./lock_file.ts";
 import { type ProgramEnd, serveNvmeProgram } from "./nvme_program.ts";
 import { nameInTree, type SysfsController, type SysfsSubsystem, type SysfsTree, sysfsTree } from "./sysfs.ts";
+import { output, readText, run } from "./tools.ts";
 
 export interface LoopOptions {
   /** Where the contents live. */
@@ -59,14 +61,15 @@ interface Attached {
 export async function openLoopPlane(options: LoopOptions): Promise<DataPlane> {
   await using held = new AsyncDisposableStack();
   await checkMachine(options, held);
-  // The kernel names the files behind loop devices by their real paths.
-  return await LoopPlane.open({ ...options, contentDir: await Deno.realPath(options.contentDir) }, held);
+  const contents = await Contents.open(options.contentDir);
+  return await LoopPlane.open({ ...options, contentDir: contents.directory }, contents, held);
 }
 
 class LoopPlane implements DataPlane {
   readonly kind = "loop";
   readonly machine: NonNullable<DataPlane["machine"]>;
   readonly #options: LoopOptions;
+  readonly #contents: Contents;
   readonly #log: Logger;
   readonly #tree: SysfsTree;
   readonly #exposed = new Map<string, ExposedNamespace>();
@@ -89,9 +92,9 @@ class LoopPlane implements DataPlane {
   #cuts = 0;
 
   /** @param held what keeps the directories from other simulators; taken over */
-  static async open(options: LoopOptions, held: AsyncDisposableStack): Promise<LoopPlane> {
+  static async open(options: LoopOptions, contents: Contents, held: AsyncDisposableStack): Promise<LoopPlane> {
     const adoptable = await leftovers(options);
-    const plane = new LoopPlane(options, adoptable, held.move());
+    const plane = new LoopPlane(options, contents, adoptable, held.move());
     try {
       const report = (entries: readonly DiscoveryEntry[]) => plane.#connect(entries);
       plane.#watch = await watchDiscoveryDirectory(options.discoveryDir, options.log, report);
@@ -105,10 +108,12 @@ class LoopPlane implements DataPlane {
 
   private constructor(
     options: LoopOptions,
+    contents: Contents,
     adoptable: Map<string, { readonly loop: string; readonly name: string | undefined }>,
     held: AsyncDisposableStack,
   ) {
     this.#options = options;
+    this.#contents = contents;
     this.#held = held;
     this.#log = options.log;
     this.#adoptable = adoptable;
@@ -160,21 +165,11 @@ class LoopPlane implements DataPlane {
   // ------------------------------------------------------------------------------------------------------- contents
 
   createVolume(uuid: string, sizeBytes: bigint, sourceSnapshotUuid: string | undefined): Promise<void> {
-    return this.#enqueue(async () => {
-      const file = this.#volumeFile(uuid);
-      if (exists(file)) return;
-      if (sourceSnapshotUuid === undefined) {
-        await Deno.writeFile(`${file}.new`, new Uint8Array());
-      } else {
-        await copySparse(this.#snapshotFile(sourceSnapshotUuid), `${file}.new`);
-      }
-      await Deno.truncate(`${file}.new`, Number(sizeBytes));
-      await Deno.rename(`${file}.new`, file);
-    });
+    return this.#enqueue(() => this.#contents.createVolume(uuid, sizeBytes, sourceSnapshotUuid));
   }
 
   resizeVolume(uuid: string, sizeBytes: bigint): Promise<void> {
-    return this.#enqueue(() => Deno.truncate(this.#volumeFile(uuid), Number(sizeBytes)));
+    return this.#enqueue(() => this.#contents.resizeVolume(uuid, sizeBytes));
   }
 
   deleteVolume(uuid: string): Promise<void> {
@@ -187,71 +182,32 @@ class LoopPlane implements DataPlane {
       const adoptable = this.#adoptable.get(uuid);
       this.#adoptable.delete(uuid);
       if (adoptable !== undefined) await this.#release(adoptable.loop, uuid, false);
-      await removeFile(this.#volumeFile(uuid));
-      await removeFile(`${this.#volumeFile(uuid)}.new`);
+      await this.#contents.deleteVolume(uuid);
     });
   }
 
   createSnapshot(uuid: string, volumeUuid: string): Promise<void> {
-    return this.#enqueue(async () => {
-      const file = this.#snapshotFile(uuid);
-      await copySparse(this.#volumeFile(volumeUuid), `${file}.new`);
-      await Deno.rename(`${file}.new`, file);
-    });
+    return this.#enqueue(() => this.#contents.createSnapshot(uuid, volumeUuid));
   }
 
   hasSnapshot(uuid: string): Promise<boolean> {
-    return Promise.resolve(exists(this.#snapshotFile(uuid)));
+    return Promise.resolve(this.#contents.hasSnapshot(uuid));
   }
 
   deleteSnapshot(uuid: string): Promise<void> {
-    return this.#enqueue(async () => {
-      await removeFile(this.#snapshotFile(uuid));
-      await removeFile(`${this.#snapshotFile(uuid)}.new`);
-    });
+    return this.#enqueue(() => this.#contents.deleteSnapshot(uuid));
   }
 
   rollbackVolume(uuid: string, snapshotUuid: string, sizeBytes: bigint): Promise<void> {
     return this.#enqueue(async () => {
       const device = this.#attached.get(uuid);
       if (device !== undefined) await this.#detach(device, false);
-      const file = this.#volumeFile(uuid);
-      await copySparse(this.#snapshotFile(snapshotUuid), `${file}.new`);
-      await Deno.truncate(`${file}.new`, Number(sizeBytes));
-      await Deno.rename(`${file}.new`, file);
+      await this.#contents.rollbackVolume(uuid, snapshotUuid, sizeBytes);
     });
   }
 
-  async *changedRuns(
-    snapshotUuid: string,
-    baseUuid: string | undefined,
-    blockSizeBytes: number,
-    start: bigint,
-  ): AsyncIterable<ChangedRun> {
-    using newer = await Deno.open(this.#snapshotFile(snapshotUuid));
-    using older = baseUuid === undefined ? undefined : await Deno.open(this.#snapshotFile(baseUuid));
-    const chunkBytes = blockSizeBytes * Math.max(1, (1 << 20) / blockSizeBytes);
-    const from = start * BigInt(blockSizeBytes);
-    await newer.seek(from, Deno.SeekMode.Start);
-    await older?.seek(from, Deno.SeekMode.Start);
-    let run: { start: bigint; end: bigint } | undefined;
-    for (let block = start;;) {
-      const bytes = await readFully(newer, chunkBytes);
-      if (bytes.length === 0) break;
-      const base = Buffer.alloc(bytes.length);
-      if (older !== undefined) base.set((await readFully(older, chunkBytes)).subarray(0, bytes.length));
-      const same = bytes.equals(base);
-      for (let at = 0; at < bytes.length; at += blockSizeBytes, block++) {
-        const changed = !same &&
-          !bytes.subarray(at, at + blockSizeBytes).equals(base.subarray(at, at + blockSizeBytes));
-        if (changed && run?.end === block) run.end++;
-        else if (changed) {
-          if (run !== undefined) yield run;
-          run = { start: block, end: block + 1n };
-        }
-      }
-    }
-    if (run !== undefined) yield run;
+  changedRuns(snapshotUuid: string, baseUuid: string | undefined, blockSizeBytes: number, start: bigint) {
+    return this.#contents.changedRuns(snapshotUuid, baseUuid, blockSizeBytes, start);
   }
 
   // --------------------------------------------------------------------------------------------------------- hosts
@@ -290,11 +246,7 @@ class LoopPlane implements DataPlane {
       for (const device of [...this.#attached.values()]) await this.#detach(device, false);
       this.#removed.clear();
       this.#wantedNames.clear();
-      for (const kind of ["volumes", "snapshots"]) {
-        for await (const { name } of Deno.readDir(join(this.#options.contentDir, kind))) {
-          await removeFile(join(this.#options.contentDir, kind, name));
-        }
-      }
+      await this.#contents.clear();
     });
   }
 
@@ -465,11 +417,7 @@ class LoopPlane implements DataPlane {
     const { uuid, sectorSizeBytes } = namespace;
     const adopted = this.#adoptable.get(uuid);
     this.#adoptable.delete(uuid);
-    // A simulator that was killed in the middle of a growth had changed the model first.
-    const file = await Deno.stat(this.#volumeFile(uuid));
-    if (BigInt(file.size) < namespace.sizeBytes) {
-      await Deno.truncate(this.#volumeFile(uuid), Number(namespace.sizeBytes));
-    }
+    await this.#contents.finishGrowth(uuid, namespace.sizeBytes);
     const loop = adopted?.loop ??
       await output("losetup", "-f", "--show", "-b", String(sectorSizeBytes), this.#volumeFile(uuid));
     if (adopted !== undefined) await output("losetup", "-c", loop);
@@ -623,11 +571,7 @@ class LoopPlane implements DataPlane {
   }
 
   #volumeFile(uuid: string): string {
-    return join(this.#options.contentDir, "volumes", `${uuid}.img`);
-  }
-
-  #snapshotFile(uuid: string): string {
-    return join(this.#options.contentDir, "snapshots", `${uuid}.img`);
+    return this.#contents.volumeFile(uuid);
   }
 
   #linkOf(uuid: string): string {
@@ -647,9 +591,7 @@ async function checkMachine(options: LoopOptions, held: AsyncDisposableStack): P
   if (Deno.build.os !== "linux") throw refuse("loop devices need Linux");
   if (Deno.uid() !== 0) throw refuse("it needs root, this process has user ID " + Deno.uid());
   if (!exists("/dev/loop-control")) throw refuse("/dev/loop-control is missing, load the module loop");
-  for (const kind of ["volumes", "snapshots"]) {
-    await Deno.mkdir(join(options.contentDir, kind), { recursive: true, mode: 0o700 });
-  }
+  await Contents.open(options.contentDir);
   for (const root of [options.devRoot, options.sysfsRoot]) {
     await Deno.mkdir(root, { recursive: true });
     const names = [...Deno.readDirSync(root)].map(({ name }) => name);
@@ -736,14 +678,6 @@ function numberOf(loop: string): string {
   throw new StatusError("INTERNAL", `Cannot find the number of ${loop}: it is not in sysfs`);
 }
 
-function readText(path: string): string | undefined {
-  try {
-    return Deno.readTextFileSync(path).trim();
-  } catch {
-    return undefined;
-  }
-}
-
 async function canRead(path: string): Promise<boolean> {
   using file = await Deno.open(path);
   try {
@@ -752,61 +686,4 @@ async function canRead(path: string): Promise<boolean> {
   } catch {
     return false;
   }
-}
-
-function exists(path: string): boolean {
-  try {
-    Deno.lstatSync(path);
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-async function removeFile(path: string): Promise<void> {
-  try {
-    await Deno.remove(path);
-  } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-  }
-}
-
-async function copySparse(from: string, to: string): Promise<void> {
-  await output("cp", "--reflink=auto", "--sparse=always", from, to);
-}
-
-async function readFully(file: Deno.FsFile, wantedBytes: number): Promise<Buffer> {
-  const bytes = Buffer.alloc(wantedBytes);
-  let filled = 0;
-  while (filled < wantedBytes) {
-    const count = await file.read(bytes.subarray(filled));
-    if (count === null) break;
-    filled += count;
-  }
-  return bytes.subarray(0, filled);
-}
-
-interface Finished {
-  readonly code: number;
-  readonly stdout: string;
-  readonly stderr: string;
-}
-
-async function run(program: string, ...args: readonly string[]): Promise<Finished> {
-  try {
-    const { code, stdout, stderr } = await new Deno.Command(program, { args: [...args], env: { LC_ALL: "C" } })
-      .output();
-    const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes).trim();
-    return { code, stdout: text(stdout), stderr: text(stderr) };
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return { code: 127, stdout: "", stderr: `${program} is not installed` };
-    throw error;
-  }
-}
-
-/** What a command printed; throws INTERNAL with its error text when it fails. */
-async function output(program: string, ...args: readonly string[]): Promise<string> {
-  const { code, stdout, stderr } = await run(program, ...args);
-  if (code === 0) return stdout;
-  throw new StatusError("INTERNAL", `Cannot run ${[program, ...args].join(" ")}: exit ${code}, ${stderr}`);
 }

@@ -23,10 +23,11 @@ import {
   type Leftovers,
   machineOf,
   parse,
+  pathsOf,
   serveRoutes,
   sharedRoutes,
 } from "./control.ts";
-import type { Machine } from "./data_plane.ts";
+import type { Machine, Paths } from "./data_plane.ts";
 import type { Faults } from "./faults.ts";
 import type { PoseidonApi } from "./poseidon.ts";
 import { arrayStates, type PosArray, type PosBehaviour, type PoseidonModel, situations } from "./poseidon_model.ts";
@@ -45,6 +46,8 @@ export interface PoseidonControl extends CallControl {
   restart(options?: { readonly memory?: boolean }): Promise<void>;
   /** @throws StatusError UNIMPLEMENTED for a data plane without a machine */
   machine(): Machine;
+  /** @throws StatusError UNIMPLEMENTED for a data plane that no host connects to */
+  paths(): Paths;
 }
 
 export function poseidonControl(model: PoseidonModel, api: PoseidonApi, faults: Faults): PoseidonControl {
@@ -72,6 +75,7 @@ export function poseidonControl(model: PoseidonModel, api: PoseidonApi, faults: 
       await model.restart(memory);
       if (wasRunning) await api.start();
     },
+    paths: () => pathsOf(model.dataPlane),
     machine: () => machineOf(model.dataPlane),
   };
 }

@@ -37,8 +37,11 @@ export interface SimulateSettings {
   /** False admits calls without a token. */
   readonly authentication: boolean;
   readonly behaviour: Partial<Behaviour>;
-  /** `none`: management only. `loop`: volumes are files behind loop devices of this machine; needs root. */
-  readonly data: "none" | "loop";
+  /**
+   * `none`: management only. `loop`: volumes are files behind loop devices of this machine; needs root. `nvmet`: volumes
+   * are namespaces of the kernel's NVMe/TCP target; needs root and its modules.
+   */
+  readonly data: DataPlane["kind"];
   /** Directory that remembers the cluster; undefined: nothing outlives the simulator. */
   readonly stateDir: string | undefined;
   /** Directory that the simulated Discovery-Client watches; undefined: `discovery.d` beside the contents. */
@@ -84,9 +87,9 @@ export interface SimulatorAddresses {
   /** Token for the configured projects. */
   readonly jwt: string;
   readonly projects: readonly string[];
-  readonly data: "none" | "loop";
+  readonly data: DataPlane["kind"];
   readonly stateDir: string | undefined;
-  /** The next four are absent without a machine (`data` is `none`). */
+  /** The next four are absent without a simulated machine (`data` is not `loop`). */
   readonly discoveryDir: string | undefined;
   readonly devRoot: string | undefined;
   readonly sysfsRoot: string | undefined;
@@ -306,18 +309,7 @@ export async function openDataPlane(
   stack: AsyncDisposableStack,
   log: Logger,
 ): Promise<OpenedPlane> {
-  if (settings.data === "none") {
-    const plane = noDataPlane();
-    return {
-      plane,
-      discoveryDir: undefined,
-      devRoot: undefined,
-      sysfsRoot: undefined,
-      programs: undefined,
-      [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
-    };
-  }
-  const { openLoopPlane } = await import("./loop.ts");
+  if (settings.data === "none") return withoutMachine(noDataPlane());
   let home = settings.stateDir;
   if (home === undefined) {
     const temporary = home = await Deno.makeTempDir({ prefix: "lbcsi-simulate-" });
@@ -327,13 +319,19 @@ export async function openDataPlane(
       })
     );
   }
+  const contentDir = join(home, "content");
+  if (settings.data === "nvmet") {
+    const { openNvmetPlane } = await import("./nvmet.ts");
+    return withoutMachine(await openNvmetPlane({ contentDir, identity, log }));
+  }
+  const { openLoopPlane } = await import("./loop.ts");
   const discoveryDir = settings.discoveryDir ?? join(home, "discovery.d");
   const devRoot = settings.devRoot ?? join(home, "dev");
   const sysfsRoot = settings.sysfsRoot ?? join(home, "sys");
   const programs = join(home, "programs");
   const plane = await openLoopPlane({
     programs,
-    contentDir: join(home, "content"),
+    contentDir,
     discoveryDir,
     devRoot,
     sysfsRoot,
@@ -346,6 +344,17 @@ export async function openDataPlane(
     devRoot,
     sysfsRoot,
     programs,
+    [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
+  };
+}
+
+function withoutMachine(plane: DataPlane): OpenedPlane {
+  return {
+    plane,
+    discoveryDir: undefined,
+    devRoot: undefined,
+    sysfsRoot: undefined,
+    programs: undefined,
     [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
   };
 }
