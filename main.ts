@@ -12,7 +12,10 @@ import {
   type Logger,
   logLevels,
   type RequestContext,
+  requestContext,
   Secrets,
+  sleep,
+  timeLimit,
 } from "./lib/context.ts";
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
@@ -165,10 +168,60 @@ const controllerOptions = {
   },
 } as const satisfies Options;
 
+// How long what the storage cluster does not answer is waited for. LightOS' own Discovery-Client has 600 and 10 too
+// (spec/lightos.md 12.2); the kernel's keep-alive of 5 s is short for a cluster that moves a volume.
+const connectionOptions = {
+  "ctrl-loss-tmo": {
+    env: ["LB_CSI_CTRL_LOSS_TMO"],
+    fallback: "600",
+    value: "SECONDS",
+    meaning:
+      "with --attach=direct: a connection is given up after so long, and I/O fails when it was the last; -1: never, " +
+      "then a pod whose volume is lost for good hangs until an operator disconnects it",
+    schema: z.union([z.literal("-1").transform(Number), wholeNumber(1, 86_400)], {
+      error: "is neither -1 nor a whole number from 1 to 86400",
+    }),
+  },
+  "keep-alive-tmo": {
+    env: ["LB_CSI_KEEP_ALIVE_TMO"],
+    fallback: "10",
+    value: "SECONDS",
+    meaning: "with --attach=direct: a silent connection counts as lost after so long",
+    schema: wholeNumber(1, 3600),
+  },
+  "reconnect-delay": {
+    env: ["LB_CSI_RECONNECT_DELAY"],
+    value: "SECONDS",
+    meaning: "with --attach=direct: time between attempts to connect again; default: the kernel's (10)",
+    schema: wholeNumber(1, 3600).optional(),
+  },
+  "fast-io-fail-tmo": {
+    env: ["LB_CSI_FAST_IO_FAIL_TMO"],
+    value: "SECONDS",
+    meaning:
+      "with --attach=direct: I/O fails after so long without any connection, instead of waiting for --ctrl-loss-tmo; " +
+      "file systems then have errors; default: off",
+    schema: wholeNumber(1, 86_400).optional(),
+  },
+  "nr-io-queues": {
+    env: ["LB_CSI_NR_IO_QUEUES"],
+    value: "COUNT",
+    meaning: "with --attach=direct: queues per connection; default: the kernel's, one per processor",
+    schema: wholeNumber(1, 1024).optional(),
+  },
+  "queue-size": {
+    env: ["LB_CSI_QUEUE_SIZE"],
+    value: "COUNT",
+    meaning: "with --attach=direct: commands per queue, 16 to 1024; default: the kernel's (128)",
+    schema: wholeNumber(16, 1024).optional(),
+  },
+} as const satisfies Options;
+
 const nodeOptions = {
   ...serviceOptions,
   ...fsOption,
   ...trustOptions,
+  ...connectionOptions,
   config: {
     short: "c",
     env: ["LB_CSI_CONFIG"],
@@ -325,6 +378,7 @@ const volumeOptions = {
 
 const attachOptions = {
   ...volumeOptions,
+  ...connectionOptions,
   address: {
     value: "LIST",
     meaning:
@@ -490,8 +544,9 @@ const simulateOptions = {
   data: {
     fallback: "none",
     value: "PLANE",
-    meaning: "none: management only; loop: volumes are files behind loop devices of this machine (root)",
-    schema: z.enum(["none", "loop"], { error: "is not none or loop" }),
+    meaning: "none: management only; loop: volumes are files behind loop devices of this machine (root); nvmet: " +
+      "namespaces of this kernel's NVMe/TCP target (root)",
+    schema: z.enum(["none", "loop", "nvmet"], { error: "is not none, loop or nvmet" }),
   },
   state: {
     value: "DIR",
@@ -646,6 +701,7 @@ const commands: Readonly<Record<string, Command>> = {
       settings.backend === "poseidon" ? { ...settings, attach: "direct" } : settings,
       host,
       locks,
+      tuningOf(settings),
     );
     // What talks to the cluster is loaded by those nodes only that are to make volumes.
     await using backend = settings.config === undefined ? undefined : await openLightos(settings, log);
@@ -676,6 +732,7 @@ const commands: Readonly<Record<string, Command>> = {
     });
     const ending = new AbortController();
     const swept = sweepUntilSettled(inline, log, ending.signal);
+    using _tending = tending(attacher, log);
     try {
       return await serveCsi(settings, log, [service(Node, handlers)]);
     } finally {
@@ -796,7 +853,8 @@ const commands: Readonly<Record<string, Command>> = {
     }
     return await atShell("attach the volume", settings, async (ctx) => {
       const place = { addresses: address, discovery };
-      await using work = await volumeWork(settings, ctx.log, place, settings["volume-attributes"]);
+      const tuning = tuningOf(settings);
+      await using work = await volumeWork(settings, ctx.log, place, settings["volume-attributes"], tuning);
       if (format && work.hostEncryption !== undefined) {
         throw new UsageError(
           `--format: the volume is encrypted on its host (${work.hostEncryption}), not in clear text`,
@@ -1000,6 +1058,7 @@ async function volumeWork(
   log: Logger,
   addresses: { readonly addresses: readonly TransportAddress[]; readonly discovery: readonly TransportAddress[] },
   volumeContext: Readonly<Record<string, string>> = {},
+  tuning: import("./lib/host/nvme.ts").ConnectionTuning = {},
 ) {
   const { volume, uuid, nqn, "node-id": nodeId, ...rest } = settings;
   const problem = nodeIdProblem(nodeId);
@@ -1013,7 +1072,7 @@ async function volumeWork(
   const { linuxHost } = await import("./lib/host/host.ts");
   const { KeyedLock } = await import("./lib/lock.ts");
   const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
-  const attacher = await attacherOf(settings, host, new KeyedLock());
+  const attacher = await attacherOf(settings, host, new KeyedLock(), tuning);
   const discoveryDirectory = settings.attach === "direct" ? settings["discovery-dir"] : undefined;
   const machine = { host, attacher, hostNqn: hostNqn(nodeId), discoveryDirectory };
   await using ending = new AsyncDisposableStack();
@@ -1050,12 +1109,49 @@ async function attacherOf(
   settings: Settings<Pick<typeof nodeOptions, "attach" | "discovery-dir" | "node-id">>,
   host: import("./lib/host/host.ts").Host,
   locks: import("./lib/lock.ts").KeyedLock,
+  tuning: import("./lib/host/nvme.ts").ConnectionTuning,
 ) {
   const { direct, discoveryClient, hostIdOf } = await import("./lib/host/attach.ts");
   const nodeId = settings["node-id"];
   return settings.attach === "direct"
-    ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks })
+    ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks, tuning })
     : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
+}
+
+function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme.ts").ConnectionTuning {
+  return {
+    controllerLossSeconds: settings["ctrl-loss-tmo"],
+    reconnectDelaySeconds: settings["reconnect-delay"],
+    keepAliveSeconds: settings["keep-alive-tmo"],
+    fastIoFailSeconds: settings["fast-io-fail-tmo"],
+    ioQueues: settings["nr-io-queues"],
+    queueSize: settings["queue-size"],
+  };
+}
+
+// The kernel gives a connection up after minutes, so nobody is in a hurry.
+const tendEveryMs = 10_000;
+const longestTendMs = 300_000;
+
+/** Looks after the connections from time to time, until it is disposed. */
+function tending(attacher: import("./lib/host/attach.ts").Attacher, log: Logger): Disposable {
+  const stop = new AbortController();
+  const tend = async () => {
+    while (attacher.tend !== undefined) {
+      await sleep(tendEveryMs, stop.signal);
+      using limit = timeLimit(stop.signal, longestTendMs);
+      try {
+        await attacher.tend(requestContext(limit.signal, new Date(Date.now() + longestTendMs), log));
+      } catch (error) {
+        stop.signal.throwIfAborted();
+        log.warning("could not look after the connections", { error: messageOf(error) });
+      }
+    }
+  };
+  tend().catch((error) => {
+    if (!stop.signal.aborted) log.error("looks after no connections any more", { error: messageOf(error) });
+  });
+  return { [Symbol.dispose]: () => stop.abort() };
 }
 
 /** Without `jwt-path`, tokens come from calls and from the cluster file. */

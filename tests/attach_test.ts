@@ -292,3 +292,104 @@ Deno.test({
     ]);
   },
 });
+
+Deno.test("direct.attach gives the settings of connections to nvme connect, and to sysfs what nvme-cli cannot set", async () => {
+  const host = new FakeHost();
+  host.addNamespace(uuid, nqn);
+  const tuning = {
+    controllerLossSeconds: -1,
+    reconnectDelaySeconds: 2,
+    keepAliveSeconds: 10,
+    ioQueues: 4,
+    queueSize: 64,
+    fastIoFailSeconds: 30,
+  };
+  const attacher = direct({ host, hostNqn, hostId, locks: new KeyedLock(), tuning });
+
+  await attacher.attach(callContext(), { ...namespace, addresses: namespace.addresses.slice(0, 1) });
+
+  const [connect = "", set] = host.commands;
+  assert.match(
+    connect,
+    / --ctrl-loss-tmo=-1 --reconnect-delay=2 --keep-alive-tmo=10 --nr-io-queues=4 --queue-size=64$/,
+  );
+  assert.equal(set, "echo 30 > /sys/class/nvme/nvme0/fast_io_fail_tmo");
+});
+
+Deno.test("promise 8: direct.detach of a namespace whose device is gone drops the connections that show none any more", async () => {
+  const { host, attacher, traddrs } = directHost();
+  await attacher.attach(callContext(), namespace);
+  host.connect("nqn.other", "nqn.theirs", "192.0.2.9");
+  host.devices.splice(0);
+
+  await attacher.detach(callContext(), uuid);
+
+  assert.deepEqual(traddrs(), ["192.0.2.9"]);
+});
+
+Deno.test("direct.detach leaves connections alone while somebody waits for another namespace over them", async () => {
+  const { host, attacher, traddrs } = directHost();
+  await attacher.attach(callContext(), namespace);
+  host.devices.splice(0);
+  await attacher.attach(callContext(), { ...namespace, uuid: other });
+
+  await attacher.detach(callContext(), uuid);
+  assert.equal(traddrs().length, 2);
+  await attacher.detach(callContext(), other);
+
+  assert.deepEqual(traddrs(), []);
+});
+
+Deno.test("direct.tend makes a connection again that the kernel has given up, and does nothing when none is lost", async () => {
+  const { host, attacher, traddrs } = directHost();
+  await attacher.attach(callContext(), namespace);
+  await attacher.tend?.(callContext());
+  assert.equal(host.commands.length, 2);
+  host.controllers.splice(0, 1);
+
+  await attacher.tend?.(callContext());
+
+  assert.deepEqual(traddrs(), ["192.0.2.2", "192.0.2.1"]);
+});
+
+Deno.test("direct.tend of a new process makes again what it has seen connected", async () => {
+  const { host, attacher, traddrs } = directHost();
+  await attacher.attach(callContext(), namespace);
+  const next = direct({ host, hostNqn, hostId, locks: new KeyedLock() });
+  await next.tend?.(callContext());
+  host.controllers.splice(1, 1);
+
+  await next.tend?.(callContext());
+
+  assert.deepEqual(traddrs(), ["192.0.2.1", "192.0.2.2"]);
+});
+
+Deno.test("direct.tend leaves alone what was detached, and what has no device any more", async () => {
+  const { host, attacher, traddrs } = directHost();
+  await attacher.attach(callContext(), namespace);
+  host.controllers.splice(0);
+  host.devices.splice(0);
+  await attacher.tend?.(callContext());
+  assert.deepEqual(traddrs(), []);
+  await attacher.attach(callContext(), namespace);
+  await attacher.detach(callContext(), uuid);
+
+  await attacher.tend?.(callContext());
+
+  assert.deepEqual(traddrs(), []);
+});
+
+Deno.test("promise 8: direct.tend drops connections that have shown no namespace twice, and no others", async () => {
+  const { host, attacher, traddrs } = directHost();
+  await attacher.attach(callContext(), namespace);
+  host.connect("nqn.other", "nqn.theirs", "192.0.2.9");
+  await attacher.tend?.(callContext());
+  await attacher.detach(callContext(), other);
+  host.devices.splice(0);
+
+  await attacher.tend?.(callContext());
+  assert.equal(traddrs().length, 3);
+  await attacher.tend?.(callContext());
+
+  assert.deepEqual(traddrs(), ["192.0.2.9"]);
+});

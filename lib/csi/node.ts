@@ -36,6 +36,7 @@ import {
   findDevice,
   findMapper,
   recheckDevice,
+  refuseWithoutPath,
   rescanNamespaces,
   waitForDevice,
 } from "../host/nvme.ts";
@@ -136,6 +137,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       } else {
         device = await attachedBefore(id.uuid);
       }
+      await refuseWithoutPath(host, device, `${action} ${id.uuid}`);
       const readOnly = isReaderOnly(access.mode) ||
         (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
       if (passphrases !== undefined) {
@@ -186,7 +188,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       using _held = locks.take(`volume ${id.uuid}`, "NodeUnstageVolume");
 
       const device = await deviceOf(id);
-      if (path !== undefined) await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
+      if (path !== undefined) {
+        if (device !== undefined) await refuseStuckUnmount(device, path, `${action} ${id.uuid}`);
+        await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
+      }
       if (device !== undefined) {
         const others = await mountsOf(host, await mountTable(host), device);
         if (others.length > 0) {
@@ -234,6 +239,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         throw refuse(`this node has ${what}, it has to be staged first`);
       }
       const device = await recheckDevice(host, found, `${action} ${id.uuid}`);
+      await refuseWithoutPath(host, device, `${action} ${id.uuid}`);
       const target = await canonicalPath(host, givenTarget);
       if (target === undefined) throw refuse(`the directory of the target path "${givenTarget}" is missing`);
       const staging = await canonicalPath(host, givenStaging);
@@ -414,6 +420,20 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       `Cannot stage the volume ${uuid}: its publish context was made by another driver and the device is not here; delete ` +
         `the VolumeAttachment of this volume and node, so that it is attached anew`,
     );
+  }
+
+  /**
+   * Throws UNAVAILABLE when the unmount at `path` would write to a device that no path leads to: umount(8) would then hang
+   * in the kernel, and the volume would be held by it. A repeat goes on when the paths, or the last of the device, are
+   * gone: a dead mount is taken down at once.
+   */
+  async function refuseStuckUnmount(device: BlockDevice, path: string, action: string): Promise<void> {
+    const mounts = await mountsOf(host, await mountTable(host), device);
+    const here = mounts.find((mount) => mount.path === path);
+    // Only the last unmount of a file system writes.
+    if (here === undefined || here.superOptions.includes("ro") || here.fsType === "devtmpfs") return;
+    if (mounts.filter((mount) => mount.fsType === here.fsType).length > 1) return;
+    await refuseWithoutPath(host, device, action);
   }
 
   /** The ID of a volume to let go of; undefined when it is not ours and nothing is mounted at the path: nothing to do. */

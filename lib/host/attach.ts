@@ -18,12 +18,16 @@ import { formatAddress, type RemoteNamespace, type TransportAddress } from "../n
 import type { Host } from "./host.ts";
 import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
 import {
+  addressOf,
+  allControllers,
   type BlockDevice,
   connectController,
+  type ConnectionTuning,
   controllersOf,
   devicesOf,
   disconnectController,
   findDevice,
+  hasNamespaces,
   isAt,
   isUsable,
   nameUuid,
@@ -45,6 +49,15 @@ export interface Attacher {
    * @param subsystemNqn lets go of a connection that shows no namespace any more too, where it is known
    */
   detach(ctx: RequestContext, namespaceUuid: string, subsystemNqn?: string): Promise<void>;
+  /**
+   * Makes connections again that the kernel has given up (`ctrl_loss_tmo` after their loss), so that a volume in use gets
+   * back the paths it was attached with, and drops those that have shown no namespace since the last call. To be called
+   * every few seconds; with nothing to do it reads sysfs and nothing more. Absent where a daemon does it.
+   *
+   * It knows the addresses of what this process has attached: one that is started anew learns from sysfs those that are
+   * connected, and the rest with the next attach.
+   */
+  tend?(ctx: RequestContext): Promise<void>;
 }
 
 /**
@@ -138,16 +151,72 @@ export interface DirectOptions {
   readonly hostId: string;
   /** Holds `subsystem <nqn>` while connections of that subsystem are made or dropped. */
   readonly locks: KeyedLock;
+  /** Left out: the kernel's defaults. */
+  readonly tuning?: ConnectionTuning;
 }
 
 /**
  * Attaches with nvme-cli, to the I/O controllers in the publish context.
  *
  * One connection is enough, for the others come back by multipath: those that fail are logged. On detach, a subsystem is
- * disconnected when this machine sees no other namespace of it; unrelated LightOS volumes share one. Only our own
- * connections are dropped, by controller and not by NQN: another program may be connected under another host NQN.
+ * disconnected when this machine sees no other namespace of it and nobody waits for one; unrelated LightOS volumes share
+ * one. Only our own connections are dropped, by controller and not by NQN: another program may be connected under another
+ * host NQN.
  */
-export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attacher {
+export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOptions): Attacher {
+  /** Where the subsystems of attached namespaces answer, by NQN. Losing it is harmless, see `tend`. */
+  const addresses = new Map<string, readonly TransportAddress[]>();
+  /** Namespaces whose device was not there yet when attach returned, by subsystem: who waits needs the connection. */
+  const expected = new Map<string, Set<string>>();
+  /** Subsystems that showed nothing at the last look of `tend`. One look is not enough: `lbcsi attach` may be at work. */
+  let idle = new Set<string>();
+
+  const connect = (ctx: RequestContext, subsystemNqn: string, wanted: readonly TransportAddress[]) =>
+    connectMissing(ctx, subsystemNqn, wanted).then((outcomes) =>
+      outcomes.map(({ address, problem }) =>
+        problem === undefined ? undefined : `${formatAddress(address)}: ${problem}`
+      )
+    );
+
+  async function connectMissing(ctx: RequestContext, subsystemNqn: string, wanted: readonly TransportAddress[]) {
+    const connected = await controllersOf(host, subsystemNqn);
+    return await Promise.all(wanted.map(async (address) => {
+      const there = connected.find((controller) => isAt(controller, address) && isUsable(controller));
+      if (there !== undefined) {
+        // The kernel allows one connection per address and NQN, whatever the host NQN.
+        return there.hostNqn === hostNqn
+          ? { address, problem: undefined }
+          : { address, problem: `${there.name} is connected there as host ${there.hostNqn}, disconnect it first` };
+      }
+      const wish = { address, subsystemNqn, hostNqn, hostId, ...tuning };
+      return { address, problem: await connectController(host, ctx, wish) };
+    }));
+  }
+
+  async function disconnect(ctx: RequestContext, subsystemNqn: string): Promise<void> {
+    addresses.delete(subsystemNqn);
+    for (const controller of await controllersOf(host, subsystemNqn)) {
+      if (controller.hostNqn === hostNqn) await disconnectController(host, ctx, controller);
+    }
+  }
+
+  const ownControllers = async () =>
+    (await allControllers(host)).filter((controller) =>
+      controller.hostNqn === hostNqn && controller.transport === "tcp" && !controller.isDiscovery
+    );
+
+  /** Whether a subsystem shows this machine no namespace at all, not even one that somebody waits for. */
+  const isIdle = async (nqn: string) => (expected.get(nqn)?.size ?? 0) === 0 && !await hasNamespaces(host, nqn);
+
+  /** Drops our connections to idle subsystems: what a volume leaves whose access was taken away first. */
+  async function disconnectIdle(ctx: RequestContext, nqns: Iterable<string>): Promise<void> {
+    for (const nqn of nqns) {
+      if (!await isIdle(nqn)) continue;
+      using _held = await locks.wait(`subsystem ${nqn}`, "detach", ctx.signal);
+      if (await isIdle(nqn)) await disconnect(ctx, nqn);
+    }
+  }
+
   return {
     hint: "see that this host is on the volume's access list, and the kernel log (dmesg) of this node",
 
@@ -160,23 +229,8 @@ export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attache
         );
       }
       using _held = await locks.wait(`subsystem ${nqn}`, "attach", ctx.signal);
-      const connected = await controllersOf(host, nqn);
-      const outcomes = await Promise.all(namespace.addresses.map(async (address) => {
-        const there = connected.find((controller) => isAt(controller, address) && isUsable(controller));
-        if (there !== undefined) {
-          // The kernel allows one connection per address and NQN, whatever the host NQN.
-          return there.hostNqn === hostNqn
-            ? { address, problem: undefined }
-            : { address, problem: `${there.name} is connected there as host ${there.hostNqn}, disconnect it first` };
-        }
-        return {
-          address,
-          problem: await connectController(host, ctx, { address, subsystemNqn: nqn, hostNqn, hostId }),
-        };
-      }));
-      const problems = outcomes.flatMap(({ address, problem }) =>
-        problem === undefined ? [] : [`${formatAddress(address)}: ${problem}`]
-      );
+      const outcomes = await connect(ctx, nqn, namespace.addresses);
+      const problems = outcomes.filter((problem) => problem !== undefined);
       if (problems.length === outcomes.length) {
         throw new StatusError(
           "UNAVAILABLE",
@@ -186,19 +240,31 @@ export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attache
         );
       }
       for (const problem of problems) ctx.log.warning("could not connect", { subsystem: nqn, error: problem });
+      addresses.set(nqn, namespace.addresses);
+      if (await findDevice(host, namespace.uuid, nqn) === undefined) {
+        expected.set(nqn, (expected.get(nqn) ?? new Set()).add(namespace.uuid));
+      }
     },
 
     async detach(ctx, uuid, subsystemNqn) {
+      for (const waited of expected.values()) waited.delete(uuid);
       const device = await findDevice(host, uuid, subsystemNqn);
-      // Without its device nothing here tells which subsystem it belonged to. What is left is a connection without this
-      // namespace: the cluster's access list decides about the data, not the connection.
       const nqn = device?.subsystemNqn ?? subsystemNqn;
-      if (nqn === undefined) return;
+      // Without its device nothing here tells which subsystem it belonged to.
+      if (nqn === undefined) {
+        return await disconnectIdle(
+          ctx,
+          new Set((await ownControllers()).map((controller) => controller.subsystemNqn)),
+        );
+      }
       using _held = await locks.wait(`subsystem ${nqn}`, "detach", ctx.signal);
       // Looked at again under the lock: a name or a neighbour may have come meanwhile.
       const devices = await devicesOf(host, nqn);
+      for (const { uuid } of devices) expected.get(nqn)?.delete(uuid);
       if (subsystemNqn === undefined && !devices.some((other) => other.uuid === uuid)) return;
-      if (devices.some((other) => other.uuid !== uuid)) {
+      const isHalfThere = devices.length === 0 && await hasNamespaces(host, nqn);
+      const isExpected = (expected.get(nqn)?.size ?? 0) > 0;
+      if (devices.some((other) => other.uuid !== uuid) || isHalfThere || isExpected) {
         ctx.log.debug("left a subsystem connected that has other namespaces here", { subsystem: nqn });
         return;
       }
@@ -210,8 +276,32 @@ export function direct({ host, hostNqn, hostId, locks }: DirectOptions): Attache
           `Cannot detach namespace ${uuid}: ${found.path} is in use by ${users.join(", ")}`,
         );
       }
-      for (const controller of await controllersOf(host, nqn)) {
-        if (controller.hostNqn === hostNqn) await disconnectController(host, ctx, controller);
+      await disconnect(ctx, nqn);
+    },
+
+    async tend(ctx) {
+      const ours = await ownControllers();
+      const connected = new Set(ours.map((controller) => controller.subsystemNqn));
+      await disconnectIdle(ctx, [...connected].filter((nqn) => idle.has(nqn)));
+      idle = new Set();
+      for (const nqn of connected) if (await isIdle(nqn)) idle.add(nqn);
+      for (const { subsystemNqn } of ours) {
+        if (addresses.has(subsystemNqn)) continue;
+        const known = ours.filter((controller) => controller.subsystemNqn === subsystemNqn).map(addressOf);
+        addresses.set(subsystemNqn, known.filter((address) => address !== undefined));
+      }
+      for (const [nqn, wanted] of addresses) {
+        const missing = wanted.filter((address) =>
+          !ours.some((controller) => controller.subsystemNqn === nqn && isAt(controller, address))
+        );
+        if (missing.length === 0) continue;
+        using _held = await locks.wait(`subsystem ${nqn}`, "tend", ctx.signal);
+        // Let go of meanwhile, or without a device since the kernel gave up the last path: the next attach is whose turn
+        // it is then.
+        if (addresses.get(nqn) !== wanted || !await hasNamespaces(host, nqn)) continue;
+        for (const problem of await connect(ctx, nqn, missing)) {
+          if (problem !== undefined) ctx.log.debug("could not connect again", { subsystem: nqn, error: problem });
+        }
       }
     },
   };

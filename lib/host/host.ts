@@ -93,6 +93,8 @@ export interface Host {
    * earlier process left there goes.
    */
   replaceText(path: string, text: string, temporary: string): Promise<void>;
+  /** Writes an existing file in place, as attributes in sysfs want it. */
+  writeAttribute(path: string, text: string): Promise<void>;
   /** Removes one file. Absent: done. */
   remove(path: string): Promise<void>;
   /** Calls `changed` soon after an entry of `directory` came, went or was touched, until disposed. At best effort: poll too. */
@@ -202,6 +204,7 @@ export function linuxHost(options: LinuxHostOptions): Host {
         throw error;
       }
     },
+    writeAttribute: (path, text) => Deno.writeTextFile(path, text, { create: false }),
     async remove(path) {
       await absentAsUndefined(Deno.remove(path));
     },

@@ -117,6 +117,14 @@ export async function deviceNumbered(host: Host, number: string): Promise<BlockD
   return (await allDevices(host)).find((device) => device.number === number);
 }
 
+/** Whether this machine shows any block device of a subsystem, be it one that we cannot name or that is half there. */
+export async function hasNamespaces(host: Host, subsystemNqn: string): Promise<boolean> {
+  for (const name of await namespaceNames(host)) {
+    if (await attribute(host, `class/block/${name}/device/subsysnqn`) === subsystemNqn) return true;
+  }
+  return false;
+}
+
 /** All connections of this machine to a subsystem. */
 export async function controllersOf(host: Host, subsystemNqn: string): Promise<readonly NvmeController[]> {
   return (await allControllers(host)).filter((controller) => controller.subsystemNqn === subsystemNqn);
@@ -169,6 +177,28 @@ export function isLivePath({ controller, anaState }: NamespacePath): boolean {
   return controller.state === "live" && (anaState === undefined || /optimized$/.test(anaState));
 }
 
+/**
+ * Throws UNAVAILABLE when no path of the device is live. Whoever touches it then waits in the kernel, where no signal
+ * reaches him, until a path comes back or the kernel gives the connection up (`ctrl_loss_tmo`; with live connections whose
+ * ANA state is inaccessible, never). Shows sysfs nothing of its connections, that is no reason to refuse.
+ */
+export async function refuseWithoutPath(host: Host, device: BlockDevice, action: string): Promise<void> {
+  const bare = device.encrypts === undefined ? device : device.encrypts.beneath;
+  const paths = bare === undefined ? [] : await pathsOf(host, bare, await controllersOf(host, bare.subsystemNqn));
+  if (paths.length === 0 || paths.some(isLivePath)) return;
+  const states = paths.map((path) => {
+    const { name, state } = path.controller;
+    return `${name} ${state}${state === "live" ? `, ${path.anaState}` : ""}`;
+  });
+  throw new StatusError(
+    "UNAVAILABLE",
+    `Cannot ${action}: ${device.path} has no live path (${
+      states.join("; ")
+    }), what was not yet written waits for one; ` +
+      `it goes on when a path comes back, or without what was not written when the kernel gives up (ctrl_loss_tmo)`,
+  );
+}
+
 /** The traddr and trsvcid in a controller's address. */
 export function addressOf(controller: NvmeController): TransportAddress | undefined {
   const fields = new Map(
@@ -200,6 +230,9 @@ function canonical(traddr: string): string {
 export function isUsable(controller: NvmeController): boolean {
   return !controller.state.startsWith("deleting") && controller.state !== "dead";
 }
+// A cluster announces a namespace within 0.3 s where it was measured; then the kernel is asked to look.
+const announcedMs = 2000;
+const rescanEveryMs = 15_000;
 
 export interface WaitOptions {
   /** Only a namespace of this subsystem will do. */
@@ -233,11 +266,17 @@ export async function waitForDevice(
   // Watches before it looks again, or it would miss what came in between.
   const bell = new Bell();
   using _watch = host.watch(host.roots.dev, () => bell.ring());
+  let rescanAtMs = announcedMs;
   for (;;) {
     const device = await ready();
     if (device !== undefined) {
       ctx.log.debug("device arrived", { device: device.path, ms: Math.round(performance.now() - started) });
       return device;
+    }
+    if (options.subsystemNqn !== undefined && performance.now() - started >= rescanAtMs) {
+      // The announcement of the namespace may be lost, as after a change of the access list during a reconnect.
+      rescanAtMs += rescanEveryMs;
+      await rescanNamespaces(host, ctx, options.subsystemNqn);
     }
     try {
       await bell.wait(options.pollMs ?? 100, ctx.signal);
@@ -306,28 +345,46 @@ export async function rescanNamespaces(host: Host, ctx: RequestContext, subsyste
   }
 }
 
-export interface ConnectWish {
+/** How the kernel treats a connection; what is undefined is the kernel's own choice. */
+export interface ConnectionTuning {
+  /** After how many seconds without a connection the kernel gives it up, -1: never. The kernel's own choice is 600. */
+  readonly controllerLossSeconds?: number | undefined;
+  /** Between attempts to connect again. The kernel's own choice is 10. */
+  readonly reconnectDelaySeconds?: number | undefined;
+  /** After how much silence the connection counts as lost. The kernel's own choice is 5. */
+  readonly keepAliveSeconds?: number | undefined;
+  /** After how long without a connection I/O fails instead of waiting. The kernel's own choice is never. */
+  readonly fastIoFailSeconds?: number | undefined;
+  /** The kernel's own choice is one for each processor. */
+  readonly ioQueues?: number | undefined;
+  /** Commands per queue. The kernel's own choice is 128. */
+  readonly queueSize?: number | undefined;
+}
+
+export interface ConnectWish extends ConnectionTuning {
   readonly address: TransportAddress;
   readonly subsystemNqn: string;
   readonly hostNqn: string;
   readonly hostId: string;
-  /** After how many seconds without a connection the kernel gives it up, -1: never. The kernel's own choice is 600. */
-  readonly controllerLossSeconds?: number | undefined;
-  /** The kernel's own choice is 5. */
-  readonly keepAliveSeconds?: number | undefined;
-  /** The kernel's own choice is one for each processor. */
-  readonly ioQueues?: number | undefined;
 }
 
 /**
- * `nvme connect` to one I/O controller, or with discoveryNqn to a discovery controller, which then stays connected. Connected already: done. Answers undefined, or why it failed, in words for an
- * error message. The reasons are those of nvme-cli 2.3, which exits 1 for all of them.
+ * `nvme connect` to one I/O controller, or with discoveryNqn to a discovery controller, which then stays connected.
+ * Connected already: done. Answers undefined, or why it failed, in words for an error message. nvme-cli exits 1 for all
+ * reasons; its words are those of 2.3 and 2.13, which spell them differently.
  */
 export async function connectController(
   host: Host,
   ctx: RequestContext,
-  { address, subsystemNqn, hostNqn, hostId, ...wish }: ConnectWish,
+  { address, subsystemNqn, hostNqn, hostId, ...tuning }: ConnectWish,
 ): Promise<string | undefined> {
+  const settings = {
+    "ctrl-loss-tmo": tuning.controllerLossSeconds,
+    "reconnect-delay": tuning.reconnectDelaySeconds,
+    "keep-alive-tmo": tuning.keepAliveSeconds,
+    "nr-io-queues": tuning.ioQueues,
+    "queue-size": tuning.queueSize,
+  };
   // Both host names are always given: without them nvme-cli takes a random host ID each time.
   const result = await host.run("nvme", [
     "connect",
@@ -337,21 +394,45 @@ export async function connectController(
     `--nqn=${subsystemNqn}`,
     `--hostnqn=${hostNqn}`,
     `--hostid=${hostId}`,
-    ...(wish.controllerLossSeconds === undefined ? [] : [`--ctrl-loss-tmo=${wish.controllerLossSeconds}`]),
-    ...(wish.keepAliveSeconds === undefined ? [] : [`--keep-alive-tmo=${wish.keepAliveSeconds}`]),
-    ...(wish.ioQueues === undefined ? [] : [`--nr-io-queues=${wish.ioQueues}`]),
+    ...Object.entries(settings).flatMap(([name, value]) => value === undefined ? [] : [`--${name}=${value}`]),
   ], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
-  const text = result.stderr.trim();
-  if (result.code === 0 || /already connected|Operation already in progress/i.test(text)) return undefined;
-  if (/Connection refused/.test(text)) return "refused, nothing listens there";
-  if (/Connection timed out|No route to host|Network is unreachable/.test(text)) return `no way there (${text})`;
-  if (/Input\/output error/.test(text)) {
-    return `not allowed: the subsystem is unknown there or has no access for host NQN ${hostNqn}`;
+  const text = result.stderr.trim().replace(/\s*\n\s*/g, "; ");
+  if (result.code === 0) {
+    if (tuning.fastIoFailSeconds !== undefined) {
+      await setFastIoFail(host, ctx, subsystemNqn, hostNqn, address, tuning.fastIoFailSeconds);
+    }
+    return undefined;
   }
-  if (/fabrics/.test(text) && /No such file|Failed to open/.test(text)) {
+  if (/already connected|already in progress/i.test(text)) return undefined;
+  if (/connection refused/i.test(text)) return "refused, nothing listens there";
+  if (/timed out|no route to host|network is unreachable/i.test(text)) return `no way there (${text})`;
+  if (/fabrics/i.test(text) && /no such file|failed to open/i.test(text)) {
     return `${text}; the kernel module nvme_tcp is not loaded`;
   }
+  if (/input\/output error|failed to write to nvme-fabrics device/i.test(text)) {
+    return `not allowed: the subsystem is unknown there or has no access for host NQN ${hostNqn}`;
+  }
   return text === "" ? `nvme connect exits ${result.code}` : text;
+}
+
+/** nvme-cli 2.3 has no option for it, sysfs has. At best effort: the connection is there and works without. */
+async function setFastIoFail(
+  host: Host,
+  ctx: RequestContext,
+  subsystemNqn: string,
+  hostNqn: string,
+  address: TransportAddress,
+  seconds: number,
+): Promise<void> {
+  for (const controller of await controllersOf(host, subsystemNqn)) {
+    if (controller.hostNqn !== hostNqn || !isAt(controller, address)) continue;
+    const path = `${host.roots.sysfs}/class/nvme/${controller.name}/fast_io_fail_tmo`;
+    try {
+      await host.writeAttribute(path, String(seconds));
+    } catch (error) {
+      ctx.log.warning("could not set fast_io_fail_tmo", { path, error: messageOf(error) });
+    }
+  }
 }
 
 /**

@@ -108,6 +108,11 @@ export class FakeHost implements Host {
     if (same === undefined) {
       this.addController({ subsystemNqn, hostNqn, hostId, traddr, trsvcid, state: "live" });
     }
+    this.#scan(subsystemNqn);
+  }
+
+  /** Makes the devices of a subsystem appear that are not there. */
+  #scan(subsystemNqn: string): void {
     for (const namespace of this.remote) {
       if (namespace.subsystemNqn !== subsystemNqn) continue;
       if (this.devices.some((device) => device.namespace === namespace)) continue;
@@ -266,6 +271,13 @@ export class FakeHost implements Host {
       if (this.playsDiscoveryClient && path.startsWith(this.discoveryDirectory)) {
         for (const [, nqn = ""] of text.matchAll(/ -n (\S+)/g)) this.connect(nqn);
       }
+    });
+  }
+
+  writeAttribute(path: string, text: string): Promise<void> {
+    return this.#call(() => {
+      if (!/^\/sys\/class\/nvme\/nvme\d+\/fast_io_fail_tmo$/.test(path)) throw new Error(`no attribute ${path}`);
+      this.commands.push(`echo ${text} > ${path}`);
     });
   }
 
@@ -555,8 +567,12 @@ export class FakeHost implements Host {
         }
         return {};
       }
-      case "ns-rescan":
+      case "ns-rescan": {
+        const found = this.controllers.find((controller) => `/dev/${controller.name}` === args.at(-1));
+        if (found === undefined) return { code: 1, stderr: "No such file or directory" };
+        this.#scan(found.subsystemNqn);
         return {};
+      }
     }
     throw new Error(`unknown: nvme ${args.join(" ")}`);
   }

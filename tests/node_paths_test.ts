@@ -1,0 +1,90 @@
+/** The node service when connections are lost, on a make-believe machine; tests/vm/scenarios/paths.ts is the real one. */
+import assert from "node:assert/strict";
+import { direct } from "../lib/host/attach.ts";
+import { hostNqn } from "../lib/namespace.ts";
+import { KeyedLock } from "../lib/lock.ts";
+import { FakeHost } from "./support/fake_host.ts";
+import { subsystemNqn } from "./support/loop_machine.ts";
+import { mountCapability, nodeCalls, publishContext, rejects, volumeId } from "./support/node_calls.ts";
+
+const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
+const neighbour = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";
+const staging = "/staging";
+const target = "/pods/x";
+const stage = {
+  volumeId: volumeId(uuid),
+  stagingTargetPath: staging,
+  publishContext: publishContext(uuid),
+  volumeCapability: mountCapability("ext4"),
+};
+const publish = { ...stage, targetPath: target };
+
+function node() {
+  const host = new FakeHost();
+  const locks = new KeyedLock();
+  const attacher = direct({ host, hostNqn: hostNqn("n1.node"), hostId: "1", locks });
+  const setStates = (state: string) => host.controllers.forEach((controller) => controller.state = state);
+  return { host, setStates, ...nodeCalls({ host, attacher, locks }) };
+}
+
+Deno.test("promise 4: without a live path nothing is started that would hang, and unstage goes on when one is back", async () => {
+  const { host, setStates, ...calls } = node();
+  host.addNamespace(uuid, subsystemNqn);
+  await calls.stage(stage);
+  await calls.publish(publish);
+  setStates("connecting");
+  const before = host.commands.length;
+
+  const noPath = /\/dev\/nvme0n1 has no live path \(nvme0 connecting\), what was not yet written waits for one/;
+  await rejects(calls.stage(stage), "UNAVAILABLE", noPath);
+  await rejects(calls.publish(publish), "UNAVAILABLE", noPath);
+  assert.equal(host.commands.length, before);
+  await calls.unpublish({ volumeId: volumeId(uuid), targetPath: target });
+  await rejects(calls.unstage({ volumeId: volumeId(uuid), stagingTargetPath: staging }), "UNAVAILABLE", noPath);
+  assert.deepEqual(host.commands.slice(before), [`umount ${target}`]);
+  setStates("live");
+  await calls.unstage({ volumeId: volumeId(uuid), stagingTargetPath: staging });
+
+  assert.deepEqual([host.mounts, host.controllers], [[], []]);
+});
+
+Deno.test("promise 4: a volume whose device the kernel has given up is unstaged at once", async () => {
+  const { host, setStates, ...calls } = node();
+  host.addNamespace(uuid, subsystemNqn);
+  await calls.stage(stage);
+  setStates("connecting");
+  host.devices.splice(0);
+  host.controllers.splice(0);
+
+  await calls.unstage({ volumeId: volumeId(uuid), stagingTargetPath: staging });
+
+  assert.deepEqual(host.mounts, []);
+});
+
+Deno.test("one live path of two is enough for every call", async () => {
+  const { host, ...calls } = node();
+  host.addNamespace(uuid, subsystemNqn);
+  await calls.stage(stage);
+  host.connect(subsystemNqn, hostNqn("n1.node"), "192.0.2.2");
+  const [first] = host.controllers;
+  assert(first);
+  first.state = "connecting";
+
+  await calls.publish(publish);
+  await calls.unpublish({ volumeId: volumeId(uuid), targetPath: target });
+  await calls.unstage({ volumeId: volumeId(uuid), stagingTargetPath: staging });
+
+  assert.deepEqual(host.mounts, []);
+});
+
+Deno.test("promise 14: a namespace whose announcement was lost is found, for the kernel is asked to look", async () => {
+  const { host, ...calls } = node();
+  host.addNamespace(neighbour, subsystemNqn);
+  host.connect(subsystemNqn, hostNqn("n1.node"));
+  host.addNamespace(uuid, subsystemNqn);
+
+  await calls.stage(stage);
+
+  assert(host.commands.includes("nvme ns-rescan /dev/nvme0"));
+  assert.equal(host.mounts.length, 1);
+});
