@@ -1,20 +1,25 @@
 /**
- * Runs in the guest: the checks of one boot of a scenario, one after the other.
+ * Runs in the guest: the checks of one boot of some scenarios that start in the same way, one after the other.
  *
- *   deno run -A inside.ts FILE BOOT NAMES      FILE beside this one, number of the boot, JSON list of the checks to run
+ *   deno run -A inside.ts FILES BOOT NAMES      JSON list of files, number of the boot, JSON list of the checks to run
  */
-import { modulesLoaded, World } from "./world.ts";
+import { modulesLoaded, read, World } from "./world.ts";
 import { type Check, type Report, reportMark, type Scenario } from "./scenario.ts";
 
-const [file = "", bootText = "0", namesText = "[]"] = Deno.args;
-const { scenario }: { scenario: Scenario } = await import(new URL(`./${file}`, import.meta.url).href);
+const [filesText = "[]", bootText = "0", namesText = "[]"] = Deno.args;
+const files: readonly string[] = JSON.parse(filesText);
+const scenarios: readonly Scenario[] = await Promise.all(files.map(async (file) => {
+  const { scenario }: { scenario: Scenario } = await import(new URL(`./${file}`, import.meta.url).href);
+  return scenario;
+}));
+const start = scenarios[0]?.start;
 const names = new Set<string>(JSON.parse(namesText));
-const wanted = (scenario.boots[Number(bootText)] ?? []).filter(({ name }) => names.has(name));
+const wanted = scenarios.flatMap(({ boots }) => boots[Number(bootText)] ?? []).filter(({ name }) => names.has(name));
 
 // One line is one write, so that output of others does not get between.
 const report = (report: Report) => console.log(reportMark + JSON.stringify(report));
 
-async function run({ name, limitSeconds = 60, run }: Check, world: World): Promise<boolean> {
+async function run({ name, limitSeconds = 120, run }: Check, world: World): Promise<boolean> {
   report({ event: "begins", name });
   const limit = new AbortController();
   const started = performance.now();
@@ -33,7 +38,7 @@ async function run({ name, limitSeconds = 60, run }: Check, world: World): Promi
     return true;
   } catch (error) {
     const problem = error instanceof Error ? error.stack ?? error.message : String(error);
-    report({ event: "failed", name, ms: ms(), problem });
+    report({ event: "failed", name, ms: ms(), problem: `${problem}\n${await world.evidence()}` });
     return false;
   } finally {
     clearTimeout(timer);
@@ -42,11 +47,25 @@ async function run({ name, limitSeconds = 60, run }: Check, world: World): Promi
 
 await modulesLoaded();
 const world = new World((name, text) => report({ event: "measured", name, text }));
+if (start !== undefined) {
+  try {
+    await world.start(start);
+  } catch (error) {
+    console.log(error instanceof Error ? error.stack : error);
+    console.log(await world.evidence());
+    Deno.exit(3);
+  }
+  report({
+    event: "measured",
+    name: "ready",
+    text: `${read("/proc/uptime")?.split(" ")[0]} s after the kernel's start`,
+  });
+}
 let failed = false;
 for (const check of wanted) {
   if (await run(check, world)) continue;
   failed = true;
-  console.log(await world.evidence());
+  await world.cleanUp();
 }
 // Without waiting for whatever hangs.
 Deno.exit(failed ? 1 : 0);

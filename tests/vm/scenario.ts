@@ -2,13 +2,13 @@
  * What a file of scenarios/ is made of. Host and guest both load it: the host to know the names of the checks, the guest
  * to run them. So nothing may happen when such a file is merely loaded.
  */
-import type { World } from "./world.ts";
+import type { StartOptions, World } from "./world.ts";
 
 /** Something that is asserted on a real kernel. It makes what it needs and takes it away again. */
 export interface Check {
   /** Like a test's name; `promise N: …` where it keeps one. */
   readonly name: string;
-  /** Default 60 s. */
+  /** Default 120 s: a machine may be ten times as slow as another. */
   readonly limitSeconds?: number;
   /** Throws when it fails. `signal` aborts at the time limit. */
   readonly run: (world: World, signal: AbortSignal) => Promise<void>;
@@ -20,11 +20,21 @@ export interface Scenario {
   readonly boots: readonly (readonly Check[])[];
   /** Default 2048. */
   readonly memoryMib?: number;
+  /** What runs before the first check of each boot; undefined: nothing. */
+  readonly start: StartOptions | undefined;
 }
 
-/** A scenario of one boot. */
-export function scenario(checks: readonly Check[]): Scenario {
-  return { boots: [checks] };
+/** Settings of lbcsi node with which lost connections are given up while one can wait for it. */
+export const impatient: StartOptions = {
+  node: [
+    ...["--ctrl-loss-tmo", "15", "--reconnect-delay", "1", "--keep-alive-tmo", "5"],
+    ...["--nr-io-queues", "1", "--queue-size", "32"],
+  ],
+};
+
+/** A scenario of one boot, with cluster, controller and an impatient node unless told otherwise. */
+export function scenario(checks: readonly Check[], start: StartOptions | undefined = impatient): Scenario {
+  return { boots: [checks], start };
 }
 
 /** What the guest tells the host, a line of JSON each; other lines are for people. */

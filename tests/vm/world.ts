@@ -1,10 +1,34 @@
 /**
- * The guest as a scenario sees it: commands, the program's processes, files of the kernel. Nothing of it runs on the host.
+ * The guest as a scenario sees it: commands, files of the kernel, and the program's processes: a simulated cluster over the
+ * kernel's NVMe/TCP target, a controller, and a node that attaches directly. The scenario plays the orchestrator. Nothing
+ * of this runs on the host.
  */
+import assert from "node:assert/strict";
 import { join } from "node:path";
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
+import { Rig, type Running } from "../../lib/demo/rig.ts";
+import { parseMountTable } from "../../lib/host/mounts.ts";
+import { hostNqn } from "../../lib/namespace.ts";
+import { CallError, type Channel } from "../../lib/rpc.ts";
+import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
-/** What starts the program: the bundle of main.ts that the host has made, as it is shipped but for its spelling. */
-export const program: readonly string[] = [Deno.execPath(), "run", "-A", "--no-code-cache", "/program/main.js"];
+/**
+ * What starts the program: the bundle of main.ts that the host has made, with the flags of the build. Without a compiler
+ * in V8, it starts a third faster under emulation.
+ */
+export const program: readonly string[] = [
+  Deno.execPath(),
+  "run",
+  "-A",
+  "--no-code-cache",
+  "--v8-flags=--lite-mode,--max-old-space-size=64",
+  "/program/main.js",
+];
+
+/** How long a process may take to start; on a quiet machine it takes 5 s. */
+const patienceMs = 180_000;
+
+export const nodeId = "guest.node";
 
 export interface Finished {
   readonly code: number;
@@ -30,7 +54,7 @@ export async function tool(command: string, ...args: readonly string[]): Promise
 export async function until<T>(
   what: string,
   look: () => T | undefined | false | Promise<T | undefined | false>,
-  seconds = 15,
+  seconds = 20,
 ): Promise<T> {
   const giveUpAt = performance.now() + seconds * 1000;
   for (;;) {
@@ -50,16 +74,226 @@ export function read(path: string): string | undefined {
   }
 }
 
+/** Sorted names in a directory; none when it is not there. */
+export function names(directory: string): readonly string[] {
+  try {
+    return [...Deno.readDirSync(directory)].map(({ name }) => name).sort();
+  } catch {
+    return [];
+  }
+}
+
 /** Loads what the initiator, the target and file systems need, so that no check pays for it. */
 export async function modulesLoaded(): Promise<void> {
   await tool("modprobe", "-a", "nvme-tcp", "nvmet", "nvmet-tcp", "loop", "ext4", "xfs", "btrfs", "dm-flakey");
+}
+
+// ---------------------------------------------------------------------------------------- the kernel, as it is
+
+/** Names of block devices with this namespace UUID: read from sysfs, without the driver's help. */
+export function devicesWith(uuid: string): readonly string[] {
+  return names("/sys/block").filter((name) =>
+    /^nvme\d+n\d+$/.test(name) && read(`/sys/block/${name}/wwid`) === `uuid.${uuid}`
+  );
+}
+
+/** The only block device with this UUID. */
+export function deviceOf(uuid: string): string {
+  const [name, ...more] = devicesWith(uuid);
+  assert(name !== undefined && more.length === 0, `devices of ${uuid}: ${[name, ...more].join(", ")}`);
+  return `/dev/${name}`;
+}
+
+export interface ControllerState {
+  readonly name: string;
+  readonly state: string;
+  readonly address: string;
+  readonly hostNqn: string;
+}
+
+/** NVMe/TCP controllers of the guest's initiator. */
+export function controllers(): readonly ControllerState[] {
+  return names("/sys/class/nvme").filter((name) => read(`/sys/class/nvme/${name}/transport`) === "tcp").map((name) => ({
+    name,
+    state: read(`/sys/class/nvme/${name}/state`) ?? "gone",
+    address: read(`/sys/class/nvme/${name}/address`) ?? "",
+    hostNqn: read(`/sys/class/nvme/${name}/hostnqn`) ?? "",
+  }));
+}
+
+/** Paths at which something is mounted below a directory. */
+export function mountsBelow(directory: string): readonly string[] {
+  return parseMountTable(Deno.readTextFileSync("/proc/self/mountinfo")).map(({ path }) => path)
+    .filter((path) => path === directory || path.startsWith(`${directory}/`));
+}
+
+// ------------------------------------------------------------------------------------------------- the orchestrator
+
+export interface VolumeWish {
+  /** Default `ext4`; `block` for a raw block volume. */
+  readonly use?: "ext4" | "xfs" | "btrfs" | "block" | "";
+  readonly sizeBytes?: bigint;
+  readonly mode?: Mode;
+  readonly mountFlags?: readonly string[];
+  readonly parameters?: Readonly<Record<string, string>>;
+  readonly source?: NonNullable<
+    MessageInitShape<typeof Controller.method.createVolume.input>["volumeContentSource"]
+  >["type"];
+}
+
+export type Capability = NonNullable<MessageInitShape<typeof Node.method.nodeStageVolume.input>["volumeCapability"]>;
+
+/** What an orchestrator says of a volume's use in every call. */
+export function capabilityOf(
+  use: NonNullable<VolumeWish["use"]>,
+  mode = Mode.SINGLE_NODE_WRITER,
+  mountFlags: readonly string[] = [],
+): Capability {
+  if (use === "block") return { accessMode: { mode }, accessType: { case: "block", value: {} } };
+  return { accessMode: { mode }, accessType: { case: "mount", value: { fsType: use, mountFlags: [...mountFlags] } } };
+}
+
+/** A volume and the calls that an orchestrator makes for it. Each may be made again. */
+export class Volume {
+  readonly world: World;
+  readonly id: string;
+  readonly uuid: string;
+  /** What is at the volume's paths on the node is in here. */
+  readonly directory: string;
+  readonly staging: string;
+  readonly target: string;
+  readonly capability: Capability;
+  publishContext: Record<string, string> = {};
+
+  constructor(world: World, id: string, uuid: string, directory: string, capability: Capability) {
+    this.world = world;
+    this.id = id;
+    this.uuid = uuid;
+    this.directory = directory;
+    this.staging = join(directory, "staging");
+    this.target = join(directory, "target");
+    this.capability = capability;
+    Deno.mkdirSync(this.staging, { recursive: true });
+  }
+
+  get device(): string {
+    return deviceOf(this.uuid);
+  }
+
+  /** ControllerPublishVolume: the node is on the access list afterwards. */
+  async grant(node = nodeId): Promise<void> {
+    const { publishContext } = await this.world.controllerCall(Controller.method.controllerPublishVolume, {
+      volumeId: this.id,
+      nodeId: node,
+      volumeCapability: this.capability,
+      secrets: this.world.secrets,
+    });
+    this.publishContext = publishContext;
+  }
+
+  /** ControllerUnpublishVolume: the fence. */
+  async revoke(node = nodeId): Promise<void> {
+    await this.world.controllerCall(Controller.method.controllerUnpublishVolume, {
+      volumeId: this.id,
+      nodeId: node,
+      secrets: this.world.secrets,
+    });
+  }
+
+  async stage(seconds?: number): Promise<void> {
+    await this.world.nodeCall(Node.method.nodeStageVolume, {
+      volumeId: this.id,
+      publishContext: this.publishContext,
+      stagingTargetPath: this.staging,
+      volumeCapability: this.capability,
+    }, seconds);
+  }
+
+  async publish(seconds?: number): Promise<void> {
+    await this.world.nodeCall(Node.method.nodePublishVolume, {
+      volumeId: this.id,
+      publishContext: this.publishContext,
+      stagingTargetPath: this.staging,
+      targetPath: this.target,
+      volumeCapability: this.capability,
+    }, seconds);
+  }
+
+  async unpublish(seconds?: number): Promise<void> {
+    const request = { volumeId: this.id, targetPath: this.target };
+    await this.world.nodeCall(Node.method.nodeUnpublishVolume, request, seconds);
+  }
+
+  async unstage(seconds?: number): Promise<void> {
+    const request = { volumeId: this.id, stagingTargetPath: this.staging };
+    await this.world.nodeCall(Node.method.nodeUnstageVolume, request, seconds);
+  }
+
+  async stats(path = this.target) {
+    return await this.world.nodeCall(Node.method.nodeGetVolumeStats, { volumeId: this.id, volumePath: path });
+  }
+
+  /** ControllerExpandVolume and NodeExpandVolume; the size that the node has measured. */
+  async expand(requiredBytes: bigint, path = this.target): Promise<bigint> {
+    await this.world.controllerCall(Controller.method.controllerExpandVolume, {
+      volumeId: this.id,
+      capacityRange: { requiredBytes },
+      secrets: this.world.secrets,
+      volumeCapability: this.capability,
+    });
+    const { capacityBytes } = await this.world.nodeCall(Node.method.nodeExpandVolume, {
+      volumeId: this.id,
+      volumePath: path,
+      capacityRange: { requiredBytes },
+    });
+    return capacityBytes;
+  }
+
+  async delete(): Promise<void> {
+    this.world.forget(this);
+    const request = { volumeId: this.id, secrets: this.world.secrets };
+    await this.world.controllerCall(Controller.method.deleteVolume, request);
+  }
+
+  /** The end of its life, from whatever state; nothing of it is left on node and cluster. */
+  async end(): Promise<void> {
+    await this.unpublish();
+    await this.unstage();
+    await this.revoke();
+    await this.delete();
+  }
+}
+
+/** Asserts that a call is refused by the driver with this code and words. */
+export async function refuses(call: Promise<unknown>, code: CallError["code"], message: RegExp): Promise<void> {
+  await assert.rejects(call, (error) => {
+    assert(error instanceof CallError, `not an answer: ${error}`);
+    assert.equal(error.code, code, error.message);
+    assert.match(error.message, message);
+    return true;
+  });
+}
+
+// -------------------------------------------------------------------------------------------------------- the world
+
+export interface StartOptions {
+  /** More options of `lbcsi node`; false: no node. */
+  readonly node?: readonly string[] | false;
+  /** More options of `lbcsi simulate`. */
+  readonly simulator?: readonly string[];
+  /** Keeps the cluster and the directories of volumes on the disk that outlives a boot. */
+  readonly onDisk?: boolean;
 }
 
 /** What the checks of one boot share. */
 export class World {
   /** A directory in memory; sockets belong here. */
   readonly home = Deno.makeTempDirSync({ dir: "/tmp", prefix: "world-" });
+  readonly rig = new Rig(this.home, program, program, "lightos", patienceMs);
   readonly #measured: (name: string, text: string) => void;
+  #options: StartOptions = {};
+  #volumes = 0;
+  readonly #alive = new Set<Volume>();
 
   constructor(measured: (name: string, text: string) => void) {
     this.#measured = measured;
@@ -70,14 +304,164 @@ export class World {
     this.#measured(name, text);
   }
 
-  /** What helps to understand a failure: the ends of the logs. */
-  evidence(): Promise<string> {
-    const parts: string[] = [];
-    for (const { name } of Deno.readDirSync(this.home)) {
-      if (!name.endsWith(".log")) continue;
-      const lines = (read(join(this.home, name)) ?? "").split("\n").slice(-15);
-      parts.push(`--- ${name}\n${lines.join("\n")}`);
-    }
-    return Promise.resolve(parts.join("\n"));
+  get secrets(): Record<string, string> {
+    return { jwt: this.rig.addresses.jwt };
   }
+
+  /** Starts the cluster, the controller and the node. */
+  async start(options: StartOptions): Promise<void> {
+    this.#options = options;
+    await this.startSimulator();
+    const signal = AbortSignal.timeout(patienceMs);
+    await Promise.all([this.rig.startController(signal), options.node === false ? undefined : this.startNode()]);
+  }
+
+  /** The cluster's memory and contents: not in memory, where sparse files cannot be zeroed in place. */
+  get state(): string {
+    return this.#options.onDisk ? "/disk/cluster" : "/var/lib/cluster";
+  }
+
+  /** The node's log and the controller's, as they are now. */
+  logOf(name: "node" | "controller" | "simulator"): string {
+    return read(join(this.home, `${name}.log`)) ?? "";
+  }
+
+  /** Starts the cluster, or a new one of the same state after the old one ended. */
+  async startSimulator(): Promise<Running> {
+    const options = ["--state", this.state, "--schemes", "grpc", "--servers", "2", ...this.#options.simulator ?? []];
+    return await this.rig.startSimulator("nvmet", AbortSignal.timeout(patienceMs), options);
+  }
+
+  /** Starts the node, or a new one after the old one ended. */
+  async startNode(): Promise<Running> {
+    const options = ["--attach", "direct", ...this.#options.node || []];
+    return await this.rig.startNode(nodeId, AbortSignal.timeout(patienceMs), {}, options);
+  }
+
+  async nodeCall<I extends DescMessage, O extends DescMessage>(
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    seconds = 60,
+  ): Promise<MessageShape<O>> {
+    return await call(this.rig.node, method, request, seconds);
+  }
+
+  async controllerCall<I extends DescMessage, O extends DescMessage>(
+    method: DescMethodUnary<I, O>,
+    request: MessageInitShape<I>,
+    seconds = 60,
+  ): Promise<MessageShape<O>> {
+    return await call(this.rig.controller, method, request, seconds);
+  }
+
+  /** CreateVolume and, unless told otherwise, ControllerPublishVolume. */
+  async volume(wish: VolumeWish = {}, grant = true): Promise<Volume> {
+    const { use = "ext4", sizeBytes = 1n << 30n, mode = Mode.SINGLE_NODE_WRITER, mountFlags = [] } = wish;
+    const capability = capabilityOf(use, mode, mountFlags);
+    const name = `volume-${++this.#volumes}-${crypto.randomUUID().slice(0, 8)}`;
+    const { addresses } = this.rig;
+    const { volume } = await this.controllerCall(Controller.method.createVolume, {
+      name,
+      capacityRange: { requiredBytes: sizeBytes },
+      volumeCapabilities: [capability],
+      parameters: {
+        "mgmt-endpoint": addresses.grpc.join(","),
+        "mgmt-scheme": "grpc",
+        "project-name": addresses.projects[0] ?? "",
+        "replica-count": "1",
+        ...wish.parameters,
+      },
+      ...(wish.source === undefined ? {} : { volumeContentSource: { type: wish.source } }),
+      secrets: this.secrets,
+    });
+    const id = volume?.volumeId ?? "";
+    const uuid = /nguid:([0-9a-f-]{36})/.exec(id)?.[1] ?? "";
+    const directory = join(this.#options.onDisk ? "/disk/volumes" : this.home, name);
+    const made = new Volume(this, id, uuid, directory, capability);
+    this.#alive.add(made);
+    if (grant) await made.grant();
+    return made;
+  }
+
+  /** Takes a volume off the list of those that cleanUp deletes. */
+  forget(volume: Volume): void {
+    this.#alive.delete(volume);
+  }
+
+  /** After a check that failed: heals the target, and ends what is left of the volumes, so that the next check has a chance. */
+  async cleanUp(): Promise<void> {
+    const quietly = (step: () => Promise<unknown>) => step().catch((error) => console.log(`clean-up: ${error}`));
+    for (const server of [0, 1]) {
+      await quietly(() => this.rig.ask("POST", "/paths/up", { server }));
+      await quietly(() => this.rig.ask("POST", "/paths/ana", { server, state: "optimized" }));
+    }
+    const subsystem = `/sys/kernel/config/nvmet/subsystems/${this.rig.addresses.subsystemNqn}`;
+    for (const nsid of names(`${subsystem}/namespaces`)) {
+      await quietly(() => Deno.writeTextFile(`${subsystem}/namespaces/${nsid}/enable`, "1"));
+    }
+    for (const volume of this.#alive) {
+      await quietly(() => volume.unpublish(20));
+      await quietly(() => volume.unstage(20));
+      await quietly(() => volume.revoke());
+      await quietly(() => volume.delete());
+    }
+  }
+
+  /** The directory of a volume's namespace in the target's part of configfs. */
+  targetOf(uuid: string): string {
+    const directory = `/sys/kernel/config/nvmet/subsystems/${this.rig.addresses.subsystemNqn}/namespaces`;
+    const found = names(directory).find((nsid) => read(join(directory, nsid, "device_uuid")) === uuid);
+    assert(found !== undefined, `the target has no namespace ${uuid}`);
+    return join(directory, found);
+  }
+
+  /** The file that holds what is on a volume, on the cluster's side. */
+  contentOf(uuid: string): string {
+    return join(this.state, "content/volumes", `${uuid}.img`);
+  }
+
+  /** Asserts that nothing is left of any volume: on the cluster, in the mount table, of devices and connections. */
+  async nothingLeft(): Promise<void> {
+    const left = await this.rig.clusterWhenIdle(AbortSignal.timeout(30_000));
+    assert.deepEqual(Object.values(left).flat(), []);
+    assert.deepEqual(mountsBelow(this.home), []);
+    // The node looks after connections without a namespace every 10 s, when the last volume went before its neighbours'
+    // devices did.
+    const ours = () => controllers().filter((controller) => controller.hostNqn === hostNqn(nodeId));
+    await until("no connection is left", () => ours().length === 0, 60);
+  }
+
+  /** What helps to understand a failure: the ends of the logs, the connections, the mounts. */
+  async evidence(): Promise<string> {
+    const parts: string[] = [];
+    for (const name of names(this.home).filter((name) => name.endsWith(".log"))) {
+      const lines = (read(join(this.home, name)) ?? "").split("\n").filter((line) => !line.includes('"rpc":"Probe"'));
+      parts.push(`--- ${name}\n${lines.slice(-12).join("\n")}`);
+    }
+    parts.push(`--- controllers\n${controllers().map((one) => JSON.stringify(one)).join("\n")}`);
+    const devices = names("/sys/block").filter((name) => name.startsWith("nvme")).map((name) => {
+      const at = (attribute: string) => read(`/sys/block/${name}/${attribute}`);
+      return `${name} ${at("wwid")} nsid ${at("nsid")} ${at("ana_state") ?? ""}`;
+    });
+    parts.push(`--- devices\n${devices.join("\n")}`);
+    const target = `/sys/kernel/config/nvmet/subsystems/${this.rig.addresses.subsystemNqn}`;
+    const shown = names(`${target}/namespaces`).map((nsid) => {
+      const at = (attribute: string) => read(`${target}/namespaces/${nsid}/${attribute}`);
+      return `nsid ${nsid} ${at("device_uuid")} ${at("device_path")} enable ${at("enable")}`;
+    });
+    parts.push(`--- target, for ${names(`${target}/allowed_hosts`).join(" ")}\n${shown.join("\n")}`);
+    parts.push(`--- mounts\n${mountsBelow(this.home).join("\n")}`);
+    parts.push(`--- kernel\n${(await run("dmesg")).stdout.split("\n").slice(-40).join("\n")}`);
+    return parts.join("\n");
+  }
+}
+
+async function call<I extends DescMessage, O extends DescMessage>(
+  channel: Channel,
+  method: DescMethodUnary<I, O>,
+  request: MessageInitShape<I>,
+  seconds: number,
+): Promise<MessageShape<O>> {
+  const limit = AbortSignal.timeout(seconds * 1000 + 30_000);
+  return await channel.call(method, request, { signal: limit, deadline: new Date(Date.now() + seconds * 1000) });
 }

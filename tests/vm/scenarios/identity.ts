@@ -1,0 +1,176 @@
+/** Devices that go, come back and change names under the driver: whose they are is what counts. */
+import assert from "node:assert/strict";
+import { scenario as of } from "../scenario.ts";
+import {
+  controllers,
+  devicesWith,
+  mountsBelow,
+  read,
+  refuses,
+  tool,
+  until,
+  type Volume,
+  type World,
+} from "../world.ts";
+
+async function enable(world: World, volume: Volume, enabled: boolean): Promise<void> {
+  await Deno.writeTextFile(`${world.targetOf(volume.uuid)}/enable`, enabled ? "1" : "0");
+  const wanted = enabled ? 1 : 0;
+  await until(`namespace ${volume.uuid} has ${wanted} devices`, () => devicesWith(volume.uuid).length === wanted);
+}
+
+async function firstBytes(path: string): Promise<string> {
+  return (await tool("dd", `if=${path}`, "bs=9", "count=1", "status=none", "iflag=nonblock")).replaceAll("\0", "");
+}
+
+export const scenario = of([
+  {
+    name: "promise 3: after two namespaces have swapped their device names, each target shows its own volume",
+    async run(world) {
+      const one = await world.volume({ use: "block" });
+      const two = await world.volume({ use: "block" });
+      await world.rig.ask("GET", "/settled");
+      await one.stage();
+      await two.stage();
+      for (const volume of [one, two]) {
+        await tool("sh", "-c", `printf ${volume.uuid.slice(0, 8)} | dd of=${volume.device} conv=fsync status=none`);
+      }
+      const names = [one.device, two.device];
+
+      await enable(world, one, false);
+      await enable(world, two, false);
+      // The kernel gives the lowest free number to whoever comes first.
+      if (names[0] === undefined || names[1] === undefined || names[0] < names[1]) {
+        await enable(world, two, true);
+        await enable(world, one, true);
+      } else {
+        await enable(world, one, true);
+        await enable(world, two, true);
+      }
+      assert.deepEqual([one.device, two.device], names.toReversed());
+      await one.publish();
+      await two.publish();
+
+      assert.equal(await firstBytes(one.target), one.uuid.slice(0, 8));
+      assert.equal(await firstBytes(two.target), two.uuid.slice(0, 8));
+      await one.end();
+      await two.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "promise 2: a mount whose device went and came back under another name is taken down and made anew",
+    async run(world) {
+      const volume = await world.volume();
+      const other = await world.volume({ use: "block" });
+      await other.stage();
+      await volume.stage();
+      await volume.publish();
+      await tool("sh", "-c", `echo kept >${volume.target}/file && sync -f ${volume.target}`);
+      const before = volume.device;
+      await enable(world, volume, false);
+      await refuses(
+        volume.publish(10),
+        "FAILED_PRECONDITION",
+        /this node has no block device of it, it has to be staged/,
+      );
+      await enable(world, volume, true);
+      assert.notEqual(volume.device, before);
+
+      await refuses(volume.publish(), "FAILED_PRECONDITION", /has lost its device, it has to be staged again/);
+      const { volumeCondition } = await volume.stats();
+      assert.equal(volumeCondition?.abnormal, true);
+      assert.match(volumeCondition?.message ?? "", /has lost its device/);
+      await volume.unpublish();
+      await volume.stage();
+      await volume.publish();
+
+      assert.equal(await Deno.readTextFile(`${volume.target}/file`), "kept\n");
+      await tool("sh", "-c", `echo more >${volume.target}/more && sync -f ${volume.target}`);
+      await volume.end();
+      await other.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name:
+      "promise 4: a volume whose device is gone is unpublished and unstaged, file system and block, and nothing hangs",
+    async run(world) {
+      const keeper = await world.volume({ use: "block" });
+      await keeper.stage();
+      for (const use of ["ext4", "xfs", "block"] as const) {
+        const volume = await world.volume({ use });
+        await volume.stage();
+        await volume.publish();
+        if (use !== "block") await Deno.writeTextFile(`${volume.target}/unwritten`, "x".repeat(100_000));
+        await enable(world, volume, false);
+
+        await volume.unpublish(20);
+        await volume.unstage(20);
+        await volume.unpublish(20);
+        await volume.unstage(20);
+
+        assert.deepEqual(mountsBelow(volume.directory), []);
+        await volume.revoke();
+        await volume.delete();
+      }
+      await keeper.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "promise 4: access is taken away first, as when a pod is forced off: unstage still ends and leaves nothing",
+    async run(world) {
+      const keeper = await world.volume({ use: "block" });
+      const volume = await world.volume({ use: "xfs" });
+      await keeper.stage();
+      await volume.stage();
+      await volume.publish();
+      await volume.revoke();
+      await until("the device goes", () => devicesWith(volume.uuid).length === 0);
+
+      await volume.unpublish(20);
+      await volume.unstage(20);
+
+      assert.deepEqual(mountsBelow(volume.directory), []);
+      await keeper.unstage();
+      assert.deepEqual(controllers(), []);
+      await keeper.revoke();
+      await keeper.delete();
+      await volume.delete();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "promise 8: a connection that shows no namespace any more goes with the volume it was made for",
+    async run(world) {
+      const volume = await world.volume({ use: "block" });
+      await volume.stage();
+      await enable(world, volume, false);
+      assert.equal(controllers().length, 2);
+
+      await volume.unstage();
+
+      assert.deepEqual(controllers(), []);
+      await volume.revoke();
+      await volume.delete();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "connections have the settings of lbcsi node, as sysfs shows them",
+    async run(world) {
+      const volume = await world.volume({ use: "block" });
+      await volume.stage();
+
+      for (const { name } of controllers()) {
+        const at = (attribute: string) => read(`/sys/class/nvme/${name}/${attribute}`);
+        assert.deepEqual(
+          ["ctrl_loss_tmo", "reconnect_delay", "kato", "queue_count", "sqsize"].map(at),
+          ["15", "1", "5", "2", "31"],
+        );
+      }
+      await volume.end();
+    },
+  },
+]);

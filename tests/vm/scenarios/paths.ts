@@ -1,0 +1,176 @@
+/**
+ * Connections that are lost and come back, or do not. Measured on 6.1: a device without a path makes every reader and
+ * writer wait in the kernel, umount(8) too, out of reach of any signal, until a path is back or ctrl_loss_tmo has passed.
+ */
+import assert from "node:assert/strict";
+import { scenario as of } from "../scenario.ts";
+import { controllers, devicesWith, mountsBelow, read, refuses, tool, until, type World } from "../world.ts";
+
+const take = (world: World, server: number, up: boolean) =>
+  world.rig.ask("POST", `/paths/${up ? "up" : "down"}`, { server });
+const states = () => controllers().map(({ state }) => state).join(" ");
+const noneLive = () => controllers().length > 0 && controllers().every(({ state }) => state !== "live");
+
+/** Processes that a signal cannot reach, for want of a device. */
+async function stuck(): Promise<string> {
+  const lines = (await tool("ps", "-eo", "state,args")).split("\n");
+  return lines.filter((line) => /^D .*(mount|blkid|mkfs|nvme)/.test(line)).join("; ");
+}
+
+export const scenario = of([
+  {
+    name:
+      "one lost path of two: I/O goes on, another volume is staged, and the path is made again when the kernel has given it up",
+    limitSeconds: 240,
+    async run(world) {
+      const volume = await world.volume();
+      await volume.stage();
+      await volume.publish();
+      await take(world, 1, false);
+      await until("a path is lost", () => states() !== "live live");
+      await tool("dd", "if=/dev/zero", `of=${volume.target}/a`, "bs=1M", "count=4", "conv=fsync", "status=none");
+      const other = await world.volume({ use: "block" });
+      await other.stage();
+      await until("the kernel gives the path up", () => controllers().length === 1, 60);
+
+      await take(world, 1, true);
+      await until("the path is made again", () => states() === "live live", 90);
+
+      await take(world, 0, false);
+      await until("the other path is lost", () => states() !== "live live");
+      await tool("dd", "if=/dev/zero", `of=${volume.target}/b`, "bs=1M", "count=4", "conv=fsync", "status=none");
+      await take(world, 0, true);
+      await until("both paths are there", () => states() === "live live", 90);
+      await other.end();
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "a dead address among two is a warning, and the volume is staged over the other",
+    async run(world) {
+      await take(world, 0, false);
+      const volume = await world.volume();
+      await volume.stage();
+
+      assert.equal(states(), "live");
+      assert.match(world.logOf("node"), /could not connect.*127\.0\.0\.1:4420: refused, nothing listens there/);
+      await take(world, 0, true);
+      await volume.stage();
+      assert.equal(states(), "live live");
+      await volume.end();
+    },
+  },
+  {
+    name: "no address answers, or none lets this host in: stage says of each why",
+    async run(world) {
+      const volume = await world.volume();
+      for (const server of [0, 1]) await take(world, server, false);
+      await refuses(
+        volume.stage(),
+        "UNAVAILABLE",
+        /took the connection \(127\.0\.0\.1:4420: refused, nothing listens there; 127\.0\.0\.2:4420: refused, nothing listens/,
+      );
+      for (const server of [0, 1]) await take(world, server, true);
+      await volume.revoke();
+      await world.rig.ask("GET", "/settled");
+
+      await refuses(
+        volume.stage(),
+        "UNAVAILABLE",
+        /127\.0\.0\.1:4420: not allowed: the subsystem is unknown there or has no/,
+      );
+      await volume.grant();
+      await volume.stage();
+      await volume.end();
+    },
+  },
+  {
+    name: "promise 4: all paths are lost and come back: nothing hangs meanwhile, and what was written is on the volume",
+    async run(world) {
+      const volume = await world.volume();
+      await volume.stage();
+      await volume.publish();
+      await Deno.writeTextFile(`${volume.target}/unwritten`, "x".repeat(300_000));
+      for (const server of [0, 1]) await take(world, server, false);
+      await until("no path is live", noneLive);
+
+      const { volumeCondition } = await volume.stats();
+      assert.match(volumeCondition?.message ?? "", /no live path/);
+      await refuses(volume.publish(20), "UNAVAILABLE", /has no live path \(nvme\d+ \w+; nvme\d+ \w+\)/);
+      await refuses(volume.stage(20), "UNAVAILABLE", /no live path|took the connection/);
+      await volume.unpublish(20);
+      await refuses(volume.unstage(20), "UNAVAILABLE", /has no live path .* what was not yet written waits for one/);
+      assert.equal(await stuck(), "");
+      for (const server of [0, 1]) await take(world, server, true);
+      await until("a path is live", () => states().includes("live"));
+      await volume.unstage();
+
+      await volume.stage();
+      assert.equal((await Deno.readTextFile(`${volume.staging}/unwritten`)).length, 300_000);
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "all paths are inaccessible (ANA) while connected: nothing hangs, and it goes on afterwards",
+    async run(world) {
+      const ana = async (state: string) => {
+        for (const server of [0, 1]) await world.rig.ask("POST", "/paths/ana", { server, state });
+        const paths = [...Deno.readDirSync("/sys/block")].map(({ name }) => name).filter((name) =>
+          /^nvme\d+c/.test(name)
+        );
+        await until(
+          `all paths are ${state}`,
+          () => paths.every((name) => read(`/sys/block/${name}/ana_state`) === state),
+        );
+      };
+      const volume = await world.volume();
+      await volume.stage();
+      await ana("inaccessible");
+
+      await refuses(
+        volume.publish(20),
+        "UNAVAILABLE",
+        /no live path \(nvme\d+ live, inaccessible; nvme\d+ live, inaccessible\)/,
+      );
+      await refuses(volume.unstage(20), "UNAVAILABLE", /no live path/);
+      await ana("optimized");
+
+      await volume.publish();
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name:
+      "promise 24: access is taken away while mounted: no write gets through, nothing hangs, and unstage succeeds in the end",
+    limitSeconds: 240,
+    async run(world) {
+      const volume = await world.volume();
+      await volume.stage();
+      await volume.publish();
+      await Deno.writeTextFile(`${volume.target}/written`, "before");
+      await tool("sync", "-f", volume.target);
+      const content = world.contentOf(volume.uuid);
+      await volume.revoke();
+      await until("no path is live", noneLive);
+      const fenced = Deno.statSync(content).mtime?.getTime();
+      await Deno.writeTextFile(`${volume.target}/unwritten`, "after");
+
+      await volume.unpublish(20);
+      await refuses(volume.unstage(20), "UNAVAILABLE", /has no live path/);
+      assert.equal(await stuck(), "");
+      await until("the kernel gives the device up", () => devicesWith(volume.uuid).length === 0, 90);
+      await volume.unstage(20);
+
+      assert.equal(Deno.statSync(content).mtime?.getTime(), fenced);
+      assert.deepEqual(mountsBelow(volume.directory), []);
+      await volume.grant();
+      await volume.stage();
+      assert.equal(await Deno.readTextFile(`${volume.staging}/written`), "before");
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+]);

@@ -1,0 +1,125 @@
+/** The node's own end, in order and without, and the machine's. */
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import type { Scenario } from "../scenario.ts";
+import { capabilityOf, controllers, mountsBelow, tool, until, Volume, type World } from "../world.ts";
+
+/** Writes and syncs without end, and notes when each write was done. */
+function writer(path: string, notes: string): Deno.ChildProcess {
+  const script = `
+    while dd if=/dev/zero of=$1 bs=4k count=1 conv=fsync,notrunc status=none; do cut -d' ' -f1 /proc/uptime; done >$2 2>&1
+    echo FAILED >>$2`;
+  return new Deno.Command("sh", { args: ["-c", script, "writer", path, notes], stdin: "null" }).spawn();
+}
+
+const saved = "/disk/volumes.json";
+
+interface Saved {
+  readonly id: string;
+  readonly uuid: string;
+  readonly directory: string;
+  readonly use: "ext4" | "xfs" | "block";
+  readonly publishContext: Record<string, string>;
+  /** Whether a pod wants it again after the reboot. */
+  readonly again: boolean;
+}
+
+function load(): readonly Saved[] {
+  return JSON.parse(Deno.readTextFileSync(saved));
+}
+
+function volumeOf(world: World, { id, uuid, directory, use, publishContext }: Saved): Volume {
+  const volume = new Volume(world, id, uuid, directory, capabilityOf(use));
+  volume.publishContext = publishContext;
+  return volume;
+}
+
+export const scenario: Scenario = {
+  start: { onDisk: true },
+  boots: [
+    [
+      {
+        name: "promise 23: the node is stopped, killed and started while a pod writes: no error and no stall",
+        limitSeconds: 240,
+        async run(world) {
+          const volume = await world.volume();
+          await volume.stage();
+          await volume.publish();
+          const notes = join(world.home, "writes");
+          const writing = writer(`${volume.target}/file`, notes);
+          const times = () => (Deno.readTextFileSync(notes).trim().split("\n")).map(Number);
+          const before = controllers();
+          await until("it writes", () => times().length > 10);
+          const undisturbed = times().length;
+          for (const signal of ["SIGTERM", "SIGKILL"] as const) {
+            await world.rig.running("node")?.end(signal, 30_000);
+            const then = times().length;
+            await until("it writes without a node", () => times().length > then + 10);
+            await world.startNode();
+          }
+          await volume.stage();
+          await volume.publish();
+          const then = times().length;
+          await until("it writes with the new node", () => times().length > then + 10);
+          assert.deepEqual(controllers(), before);
+          const all = times();
+          writing.kill("SIGKILL");
+          await writing.status;
+
+          assert(all.every((time) => time > 0), "a write failed");
+          const gaps = all.slice(1).map((time, at) => time - (all[at] ?? 0));
+          const longest = Math.max(...gaps.slice(undisturbed));
+          world.measured("longest pause of a writer", `${longest.toFixed(2)} s in ${all.length} writes`);
+          assert(longest < 5, `a pause of ${longest} s`);
+          await volume.unpublish();
+          await volume.unstage();
+          await volume.end();
+          await world.nothingLeft();
+        },
+      },
+      {
+        name: "promise 4: volumes are in use when the machine loses its power",
+        async run(world) {
+          const volumes: Saved[] = [];
+          for (const use of ["ext4", "xfs", "block"] as const) {
+            for (const again of [true, false]) {
+              const volume = await world.volume({ use });
+              await volume.stage();
+              await volume.publish();
+              if (use !== "block") {
+                await Deno.writeTextFile(`${volume.target}/file`, use);
+                await tool("sync", "-f", volume.target);
+              }
+              assert.equal(mountsBelow(volume.directory).length, use === "block" ? 1 : 2);
+              const { id, uuid, directory, publishContext } = volume;
+              volumes.push({ id, uuid, directory, publishContext, use, again });
+            }
+          }
+          await Deno.writeTextFile(saved, JSON.stringify(volumes));
+        },
+      },
+    ],
+    [
+      {
+        name: "promise 4: after the reboot, volumes that were in use are staged and published again with their data",
+        async run(world) {
+          for (const known of load().filter(({ again }) => again)) {
+            const volume = volumeOf(world, known);
+            await volume.stage();
+            await volume.publish();
+            if (known.use !== "block") assert.equal(await Deno.readTextFile(`${volume.target}/file`), known.use);
+            await volume.end();
+          }
+        },
+      },
+      {
+        name: "promise 4: after the reboot, volumes that nobody stages again are unpublished and unstaged",
+        async run(world) {
+          for (const known of load().filter(({ again }) => !again)) await volumeOf(world, known).end();
+          await world.nothingLeft();
+          assert.deepEqual(mountsBelow("/disk/volumes"), []);
+        },
+      },
+    ],
+  ],
+};

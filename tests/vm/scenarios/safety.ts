@@ -1,0 +1,200 @@
+/** Promise 1: whatever a device is like, nothing is formatted that was not proved blank, and no byte on it changes. */
+import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { type Check, scenario as of } from "../scenario.ts";
+import { devicesWith, read, refuses, run, tool, until, type Volume, type World } from "../world.ts";
+
+const mib = 1 << 20;
+
+/** Tells whether anybody wrote to a volume: its file's time, its blocks, and what is at both ends. */
+function fingerprint(path: string): string {
+  const { mtime, blocks, size } = Deno.statSync(path);
+  using file = Deno.openSync(path);
+  const hash = createHash("sha256");
+  const bytes = new Uint8Array(4 * mib);
+  for (const at of [0, size - bytes.length]) {
+    file.seekSync(at, Deno.SeekMode.Start);
+    hash.update(bytes.subarray(0, file.readSync(bytes) ?? 0));
+  }
+  return `${mtime?.getTime()} ${blocks} ${size} ${hash.digest("hex")}`;
+}
+
+interface Case {
+  readonly what: string;
+  /** Fills the volume's file before any host has seen it. */
+  readonly prepare: (file: string, world: World) => Promise<unknown>;
+  readonly code: "FAILED_PRECONDITION" | "UNAVAILABLE";
+  readonly message: RegExp;
+}
+
+const contents: readonly Case[] = [
+  {
+    what: "another file system",
+    prepare: (file) => tool("mkfs.xfs", "-q", file),
+    code: "FAILED_PRECONDITION",
+    message: /holds xfs, the request wants ext4; it is never formatted again/,
+  },
+  {
+    what: "a partition table",
+    prepare: (file) => tool("sh", "-c", `echo ,100M | sfdisk -q --label gpt ${file}`),
+    code: "FAILED_PRECONDITION",
+    message: /holds a partition table \(gpt\), it is left alone/,
+  },
+  {
+    what: "a LUKS header",
+    prepare: (file, world) => {
+      const key = `${world.home}/key`;
+      Deno.writeTextFileSync(key, "not a secret");
+      return tool(
+        "cryptsetup",
+        ...["luksFormat", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"],
+        ...["--key-file", key, file],
+      );
+    },
+    code: "FAILED_PRECONDITION",
+    message: /holds crypto_LUKS, which is none of ext4, xfs, btrfs; it is left alone/,
+  },
+  {
+    what: "bytes in its last sector only",
+    prepare: (file) =>
+      tool("sh", "-c", `printf data | dd of=${file} bs=1 seek=${(1 << 30) - 512} conv=notrunc status=none`),
+    code: "FAILED_PRECONDITION",
+    message: /is not blank and holds no file system: there is data at byte 1073741312/,
+  },
+];
+
+/** Puts another device behind a namespace, as an array with broken drives would. */
+async function behind(world: World, volume: Volume, device: string): Promise<void> {
+  const directory = world.targetOf(volume.uuid);
+  await Deno.writeTextFile(`${directory}/enable`, "0");
+  await until("the device is away", () => devicesWith(volume.uuid).length === 0);
+  await Deno.writeTextFile(`${directory}/device_path`, device);
+  await Deno.writeTextFile(`${directory}/enable`, "1");
+}
+
+const loopOf = (file: string) => tool("losetup", "-n", "-O", "NAME", "-j", file);
+
+const broken = [
+  ["cannot be read anywhere", (sectors: number) => `0 ${sectors} error`],
+  [
+    "cannot be read in its last MiB",
+    (sectors: number, loop: string) => `0 ${sectors - 2048} linear ${loop} 0\n${sectors - 2048} 2048 error`,
+  ],
+  [
+    "cannot be read after its first 8 MiB",
+    (sectors: number, loop: string) => `0 16384 linear ${loop} 0\n16384 ${sectors - 16384} error`,
+  ],
+] as const;
+
+export const scenario = of([
+  ...contents.map(({ what, prepare, code, message }): Check => ({
+    name: `promise 1: a volume with ${what} is refused, and no byte on it changes`,
+    async run(world) {
+      const volume = await world.volume({}, false);
+      const file = world.contentOf(volume.uuid);
+      await prepare(file, world);
+      const before = fingerprint(file);
+      await volume.grant();
+
+      await refuses(volume.stage(), code, message);
+      await refuses(volume.stage(), code, message);
+
+      assert.equal(fingerprint(file), before);
+      await volume.end();
+      await world.nothingLeft();
+    },
+  })),
+  ...broken.map(([what, table]): Check => ({
+    name: `promise 1: a volume that ${what} is refused, and not formatted when it can be read again`,
+    async run(world) {
+      const volume = await world.volume();
+      await world.rig.ask("GET", "/settled");
+      const file = world.contentOf(volume.uuid);
+      const loop = await loopOf(file);
+      const sectors = (1 << 30) / 512;
+      const rows = table(sectors, loop);
+      const child = new Deno.Command("dmsetup", { args: ["create", "bad"], stdin: "piped" }).spawn();
+      const writer = child.stdin.getWriter();
+      await writer.write(new TextEncoder().encode(`${rows}\n`));
+      await writer.close();
+      assert.equal((await child.status).code, 0);
+      const before = fingerprint(file);
+      await behind(world, volume, "/dev/mapper/bad");
+
+      await refuses(volume.stage(), "UNAVAILABLE", /cannot be read at byte|blkid cannot tell/);
+      assert.equal(fingerprint(file), before);
+
+      await behind(world, volume, loop);
+      await tool("dmsetup", "remove", "bad");
+      await volume.stage();
+      await volume.end();
+      await world.nothingLeft();
+    },
+  })),
+  {
+    name: "promise 1: a volume that has shrunk is refused, and mounts again with its size",
+    async run(world) {
+      const volume = await world.volume();
+      await volume.stage();
+      await Deno.writeTextFile(`${volume.staging}/file`, "there");
+      const other = await world.volume({ use: "block" });
+      await other.stage();
+      await volume.unstage();
+      const file = world.contentOf(volume.uuid);
+      const loop = await loopOf(file);
+      const resize = async (bytes: number) => {
+        await Deno.truncate(file, bytes);
+        await tool("losetup", "-c", loop);
+        await Deno.writeTextFile(`${world.targetOf(volume.uuid)}/revalidate_size`, "1");
+        await until(
+          "the host sees the size",
+          () => read(`/sys/class/block/${volume.device.slice(5)}/size`) === String(bytes / 512),
+        );
+      };
+      await resize(512 * mib);
+      const before = fingerprint(file);
+
+      await refuses(
+        volume.stage(),
+        "FAILED_PRECONDITION",
+        /has 1073741824 bytes, but the device only 536870912: it has shrunk/,
+      );
+
+      assert.equal(fingerprint(file), before);
+      await resize(1 << 30);
+      await run("e2fsck", "-fy", volume.device);
+      await volume.stage();
+      await volume.end();
+      await other.end();
+    },
+  },
+  {
+    name: "promise 1: a namespace that is disabled, or has no size, is waited for and then named, not formatted",
+    async run(world) {
+      const other = await world.volume({ use: "block" });
+      await other.stage();
+      const volume = await world.volume();
+      await world.rig.ask("GET", "/settled");
+      const directory = world.targetOf(volume.uuid);
+      await Deno.writeTextFile(`${directory}/enable`, "0");
+      await until("the device is away", () => devicesWith(volume.uuid).length === 0);
+
+      await refuses(volume.stage(6), "UNAVAILABLE", /Cannot find a block device of namespace .* live/);
+      const empty = `${world.home}/empty`;
+      Deno.writeTextFileSync(empty, "");
+      const loop = await tool("losetup", "-f", "--show", empty);
+      await Deno.writeTextFile(`${directory}/device_path`, loop);
+      await Deno.writeTextFile(`${directory}/enable`, "1").catch(() => {});
+      await refuses(volume.stage(6), "UNAVAILABLE", /Cannot find a block device of namespace/);
+
+      await tool("sh", "-c", `echo 0 > ${directory}/enable`);
+      await tool("losetup", "-d", loop);
+      await Deno.writeTextFile(`${directory}/device_path`, await loopOf(world.contentOf(volume.uuid)));
+      await Deno.writeTextFile(`${directory}/enable`, "1");
+      await volume.stage();
+      await volume.end();
+      await other.end();
+      await world.nothingLeft();
+    },
+  },
+]);

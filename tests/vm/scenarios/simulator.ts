@@ -1,0 +1,196 @@
+/** The simulator's data plane "nvmet": what it makes of the kernel's target, and that it takes all of it away again. */
+import assert from "node:assert/strict";
+import { hostNqn } from "../../../lib/namespace.ts";
+import { VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
+import { scenario as of } from "../scenario.ts";
+import { controllers, devicesWith, names, program, read, run, tool, until, type World } from "../world.ts";
+
+const target = "/sys/kernel/config/nvmet";
+const hostA = hostNqn("a.node");
+const hostB = hostNqn("b.node");
+
+/** nvme-cli's words, without the driver. */
+async function connect(world: World, host: string, traddr = "127.0.0.1") {
+  return await run(
+    "nvme",
+    "connect",
+    "--transport=tcp",
+    `--traddr=${traddr}`,
+    "--trsvcid=4420",
+    `--nqn=${world.rig.addresses.subsystemNqn}`,
+    `--hostnqn=${host}`,
+    `--hostid=11111111-1111-4111-8111-${host === hostA ? "aaaaaaaaaaaa" : "bbbbbbbbbbbb"}`,
+    "--reconnect-delay=1",
+    "--ctrl-loss-tmo=60",
+  );
+}
+
+async function disconnect(world: World): Promise<void> {
+  await tool("nvme", "disconnect", `--nqn=${world.rig.addresses.subsystemNqn}`);
+}
+
+const subsystemOf = (world: World) => `${target}/subsystems/${world.rig.addresses.subsystemNqn}`;
+const allowed = (world: World) => names(`${subsystemOf(world)}/allowed_hosts`);
+
+export const scenario = of([
+  {
+    name: "nvmet: a granted host finds and reaches its volume by UUID and NGUID, any other is refused",
+    async run(world) {
+      const volume = await world.volume({ use: "block" }, false);
+      await volume.grant("a.node");
+      await world.rig.ask("GET", "/settled");
+      const discover = (host: string) =>
+        tool("nvme", "discover", "-t", "tcp", "-a", "127.0.0.1", "-s", "4420", "-q", host, "-I", crypto.randomUUID());
+
+      const refused = await connect(world, hostB);
+      const accepted = await connect(world, hostA);
+      const device = await until("the device", () => devicesWith(volume.uuid)[0]);
+
+      assert.equal(refused.code, 1);
+      assert.equal(accepted.code, 0, accepted.stderr);
+      assert.equal(read(`/sys/class/block/${device}/nguid`), volume.uuid);
+      assert.equal(read(`/sys/class/block/${device}/device/subsysnqn`), world.rig.addresses.subsystemNqn);
+      assert.equal(await tool("blockdev", "--getsize64", `/dev/${device}`), String(1 << 30));
+      assert((await discover(hostA)).includes(world.rig.addresses.subsystemNqn));
+      assert(!(await discover(hostB)).includes(world.rig.addresses.subsystemNqn));
+      await disconnect(world);
+      await volume.revoke("a.node");
+      await volume.delete();
+    },
+  },
+  {
+    name: "nvmet: hosts with the same volumes are admitted together, one with others waits its turn",
+    async run(world) {
+      const shared = await world.volume({ use: "block", mode: Mode.MULTI_NODE_MULTI_WRITER }, false);
+      await shared.grant("a.node");
+      await shared.grant("b.node");
+      await world.rig.ask("GET", "/settled");
+      assert.deepEqual(allowed(world), [hostA, hostB]);
+
+      const alone = await world.volume({ use: "block" }, false);
+      await alone.grant("b.node");
+      await world.rig.ask("GET", "/settled");
+      assert.deepEqual(allowed(world), [hostA]);
+      assert.equal(names(`${subsystemOf(world)}/namespaces`).length, 1);
+      await shared.revoke("a.node");
+      await world.rig.ask("GET", "/settled");
+      assert.deepEqual(allowed(world), [hostB]);
+      assert.equal(names(`${subsystemOf(world)}/namespaces`).length, 2);
+
+      for (const volume of [shared, alone]) {
+        await volume.revoke("b.node");
+        await volume.delete();
+      }
+      await world.rig.ask("GET", "/settled");
+      assert.deepEqual(allowed(world), []);
+    },
+  },
+  {
+    name: "nvmet: a port goes down and comes back, and its ANA state reaches the host",
+    async run(world) {
+      const volume = await world.volume({ use: "block" }, false);
+      await volume.grant("a.node");
+      await world.rig.ask("GET", "/settled");
+      for (const traddr of ["127.0.0.1", "127.0.0.2"]) await connect(world, hostA, traddr);
+      const device = await until("the device", () => devicesWith(volume.uuid)[0]);
+      const stateAt = (traddr: string) => controllers().find(({ address }) => address.includes(`=${traddr},`))?.state;
+
+      await world.rig.ask("POST", "/paths/down", { server: 0 });
+      await until("the first path is down", () => stateAt("127.0.0.1") === "connecting");
+      await tool("dd", "if=/dev/zero", `of=/dev/${device}`, "bs=64k", "count=1", "oflag=direct", "status=none");
+      await world.rig.ask("POST", "/paths/up", { server: 0 });
+      await until("the first path is back", () => stateAt("127.0.0.1") === "live");
+      await world.rig.ask("POST", "/paths/ana", { server: 1, state: "inaccessible" });
+      await until(
+        "the second path is inaccessible",
+        () => names("/sys/block").some((name) => read(`/sys/block/${name}/ana_state`) === "inaccessible"),
+      );
+
+      await world.rig.ask("POST", "/paths/ana", { server: 1, state: "optimized" });
+      await disconnect(world);
+      await volume.revoke("a.node");
+      await volume.delete();
+    },
+  },
+  {
+    name: "promise 24: nvmet: a host whose access is taken away is cut off at once, and does not come back",
+    async run(world) {
+      const volume = await world.volume({ use: "block" }, false);
+      await volume.grant("a.node");
+      await world.rig.ask("GET", "/settled");
+      await connect(world, hostA);
+      const device = await until("the device", () => devicesWith(volume.uuid)[0]);
+      const file = await Deno.open(`/dev/${device}`, { read: true, write: true });
+
+      await volume.revoke("a.node");
+      await world.rig.ask("GET", "/settled");
+
+      await until("the connection has ended", () => controllers().every(({ state }) => state !== "live"));
+      assert.equal((await connect(world, hostA, "127.0.0.2")).code, 1);
+      await disconnect(world);
+      file.close();
+      await until("the device is gone", () => devicesWith(volume.uuid).length === 0);
+      await volume.delete();
+    },
+  },
+  {
+    name: "nvmet: what a killed simulator leaves is taken away by the next one, what others have made is not",
+    async run(world) {
+      const volume = await world.volume({ use: "block" }, false);
+      await volume.grant("a.node");
+      await world.rig.ask("GET", "/settled");
+      await connect(world, hostA);
+      await until("the device", () => devicesWith(volume.uuid)[0]);
+      await Deno.mkdir(`${target}/subsystems/nqn.2014-08.org.example:theirs`);
+      await Deno.mkdir(`${target}/hosts/nqn.theirs`);
+      await Deno.mkdir(`${target}/ports/7`);
+      const before = names(`${target}/ports`);
+
+      await world.rig.running("simulator")?.end("SIGKILL", 5000);
+      assert.equal(controllers()[0]?.state, "live");
+      await world.startSimulator();
+
+      assert.deepEqual(names(`${target}/ports`), before);
+      assert.equal(names("/run/lbcsi-simulator").length, 1);
+      await until("the host is connected again", () => controllers()[0]?.state === "live");
+      assert.equal((await tool("losetup", "-l", "-n", "-O", "BACK-FILE")).split("\n").length, 1);
+      await disconnect(world);
+      await volume.revoke("a.node");
+      await volume.delete();
+    },
+  },
+  {
+    name: "nvmet: a simulator that ends takes everything away, and refuses an address that somebody else has",
+    async run(world) {
+      assert.equal(await world.rig.running("simulator")?.end("SIGTERM", 20_000), "exit 0");
+      assert.deepEqual(names(`${target}/ports`), ["7"]);
+      assert.deepEqual(names(`${target}/subsystems`), ["nqn.2014-08.org.example:theirs"]);
+      assert.deepEqual(names(`${target}/hosts`), ["nqn.theirs"]);
+      assert.deepEqual(names("/run/lbcsi-simulator"), []);
+      assert.equal(await tool("losetup", "-l", "-n"), "");
+
+      for (
+        const [attribute, value] of Object.entries({
+          trtype: "tcp",
+          adrfam: "ipv4",
+          traddr: "127.0.0.1",
+          trsvcid: "4420",
+        })
+      ) {
+        await Deno.writeTextFile(`${target}/ports/7/addr_${attribute}`, value);
+      }
+      await Deno.symlink(
+        `${target}/subsystems/nqn.2014-08.org.example:theirs`,
+        `${target}/ports/7/subsystems/nqn.2014-08.org.example:theirs`,
+      );
+      const [deno = "", ...words] = program;
+      const started = await run(deno, ...words, "simulate", "--data", "nvmet", "--state", "/var/lib/other");
+
+      assert.equal(started.code, 1, started.stdout);
+      assert.match(started.stderr, /Cannot serve NVMe\/TCP on 127\.0\.0\.1:4420: .*is somebody else there\?/);
+      assert.deepEqual(names(`${target}/ports`), ["7"]);
+      assert.deepEqual(names(`${target}/subsystems`), ["nqn.2014-08.org.example:theirs"]);
+      assert.deepEqual(names("/run/lbcsi-simulator"), []);
+    },
+  },
+], { node: false });
