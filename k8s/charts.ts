@@ -91,6 +91,17 @@ export interface Generated {
 /** The driver's version, which charts, the default image and the bundle have too. */
 export const version = config.version;
 
+const imageAdvice = 'Put the name of your image for "localhost/lbcsi".';
+
+const poseidon: readonly Generated[] = minors.map((minor) => ({
+  path: `poscsi-k8s-v1.${minor}.yaml`,
+  chart: "lb-csi-plugin",
+  kubeVersion: `v1.${minor}.0`,
+  namespace: "kube-system",
+  values: { backend: "poseidon" },
+  about: [`lbcsi for PoseidonOS on Kubernetes 1.${minor}.`, imageAdvice],
+}));
+
 const plugins: readonly Generated[] = minors.flatMap((minor) =>
   [false, true].map((inPod): Generated => ({
     path: `lb-csi-plugin-k8s-v1.${minor}${inPod ? "-dc" : ""}.yaml`,
@@ -101,7 +112,7 @@ const plugins: readonly Generated[] = minors.flatMap((minor) =>
     about: [
       `lbcsi for LightOS on Kubernetes 1.${minor}, with ` +
       (inPod ? "the Discovery-Client in the node pod." : "the Discovery-Client that runs on each node."),
-      'Put the name of your image for "localhost/lbcsi".',
+      imageAdvice,
     ],
   }))
 );
@@ -163,10 +174,22 @@ const examples: readonly Generated[] = [
   exampleOf("volume-attributes-workload", "A volume whose QoS policy changes while it is in use (Kubernetes 1.34).", {
     attributes: enabled,
   }),
+  exampleOf(
+    "inline-ephemeral-workload",
+    "Volumes that come and go with their pod (Kubernetes 1.23; the second one needs the chart's inlineVolumes).",
+    { inline: enabled },
+  ),
+  exampleOf("storageclass", "PoseidonOS: the class that the other examples use: put in your own values.", {
+    poseidon: enabled,
+  }),
+  exampleOf("testpod", "PoseidonOS: a pod with a file system.", { poseidon: { enabled: true, stage: "testpod" } }),
+  exampleOf("blockpod", "PoseidonOS: a pod with a raw block device.", {
+    poseidon: { enabled: true, stage: "blockpod", size: "256Mi" },
+  }),
 ];
 
 /** Every file that is rendered. */
-export const generated: readonly Generated[] = [...plugins, ...snapshotControllers, ...examples];
+export const generated: readonly Generated[] = [...plugins, ...poseidon, ...snapshotControllers, ...examples];
 
 /** Kinds in the order in which they are applied; others follow. */
 const order = [

@@ -62,6 +62,7 @@ function minorsOf(path: string): readonly number[] {
   if (path === "snapshot-controller-8.yaml") return between(25, 37);
   if (path.includes("attributes")) return between(34, 37);
   if (path.includes("rwop")) return between(22, 37);
+  if (path.includes("inline")) return between(19, 37); // an alpha field before 1.23, which other versions accept
   if (/snapshot/.test(path)) return between(20, 37);
   return minors;
 }
@@ -109,7 +110,9 @@ Deno.test({
 
 /** Values that bring what the defaults leave out. */
 const everything: Values = {
-  clusters: [{ name: "rack1", endpoints: "192.0.2.1:443", projects: ["default"] }],
+  clusters: [{ name: "rack1", endpoints: "192.0.2.1:443", ephemeral: { projects: ["default"] } }],
+  inlineVolumes: true,
+  discoveryClient: "lbcsi",
   mgmtCa: "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
   jwtSecret: [{ name: "token", jwt: "YWJj" }],
   registryName: "r.example",

@@ -100,8 +100,11 @@ const toleration = { key: "storage", operator: "Exists" };
 const registry = { registryName: "r.example", registryUsername: "u", registryPassword: "p" };
 const container = { requests: { cpu: "1" } };
 
+const inline = [{ name: "rack1", endpoints: "192.0.2.1:443", ephemeral: { projects: ["default"] } }];
+
 const flips: Readonly<Record<ChartName, Flips>> = {
   "lb-csi-plugin": {
+    backend: { to: "poseidon" },
     kubeVersion: { to: "1.20" },
     imageRegistry: { to: "registry.example/storage" },
     image: { to: "lbcsi:other" },
@@ -114,6 +117,7 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     sidecarImages: { to: { "csi-attacher": "mirror.example/attacher:v1" } },
     attach: { to: "direct" },
     discoveryClientInContainer: { to: false },
+    discoveryClient: { to: "lbcsi" },
     discoveryClientImageRegistry: { to: "mirror.example" },
     discoveryClientImage: { to: "dc:other" },
     maxIOQueues: { to: 4 },
@@ -124,6 +128,8 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     enableExpandVolume: { to: false },
     enableHealthMonitor: { to: true },
     storageCapacity: { to: true },
+    inlineVolumes: { to: true, with: { clusters: inline } },
+    inlineVolumesProfile: { to: "restricted", with: { clusters: inline, inlineVolumes: true } },
     volumeHealth: { to: true },
     extraCreateMetadata: { to: false },
     maxVolumes: { to: 100 },
@@ -136,6 +142,7 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     mgmtCa: { to: pem },
     mgmtTlsVerify: { to: false },
     clusters: { to: [{ name: "rack1", endpoints: "192.0.2.1:443" }] },
+    systems: { to: [{ name: "rack1", endpoint: "192.0.2.1:3000" }], with: { backend: "poseidon" } },
     secretNames: { to: ["example-secret"] },
     kubeletRootDir: { to: "/data/kubelet" },
     controllerServiceAccountName: { to: "other-ctrl" },
@@ -190,6 +197,17 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     "snaps.enabled": { to: true },
     "snaps.stage": { to: "snapshot-from-pvc" },
     "snaps.size": { to: "4Gi", with: { snaps: { enabled: true, stage: "example-pvc" } } },
+    "inline.enabled": { to: true },
+    "inline.size": { to: "4Gi" },
+    "poseidon.enabled": { to: true },
+    "poseidon.stage": { to: "blockpod" },
+    "poseidon.provisionerIP": { to: "192.0.2.2" },
+    "poseidon.provisionerPort": { to: 3001 },
+    "poseidon.arrayName": { to: "other" },
+    "poseidon.targetAddress": { to: "192.0.2.11" },
+    "poseidon.transportServiceId": { to: 4420 },
+    "poseidon.fsType": { to: "xfs" },
+    "poseidon.size": { to: "4Gi", with: { poseidon: { enabled: true, stage: "testpod" } } },
     "rwop.enabled": { to: true },
     "rwop.size": { to: "4Gi" },
     "attributes.enabled": { to: true },
@@ -280,7 +298,7 @@ Deno.test({
 
 const refused: readonly (readonly [ChartName, Values, RegExp, number?])[] = [
   ["lb-csi-plugin", { rwx: true }, /additional properties 'rwx' not allowed/],
-  ["lb-csi-plugin", { attach: "iscsi" }, /attach.*must be one of 'discovery-client', 'direct'/s],
+  ["lb-csi-plugin", { attach: "iscsi" }, /attach.*must be one of '', 'discovery-client', 'direct'/s],
   ["lb-csi-plugin", { maxIOQueues: -1 }, /maxIOQueues/],
   ["lb-csi-plugin", { kubeletRootDir: "var/lib/kubelet" }, /kubeletRootDir/],
   ["lb-csi-plugin", { mgmtCa: "no certificate" }, /mgmtCa/],
@@ -295,6 +313,14 @@ const refused: readonly (readonly [ChartName, Values, RegExp, number?])[] = [
   ["lb-csi-plugin", { sidecarImages: { "csi-other": "x" } }, /csi-other/],
   ["lb-csi-plugin", { storageCapacity: true }, /storageCapacity needs Kubernetes 1\.21/, 20],
   ["lb-csi-plugin", { enableHealthMonitor: true }, /enableHealthMonitor needs Kubernetes 1\.25/, 24],
+  ["lb-csi-plugin", { backend: "other" }, /backend.*must be one of 'lightos', 'poseidon'/s],
+  ["lb-csi-plugin", { backend: "poseidon", attach: "discovery-client" }, /attach discovery-client is for LightOS/],
+  ["lb-csi-plugin", { backend: "poseidon", controllerKind: "Deployment" }, /controllerKind Deployment is for LightOS/],
+  ["lb-csi-plugin", { backend: "poseidon", jwtSecret: [{ name: "a" }] }, /jwtSecret, .* are for LightOS/],
+  ["lb-csi-plugin", { backend: "poseidon", clusters: inline }, /clusters is for LightOS/],
+  ["lb-csi-plugin", { backend: "poseidon", inlineVolumes: true }, /inlineVolumes is for LightOS/],
+  ["lb-csi-plugin", { systems: [{ name: "a", endpoint: "192.0.2.1:3000" }] }, /systems is for PoseidonOS/],
+  ["lb-csi-plugin", { inlineVolumes: true }, /inlineVolumes needs one of clusters to have the key ephemeral/],
   ["lb-csi-workload-examples", { attributes: { enabled: true } }, /attributes needs Kubernetes 1\.31/, 30],
   ["lb-csi-workload-examples", { block: { enabled: true, size: "100M" } }, /size/],
   ["lb-csi-workload-examples", { mgmtEndpoint: "192.0.2.1" }, /mgmtEndpoint/],
@@ -323,6 +349,7 @@ const outside = new Set([
   "PriorityClass other",
   // Named, but never made: a StatefulSet has to name one, and its pods here need no host names.
   "Service kube-system/lb-csi-ctrl-svc",
+  "Service kube-system/poscsi-controller",
   "Service kube-system/snapshot-controller",
   "Secret kube-system/pull",
 ]);
@@ -344,7 +371,7 @@ Deno.test("in the examples every name that is referred to is in one of them", ()
   ) {
     const objects = files.filter((path) => path !== left).flatMap((path) => objectsOf(read(path)));
 
-    assert.ok(objects.length > 20);
+    assert.ok(objects.length > 25);
     assert.deepEqual(referenceProblems(objects, outside), []);
   }
 });
@@ -376,12 +403,17 @@ for (const [what, change, problem] of brokenReferences) {
 // ------------------------------------------------------------------------------------------- the driver and its manifests
 
 const pluginFiles = generated.filter(({ chart }) => chart === "lb-csi-plugin").map(({ path }) => path);
+const lightosFiles = pluginFiles.filter((path) => path.startsWith("lb-csi-plugin-"));
+const poseidonFiles = pluginFiles.filter((path) => path.startsWith("poscsi-"));
+const minorOf = (path: string) => Number(/v1\.(\d+)/.exec(path)?.[1]);
 
 /** The driver's container in the pods of a role. */
 function driverContainer(path: string, role: string): Container {
   const pods = objectsOf(read(path)).flatMap((object) => podOf(object) ?? []);
-  const container = pods.find(({ metadata }) => metadata.labels?.["role"] === role)?.spec.containers[0];
-  assert.equal(container?.name, "lb-csi-plugin");
+  const containers = pods.flatMap(({ spec }) => spec.containers).filter(({ args }) => args?.[0] === role);
+  const [container] = containers;
+  assert.deepEqual(containers.map(({ name }) => name), [path.startsWith("poscsi-") ? "poscsi" : "lb-csi-plugin"]);
+  assert.ok(container !== undefined);
   return container;
 }
 
@@ -405,21 +437,21 @@ for (const role of ["controller", "node"]) {
     }
     // Those that only other values bring.
     const all = [...templates.matchAll(/- name: ((?:LB_CSI|CSI)_\w+)/g)].map(([, name]) => name ?? "");
-    const other = role === "controller"
-      ? ["LB_CSI_NODE_ID", "LB_CSI_ATTACH", "LB_CSI_MAX_VOLUMES"]
-      : ["LB_CSI_CONFIG", "LB_CSI_MGMT_CA", "LB_CSI_MGMT_TLS_VERIFY"];
-    assert.deepEqual(all.filter((name) => !known.has(name) && !other.includes(name)), []);
+    const other = role === "controller" ? ["LB_CSI_NODE_ID", "LB_CSI_ATTACH", "LB_CSI_MAX_VOLUMES"] : [];
+    const daemon = ["LB_CSI_DISCOVERY_IO_QUEUES"];
+    assert.ok(all.length > 10);
+    assert.deepEqual(all.filter((name) => !known.has(name) && ![...other, ...daemon].includes(name)), []);
   });
 }
 
 Deno.test("names, node IDs and paths are those of the vendor's driver, so that volumes stay where they are", () => {
-  for (const path of pluginFiles) {
+  for (const path of lightosFiles) {
     const objects = objectsOf(read(path));
     const find = (kind: string) => objects.filter((object) => object.kind === kind);
     const names = (kind: string) => find(kind).map(({ metadata }) => metadata.name).toSorted();
     const [daemonSet] = find("DaemonSet");
     const controller = [...find("Deployment"), ...find("StatefulSet")][0];
-    const minor = Number(/v1\.(\d+)/.exec(path)?.[1]);
+    const minor = minorOf(path);
 
     assert.deepEqual(names("CSIDriver"), ["csi.lightbitslabs.com"]);
     assert.deepEqual(names("ServiceAccount"), ["lb-csi-ctrl-sa", "lb-csi-node-sa"]);
@@ -462,6 +494,27 @@ Deno.test("names, node IDs and paths are those of the vendor's driver, so that v
   }
 });
 
+Deno.test("PoseidonOS gets a driver of its own, with one controller, beside the one for LightOS", () => {
+  for (const path of poseidonFiles) {
+    const objects = objectsOf(read(path));
+    const lightos = objectsOf(read(path.replace("poscsi-", "lb-csi-plugin-")));
+    const key = ({ kind, metadata }: { kind: string; metadata: { name: string } }) => `${kind} ${metadata.name}`;
+    const controller = objects.find(({ metadata }) => metadata.name === "poscsi-controller");
+    const value = (role: string, name: string) =>
+      driverContainer(path, role).env?.find((entry) => entry.name === name)?.value;
+
+    const shared = objects.map(key).filter((one) => lightos.map(key).includes(one));
+    assert.deepEqual(shared, []);
+    assert.ok(objects.some((object) => key(object) === "CSIDriver csi.pos.io"));
+    assert.equal(controller?.kind, "StatefulSet");
+    assert.deepEqual(["controller", "node"].map((role) => value(role, "LB_CSI_BACKEND")), ["poseidon", "poseidon"]);
+    assert.equal(value("node", "LB_CSI_ATTACH"), "direct");
+    assert.match(read(path), /--kubelet-registration-path=.*\/plugins\/csi\.pos\.io\/csi\.sock/);
+    assert.doesNotMatch(read(path), /lightos|secrets|snapshot/);
+  }
+  assert.equal(poseidonFiles.length, minors.length);
+});
+
 Deno.test("each Kubernetes version gets the CSIDriver fields that it knows, and none that cannot be applied over the vendor's", () => {
   const fieldsOf = (minor: number) => {
     const objects = objectsOf(read(`lb-csi-plugin-k8s-v1.${minor}.yaml`));
@@ -492,14 +545,14 @@ Deno.test("only what must be privileged is, and the controller is nobody, on a f
     const pods = objectsOf(read(path)).flatMap((object) => podOf(object) ?? []);
     const containers = pods.flatMap(({ spec }) => [...spec.initContainers ?? [], ...spec.containers]);
     const privileged = containers.filter(({ securityContext }) => securityContext?.privileged);
-    const controller = pods.find(({ metadata }) => metadata.labels?.["role"] === "controller")?.spec;
+    const controller = pods.find(({ spec }) => spec.containers.some(({ args }) => args?.[0] === "controller"))?.spec;
 
-    assert.deepEqual(privileged.map(({ name, args }) => [name, name === "lb-csi-plugin" ? args : []]), [
-      ["init-nvme-tcp", []],
-      ["lb-csi-plugin", ["node"]],
-      ...path.includes("-dc") ? [["lb-nvme-discovery-client", []]] : [],
+    assert.deepEqual(privileged.map(({ name }) => name), [
+      "init-nvme-tcp",
+      driverContainer(path, "node").name,
+      ...path.includes("-dc") ? ["lb-nvme-discovery-client"] : [],
     ]);
-    assert.ok(containers.length - privileged.length >= 7);
+    assert.ok(containers.length - privileged.length >= 6);
     for (const { securityContext } of containers.filter((container) => !privileged.includes(container))) {
       assert.deepEqual(securityContext, {
         allowPrivilegeEscalation: false,
@@ -515,12 +568,13 @@ Deno.test("only what must be privileged is, and the controller is nobody, on a f
 Deno.test("sidecars that elect a leader may, and others need no lease", () => {
   for (const path of pluginFiles) {
     const objects = objectsOf(read(path));
-    const controller = objects.find(({ metadata }) => metadata.name === "lb-csi-controller");
+    const controller = objects.find(({ metadata }) => /^(lb-csi|poscsi)-controller$/.test(metadata.name));
     const sidecars = controller?.spec?.template?.spec.containers.filter(({ name }) => name.startsWith("csi-")) ?? [];
     const electing = sidecars.filter(({ args }) => args?.includes("--leader-election"));
     const leases = objects.filter(({ kind, rules }) => kind === "Role" && rules?.[0]?.resources.includes("leases"));
 
-    assert.equal(sidecars.length, 4);
+    // PoseidonOS has no snapshots and grows nothing; what can change its volumes is a resizer that Kubernetes 1.34 brings.
+    assert.equal(sidecars.length, path.startsWith("lb-csi") ? 4 : minorOf(path) < 34 ? 2 : 3);
     assert.equal(electing.length, controller?.kind === "Deployment" ? 4 : 0, path);
     assert.equal(leases.length, electing.length, path);
     assert.equal(objects.filter(({ kind }) => kind === "PodDisruptionBudget").length, electing.length > 0 ? 1 : 0);

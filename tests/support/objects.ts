@@ -51,6 +51,7 @@ export interface KubeObject {
   readonly subjects?: readonly { readonly kind: string; readonly name: string; readonly namespace: string }[];
   readonly roleRef?: { readonly kind: string; readonly name: string };
   readonly parameters?: Texts;
+  readonly data?: Texts;
   readonly spec?: Partial<PodSpec> & {
     readonly template?: PodTemplate;
     readonly selector?: { readonly matchLabels?: Texts };

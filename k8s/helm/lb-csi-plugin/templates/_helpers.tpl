@@ -21,23 +21,54 @@
 {{- get $root.Values.sidecarImages $name | default (printf "%s/sig-storage/%s:%s" $root.Values.sidecarImageRegistry $name $version) -}}
 {{- end }}
 
-{{- define "lbcsi.driver" -}}csi.lightbitslabs.com{{- end }}
+{{/* What the storage system differs by, as YAML: see backends.yaml. */}}
+{{- define "lbcsi.backend" -}}
+{{- get (.Files.Get "backends.yaml" | fromYaml) .Values.backend | toYaml -}}
+{{- end }}
+{{- define "lbcsi.controllerAccount" -}}
+{{ .Values.controllerServiceAccountName | default (include "lbcsi.backend" . | fromYaml).controllerAccount }}
+{{- end }}
+{{- define "lbcsi.nodeAccount" -}}
+{{ .Values.nodeServiceAccountName | default (include "lbcsi.backend" . | fromYaml).nodeAccount }}
+{{- end }}
+{{- define "lbcsi.attach" -}}
+{{ .Values.attach | default (include "lbcsi.backend" . | fromYaml).attach }}
+{{- end }}
+
+{{/* "true" where the driver can do it, and it is wanted. */}}
+{{- define "lbcsi.snapshots" -}}
+{{ if and .Values.enableSnapshot (eq .Values.backend "lightos") }}true{{ end }}
+{{- end }}
+{{- define "lbcsi.resizer" -}}
+{{- if .Values.enableExpandVolume }}
+{{- if eq .Values.backend "lightos" }}true
+{{- /* PoseidonOS cannot grow volumes, only change them, and older resizers end without the former. */}}
+{{- else if include "lbcsi.since" (list . "1.34") }}true{{ end }}
+{{- end }}
+{{- end }}
 
 {{- define "lbcsi.image" -}}
 {{ with .Values.imageRegistry }}{{ . }}/{{ end }}{{ .Values.image }}
 {{- end }}
 
-{{/* Labels of everything; those of pods, by which controllers find them, never change: list of root and role. */}}
+{{/* Labels of everything; those of pods, by which controllers find them, never change. */}}
 {{- define "lbcsi.labels" -}}
-app: lb-csi-plugin
+app: {{ (include "lbcsi.backend" . | fromYaml).app }}
 {{- end }}
-{{- define "lbcsi.podLabels" -}}
-app: lb-csi-plugin
-role: {{ index . 1 }}
+{{- define "lbcsi.controllerLabels" -}}
+{{ (include "lbcsi.backend" . | fromYaml).controllerLabels | toYaml }}
+{{- end }}
+{{- define "lbcsi.nodeLabels" -}}
+{{ (include "lbcsi.backend" . | fromYaml).nodeLabels | toYaml }}
 {{- end }}
 
 {{- define "lbcsi.controllerKind" -}}
+{{- if eq .Values.backend "poseidon" -}}
+{{- if eq .Values.controllerKind "Deployment" }}{{ fail "controllerKind Deployment is for LightOS: PoseidonOS takes one change at a time, from one controller" }}{{ end -}}
+StatefulSet
+{{- else -}}
 {{ .Values.controllerKind | default (ternary "Deployment" "StatefulSet" (eq "true" (include "lbcsi.since" (list . "1.25")))) }}
+{{- end -}}
 {{- end }}
 {{- define "lbcsi.leaderElection" -}}
 {{ if eq "Deployment" (include "lbcsi.controllerKind" .) }}true{{ end }}
@@ -60,7 +91,7 @@ imagePullSecrets:
   - name: {{ . }}
 {{- end }}
 {{- if .Values.registryUsername }}
-  - name: lb-csi-registry-override-regcred
+  - name: {{ (include "lbcsi.backend" . | fromYaml).pullSecret }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -82,6 +113,8 @@ capabilities:
 
 {{/* Environment that both halves of the driver have. */}}
 {{- define "lbcsi.environment" -}}
+- name: LB_CSI_BACKEND
+  value: {{ .Values.backend }}
 - name: LB_CSI_LOG_LEVEL
   value: {{ .Values.logLevel }}
 - name: LB_CSI_LOG_FMT
@@ -145,8 +178,9 @@ livenessProbe:
       mountPath: /csi
 {{- end }}
 
-{{/* Rules to read the Secrets that classes refer to. Sidecars get them by name, so they need not list. */}}
+{{/* Rules to read the Secrets that classes refer to. Sidecars get them by name, so they need not list. PoseidonOS: none. */}}
 {{- define "lbcsi.secretRule" -}}
+{{- if eq .Values.backend "lightos" -}}
 - apiGroups: [""]
   resources: [secrets]
   {{- with .Values.secretNames }}
@@ -155,18 +189,66 @@ livenessProbe:
   {{- end }}
   verbs: [get]
 {{- end }}
+{{- end }}
 
 {{/*
-Rights of a sidecar: dict of root, role, binding, rules and, for those that elect a leader, leaderRole and leaderBinding
-with more rules in leaderRules. The names are those of the vendor's driver: bindings cannot be changed to another role,
-and what is left of an older installation shall not go on giving rights.
+Environment of what talks to the management API, and the mounts and volumes for it: the cluster file, certificates and
+the token.
 */}}
+{{- define "lbcsi.managementEnvironment" -}}
+{{- if or .Values.clusters .Values.systems }}
+- name: LB_CSI_CONFIG
+  value: /etc/lb-csi-config/clusters.yaml
+{{- end }}
+{{- if .Values.mgmtCa }}
+- name: LB_CSI_MGMT_CA
+  value: /etc/lb-csi-config/ca.pem
+{{- end }}
+{{- if not .Values.mgmtTlsVerify }}
+- name: LB_CSI_MGMT_TLS_VERIFY
+  value: "false"
+{{- end }}
+{{- end }}
+{{- define "lbcsi.managementMounts" -}}
+{{- range .Values.jwtSecret }}
+- name: jwt
+  mountPath: /etc/lb-csi
+  readOnly: true
+{{- end }}
+{{- if or .Values.clusters .Values.systems .Values.mgmtCa }}
+- name: config
+  mountPath: /etc/lb-csi-config
+  readOnly: true
+{{- end }}
+{{- end }}
+{{- define "lbcsi.managementVolumes" -}}
+{{- range .Values.jwtSecret }}
+- name: jwt
+  secret:
+    secretName: {{ .name }}
+    # Readable by the group of the pod alone.
+    defaultMode: 0440
+    items:
+      - key: jwt
+        path: jwt
+{{- end }}
+{{- if or .Values.clusters .Values.systems .Values.mgmtCa }}
+- name: config
+  configMap:
+    name: {{ (include "lbcsi.backend" . | fromYaml).config }}
+{{- end }}
+{{- end }}
+
+{{/* Rights of a sidecar: dict of root, name, rules and, where it needs more in its own namespace, leaderRules. */}}
 {{- define "lbcsi.rights" -}}
+{{- $names := get (include "lbcsi.backend" .root | fromYaml).rights .name }}
+{{- $role := index $names 0 }}
+{{- $leaderRole := index $names 2 }}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
-  name: {{ .role }}
+  name: {{ $role }}
   labels:
     {{- include "lbcsi.labels" .root | nindent 4 }}
 rules:
@@ -175,24 +257,24 @@ rules:
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:
-  name: {{ .binding }}
+  name: {{ index $names 1 }}
   labels:
     {{- include "lbcsi.labels" .root | nindent 4 }}
 subjects:
   - kind: ServiceAccount
-    name: {{ .root.Values.controllerServiceAccountName }}
+    name: {{ include "lbcsi.controllerAccount" .root }}
     namespace: {{ .root.Release.Namespace }}
 roleRef:
   apiGroup: rbac.authorization.k8s.io
   kind: ClusterRole
-  name: {{ .role }}
+  name: {{ $role }}
 {{- $leader := include "lbcsi.leaderElection" .root }}
 {{- if or $leader .leaderRules }}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata:
-  name: {{ .leaderRole }}
+  name: {{ $leaderRole }}
   namespace: {{ .root.Release.Namespace }}
   labels:
     {{- include "lbcsi.labels" .root | nindent 4 }}
@@ -209,17 +291,17 @@ rules:
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
-  name: {{ .leaderBinding }}
+  name: {{ index $names 3 }}
   namespace: {{ .root.Release.Namespace }}
   labels:
     {{- include "lbcsi.labels" .root | nindent 4 }}
 subjects:
   - kind: ServiceAccount
-    name: {{ .root.Values.controllerServiceAccountName }}
+    name: {{ include "lbcsi.controllerAccount" .root }}
     namespace: {{ .root.Release.Namespace }}
 roleRef:
   apiGroup: rbac.authorization.k8s.io
   kind: Role
-  name: {{ .leaderRole }}
+  name: {{ $leaderRole }}
 {{- end }}
 {{ end }}

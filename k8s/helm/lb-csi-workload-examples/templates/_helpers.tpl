@@ -14,7 +14,7 @@ csi.storage.k8s.io/{{ . }}-secret-namespace: {{ $.Values.secretNamespace }}
 {{- end }}
 {{- end }}
 
-{{/* A claim: dict of root, name, size and, where it differs, mode, access, from (kind and name), class of attributes. */}}
+{{/* A claim: dict of root, name, size and, where it differs, class, mode, access, from (kind and name), attributes (class of). */}}
 {{- define "examples.claim" -}}
 apiVersion: v1
 kind: PersistentVolumeClaim
@@ -22,7 +22,7 @@ metadata:
   name: {{ .name }}
   namespace: {{ .root.Release.Namespace }}
 spec:
-  storageClassName: {{ .root.Values.storageClassName }}
+  storageClassName: {{ .class | default .root.Values.storageClassName }}
   accessModes:
     - {{ .access | default "ReadWriteOnce" }}
   volumeMode: {{ .mode | default "Filesystem" }}
