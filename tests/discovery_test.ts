@@ -431,12 +431,17 @@ Deno.test("the daemon follows referrals, also in a circle, and drops a discovery
 
 Deno.test("the daemon is not led to more than 64 referrals", async () => {
   const { make, told, host } = machine();
-  const addresses = Array.from({ length: 100 }, (_, n) => `192.0.2.${n + 2}:8009`);
+  const addresses = Array.from({ length: 70 }, (_, n) => `192.0.2.${n + 2}:8009`);
   host.logPages.set("192.0.2.1:8009", { generation: 1, records: addresses.map((address) => ({ address })) });
   for (const address of addresses) host.logPages.set(address, { generation: 1, records: [] });
   await told(uuid, entry());
+  const { daemon } = make();
 
-  await make().settle();
+  // To connect, to read, to connect those that it refers to, and once more.
+  for (let turn = 0; turn < 4; turn++) {
+    await daemon.look();
+    await daemon.idle();
+  }
 
   assert.equal(host.controllers.length, 65);
 });
@@ -493,6 +498,38 @@ Deno.test("promise 8: a file that was removed while no daemon ran is let go of b
   await make().settle();
 
   assert.deepEqual(connected(), []);
+});
+
+Deno.test("the daemon keeps everything when another directory comes in the place of its own", async () => {
+  const { make, told, untold, did, connected } = machine();
+  const { settle } = make();
+  await told(uuid, entry());
+  await settle();
+  did();
+
+  await untold(uuid);
+  await untold("tmp.dc.lbcsi");
+  await settle();
+
+  assert.deepEqual(did(), []);
+  assert.equal(connected().length, 3);
+});
+
+Deno.test("the daemon works in a directory that takes no notes, and lets go as long as it remembers", async () => {
+  const { make, told, untold, connected, host, lines } = machine();
+  const { settle } = make();
+  await told(uuid, entry());
+  host.replaceText = () => Promise.reject(new Error("Read-only file system (os error 30)"));
+
+  await settle();
+  assert.equal(connected().length, 3);
+  await untold(uuid);
+  await settle();
+
+  assert.deepEqual(connected(), []);
+  assert.deepEqual(lines.filter(({ level }) => level === "warning").map(({ event, error }) => `${event}: ${error}`), [
+    "cannot note down what it manages, and forgets it when it ends: Read-only file system (os error 30)",
+  ]);
 });
 
 Deno.test("the daemon never touches what no file has named", async () => {

@@ -119,7 +119,9 @@ export function discoveryDaemon(options: ClientOptions): Client {
   const states = new Map<string, string>();
   const said = new Map<string, string>();
   let entries: readonly Entry[] = [];
-  let managed: Set<string> | undefined;
+  let managed: Set<string> = new Set();
+  /** Whether the directory keeps what is noted down there. */
+  let isNoted = true;
   /** Host NQNs of entries whose host name has no address now. */
   let unresolved: ReadonlySet<string> = new Set();
   let wake: (() => void) | undefined;
@@ -233,23 +235,27 @@ export function discoveryDaemon(options: ClientOptions): Client {
 
   const managedHead = "# Connected by lbcsi discovery-client, which may disconnect it: host NQN, subsystem NQN";
 
+  /** Read anew each time: another directory in this one's place (a volume that was unmounted) must not count as "no files". */
   async function readManaged(): Promise<Set<string>> {
+    if (!isNoted) return managed;
     const text = await host.readText(managedFile) ?? "";
     return new Set([...text.matchAll(/^# (nqn\.\S+ nqn\.\S+)$/gm)].flatMap(([, pair]) => pair ?? []));
   }
 
   async function writeManaged(next: Set<string>): Promise<void> {
-    if (managed !== undefined && next.size === managed.size && next.isSubsetOf(managed)) return;
+    if (next.size === managed.size && next.isSubsetOf(managed)) return;
+    managed = next;
     const text = [managedHead, ...[...next].sort().map((pair) => `# ${pair}`), ""].join("\n");
     try {
       await host.replaceText(managedFile, text, `${managedFile}.new`);
+      isNoted = true;
       say(managedFile, undefined);
     } catch (error) {
+      isNoted = false;
       say(managedFile, messageOf(error), "cannot note down what it manages, and forgets it when it ends", {
         path: managedFile,
       });
     }
-    managed = next;
   }
 
   // ----------------------------------------------------------------------------------------------------------- a look
@@ -263,7 +269,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       }
     }
     entries = await input.read() ?? entries;
-    managed ??= await readManaged();
+    managed = await readManaged();
     const pairs = pairsOf(entries);
     // Before anything is connected, so that a crash leaves nothing that nobody may let go of.
     await writeManaged(managed.union(new Set(pairs.keys())));
@@ -291,7 +297,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       }
     }
     dropStale(pairs, sources, controllers, listed);
-    for (const pair of managed ?? []) if (!pairs.has(pair)) letGo(pair);
+    for (const pair of managed) if (!pairs.has(pair)) letGo(pair);
     dropSources(sources, controllers);
     for (const key of pages.keys()) if (!sources.has(key)) pages.delete(key);
   }
@@ -442,7 +448,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
         (controller.subsystemNqn === subsystemNqn || isLast && controller.isDiscovery && controller.transport === "tcp")
       );
       if (isLeft) return undefined;
-      await writeManaged((managed ?? new Set()).difference(new Set([key])));
+      await writeManaged(managed.difference(new Set([key])));
       log.info("let go of a subsystem that no file names any more", { subsystem: subsystemNqn });
       return undefined;
     });
@@ -450,7 +456,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
 
   /** Drops discovery connections under our host NQNs that neither a file nor a referral names. */
   function dropSources(sources: Map<string, Source>, controllers: readonly NvmeController[]): void {
-    const ours = new Set([...managed ?? []].map((pair) => pair.split(" ")[0] ?? ""));
+    const ours = new Set([...managed].map((pair) => pair.split(" ")[0] ?? ""));
     for (const controller of controllers) {
       if (!controller.isDiscovery || !ours.has(controller.hostNqn) || unresolved.has(controller.hostNqn)) continue;
       const wanted = [...sources.values()].filter(({ hostNqn }) => hostNqn === controller.hostNqn);

@@ -231,8 +231,7 @@ export class FakeHost implements Host {
     return this.#call(() => {
       if (path === "/proc/self/mountinfo") return this.#mountInfo();
       if (path === "/proc/self/status") return "CapEff:\t000001ffffffffff\n";
-      const sysfs = this.#sysfs();
-      return sysfs.get(path) ?? this.#files.get(path);
+      return this.#sysfs(path).get(path) ?? this.#files.get(path);
     });
   }
 
@@ -309,9 +308,11 @@ export class FakeHost implements Host {
     return this.mounts.findLast((mount) => mount.path === path);
   }
 
-  #sysfs(): Map<string, string> {
+  /** The attributes in sysfs of what `path` is about. */
+  #sysfs(path: string): Map<string, string> {
     const files = new Map<string, string>();
     for (const { name, number, namespace } of this.devices) {
+      if (!path.includes(`/${name}/`)) continue;
       const attributes = {
         wwid: `uuid.${namespace.uuid}`,
         uuid: namespace.uuid,
@@ -333,6 +334,7 @@ export class FakeHost implements Host {
       for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/block/${name}/${key}`, `${text}\n`);
     }
     for (const { name, subsystemNqn, hostNqn, hostId, traddr, trsvcid, state } of this.controllers) {
+      if (!path.includes(`/${name}/`)) continue;
       const attributes = {
         hostid: hostId,
         cntrltype: subsystemNqn === discoveryNqn ? "discovery" : "io",
