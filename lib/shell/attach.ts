@@ -14,15 +14,7 @@ import { allUsersOf, type Attacher } from "../host/attach.ts";
 import { type FsType, mountVolume } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { canonicalPath, mountsAt, mountTable, relationOf, takeDown } from "../host/mounts.ts";
-import {
-  allControllers,
-  type BlockDevice,
-  findDevice,
-  isLivePath,
-  pathsOf,
-  recheckDevice,
-  waitForDevice,
-} from "../host/nvme.ts";
+import { type BlockDevice, findDevice, recheckDevice, refuseWithoutPath, waitForDevice } from "../host/nvme.ts";
 import type { RemoteNamespace } from "../namespace.ts";
 import type { StorageBackend } from "../storage/backend.ts";
 
@@ -91,6 +83,7 @@ export async function attachVolume(
     hint: attacher.hint,
   });
   if (mount === undefined || path === undefined) return { device, mount: undefined };
+  await refuseWithoutPath(host, device, `mount namespace ${namespace.uuid} at "${path}"`);
   await mountVolume(host, volume, device, path, {
     fsType: mount.fsType,
     defaultFsType: "ext4",
@@ -142,28 +135,16 @@ export async function detachVolume(
   const device = await findDevice(host, uuid, subsystemNqn);
   const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
   if (path !== undefined) {
-    if (device !== undefined) await refuseWithoutPath(host, device, path, action);
+    // umount writes what is in memory.
+    const top = mountsAt(await mountTable(host), path).at(-1);
+    if (device !== undefined && top !== undefined && await relationOf(host, top, device) === "ours") {
+      await refuseWithoutPath(host, device, action);
+    }
     await takeDown(host, volume, path, device, action);
   }
   if (device !== undefined) await refuseWhileUsed(host, device, action);
   await attacher.detach(volume, uuid, subsystemNqn);
   if ("backend" in wanted) await wanted.backend.revokeAccess(volume, wanted.secrets, wanted.volumeId, hostNqn);
-}
-
-/** umount writes what is in memory, and would wait for a device without a path for as long as the kernel does. */
-async function refuseWithoutPath(host: Host, device: BlockDevice, path: string, action: string): Promise<void> {
-  const top = mountsAt(await mountTable(host), path).at(-1);
-  if (top === undefined || await relationOf(host, top, device) !== "ours") return;
-  const paths = await pathsOf(host, device, await allControllers(host));
-  if (paths.length === 0 || paths.some(isLivePath)) return;
-  const list = paths.map(({ controller, anaState }) =>
-    `${controller.name} is ${controller.state}${anaState === undefined ? "" : `, ${anaState}`}`
-  ).join("; ");
-  throw new StatusError(
-    "UNAVAILABLE",
-    `Cannot ${action}: ${device.path} has no live path (${list}), and "${path}" can be unmounted only when one is back. ` +
-      `To give up what was not written yet, disconnect these controllers with nvme-cli first`,
-  );
 }
 
 async function refuseWhileUsed(host: Host, device: BlockDevice, action: string): Promise<void> {

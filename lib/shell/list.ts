@@ -52,6 +52,9 @@ export interface ListedVolume {
   readonly fileSystem: string | undefined;
   readonly subsystemNqn: string | undefined;
   readonly paths: readonly ListedPath[];
+  /** Devices on top of it, such as the mapper of an encrypted volume: `dm-0`. */
+  readonly holders: readonly string[];
+  /** Its own, and those of its holders. */
   readonly mounts: readonly ListedMount[];
   /** The file that asks the Discovery-Client for it. */
   readonly discoveryFile: string | undefined;
@@ -99,14 +102,20 @@ export async function listVolumes(
     devices.filter((device) => isWanted(device.uuid)).map(async (device) => {
       const paths = await pathsOf(host, device, controllers);
       if (!paths.some(({ controller }) => isListed(controller))) return [];
-      const mounts = await mountsOf(host, table, device);
+      const holders = await host.list(`${host.roots.sysfs}/class/block/${device.name}/holders`) ?? [];
+      const numbers = await Promise.all(
+        holders.map(async (name) => (await host.readText(`${host.roots.sysfs}/class/block/${name}/dev`))?.trim()),
+      );
+      const own = await mountsOf(host, table, device);
+      const mounts = [...own, ...table.filter((mount) => numbers.includes(mount.number))];
       return [{
         uuid: device.uuid,
         device: device.path,
         sizeBytes: device.sizeBytes,
-        fileSystem: mounts.find((mount) => mount.root === "/")?.fsType ?? await probe(host, ctx, device, paths),
+        fileSystem: own.find((mount) => mount.root === "/")?.fsType ?? await probe(host, ctx, device, paths),
         subsystemNqn: device.subsystemNqn,
         paths: paths.map(({ controller, anaState }) => listedPath(controller, anaState)),
+        holders,
         mounts: mounts.map(listedMount),
         discoveryFile: fileOf(device.uuid),
       }];
@@ -129,6 +138,7 @@ export async function listVolumes(
         fileSystem: undefined,
         subsystemNqn: undefined,
         paths: [],
+        holders: [],
         mounts: [],
         discoveryFile: fileOf(uuid),
       })),
@@ -222,6 +232,7 @@ export function listAsText({ volumes, deadMounts, connections }: Listed): string
     for (const [at, volume] of volumes.entries()) {
       lines.push(heads[at] ?? "");
       for (const line of paths.splice(0, volume.paths.length)) lines.push(`  path   ${line}`);
+      for (const holder of volume.holders) lines.push(`  under  ${holder}`);
       for (const mount of volume.mounts) lines.push(`  mount  ${describe(mount)}`);
       if (volume.device === undefined) {
         lines.push(`  asked for by ${volume.discoveryFile}, but this machine has no device of it`);
