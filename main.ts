@@ -35,6 +35,8 @@ import {
 /** Name of the CSIDriver object and the StorageClass provisioner, by storage system. */
 const driverNames = { lightos: "csi.lightbitslabs.com", poseidon: "csi.pos.io" } as const;
 const version = config.version;
+/** The commit that the program was built from; the build puts it here, and unbuilt there is no such name. */
+declare const LBCSI_COMMIT: string | undefined;
 
 interface Command {
   readonly summary: string;
@@ -657,6 +659,7 @@ const commands: Readonly<Record<string, Command>> = {
     "serve the CSI identity and controller services",
     controllerOptions,
     async (settings) => {
+      refuseOutOfReach(settings);
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "controller" });
       const { controllerHandlers } = await import("./lib/csi/controller.ts");
       const { snapshotMetadataHandlers } = await import("./lib/csi/snapshot_metadata.ts");
@@ -981,6 +984,7 @@ fish:  lbcsi completion fish | source`,
 
   identity: command("serve the CSI identity service alone", serviceOptions, async (settings) => {
     if (settings.backend === "poseidon") refusePoseidon(settings);
+    refuseOutOfReach(settings);
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });
     return await serveCsi(settings, log, []);
   }),
@@ -1175,6 +1179,30 @@ async function openLightos(
   });
 }
 
+/**
+ * The executable for controllers may use few directories: said at start, with what is wrong, and not as a token that is
+ * not found when the first volume is asked for.
+ */
+function refuseOutOfReach(
+  settings:
+    & Pick<Settings<typeof serviceOptions>, "endpoint" | "backend">
+    & Partial<Pick<Settings<typeof controllerOptions>, "jwt-path" | "mgmt-ca" | "config">>,
+): void {
+  const { endpoint, backend, "jwt-path": jwt, "mgmt-ca": ca, config } = settings;
+  const uses = [
+    ["endpoint", endpoint, "write"],
+    ["jwt-path", backend === "poseidon" ? undefined : jwt, "read"],
+    ["mgmt-ca", ca, "read"],
+    ["config", config, "read"],
+  ] as const;
+  const problems = uses.flatMap(([option, path, name]) =>
+    path === undefined || Deno.permissions.querySync({ name, path }).state === "granted"
+      ? []
+      : [`--${option} "${path}": this executable was built without the right to ${name} there`]
+  );
+  if (problems.length > 0) throw new UsageError(problems.join("\n"));
+}
+
 /** Whether volumes of a storage system can grow, for the processes that do not open it. */
 function grows(backend: keyof typeof driverNames): boolean {
   return backend === "lightos";
@@ -1272,6 +1300,23 @@ function readRequired(flag: string, path: string): string {
   }
 }
 
+/** What was built or, in a checkout, what is there: with `-dirty` when files differ from it. */
+function commit(): string | undefined {
+  if (typeof LBCSI_COMMIT === "string") return LBCSI_COMMIT;
+  const directory = import.meta.dirname;
+  try {
+    // Without this, git would tell of a repository that these files merely lie in.
+    if (directory === undefined || !statSync(`${directory}/.git`)) return undefined;
+    const { success, stdout } = new Deno.Command("git", {
+      args: ["-C", directory, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+      stderr: "null",
+    }).outputSync();
+    return success ? new TextDecoder().decode(stdout).trim() : undefined;
+  } catch {
+    return undefined; // No checkout, or no git.
+  }
+}
+
 function help(): string {
   const width = Math.max(...Object.keys(commands).map((name) => name.length)) + 2;
   const rows = Object.entries(commands).map(([name, { summary }]) => `  ${name.padEnd(width)}${summary}`);
@@ -1294,7 +1339,7 @@ async function main(args: readonly string[]): Promise<number> {
     return name === undefined ? 2 : 0;
   }
   if (name === "version" || name === "--version") {
-    console.log(`lbcsi ${version} (CSI 1.12, Deno ${Deno.version.deno})`);
+    console.log(`lbcsi ${version} (commit ${commit() ?? "unknown"}, CSI 1.12, Deno ${Deno.version.deno})`);
     return 0;
   }
   const chosen = Object.hasOwn(commands, name) ? commands[name] : undefined;

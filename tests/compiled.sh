@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs of a compiled lbcsi what runs on any Deno that it was compiled with: the version, the help, and the simulator with
-# its control port.
+# its control port; and of lbcsi-controller that its permissions are its own.
 #
-# usage: compiled.sh PATH-OF-LBCSI
+# usage: compiled.sh DIRECTORY      with lbcsi and lbcsi-controller
 set -euo pipefail
-lbcsi=$(realpath "$1")
+lbcsi=$(realpath "$1/lbcsi")
+controller=$(realpath "$1/lbcsi-controller")
 work=$(mktemp -d)
 simulator=
 end() {
@@ -15,7 +16,10 @@ end() {
 }
 trap end EXIT
 
-[[ $("$lbcsi" version) == lbcsi\ * ]]
+for executable in "$lbcsi" "$controller"; do
+  [[ $("$executable" version) =~ ^lbcsi\ [0-9.]+\ \(commit\ [0-9a-f]{7,40}(-dirty)?,\ CSI ]] ||
+    { echo "no commit in: $("$executable" version)"; exit 1; }
+done
 "$lbcsi" --help | grep -q simulate
 # Without TLS: its server side needs a newer Deno than the oldest that this is run with.
 "$lbcsi" simulate --schemes grpc >"$work/out" 2>"$work/err" &
@@ -31,4 +35,11 @@ node -e 'fetch(process.argv[1] + "/model").then(async (r) => { if (!r.ok) throw 
 kill -TERM "$simulator"
 wait "$simulator"
 simulator=
-echo "compiled lbcsi: version, help and simulator answer"
+# What is on its command line is for the program, and widens nothing.
+status=0
+said=$("$controller" identity --endpoint "unix://$work/csi.sock" --allow-write 2>&1) || status=$?
+[[ $status == 2 && $said == *allow-write* ]] || { echo "status $status: $said"; exit 1; }
+status=0
+said=$("$controller" identity --endpoint "unix://$work/csi.sock" 2>&1) || status=$?
+[[ $status == 2 && $said == *"without the right to write there"* ]] || { echo "status $status: $said"; exit 1; }
+echo "compiled lbcsi: version, help and simulator answer; lbcsi-controller keeps to its directories"

@@ -34,7 +34,7 @@ Deno.test("lbcsi version prints the version of deno.json", async () => {
   const { code, out } = await run("version");
 
   strictEqual(code, 0);
-  ok(out.startsWith(`lbcsi ${config.version} (CSI 1.12, Deno `), out);
+  ok(out.startsWith(`lbcsi ${config.version} (commit `) && out.includes(", CSI 1.12, Deno "), out);
 });
 
 Deno.test("lbcsi --help lists every command, and each of them explains its options", async () => {
