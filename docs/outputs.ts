@@ -1,0 +1,117 @@
+/**
+ * The commands in the documents, and what they print.
+ *
+ * A block "```sh run" can run anywhere: it is run by the tests, with `lbcsi` in its PATH, in an empty directory. What
+ * stands in a block "```text" right behind it is what it prints. `deno task docs` writes these texts; with `--check` it
+ * writes nothing and ends with status 1 when one differs.
+ */
+import { fileURLToPath } from "node:url";
+
+/** The root of the repository, with a slash at its end. */
+export const root = fileURLToPath(new URL("../", import.meta.url));
+
+/** Paths of all documents from the root: the README and those of this directory. */
+export const documentPaths: readonly string[] = [
+  "README.md",
+  ...[...Deno.readDirSync(`${root}docs`)].map(({ name }) => `docs/${name}`).filter((path) => path.endsWith(".md"))
+    .sort(),
+];
+
+/** A fenced block of a document. */
+export interface Block {
+  /** What stands behind the fence: `sh run`. */
+  readonly info: string;
+  readonly text: string;
+  /** The line of the opening fence, from 0, and the line of the closing one. */
+  readonly from: number;
+  readonly to: number;
+}
+
+/** The fenced blocks of a document, in their order. */
+export function blocksOf(markdown: string): readonly Block[] {
+  const lines = markdown.split("\n");
+  const blocks: Block[] = [];
+  for (let from = 0; from < lines.length; from++) {
+    const info = /^```(.*)$/.exec(lines[from] ?? "")?.[1];
+    if (info === undefined) continue;
+    const to = lines.indexOf("```", from + 1);
+    if (to < 0) throw new Error(`Cannot read a document: the block at line ${from + 1} has no end`);
+    blocks.push({ info, text: lines.slice(from + 1, to).join("\n"), from, to });
+    from = to;
+  }
+  return blocks;
+}
+
+/** A block that can be run, and the block that says what it prints, if there is one. */
+export interface Run {
+  readonly command: Block;
+  readonly output: Block | undefined;
+}
+
+/** What can be run in a document. */
+export function runsOf(markdown: string): readonly Run[] {
+  const blocks = blocksOf(markdown);
+  return blocks.flatMap((command, at) => {
+    if (command.info !== "sh run") return [];
+    const next = blocks[at + 1];
+    const isOutput = next?.info === "text" && next.from <= command.to + 2;
+    return [{ command, output: isOutput ? next : undefined }];
+  });
+}
+
+/**
+ * Runs a block in a new directory and gives what it prints. Throws when it fails, with what it says, or takes more than a
+ * minute.
+ */
+export async function run({ text }: Block): Promise<string> {
+  const directory = await Deno.makeTempDir();
+  try {
+    const program = `${directory}/bin/lbcsi`;
+    await Deno.mkdir(`${directory}/bin`);
+    await Deno.mkdir(`${directory}/work`);
+    await Deno.writeTextFile(
+      program,
+      `#!/bin/sh\nexec "${Deno.execPath()}" run -A --no-check --quiet "${root}main.ts" "$@"\n`,
+      { mode: 0o755 },
+    );
+    const { code, stdout, stderr } = await new Deno.Command("bash", {
+      args: ["-euo", "pipefail", "-c", text],
+      cwd: `${directory}/work`,
+      env: { PATH: `${directory}/bin:${Deno.env.get("PATH") ?? ""}`, NO_COLOR: "1" },
+      stdin: "null",
+      stdout: "piped",
+      stderr: "piped",
+      signal: AbortSignal.timeout(60_000),
+    }).output();
+    if (code !== 0) throw new Error(`Cannot run ${text}: exit ${code}, ${new TextDecoder().decode(stderr)}`);
+    return new TextDecoder().decode(stdout).trimEnd();
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+}
+
+/** The document with what its commands print now. */
+export async function refreshed(markdown: string): Promise<string> {
+  const lines = markdown.split("\n");
+  for (const { command, output } of runsOf(markdown).toReversed()) {
+    if (output === undefined) continue;
+    lines.splice(output.from + 1, output.to - output.from - 1, ...(await run(command)).split("\n"));
+  }
+  return lines.join("\n");
+}
+
+if (import.meta.main) {
+  const check = Deno.args.includes("--check");
+  const stale: string[] = [];
+  for (const path of documentPaths) {
+    const text = await Deno.readTextFile(root + path);
+    const now = await refreshed(text);
+    if (now === text) continue;
+    stale.push(path);
+    if (!check) await Deno.writeTextFile(root + path, now);
+  }
+  if (stale.length > 0) {
+    console.log(`${check ? "not up to date, run `deno task docs`" : "changed"}: ${stale.join(", ")}`);
+  }
+  if (check && stale.length > 0) Deno.exit(1);
+}

@@ -1,0 +1,361 @@
+/** The documents hold: their links lead somewhere, their commands run, their tables are those of the code. */
+import { deepStrictEqual, ok, strictEqual } from "node:assert/strict";
+import { parse, parseAllDocuments } from "yaml";
+import config from "../deno.json" with { type: "json" };
+import { blocksOf, documentPaths, refreshed, root, run, runsOf } from "../docs/outputs.ts";
+import { minors } from "../k8s/charts.ts";
+import { parseConfig } from "../lib/storage/lightos_config.ts";
+import { parametersSchema, parseParameters } from "../lib/storage/lightos_parameters.ts";
+import { trustSchema } from "../lib/storage/lightos_trust.ts";
+import { parseSystems } from "../lib/storage/poseidon_config.ts";
+import { parseParameters as parsePoseidonParameters } from "../lib/storage/poseidon_parameters.ts";
+import { literalsIn } from "./support/literals.ts";
+
+const documents = new Map(documentPaths.map((path) => [path, Deno.readTextFileSync(root + path)]));
+const textOf = (path: string) => documents.get(path) ?? "";
+
+/** A document without its fenced blocks. */
+function prose(markdown: string): string {
+  const lines = markdown.split("\n");
+  for (const { from, to } of blocksOf(markdown)) lines.fill("", from, to + 1);
+  return lines.join("\n");
+}
+
+/** What GitHub makes of a heading. */
+const anchorOf = (heading: string) =>
+  heading.toLowerCase().replace(/\[([^\]]*)\]\([^)]*\)/g, "$1").replace(/[^\p{L}\p{N} _-]/gu, "").replaceAll(" ", "-");
+
+const anchorsOf = (markdown: string) =>
+  [...prose(markdown).matchAll(/^#{1,6} (.+)$/gm)].map(([, heading = ""]) => anchorOf(heading));
+
+/** The links of a document to files of the repository, relative to the root. */
+function linksOf(path: string): readonly { readonly link: string; readonly file: string; readonly anchor: string }[] {
+  return [...prose(textOf(path)).matchAll(/\]\(([^)\s]+)\)/g)].flatMap(([, link = ""]) => {
+    if (/^[a-z]+:/.test(link)) return [];
+    const url = new URL(link, `file:///${path}`);
+    const file = link.startsWith("#") ? path : url.pathname.slice(1);
+    return [{ link, file, anchor: decodeURIComponent(url.hash.slice(1)) }];
+  });
+}
+
+for (const path of documentPaths) {
+  Deno.test(`links of ${path} lead to files and headings that are there`, () => {
+    const broken = linksOf(path).filter(({ file, anchor }) => {
+      const isThere = documents.has(file) || exists(file);
+      return !isThere || (anchor !== "" && !anchorsOf(textOf(file)).includes(anchor));
+    });
+
+    deepStrictEqual(broken.map(({ link }) => link), []);
+  });
+}
+
+function exists(path: string): boolean {
+  try {
+    Deno.statSync(root + path);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+Deno.test("every document can be reached from the README", () => {
+  const reached = new Set(["README.md"]);
+  for (const path of reached) {
+    for (const { file } of linksOf(path)) if (documents.has(file)) reached.add(file);
+  }
+
+  deepStrictEqual(documentPaths.filter((path) => !reached.has(path)), []);
+});
+
+Deno.test("files of the repository that commands and texts name are there", () => {
+  const missing = [...documents].flatMap(([path, text]) =>
+    [...text.matchAll(/(?<![\w./-])((?:k8s|lib|tests|proto|docs)\/[\w./-]*\w)/g)].flatMap(([, name = ""]) =>
+      exists(name) || exists(`docs/${name}`) ? [] : [`${path}: ${name}`]
+    )
+  );
+
+  deepStrictEqual(missing, []);
+});
+
+Deno.test("commands that are marked to run do, and print what the documents say", async () => {
+  let count = 0;
+  for (const [path, text] of documents) {
+    strictEqual(await refreshed(text), text, `${path}: run \`deno task docs\``);
+    for (const { command, output } of runsOf(text)) {
+      if (output === undefined) await run(command);
+      count++;
+    }
+  }
+
+  ok(count > 10, `${count}`);
+});
+
+Deno.test("docs/commands.md has each command", () => {
+  const text = textOf("docs/commands.md");
+  const listed = runsOf(text)[0]?.output?.text ?? "";
+  const names = [...listed.matchAll(/^ {2}([a-z-]+) {2,}\S/gm)].map(([, name = ""]) => name);
+  const described = names.filter((name) => text.includes(`\`\`\`sh run\nlbcsi ${name} --help\n`));
+
+  ok(names.length > 8, listed);
+  deepStrictEqual(described, names.filter((name) => name !== "version"));
+});
+
+Deno.test("shell commands in documents are free of errors of syntax", async () => {
+  const problems: string[] = [];
+  for (const [path, text] of documents) {
+    for (const block of blocksOf(text)) {
+      if (!block.info.startsWith("sh")) continue;
+      const { code, stderr } = await new Deno.Command("bash", { args: ["-n", "-c", block.text], stderr: "piped" })
+        .output();
+      if (code !== 0) problems.push(`${path}:${block.from + 1} ${new TextDecoder().decode(stderr)}`);
+    }
+  }
+
+  deepStrictEqual(problems, []);
+});
+
+Deno.test("YAML in documents can be read", () => {
+  const problems = [...documents].flatMap(([path, text]) =>
+    blocksOf(text).filter(({ info }) => info === "yaml").flatMap(({ text, from }) =>
+      parseAllDocuments(text).flatMap((document) =>
+        "errors" in document ? document.errors.map((error) => `${path}:${from + 1} ${error.message}`) : []
+      )
+    )
+  );
+
+  deepStrictEqual(problems, []);
+});
+
+// ----------------------------------------------------------------------------------------------- tables of the code
+
+/** The rows of each table of a document under headings, as cells without blanks around them. */
+function tables(markdown: string): readonly { readonly head: readonly string[]; readonly rows: string[][] }[] {
+  const cells = (line: string) => line.split(/(?<!\\)\|/).slice(1, -1).map((cell) => cell.trim());
+  const found: { head: readonly string[]; rows: string[][] }[] = [];
+  const lines = prose(markdown).split("\n");
+  for (const [at, line] of lines.entries()) {
+    if (!/^\|[-|]+\|$/.test(line)) continue;
+    const rows = lines.slice(at + 1, at + 1 + lines.slice(at + 1).findIndex((line) => !line.startsWith("|")));
+    found.push({ head: cells(lines[at - 1] ?? ""), rows: rows.map(cells) });
+  }
+  return found;
+}
+
+const codeIn = (cell = "") => [...cell.matchAll(/`([^`]+)`/g)].map(([, text = ""]) => text);
+
+Deno.test("tables of options have the names, variables and defaults of the program", () => {
+  const help = textOf("docs/commands.md").split("\n");
+  const wrong: string[] = [];
+  let count = 0;
+  for (const [path, text] of documents) {
+    for (const { head, rows } of tables(text)) {
+      if (head[0] !== "option" || head[1] !== "environment") continue;
+      for (const [names, variables, fallbacks] of rows) {
+        for (const [at, name] of codeIn(names).filter((name) => name.startsWith("--")).entries()) {
+          count++;
+          const lines = help.filter((line) => line.includes(`${name} `));
+          const variable = codeIn(variables)[at];
+          const fallback = /^\d+$/.test(fallbacks ?? "") ? fallbacks : codeIn(fallbacks)[at];
+          const isRight = lines.some((line) =>
+            (variable === undefined || variable.includes("…") || line.includes(variable)) &&
+            (fallback === undefined || line.includes(`default: ${fallback}`) || line.includes(`default`))
+          );
+          if (!isRight) wrong.push(`${path}: ${name} ${variable} ${fallback}`);
+        }
+      }
+    }
+  }
+
+  ok(count > 10, `${count}`);
+  deepStrictEqual(wrong, []);
+});
+
+/** The keys in the first column of the table with this first heading that has a row for `key`. */
+function keysOf(path: string, heading: string, key: string): readonly string[] {
+  const table = tables(textOf(path)).find(({ head, rows }) =>
+    head[0] === heading && rows.some(([cell]) => codeIn(cell).includes(key))
+  );
+  return (table?.rows ?? []).flatMap(([cell]) => codeIn(cell)).sort();
+}
+
+/** The keys that a refusal names as known. */
+function knownIn(refuse: () => unknown): readonly string[] {
+  try {
+    refuse();
+  } catch (error) {
+    return (/\(known: (.*?)\)/.exec((error as Error).message)?.[1] ?? "").split(", ").sort();
+  }
+  return [];
+}
+
+Deno.test("the tables of StorageClass parameters have those that the driver takes", () => {
+  const lightos = [
+    ...Object.keys(parametersSchema.shape).filter((key) => !key.startsWith("encryption-secret-")),
+    "mkfs-options",
+    "csi.storage.k8s.io/fstype",
+  ];
+  const poseidon = [
+    ...knownIn(() => parsePoseidonParameters("try", { nothing: "" })),
+    "mkfs-options",
+    "csi.storage.k8s.io/fstype",
+  ];
+
+  deepStrictEqual(keysOf("docs/configuration.md", "parameter", "replica-count"), lightos.sort());
+  deepStrictEqual(keysOf("docs/poseidonos.md", "StorageClass parameter", "arrayName"), poseidon.sort());
+});
+
+Deno.test("the table of secrets has those that the driver reads", () => {
+  const read = [
+    ...Object.keys(trustSchema),
+    "jwt",
+    "mgmt-ca.crt",
+    "host-encryption-passphrase",
+    "host-encryption-passphrase-previous",
+  ];
+
+  deepStrictEqual(keysOf("docs/configuration.md", "key", "jwt"), read.sort());
+  deepStrictEqual(read.filter((key) => !literals.some(({ text }) => text === key)), []);
+});
+
+Deno.test("cluster files in documents can be used, and show each key", () => {
+  const known = {
+    clusters: knownIn(() => parseConfig("file", "clusters: [{nothing: 1}]")),
+    systems: knownIn(() => parseSystems("file", "systems: [{nothing: 1}]")),
+  };
+  const shown = { clusters: new Set<string>(), systems: new Set<string>() };
+  for (const text of documents.values()) {
+    for (const block of blocksOf(text).filter(({ info }) => info === "yaml")) {
+      for (const kind of ["clusters", "systems"] as const) {
+        if (!block.text.startsWith(`${kind}:`)) continue;
+        for (const key of block.text.matchAll(/^ {2}(?: {2}|- )(\w+):/gm)) shown[kind].add(key[1] ?? "");
+        if (kind === "clusters") parseConfig("file", block.text);
+        else parseSystems("file", block.text);
+      }
+    }
+  }
+
+  deepStrictEqual([...shown.systems].sort(), known.systems);
+  // The two that stand in the text: they are the Secret's.
+  deepStrictEqual([...shown.clusters, "tlsPin", "tlsVerify"].sort(), known.clusters);
+});
+
+Deno.test("StorageClasses in documents are taken by the driver", () => {
+  let count = 0;
+  for (const text of documents.values()) {
+    for (const block of blocksOf(text).filter(({ info }) => info === "yaml")) {
+      for (const document of parseAllDocuments(block.text)) {
+        const object = (document as { toJS(): unknown }).toJS();
+        if (!isStorageClass(object)) continue;
+        const parameters = Object.fromEntries(
+          Object.entries(object.parameters).filter(([key]) => !key.startsWith("csi.storage.k8s.io/")),
+        );
+        parseParameters("try", parameters);
+        count++;
+      }
+    }
+  }
+
+  ok(count > 0);
+});
+
+function isStorageClass(value: unknown): value is { readonly parameters: Readonly<Record<string, string>> } {
+  return typeof value === "object" && value !== null && "kind" in value && value.kind === "StorageClass";
+}
+
+Deno.test("values in docs/helm.md are values of the chart", () => {
+  const values = parse(Deno.readTextFileSync(`${root}k8s/helm/lb-csi-plugin/values.yaml`)) as Record<string, unknown>;
+  const named =
+    tables(textOf("docs/helm.md")).find(({ head }) => head[0] === "value")?.rows.flatMap(([cell]) => codeIn(cell)) ??
+      [];
+  const example = blocksOf(textOf("docs/helm.md")).filter(({ info }) => info === "yaml")
+    .flatMap(({ text }) => Object.keys(parse(text) as object));
+
+  ok(named.length > 20);
+  deepStrictEqual([...named, ...example].filter((name) => !Object.hasOwn(values, name)), []);
+});
+
+Deno.test("the table of Kubernetes versions says what the manifests have", () => {
+  const rows = tables(textOf("docs/introduction.md")).find(({ head }) => head[2] === "provisioner")?.rows ?? [];
+  const told = rows.flatMap(([range = "", ...cells]) => {
+    const [from = 0, to = from] = [...range.matchAll(/1\.(\d+)/g)].map(([, minor]) => Number(minor));
+    return Array.from(
+      { length: to - from + 1 },
+      (_, at) => [from + at, ...cells.map((cell) => cell.replaceAll("`", ""))],
+    );
+  });
+  const real = minors.map((minor) => {
+    const text = Deno.readTextFileSync(`${root}k8s/lb-csi-plugin-k8s-v1.${minor}.yaml`);
+    const image = (name: string) => new RegExp(`/${name}:(\\S+)`).exec(text)?.[1];
+    return [
+      minor,
+      /^kind: (StatefulSet|Deployment)$/m.exec(text)?.[1],
+      ...["csi-provisioner", "csi-attacher", "csi-resizer", "csi-snapshotter"].map(image),
+      /fsGroupPolicy: (\w+)/.exec(text)?.[1] ?? "not known",
+    ];
+  });
+
+  deepStrictEqual(told, real);
+});
+
+Deno.test("tasks that documents name are there", () => {
+  const named = [...documents.values()].flatMap((text) =>
+    [...text.matchAll(/deno (?:@2\.9\.5 )?task ([a-z:]+)/g)].map(([, name = ""]) => name)
+  );
+
+  ok(named.length > 10);
+  deepStrictEqual(named.filter((name) => !Object.hasOwn(config.tasks, name)), []);
+});
+
+// ------------------------------------------------------------------------------------------------------- messages
+
+function sourcesOf(directory: string): readonly string[] {
+  return [...Deno.readDirSync(root + directory)].flatMap(({ name, isDirectory }) =>
+    isDirectory ? sourcesOf(`${directory}/${name}`) : [`${directory}/${name}`]
+  );
+}
+
+/** What the driver can say; the simulator and the demo are not it. */
+const literals = sourcesOf("lib").filter((path) => !/^lib\/(sim|demo)\//.test(path))
+  .flatMap((path) => literalsIn(Deno.readTextFileSync(root + path)).map((literal) => ({ ...literal, path })));
+
+/** The texts in the first column of a document's tables whose first heading is "message". */
+function messagesOf(markdown: string): readonly string[] {
+  let isMessages = false;
+  return markdown.split("\n").flatMap((line) => {
+    if (!line.startsWith("|")) isMessages = false;
+    if (line.startsWith("| message |")) isMessages = true;
+    if (!isMessages || !line.includes("`")) return [];
+    const cell = /^\| (.*?)(?<!\\) \|/.exec(line)?.[1] ?? "";
+    return [...cell.matchAll(/`([^`]+)`/g)].map(([, text = ""]) => text);
+  });
+}
+
+const patternOf = (message: string) =>
+  new RegExp(
+    message.replace(/^(?:Cannot )?…:? |^…|…$/g, "").split("…").map((part) =>
+      part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")
+    )
+      .join(".*"),
+    "s",
+  );
+
+for (const path of ["docs/troubleshooting.md"]) {
+  Deno.test(`each message in ${path} is one that the driver has`, () => {
+    const messages = messagesOf(textOf(path));
+    const unknown = messages.filter((message) => !literals.some(({ text }) => patternOf(message).test(text)));
+
+    ok(messages.length > 5, `${messages.length}`);
+    deepStrictEqual(unknown, []);
+  });
+}
+
+Deno.test("each error of the driver is in docs/troubleshooting.md", () => {
+  const patterns = messagesOf(textOf("docs/troubleshooting.md")).map(patternOf);
+  const errors = literals.filter(({ text, before }) => /^Cannot /.test(text) || /(?:^|\W|throw)refuse\($/.test(before))
+    // Without those that are nothing but an action and a problem that stands elsewhere.
+    .filter(({ text }) => text.includes(" ") && /[a-z]{2}/.test(text.replace(/^Cannot [^:]*?…:?/, "")));
+  const missing = errors.filter(({ text }) => !patterns.some((pattern) => pattern.test(text)));
+
+  ok(errors.length > 150, `${errors.length}`);
+  deepStrictEqual(missing.map(({ path, text }) => `${path}: ${text}`), []);
+});
