@@ -296,9 +296,12 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
         );
         if (missing.length === 0) continue;
         using _held = await locks.wait(`subsystem ${nqn}`, "tend", ctx.signal);
-        // Let go of meanwhile, or without a device since the kernel gave up the last path: the next attach is whose turn
-        // it is then.
-        if (addresses.get(nqn) !== wanted || !await hasNamespaces(host, nqn)) continue;
+        if (addresses.get(nqn) !== wanted) continue;
+        if (!await hasNamespaces(host, nqn)) {
+          // The kernel gave up the last path: the next attach is whose turn it is then.
+          if (await isIdle(nqn) && !connected.has(nqn)) addresses.delete(nqn);
+          continue;
+        }
         for (const problem of await connect(ctx, nqn, missing)) {
           if (problem !== undefined) ctx.log.debug("could not connect again", { subsystem: nqn, error: problem });
         }

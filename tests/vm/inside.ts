@@ -19,7 +19,7 @@ const wanted = scenarios.flatMap(({ boots }) => boots[Number(bootText)] ?? []).f
 // One line is one write, so that output of others does not get between.
 const report = (report: Report) => console.log(reportMark + JSON.stringify(report));
 
-async function run({ name, limitSeconds = 120, run }: Check, world: World): Promise<boolean> {
+async function run({ name, limitSeconds = 300, run }: Check, world: World): Promise<boolean> {
   report({ event: "begins", name });
   const limit = new AbortController();
   const started = performance.now();

@@ -8,7 +8,7 @@ import type { StartOptions, World } from "./world.ts";
 export interface Check {
   /** Like a test's name; `promise N: …` where it keeps one. */
   readonly name: string;
-  /** Default 120 s: a machine may be ten times as slow as another. */
+  /** Default 300 s: a machine may be ten times as slow as another. */
   readonly limitSeconds?: number;
   /** Throws when it fails. `signal` aborts at the time limit. */
   readonly run: (world: World, signal: AbortSignal) => Promise<void>;

@@ -21,7 +21,6 @@ export const scenario = of([
   {
     name:
       "one lost path of two: I/O goes on, another volume is staged, and the path is made again when the kernel has given it up",
-    limitSeconds: 240,
     async run(world) {
       const volume = await world.volume();
       await volume.stage();
@@ -145,7 +144,6 @@ export const scenario = of([
   {
     name:
       "promise 24: access is taken away while mounted: no write gets through, nothing hangs, and unstage succeeds in the end",
-    limitSeconds: 240,
     async run(world) {
       const volume = await world.volume();
       await volume.stage();

@@ -40,7 +40,6 @@ export const scenario: Scenario = {
     [
       {
         name: "promise 23: the node is stopped, killed and started while a pod writes: no error and no stall",
-        limitSeconds: 240,
         async run(world) {
           const volume = await world.volume();
           await volume.stage();

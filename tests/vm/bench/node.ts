@@ -1,0 +1,91 @@
+/** What the node's calls cost over real NVMe/TCP, in time and in commands; the emulated machine is slow, compare one run. */
+import { type Check, scenario as of } from "../scenario.ts";
+import { devicesWith, until, type Volume, type VolumeWish, type World } from "../world.ts";
+
+const median = (times: readonly number[]) => [...times].sort((a, b) => a - b)[Math.floor(times.length / 2)] ?? 0;
+const rounds = 5;
+
+async function timed(work: () => Promise<unknown>): Promise<number> {
+  const started = performance.now();
+  await work();
+  return performance.now() - started;
+}
+
+/** Commands of the last NodeStageVolume in the node's log, with their times. */
+function commandsOf(world: World, volume: Volume): string {
+  const lines = world.logOf("node").split("\n").filter((line) => line.includes(volume.uuid)).flatMap((line) => {
+    const { event, rpc, call, command, ms } = JSON.parse(line);
+    return rpc === "NodeStageVolume" && /^ran a/.test(event) ? [{ call, command, ms }] : [];
+  });
+  const last = Math.max(...lines.map(({ call }) => call));
+  return lines.filter(({ call }) => call === last).map(({ command, ms }) => `${command.split(" ")[0]} ${ms} ms`).join(
+    ", ",
+  );
+}
+
+function staging(what: string, wish: VolumeWish, known: boolean): Check {
+  return {
+    name: `NodeStageVolume, ${what}, connections there`,
+    limitSeconds: 300,
+    async run(world) {
+      const keeper = await world.volume({ use: "block" });
+      await keeper.stage();
+      const times: number[] = [];
+      let commands = "";
+      for (let round = 0; round < rounds; round++) {
+        const volume = await world.volume(wish);
+        await until("the device", () => devicesWith(volume.uuid).length === 1);
+        if (known) {
+          await volume.stage();
+          await volume.unstage();
+        }
+        times.push(await timed(() => volume.stage()));
+        commands = commandsOf(world, volume);
+        await volume.end();
+      }
+      await keeper.end();
+      world.measured(what, `median of ${rounds}: ${median(times).toFixed(0)} ms; commands: ${commands || "none"}`);
+    },
+  };
+}
+
+export const scenario = of([
+  staging("block", { use: "block" }, false),
+  staging("new ext4", { use: "ext4" }, false),
+  staging("existing ext4", { use: "ext4" }, true),
+  {
+    name:
+      "NodeStageVolume of a block volume with two connections to make, and from the device's arrival to a mounted ext4",
+    limitSeconds: 300,
+    async run(world) {
+      const block = await world.volume({ use: "block" });
+      await world.rig.ask("GET", "/settled");
+      world.measured("block, nothing connected", `${(await timed(() => block.stage())).toFixed(0)} ms`);
+      const volume = await world.volume({ use: "ext4" });
+      await until("the device", () => devicesWith(volume.uuid).length === 1);
+      await volume.stage();
+      await volume.unstage();
+      const enable = `${world.targetOf(volume.uuid)}/enable`;
+      await Deno.writeTextFile(enable, "0");
+      await until("the device goes", () => devicesWith(volume.uuid).length === 0);
+      const staged = volume.stage();
+      await until("the driver waits", () => world.logOf("node").includes("ns-rescan"));
+      await Deno.writeTextFile(enable, "1");
+      await until("the device comes", () => devicesWith(volume.uuid).length === 1);
+      world.measured("existing ext4, arrival to mount", `${(await timed(() => staged)).toFixed(0)} ms`);
+      await volume.end();
+      await block.end();
+    },
+  },
+  {
+    name: "20 new ext4 volumes are staged at once",
+    limitSeconds: 600,
+    async run(world) {
+      const volumes: Volume[] = [];
+      for (let number = 0; number < 20; number++) volumes.push(await world.volume({ use: "ext4" }));
+      const all = await timed(() => Promise.all(volumes.map((volume) => volume.stage(300))));
+      world.measured("20 new ext4 at once", `${all.toFixed(0)} ms in all, ${(all / 20).toFixed(0)} ms each`);
+      for (const volume of volumes) await volume.end();
+    },
+  },
+]);
