@@ -630,6 +630,7 @@ It prints one line of JSON with everything that is needed to use it, and runs un
                            curl CONTROL/faults -d '{"rpc":"UpdateVolume","drop":true,"when":"after"}'
                            curl -X PATCH CONTROL/volumes/UUID -d '{"protection":"Degraded"}'
                            curl CONTROL/endpoints/stop -d '{"server":0}'
+                           curl CONTROL/paths/down -d '{"server":0}'      (with --data nvmet)
                          (all of them: the head of lib/sim/control.ts)
 
   lbcsi simulate --data loop --state /var/tmp/cluster &

@@ -280,6 +280,22 @@ for (
       400,
       /^Cannot change a device: data plane "none" has none/,
     ],
+    [
+      "a path that nobody connects to",
+      "POST",
+      "/paths/down",
+      `{"server":0}`,
+      400,
+      /^Cannot change a path: nobody connects to data plane "none", use "nvmet"/,
+    ],
+    [
+      "a path in a state that NVMe has not",
+      "POST",
+      "/paths/ana",
+      `{"server":0,"state":"up"}`,
+      400,
+      /state: Invalid option/,
+    ],
   ] as const
 ) {
   Deno.test(`control answers ${status} to ${what}`, async () => {

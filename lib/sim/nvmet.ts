@@ -15,7 +15,7 @@
  *   connections to the ports.
  * - Discovery controllers answer on the I/O ports and name that port only.
  *
- * Measured on 6.1 and 6.12: a new size is announced by `revalidate_size`; removing a namespace waits for its I/O and takes
+ * Measured on 6.1: a new size is announced by `revalidate_size`; removing a namespace waits for its I/O and takes
  * the device from hosts within 0.5 s, mounted or not; a port's socket is open while it has a subsystem.
  *
  * configfs outlives its maker. What a simulator makes there is first written to a file of its own below /run, which it
@@ -448,8 +448,7 @@ class NvmetPlane implements DataPlane {
   }
 
   async #takeAway({ namespace, directory, loop }: Shown): Promise<void> {
-    // Waits for I/O that is on its way.
-    if (exists(directory)) await Deno.remove(directory);
+    await removeNamespace(directory);
     await output("losetup", "-d", loop);
     this.#shown.delete(namespace.uuid);
     this.#log.info("took a namespace away", { volume: namespace.uuid, subsystem: namespace.subsystemNqn });
@@ -491,6 +490,16 @@ function isConnected({ traddr, trsvcid }: Port): boolean {
     const [, local, , state] = line.trim().split(/\s+/);
     return state === "01" && local?.endsWith(`:${port}`) === true;
   });
+}
+
+/**
+ * Waits for I/O that is on its way. Disabled first: the kernel goes on showing a namespace whose directory has gone while
+ * anybody has one of its files open, which was seen on 6.1 as a namespace that hosts found again at each connect.
+ */
+async function removeNamespace(directory: string): Promise<void> {
+  if (!exists(directory)) return;
+  await write(join(directory, "enable"), "0");
+  await Deno.remove(directory);
 }
 
 async function write(path: string, text: string): Promise<void> {
@@ -543,10 +552,10 @@ function parseJson(text: string): unknown {
 
 /** Takes away everything in a record that is still there and is marked with its serial number; logs what it cannot. */
 async function takeDown(record: Record, log: Logger): Promise<void> {
-  const attempt = async (path: string) => {
+  const attempt = async (path: string, remove: (path: string) => Promise<void> = Deno.remove) => {
     if (!exists(path)) return;
     try {
-      await Deno.remove(path);
+      await remove(path);
     } catch (error) {
       log.warning("could not take away", { path, error: messageOf(error) });
     }
@@ -570,7 +579,7 @@ async function takeDown(record: Record, log: Logger): Promise<void> {
   for (const nqn of ours) {
     const directory = join(root, "subsystems", nqn);
     for (const nsid of names(join(directory, "namespaces"))) {
-      await attempt(join(directory, "namespaces", nsid));
+      await attempt(join(directory, "namespaces", nsid), removeNamespace);
     }
     for (const host of names(join(directory, "allowed_hosts"))) await attempt(join(directory, "allowed_hosts", host));
     await attempt(directory);

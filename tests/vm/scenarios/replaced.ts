@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { Scenario } from "../scenario.ts";
-import { capabilityOf, controllers, mountsBelow, tool, until, Volume, type World } from "../world.ts";
+import { capabilityOf, controllers, mountsBelow, read, tool, until, Volume, type World } from "../world.ts";
 
 /** Writes and syncs without end, and notes when each write was done. */
 function writer(path: string, notes: string): Deno.ChildProcess {
@@ -46,7 +46,7 @@ export const scenario: Scenario = {
           await volume.publish();
           const notes = join(world.home, "writes");
           const writing = writer(`${volume.target}/file`, notes);
-          const times = () => (Deno.readTextFileSync(notes).trim().split("\n")).map(Number);
+          const times = () => (read(notes) ?? "").split("\n").filter((line) => line !== "").map(Number);
           const before = controllers();
           await until("it writes", () => times().length > 10);
           const undisturbed = times().length;
