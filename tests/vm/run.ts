@@ -167,7 +167,7 @@ async function play(
   const diskFile = scenario.boots.length > 1 ? join(runDir, "disk.img") : undefined;
   if (diskFile !== undefined) {
     await Deno.writeFile(diskFile, new Uint8Array());
-    await Deno.truncate(diskFile, 4 << 30);
+    await Deno.truncate(diskFile, 4 * 2 ** 30);
   }
   for (const [number, checks] of scenario.boots.entries()) {
     const mine = checks.map(({ name }) => name).filter((name) => names.includes(name));
