@@ -264,6 +264,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
     if (await host.kindOf(directory) === "absent") {
       try {
         await host.makeDirectory(directory);
+        say(directory, undefined);
       } catch (error) {
         say(directory, messageOf(error), "cannot make its directory", { path: directory });
       }
@@ -522,6 +523,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
         );
         try {
           await look();
+          say("look", undefined);
         } catch (error) {
           say("look", messageOf(error), "could not look at this machine, tries again");
         }
