@@ -32,11 +32,13 @@ export function blocksOf(markdown: string): readonly Block[] {
   const lines = markdown.split("\n");
   const blocks: Block[] = [];
   for (let from = 0; from < lines.length; from++) {
-    const info = /^```(.*)$/.exec(lines[from] ?? "")?.[1];
-    if (info === undefined) continue;
-    const to = lines.indexOf("```", from + 1);
+    // Within a list, blocks are indented.
+    const [, indent, info] = /^( *)```(.*)$/.exec(lines[from] ?? "") ?? [];
+    if (indent === undefined || info === undefined) continue;
+    const to = lines.indexOf(`${indent}\`\`\``, from + 1);
     if (to < 0) throw new Error(`Cannot read a document: the block at line ${from + 1} has no end`);
-    blocks.push({ info, text: lines.slice(from + 1, to).join("\n"), from, to });
+    const text = lines.slice(from + 1, to).map((line) => line.slice(indent.length)).join("\n");
+    blocks.push({ info, text, from, to });
     from = to;
   }
   return blocks;

@@ -3,13 +3,19 @@ import { deepStrictEqual, ok, strictEqual } from "node:assert/strict";
 import { parse, parseAllDocuments } from "yaml";
 import config from "../deno.json" with { type: "json" };
 import { blocksOf, documentPaths, refreshed, root, run, runsOf } from "../docs/outputs.ts";
-import { minors } from "../k8s/charts.ts";
+import { chartDirectory, minors, render } from "../k8s/charts.ts";
+import { backgroundContext, createLogger, Secrets } from "../lib/context.ts";
+import { parsePoseidonId, parseVolumeId } from "../lib/id.ts";
+import { lightosBackend } from "../lib/storage/lightos.ts";
 import { parseConfig } from "../lib/storage/lightos_config.ts";
 import { parametersSchema, parseParameters } from "../lib/storage/lightos_parameters.ts";
 import { trustSchema } from "../lib/storage/lightos_trust.ts";
 import { parseSystems } from "../lib/storage/poseidon_config.ts";
 import { parseParameters as parsePoseidonParameters } from "../lib/storage/poseidon_parameters.ts";
+import { unlessGoLacks } from "./support/go.ts";
 import { literalsIn } from "./support/literals.ts";
+import { needs } from "./support/needs.ts";
+import { startSimulator } from "./support/simulator.ts";
 
 const documents = new Map(documentPaths.map((path) => [path, Deno.readTextFileSync(root + path)]));
 const textOf = (path: string) => documents.get(path) ?? "";
@@ -262,6 +268,84 @@ function isStorageClass(value: unknown): value is { readonly parameters: Readonl
   return typeof value === "object" && value !== null && "kind" in value && value.kind === "StorageClass";
 }
 
+Deno.test("volume IDs in documents are read by the driver", () => {
+  const ids = [...documents.values()].flatMap((text) =>
+    blocksOf(text).flatMap(({ text }) => text.match(/\b(?:mgmt|pos):\S+\|[^\s']+/g) ?? [])
+  );
+  for (const id of ids) {
+    if (id.startsWith("mgmt:")) parseVolumeId(id);
+    else parsePoseidonId(id);
+  }
+
+  ok(ids.length >= 5, ids.join(" "));
+});
+
+Deno.test({
+  name: "the commands in docs/configuration.md get the certificate and the pin that the driver then trusts",
+  ignore: !needs("openssl"),
+  fn: async () => {
+    await using simulator = await startSimulator();
+    const { grpcs, jwt } = simulator.addresses;
+    const block = blocksOf(textOf("docs/configuration.md")).find(({ text }) => text.includes("openssl s_client"));
+    const text = (block?.text ?? "").replace("192.0.2.1:443", grpcs[0] ?? "").replace(
+      /^kubectl .*$/m,
+      "cat mgmt-ca.crt",
+    );
+
+    const printed = await run({ info: "", from: 0, to: 0, text });
+
+    const ca = /-----BEGIN CERTIFICATE-----.*-----END CERTIFICATE-----/s.exec(printed)?.[0] ?? "";
+    const pin = /^[A-Za-z0-9+/]{43}=$/m.exec(printed)?.[0] ?? "";
+    const log = createLogger("error", "json", () => {});
+    await using backend = lightosBackend({
+      log,
+      globalJwt: () => jwt,
+      globalJwtPath: "/etc/lb-csi/jwt",
+      ca: undefined,
+      verifyTls: true,
+      userAgent: "lbcsi/test",
+    });
+    const volume = await backend.createVolume(
+      backgroundContext("create a volume", log, 10_000),
+      new Secrets({ "mgmt-ca.crt": ca, "mgmt-tls-pin": `sha256//${pin}` }),
+      {
+        name: "pvc-1",
+        requiredBytes: 1n << 30n,
+        limitBytes: 0n,
+        parameters: { "mgmt-endpoint": grpcs.join(","), "replica-count": "1", "project-name": "default" },
+      },
+    );
+    strictEqual(volume.capacityBytes, 1n << 30n);
+  },
+});
+
+Deno.test({
+  name: "the values of the example in docs/helm.md make objects",
+  ignore: !needs("go"),
+  fn: async () => {
+    const values = blocksOf(textOf("docs/helm.md")).filter(({ info }) => info === "yaml").map(({ text }) =>
+      parse(text)
+    );
+    const rendered = await unlessGoLacks(() =>
+      render(values.map((values) => ({
+        chart: chartDirectory("lb-csi-plugin"),
+        release: "lb-csi",
+        namespace: "kube-system",
+        kubeVersion: "v1.34.0",
+        values,
+        lint: true,
+      })))
+    );
+    if (rendered === undefined) return;
+
+    ok(rendered.length > 0);
+    deepStrictEqual(
+      rendered.flatMap(({ error, messages }) => [...(error === undefined ? [] : [error]), ...messages ?? []]),
+      [],
+    );
+  },
+});
+
 Deno.test("values in docs/helm.md are values of the chart", () => {
   const values = parse(Deno.readTextFileSync(`${root}k8s/helm/lb-csi-plugin/values.yaml`)) as Record<string, unknown>;
   const named =
@@ -326,7 +410,8 @@ function messagesOf(markdown: string): readonly string[] {
     if (line.startsWith("| message |")) isMessages = true;
     if (!isMessages || !line.includes("`")) return [];
     const cell = /^\| (.*?)(?<!\\) \|/.exec(line)?.[1] ?? "";
-    return [...cell.matchAll(/`([^`]+)`/g)].map(([, text = ""]) => text);
+    // A word alone is part of what a message quotes.
+    return [...cell.matchAll(/`([^`]+ [^`]*)`/g)].map(([, text = ""]) => text);
   });
 }
 
@@ -339,7 +424,7 @@ const patternOf = (message: string) =>
     "s",
   );
 
-for (const path of ["docs/troubleshooting.md"]) {
+for (const path of ["docs/troubleshooting.md", "README.md"]) {
   Deno.test(`each message in ${path} is one that the driver has`, () => {
     const messages = messagesOf(textOf(path));
     const unknown = messages.filter((message) => !literals.some(({ text }) => patternOf(message).test(text)));
