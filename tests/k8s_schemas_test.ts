@@ -134,15 +134,24 @@ Deno.test({
   name: "the plugin's chart with all that it can do is valid for every Kubernetes version",
   ignore: !needs("go"),
   fn: async () => {
-    const requests = minors.flatMap((minor): RenderRequest[] =>
-      ["StatefulSet", "Deployment"].map((controllerKind) => ({
+    const requests = minors.flatMap((minor): RenderRequest[] => {
+      const grown = {
+        storageCapacity: minor >= 21,
+        enableHealthMonitor: minor >= 25,
+        volumeAttributesClassGate: minor >= 31,
+      };
+      return [
+        { ...everything, ...grown, controllerKind: "StatefulSet" },
+        { ...everything, ...grown, controllerKind: "Deployment" },
+        { ...grown, backend: "poseidon", systems: [{ name: "rack1", endpoint: "192.0.2.1:3000" }], maxVolumes: 100 },
+      ].map((values) => ({
         chart: chartDirectory("lb-csi-plugin"),
         release: "lb-csi",
         namespace: "storage",
         kubeVersion: `v1.${minor}.0`,
-        values: { ...everything, controllerKind, storageCapacity: minor >= 21, enableHealthMonitor: minor >= 25 },
-      }))
-    );
+        values,
+      }));
+    });
     const rendered = await unlessGoLacks(() => render(requests));
     if (rendered === undefined) return;
     assert.deepEqual(rendered.flatMap(({ error }) => error ?? []), []);

@@ -126,6 +126,7 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     defaultFsType: { to: "xfs" },
     enableSnapshot: { to: false },
     enableExpandVolume: { to: false },
+    volumeAttributesClassGate: { to: true, minor: 33 },
     enableHealthMonitor: { to: true },
     storageCapacity: { to: true },
     inlineVolumes: { to: true, with: { clusters: inline } },
@@ -312,6 +313,7 @@ const refused: readonly (readonly [ChartName, Values, RegExp, number?])[] = [
   ["lb-csi-plugin", { clusters: [{ name: "rack1" }] }, /endpoints/],
   ["lb-csi-plugin", { sidecarImages: { "csi-other": "x" } }, /csi-other/],
   ["lb-csi-plugin", { storageCapacity: true }, /storageCapacity needs Kubernetes 1\.21/, 20],
+  ["lb-csi-plugin", { volumeAttributesClassGate: true }, /volumeAttributesClassGate needs Kubernetes 1\.31/, 30],
   ["lb-csi-plugin", { enableHealthMonitor: true }, /enableHealthMonitor needs Kubernetes 1\.25/, 24],
   ["lb-csi-plugin", { backend: "other" }, /backend.*must be one of 'lightos', 'poseidon'/s],
   ["lb-csi-plugin", { backend: "poseidon", attach: "discovery-client" }, /attach discovery-client is for LightOS/],
@@ -553,8 +555,14 @@ Deno.test("only what must be privileged is, and the controller is nobody, on a f
       ...path.includes("-dc") ? ["lb-nvme-discovery-client"] : [],
     ]);
     assert.ok(containers.length - privileged.length >= 6);
-    for (const { securityContext } of containers.filter((container) => !privileged.includes(container))) {
+    for (const { name, securityContext } of containers.filter((container) => !privileged.includes(container))) {
+      // Beside the driver on the node they are root without a capability, in the controller the pod's user.
+      const onNode = pods.some(({ spec }) =>
+        spec.hostNetwork && spec.containers.some((one) => one.securityContext === securityContext)
+      );
+      assert.ok(!onNode || ["csi-node-driver-registrar", "livenessprobe"].includes(name));
       assert.deepEqual(securityContext, {
+        ...onNode ? { runAsUser: 0 } : {},
         allowPrivilegeEscalation: false,
         readOnlyRootFilesystem: true,
         capabilities: { drop: ["ALL"] },

@@ -8,7 +8,7 @@ export interface Container {
   readonly image: string;
   readonly args?: readonly string[];
   readonly env?: readonly { readonly name: string; readonly value?: string }[];
-  readonly securityContext?: { readonly privileged?: boolean };
+  readonly securityContext?: { readonly privileged?: boolean; readonly runAsUser?: number };
   readonly volumeMounts?: readonly { readonly name: string; readonly mountPath: string }[];
   readonly volumeDevices?: readonly { readonly name: string; readonly devicePath: string }[];
 }

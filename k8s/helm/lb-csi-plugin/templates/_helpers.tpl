@@ -51,6 +51,17 @@
 {{ with .Values.imageRegistry }}{{ . }}/{{ end }}{{ .Values.image }}
 {{- end }}
 
+{{/* "true" where sidecars use classes of attributes: by themselves since Kubernetes 1.34, before that by a gate. */}}
+{{- define "lbcsi.attributesGate" -}}
+{{- if and .Values.volumeAttributesClassGate (not (include "lbcsi.since" (list . "1.34"))) }}
+{{- if not (include "lbcsi.since" (list . "1.31")) }}{{ fail "volumeAttributesClassGate needs Kubernetes 1.31" }}{{ end -}}
+true
+{{- end }}
+{{- end }}
+{{- define "lbcsi.attributes" -}}
+{{ if or (include "lbcsi.since" (list . "1.34")) (include "lbcsi.attributesGate" .) }}true{{ end }}
+{{- end }}
+
 {{/* Labels of everything; those of pods, by which controllers find them, never change. */}}
 {{- define "lbcsi.labels" -}}
 app: {{ (include "lbcsi.backend" . | fromYaml).app }}
