@@ -90,7 +90,7 @@ const serviceOptions = {
     env: ["CSI_ENDPOINT"],
     fallback: "unix:///tmp/csi.sock",
     value: "URL",
-    meaning: "socket to serve CSI on; its directory must exist",
+    meaning: "socket to serve CSI on; its directory is made (mode 0750) if only that is missing",
     schema: unixEndpoint,
   },
   backend: {

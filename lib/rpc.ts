@@ -9,7 +9,7 @@
 import "./goaway.ts";
 import grpc from "@grpc/grpc-js";
 import { createHash, X509Certificate } from "node:crypto";
-import { chmodSync, lstatSync, statSync, unlinkSync } from "node:fs";
+import { chmodSync, lstatSync, mkdirSync, statSync, unlinkSync } from "node:fs";
 import type { EventEmitter } from "node:events";
 import net from "node:net";
 import { dirname } from "node:path";
@@ -101,8 +101,11 @@ const statusNumbers = grpc.status as unknown as Readonly<Record<string, number>>
 /**
  * Serves gRPC until `stop` is called. Idle connections are kept for ever: the sidecars exit when theirs is closed.
  *
- * @throws StatusError FAILED_PRECONDITION when the socket's directory is missing or open to everybody, its path is too
- *   long, is something else than a socket, or another process answers on it. A socket file that nobody answers on is removed
+ * The last directory of a socket's path is made when it is missing.
+ *
+ * @throws StatusError FAILED_PRECONDITION when the socket's directory cannot be made or is open to everybody, its path is
+ *   too long, is something else than a socket, or another process answers on it. A socket file that nobody answers on is
+ *   removed
  */
 export async function serve(options: ServeOptions): Promise<Server> {
   const server = new grpc.Server({ "grpc.max_receive_message_length": 16 << 20 });
@@ -426,7 +429,13 @@ async function clearSocketPath(path: string): Promise<void> {
   const refuse = (problem: string, cause?: unknown) =>
     new StatusError("FAILED_PRECONDITION", `Cannot listen on ${path}: ${problem}`, { cause });
   if (Buffer.byteLength(path) > longestSocketPath) throw refuse(`the path has more than ${longestSocketPath} bytes`);
-  const directory = statSync(dirname(path), { throwIfNoEntry: false });
+  try {
+    // For an emptyDir of Kubernetes, which is open to everybody in the pod: a directory in it is not.
+    mkdirSync(dirname(path), { mode: 0o750 });
+  } catch {
+    // It is there, as it mostly is, or what comes next says what is wrong.
+  }
+  const directory = statIfThere(dirname(path));
   if (!directory?.isDirectory()) throw refuse(`its directory is missing, create ${dirname(path)} first`);
   // With the sticky bit, as /tmp has it, nobody can put a socket of theirs in the place of ours.
   if ((directory.mode & 0o1002) === 0o002) {
@@ -437,6 +446,14 @@ async function clearSocketPath(path: string): Promise<void> {
   if (!found.isSocket()) throw refuse("something that is not a socket is there");
   if (await answers(path)) throw refuse("another process is listening there");
   unlinkSync(path);
+}
+
+function statIfThere(path: string) {
+  try {
+    return statSync(path);
+  } catch {
+    return undefined;
+  }
 }
 
 function answers(path: string): Promise<boolean> {

@@ -71,7 +71,11 @@ for (
       2,
       /that daemon is for LightOS/,
     ],
-    [["identity", "--endpoint", "unix:///nonexistent/csi.sock"], 1, /its directory is missing, create \/nonexistent/],
+    [
+      ["identity", "--endpoint", "unix:///nonexistent/csi/csi.sock"],
+      1,
+      /its directory is missing, create \/nonexistent/,
+    ],
   ] as const
 ) {
   Deno.test(`lbcsi ${args.join(" ")} ends with status ${code} and says why`, async () => {

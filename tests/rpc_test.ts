@@ -182,10 +182,25 @@ Deno.test("serve refuses a socket path of more than 107 bytes, and takes one of 
   });
 });
 
+Deno.test("serve makes a directory for its socket where everybody may write, as in an emptyDir of Kubernetes", async () => {
+  await withDirectory(async (directory) => {
+    // As kubelet makes it for a pod with an fsGroup.
+    await Deno.chmod(directory, 0o2777);
+    const path = `${directory}/lbcsi/csi.sock`;
+
+    for (const _ of ["made", "there from the last time"]) {
+      const server = await listenOn(path);
+      assert.equal((Deno.statSync(`${directory}/lbcsi`).mode ?? 0) & 0o777, 0o750);
+      assert.equal((Deno.statSync(path).mode ?? 0) & 0o777, 0o660);
+      await server.stop(1000);
+    }
+  });
+});
+
 Deno.test("serve refuses a path whose directory is missing or is a file", async () => {
   await withDirectory(async (directory) => {
     writeFileSync(`${directory}/file`, "");
-    for (const parent of [`${directory}/missing`, `${directory}/file`]) {
+    for (const parent of [`${directory}/missing/deeper`, `${directory}/file`, `${directory}/file/deeper`]) {
       await assert.rejects(listenOn(`${parent}/csi.sock`), {
         code: "FAILED_PRECONDITION",
         message: `Cannot listen on ${parent}/csi.sock: its directory is missing, create ${parent} first`,
