@@ -160,6 +160,9 @@ const examples: readonly Generated[] = [
       { preprovisioned: { enabled: true, volumeMode } },
     )
   ),
+  exampleOf("encrypted-workload", "A pod whose volume is encrypted on its node; needs secret-and-storage-class.yaml.", {
+    encrypted: enabled,
+  }),
   exampleOf("statefulset-workload", "Three pods, each with a volume of its own.", { statefulset: enabled }),
   ...([
     ["snaps-example-snapshot-class", "snapshot-class", "The class of the snapshots."],

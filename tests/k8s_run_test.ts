@@ -37,11 +37,14 @@ async function running(
   files = "/nowhere",
 ): Promise<void> {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-k8s-" });
+  // As kubelet makes an emptyDir for the controller, and the plugin's directory for the node.
+  await Deno.chmod(directory, args[0] === "controller" ? 0o2777 : 0o755);
+  const socket = `${directory}/${args[0] === "controller" ? "lbcsi/" : ""}csi.sock`;
   const variables = Object.fromEntries(
     env.map(({ name, value = "" }) => [
       name,
       value.replace("$(KUBE_NODE_NAME)", "worker-1").replace(/^\/etc\/lb-csi-config\//, `${files}/`)
-        .replace(/^unix:.*\/csi\.sock$/, `unix://${directory}/csi.sock`),
+        .replace(/^unix:(\/\/\/csi|.*\/pluginproxy)\//, `unix://${directory}/`),
     ]),
   );
   const process = new Deno.Command(Deno.execPath(), {
@@ -54,7 +57,7 @@ async function running(
   }).spawn();
   const output = process.output();
   try {
-    using channel = new Channel({ address: `unix://${directory}/csi.sock` });
+    using channel = new Channel({ address: `unix://${socket}` });
     let ended: string | undefined;
     output.then(({ stderr }) => ended = new TextDecoder().decode(stderr));
     await eventually(
@@ -124,11 +127,8 @@ const wish = (parameters: Record<string, string>, mutableParameters: Record<stri
 
 Deno.test("the class of the LightOS examples makes a volume, and its attributes are understood", async () => {
   await using simulator = await startSimulator();
-  const parameters = {
-    ...parametersOf("examples/secret-and-storage-class.yaml"),
-    "mgmt-endpoint": managementEndpoints(simulator),
-    "mgmt-scheme": "grpc",
-  };
+  const endpoint = { "mgmt-endpoint": managementEndpoints(simulator), "mgmt-scheme": "grpc" };
+  const parameters = { ...parametersOf("examples/secret-and-storage-class.yaml"), ...endpoint };
   const attributes = objectsIn("examples/volume-attributes-workload.yaml")
     .filter(({ kind }) => kind === "VolumeAttributesClass").map(({ parameters = {} }) => parameters);
 
@@ -137,6 +137,15 @@ Deno.test("the class of the LightOS examples makes a volume, and its attributes 
     const { volume } = await channel.call(Controller.method.createVolume, { ...wish(parameters), secrets }, options());
 
     assert.equal(volume?.capacityBytes, 1n << 30n);
+    const encrypted = {
+      ...wish({ ...parametersOf("examples/encrypted-workload.yaml"), ...endpoint }),
+      name: "pvc-2",
+      secrets,
+    };
+    assert.match(
+      (await channel.call(Controller.method.createVolume, encrypted, options())).volume?.volumeId ?? "",
+      /hostcrypto/,
+    );
     assert.equal(attributes.length, 2);
     for (const mutableParameters of attributes) {
       const request = { volumeId: volume.volumeId, secrets, mutableParameters };
@@ -180,6 +189,7 @@ const configured: readonly (readonly [what: string, values: Values, roles: reado
     volumeHealth: true,
     maxVolumes: 100,
     attach: "direct",
+    nodeOptions: { LB_CSI_QUEUE_SIZE: 256, LB_CSI_LUKS_PBKDF_MEMORY: 131072, LB_CSI_LUKS_DISCARD: true },
   }, ["controller", "node"]],
   ["systems of PoseidonOS", {
     backend: "poseidon",

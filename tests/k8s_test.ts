@@ -133,6 +133,9 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     inlineVolumesProfile: { to: "restricted", with: { clusters: inline, inlineVolumes: true } },
     volumeHealth: { to: true },
     extraCreateMetadata: { to: false },
+    controllerOptions: { to: { LB_CSI_SNAPSHOT_METADATA: true } },
+    nodeOptions: { to: { LB_CSI_LUKS_PBKDF_MEMORY: 1_048_576 } },
+    discoveryClientOptions: { to: { LB_CSI_DISCOVERY_POLL: 5 }, with: { discoveryClient: "lbcsi" } },
     maxVolumes: { to: 100 },
     nodeIdSuffix: { to: ".other" },
     logLevel: { to: "debug" },
@@ -152,8 +155,8 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     controllerReplicas: { to: 3 },
     controllerPriorityClassName: { to: "other" },
     nodePriorityClassName: { to: "other" },
-    runAsUser: { to: 1001 },
-    runAsGroup: { to: 1001 },
+    runAsUser: { to: 1_000_650_000 },
+    runAsGroup: { to: 1_000_650_000 },
     lbControllerTolerations: { to: toleration },
     lbNodeTolerations: { to: [toleration] },
     controllerNodeSelector: { to: { zone: "a" } },
@@ -193,6 +196,9 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     "preprovisioned.volumeMode": { to: "Block" },
     "preprovisioned.size": { to: "4Gi" },
     "preprovisioned.uuid": { to: "99999999-2222-4333-8444-555555555555" },
+    "encrypted.enabled": { to: true },
+    "encrypted.size": { to: "4Gi" },
+    "encrypted.passphrase": { to: "other" },
     "statefulset.enabled": { to: true },
     "statefulset.size": { to: "4Gi" },
     "snaps.enabled": { to: true },
@@ -223,8 +229,8 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     imagePullSecrets: { to: ["pull"] },
     installCRDs: { to: false },
     priorityClassName: { to: "other" },
-    runAsUser: { to: 1001 },
-    runAsGroup: { to: 1001 },
+    runAsUser: { to: 1_000_650_000 },
+    runAsGroup: { to: 1_000_650_000 },
     logLevel: { to: 5 },
     tolerations: { to: [toleration] },
     nodeSelector: { to: { zone: "a" } },
@@ -239,8 +245,8 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     installCRDs: { to: false },
     replicas: { to: 3 },
     priorityClassName: { to: "other" },
-    runAsUser: { to: 1001 },
-    runAsGroup: { to: 1001 },
+    runAsUser: { to: 1_000_650_000 },
+    runAsGroup: { to: 1_000_650_000 },
     logLevel: { to: 5 },
     tolerations: { to: [toleration] },
     nodeSelector: { to: { zone: "a" } },
@@ -290,6 +296,8 @@ Deno.test({
       assert.ok(before !== undefined && after !== undefined);
       assert.deepEqual([chart, name, before.error, after.error], [chart, name, undefined, undefined]);
       assert.ok(textOf(before) !== textOf(after), `${chart}: ${name} changes nothing`);
+      // Templates print large numbers so, and Kubernetes does not take them.
+      assert.doesNotMatch(textOf(after), /\de\+\d/, `${chart}: ${name}`);
       if (chart !== "lb-csi-workload-examples") {
         assert.deepEqual(referenceProblems(objectsOf(textOf(after)), outside), [], `${chart}: ${name}`);
       }
@@ -311,6 +319,7 @@ const refused: readonly (readonly [ChartName, Values, RegExp, number?])[] = [
   ["lb-csi-plugin", { jwtSecret: [{ name: "a", namespace: "other" }] }, /its namespace is other, but .* kube-system/],
   ["lb-csi-plugin", { registryUsername: "u" }, /registryUsername needs registryName/],
   ["lb-csi-plugin", { clusters: [{ name: "rack1" }] }, /endpoints/],
+  ["lb-csi-plugin", { nodeOptions: { PATH: "/tmp" } }, /nodeOptions.*PATH/s],
   ["lb-csi-plugin", { sidecarImages: { "csi-other": "x" } }, /csi-other/],
   ["lb-csi-plugin", { storageCapacity: true }, /storageCapacity needs Kubernetes 1\.21/, 20],
   ["lb-csi-plugin", { volumeAttributesClassGate: true }, /volumeAttributesClassGate needs Kubernetes 1\.31/, 30],

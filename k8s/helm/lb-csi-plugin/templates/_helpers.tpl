@@ -140,6 +140,14 @@ capabilities:
 {{- end }}
 {{- end }}
 
+{{/* Further options: a map of environment variables. */}}
+{{- define "lbcsi.options" -}}
+{{- range $name, $value := . }}
+- name: {{ $name }}
+  value: {{ ternary (int64 $value) $value (kindIs "float64" $value) | quote }}
+{{- end }}
+{{- end }}
+
 {{/* A probe of an HTTP endpoint: dict of port and, on the host's network, host. */}}
 {{- define "lbcsi.probe" -}}
 livenessProbe:
@@ -161,7 +169,7 @@ livenessProbe:
   image: {{ include "lbcsi.sidecar" (list .root .name) }}
   imagePullPolicy: {{ .root.Values.imagePullPolicy }}
   args:
-    - --csi-address=/csi/csi.sock
+    - --csi-address=/csi/lbcsi/csi.sock
     {{- range .args }}
     - {{ . }}
     {{- end }}
