@@ -26,7 +26,7 @@ export const program: readonly string[] = [
 ];
 
 /** How long a process may take to start; on a quiet machine it takes 5 s. */
-const patienceMs = 180_000;
+const patienceMs = 600_000;
 
 export const nodeId = "guest.node";
 
