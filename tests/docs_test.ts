@@ -176,6 +176,18 @@ Deno.test("tables of options have the names, variables and defaults of the progr
   deepStrictEqual(wrong, []);
 });
 
+Deno.test("the README tells of options what docs/configuration.md tells", () => {
+  const optionsOf = (path: string) =>
+    tables(textOf(path)).filter(({ head }) => head[0] === "option").flatMap(({ rows }) =>
+      rows.map((cells) => cells.join(" | ").replace(/\[([^\]]*)\]\([^)]*\)/g, "$1"))
+    );
+  const told = optionsOf("docs/configuration.md");
+  const short = optionsOf("README.md");
+
+  ok(short.length > 5);
+  deepStrictEqual(short.filter((row) => !told.includes(row)), []);
+});
+
 /** The keys in the first column of the table with this first heading that has a row for `key`. */
 function keysOf(path: string, heading: string, key: string): readonly string[] {
   const table = tables(textOf(path)).find(({ head, rows }) =>
