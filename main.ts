@@ -1068,9 +1068,6 @@ async function volumeWork(
   const { volume, uuid, nqn, "node-id": nodeId, ...rest } = settings;
   const problem = nodeIdProblem(nodeId);
   if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
-  if (volume?.startsWith("pos:")) {
-    throw new UsageError("a volume on PoseidonOS is named by --uuid, --nqn and --address here, with --attach direct");
-  }
   if (volume === undefined ? uuid === undefined || nqn === undefined : uuid !== undefined || nqn !== undefined) {
     throw new UsageError("either VOLUME_ID or both --uuid and --nqn are needed");
   }

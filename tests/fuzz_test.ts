@@ -21,7 +21,7 @@ import { direct, discoveryClient } from "../lib/host/attach.ts";
 import { contentOf } from "../lib/host/filesystem.ts";
 import { parseMountTable } from "../lib/host/mounts.ts";
 import { controllersOf, findDevice } from "../lib/host/nvme.ts";
-import { parseVolumeId } from "../lib/id.ts";
+import { parsePoseidonId, parseVolumeId } from "../lib/id.ts";
 import { KeyedLock } from "../lib/lock.ts";
 import { fromPublishContext, parseAddress } from "../lib/namespace.ts";
 import { CallError, Channel, serve, service } from "../lib/rpc.ts";
@@ -32,6 +32,9 @@ import { DurosAPI } from "../proto/gen/lightos_pb.ts";
 import { FakeHost } from "./support/fake_host.ts";
 import { publishContext, volumeId } from "./support/node_calls.ts";
 import { injected, randomMessage, spoiledMessage } from "./support/random_message.ts";
+import { poseidonBackend } from "../lib/storage/poseidon.ts";
+import { parseSystems } from "../lib/storage/poseidon_config.ts";
+import { serveHttp } from "../lib/sim/http.ts";
 import { startSimulator } from "./support/simulator.ts";
 
 const { values: options } = parseArgs({
@@ -91,6 +94,21 @@ Deno.test("fuzz: volume and snapshot IDs", async () => {
     orForeseen(() => parseVolumeId(text));
     orForeseen(() => parseVolumeId(text, "snapshot"));
   });
+  const ofPoseidon = [
+    "pos:",
+    "192.0.2.1:3000",
+    "[2001:db8::1]:3000",
+    "|array:",
+    "POSArray",
+    "|vol:",
+    "pvc-1",
+    "|uuid:",
+    uuid,
+  ];
+  await fuzz("IDs of PoseidonOS", anyText(...ofPoseidon, "|", ",", "\0", " "), (text) => {
+    orForeseen(() => parsePoseidonId(text));
+    orForeseen(() => parsePoseidonId(`pos:192.0.2.1:3000|array:${text}|vol:pvc-1|uuid:${uuid}`));
+  });
 });
 
 Deno.test("fuzz: publish contexts and addresses", async () => {
@@ -117,6 +135,13 @@ Deno.test("fuzz: cluster files", async () => {
   ];
   await fuzz("cluster files", anyText(...pieces, "    ", "- ", ": ", "!!js/function ", "<<: "), (text) => {
     orForeseen(() => parseConfig("/c", text));
+  });
+});
+
+Deno.test("fuzz: cluster files of PoseidonOS", async () => {
+  const pieces = ["systems:\n", "  - name: a\n", "    endpoint: 192.0.2.1:3000\n", "    arrays: [POSArray]\n"];
+  await fuzz("cluster files of PoseidonOS", anyText(...pieces, "    idEndpoint: ", "&a *a", "? ", "{", "]"), (text) => {
+    orForeseen(() => parseSystems("/c.yaml", text));
   });
 });
 
@@ -498,5 +523,75 @@ Deno.test("fuzz: whatever a management API answers, the error is foreseen and sa
     });
   } finally {
     await server.stop(5000);
+  }
+});
+
+Deno.test("fuzz: whatever DAgent answers, the error is foreseen, and nothing harmful is asked for", async () => {
+  const name = "POSArray";
+  const base = "/api/ibofos/v1";
+  let answer: unknown;
+  let status = 200;
+  const server = await serveHttp("127.0.0.1", 0, ({ method, path }) => {
+    assert.match(
+      `${method} ${path}`,
+      /^(GET|POST|DELETE) \/api\/ibofos\/v1\/(array|volume|subsystem|listener|transports|qos)/,
+    );
+    assert(!path.includes("reset"));
+    // An answer for each route, so that some flows get beyond their first question.
+    const data = typeof answer === "object" && answer !== null
+      ? Reflect.get(answer, path.slice(base.length))
+      : undefined;
+    const envelope = { result: { status: { code: 0 }, data } };
+    const body = JSON.stringify(data === undefined ? answer : envelope) ?? "";
+    return Promise.resolve({ status: data === undefined ? status : 200, headers: {}, body });
+  });
+  await using backend = poseidonBackend({ log: quiet });
+  try {
+    const [provisionerIP = "", provisionerPort = ""] = server.address.split(":");
+    const parameters = { provisionerIP, provisionerPort, arrayName: name, targetAddress: "192.0.2.9" };
+    const id = `pos:${server.address}|array:${name}|vol:pvc-1|uuid:${uuid}`;
+    const text = fc.oneof(fc.constantFrom("NORMAL", "Mounted", "Unmounted", "pvc-1", uuid, nqn, "0", ""), fc.string());
+    const number = fc.oneof(fc.constantFrom("0", "1048576", 0, 1048576, -1), fc.integer(), fc.double());
+    const some = (fields: Record<string, fc.Arbitrary<unknown>>) => fc.record(fields, { requiredKeys: [] });
+    const volume = some({ name: text, uuid: text, index: number, total: number, status: text, maxiops: number });
+    const subsystem = some({
+      nqn: fc.constantFrom(nqn, `nqn.2019-04.pos:lbcsi:${uuid}:a.node`, `nqn.2019-04.pos:lbcsi:${uuid}:b.node`, ""),
+      listenAddresses: fc.array(some({ transportType: text, targetAddress: text, transportServiceId: text })),
+      namespaces: fc.array(some({ nsid: number, bdevName: text, uuid: text })),
+    });
+    const world = some({
+      [`/array/${name}`]: some({ state: fc.constant("NORMAL"), situation: text, capacity: number, used: number }),
+      [`/volumelist/${name}`]: fc.oneof(some({ volumes: fc.array(volume) }), fc.anything()),
+      "/subsystem": fc.oneof(some({ subsystemlist: fc.array(subsystem) }), fc.anything()),
+    });
+    const refused = fc.integer({ min: 1000, max: 12_000 }).map((code) => ({ result: { status: { code } } }));
+    const told = fc.oneof(world, refused, fc.json().map((json) => JSON.parse(json)), fc.string());
+    const none = new Secrets();
+    const grant = { hostNqn: "nqn.2019-09.com.lightbitslabs:host:a.node", shared: false, volumeContext: parameters };
+    const asked = [
+      (ctx: RequestContext) =>
+        backend.createVolume(ctx, none, { name: "pvc-1", requiredBytes: 1n << 20n, limitBytes: 0n, parameters }),
+      (ctx: RequestContext) => backend.getVolume(ctx, none, id),
+      (ctx: RequestContext) => backend.grantAccess(ctx, none, id, grant),
+      (ctx: RequestContext) => backend.revokeAccess(ctx, none, id, grant.hostNqn),
+      (ctx: RequestContext) => backend.revokeAccess(ctx, none, id, undefined),
+      (ctx: RequestContext) => backend.deleteVolume(ctx, none, id),
+      (ctx: RequestContext) => backend.modification?.modifyVolume(ctx, none, id, { maxiops: "100" }),
+    ];
+    const statuses = fc.constantFrom(200, 207, 400, 404, 500, 503);
+    await fuzz("answers of DAgent", fc.tuple(told, statuses, fc.nat(asked.length - 1)), async ([body, code, which]) => {
+      [answer, status] = [body, code];
+      const timeout = new AbortController();
+      const timer = setTimeout(() => timeout.abort(new StatusError("DEADLINE_EXCEEDED", "Cannot wait: too slow")), 60);
+      try {
+        await asked[which]?.(requestContext(timeout.signal, new Date(Date.now() + 60), quiet));
+      } catch (error) {
+        isForeseen(error, true);
+      } finally {
+        clearTimeout(timer);
+      }
+    });
+  } finally {
+    await server[Symbol.asyncDispose]();
   }
 });

@@ -1,6 +1,7 @@
 /** Volumes of a simulated PoseidonOS on the machine that it plays: its nvme, its subsystems, real file systems. */
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { createLogger, requestContext, Secrets } from "../lib/context.ts";
 import { hostNqn, type RemoteNamespace } from "../lib/namespace.ts";
 import { poseidonBackend } from "../lib/storage/poseidon.ts";
@@ -110,6 +111,35 @@ Deno.test({
 
     deepStrictEqual(t.devices(), []);
     await t.remove(id);
+  },
+});
+
+Deno.test({
+  name: "lbcsi attach and detach take a volume of PoseidonOS by its ID",
+  ignore,
+  async fn() {
+    await using t = await start();
+    const { id } = await t.create("pvc-1");
+    const { devRoot = "", sysfsRoot = "", programs, targetAddress, transportServiceId } = t.sim.addresses;
+    const lbcsi = async (...words: readonly string[]) => {
+      const main = fileURLToPath(new URL("../main.ts", import.meta.url));
+      const places = ["--node-id", "a.node", "--dev", devRoot, "--sysfs", sysfsRoot];
+      const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
+        args: ["run", "-A", "--no-check", main, ...words, ...places],
+        env: { NO_COLOR: "1", PATH: `${programs}:${Deno.env.get("PATH")}` },
+      }).output();
+      return { code, text: new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr) };
+    };
+
+    const nowhere = await lbcsi("attach", id);
+    match(nowhere.text, /volume attribute "targetAddress" is missing/);
+    const attributes = `targetAddress=${targetAddress},transportServiceId=${transportServiceId}`;
+    const attached = await lbcsi("attach", id, "--volume-attributes", attributes);
+
+    deepStrictEqual([attached.code, t.devices()], [0, ["nvme0n1"]], attached.text);
+    const detached = await lbcsi("detach", id);
+    deepStrictEqual([detached.code, t.devices()], [0, []], detached.text);
+    deepStrictEqual(t.sim.control.leftovers().access, []);
   },
 });
 

@@ -475,6 +475,21 @@ Deno.test("granting access adds a listener that is missing", async () => {
   strictEqual(t.model.subsystems[0]?.listeners.length, 1);
 });
 
+Deno.test("a volume of the vendor's driver is adopted by an ID and attributes that somebody wrote", async () => {
+  await using t = await start();
+  const uuid = crypto.randomUUID();
+  await t.model.createVolume({ array: "POSArray", name: "pvc-old", sizeBytes: gib, maxiops: 0n, maxbw: 0n, uuid });
+  const id = `pos:${t.sim.addresses.dagent}|array:POSArray|vol:pvc-old|uuid:${uuid}`;
+  // What that driver left in the PersistentVolume, as far as this one reads it, and more.
+  const volumeContext = { ...poseidonParameters(t.sim), targetAddr: "127.0.0.1", nqn: "nqn.2019-04.pos:pvc-old" };
+
+  const granted = t.backend.grantAccess(within(5000), none, id, { hostNqn: hostA, shared: false, volumeContext });
+
+  strictEqual((await granted).subsystemNqn, `nqn.2019-04.pos:lbcsi:${uuid}:a.node`);
+  await t.revoke(id);
+  strictEqual(t.volumes().length, 1);
+});
+
 for (
   const [what, prepare, context, message] of [
     [

@@ -2,7 +2,7 @@
  * csi-sanity, the CSI project's own test suite, against a controller and a node that are separate processes, with the
  * simulator's loop data plane behind them: once for file systems, once for raw block volumes, and again.
  *
- * usage: deno task test:sanity [--repeat COUNT] [--keep]
+ * usage: deno task test:sanity [--backend lightos|poseidon] [--repeat COUNT] [--keep]
  *
  * Needs root, loop devices and `go` (it installs csi-sanity into a directory of its own). Exit status 1 when a test fails,
  * or is skipped although its capability is announced.
@@ -10,7 +10,7 @@
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { Rig } from "../lib/demo/rig.ts";
+import { type Backend, Rig } from "../lib/demo/rig.ts";
 import { Controller, ControllerServiceCapability_RPC_Type as Rpc, Identity } from "../proto/gen/csi_pb.ts";
 import { needs } from "./support/needs.ts";
 
@@ -18,8 +18,13 @@ const sanityPackage = "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v5.5
 const gib = 1n << 30n;
 const mutablePolicy = "sanity-policy";
 const { values: settings } = parseArgs({
-  options: { repeat: { type: "string", default: "2" }, keep: { type: "boolean", default: false } },
+  options: {
+    backend: { type: "string", default: "lightos" },
+    repeat: { type: "string", default: "2" },
+    keep: { type: "boolean", default: false },
+  },
 });
+const backends: readonly Backend[] = ["lightos", "poseidon"];
 
 interface Outcome {
   readonly passed: number;
@@ -30,34 +35,19 @@ interface Outcome {
 
 if (!needs("root", "loop", "go", "mkfs.xfs")) Deno.exit(1);
 const home = await Deno.makeTempDir({ prefix: "lbcsi-sanity-" });
-const rig = new Rig(home, [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../main.ts", import.meta.url))]);
+const backend = backends.find((name) => name === settings.backend);
+if (backend === undefined) throw new Error(`--backend ${settings.backend}: is not one of ${backends.join(", ")}`);
+const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../main.ts", import.meta.url))];
+const rig = new Rig(home, program, program, backend);
 let failures = 0;
 try {
   const sanity = await install();
   const patience = AbortSignal.timeout(60_000);
   await rig.startSimulator("loop", patience);
-  const jwtPath = join(home, "jwt");
-  await Deno.writeTextFile(jwtPath, rig.addresses.jwt, { mode: 0o600 });
   // The kernel lets a mounted ext4 grow for holders of CAP_SYS_RESOURCE only; xfs grows for any root.
   const fsType = await mayGrowMountedExt4() ? "ext4" : "xfs";
-  // Free space is told to those only who may see the whole cluster.
-  const adminPath = join(home, "admin-jwt");
-  await Deno.writeTextFile(adminPath, rig.addresses.adminJwt, { mode: 0o600 });
-  const configPath = join(home, "clusters.yaml");
-  await Deno.writeTextFile(
-    configPath,
-    `clusters:\n- { name: simulated, scheme: grpc, jwt: ${adminPath}, projects: [default], endpoints: ${
-      JSON.stringify(rig.addresses.grpc)
-    } }\n`,
-  );
-  await rig.ask("POST", "/policies", { name: mutablePolicy, kind: "iops", read: 2560, write: 2560 });
-  const controllerOptions = ["--jwt-path", jwtPath, "--config", configPath, "--default-fs", fsType];
-  await rig.startService("controller", controllerOptions, patience);
-  const { discoveryDir = "", devRoot = "", sysfsRoot = "" } = rig.addresses;
-  await rig.startService("node", [
-    ...["--node-id", "sanity.node", "--default-fs", fsType, "--discovery-dir", discoveryDir],
-    ...["--dev", devRoot, "--sysfs", sysfsRoot],
-  ], patience);
+  await startController(fsType, patience);
+  await rig.startNode("sanity.node", patience, { LB_CSI_DEFAULT_FS: fsType });
   console.log(`announced: ${(await announced()).join(", ")}`);
 
   for (let run = 1; run <= Number(settings.repeat); run++) {
@@ -86,6 +76,28 @@ try {
 }
 console.log(failures === 0 ? "csi-sanity: 0 failed" : `csi-sanity: ${failures} failed`);
 Deno.exit(failures === 0 ? 0 : 1);
+
+/** With all that makes it announce the most. */
+async function startController(fsType: string, patience: AbortSignal): Promise<void> {
+  const configPath = join(home, "clusters.yaml");
+  const options = ["--config", configPath, "--default-fs", fsType];
+  const { dagent, arrays, grpc, jwt, adminJwt } = rig.addresses;
+  if (backend === "poseidon") {
+    const system = { name: "simulated", endpoint: dagent, arrays };
+    await Deno.writeTextFile(configPath, JSON.stringify({ systems: [system] }));
+    await rig.startService("controller", options, patience);
+    return;
+  }
+  const jwtPath = join(home, "jwt");
+  await Deno.writeTextFile(jwtPath, jwt, { mode: 0o600 });
+  // Free space is told to those only who may see the whole cluster.
+  const adminPath = join(home, "admin-jwt");
+  await Deno.writeTextFile(adminPath, adminJwt, { mode: 0o600 });
+  const cluster = { name: "simulated", scheme: "grpc", jwt: adminPath, projects: ["default"], endpoints: grpc };
+  await Deno.writeTextFile(configPath, JSON.stringify({ clusters: [cluster] }));
+  await rig.ask("POST", "/policies", { name: mutablePolicy, kind: "iops", read: 2560, write: 2560 });
+  await rig.startService("controller", [...options, "--jwt-path", jwtPath], patience);
+}
 
 async function install(): Promise<string> {
   const { code, stderr } = await new Deno.Command("go", {
@@ -130,7 +142,7 @@ async function runSanity(sanity: string, accessType: "mount" | "block", run: num
     calls.map((call) => `${call}Secret:\n  jwt: ${rig.addresses.jwt}\n`).join(""),
     { mode: 0o600 },
   );
-  const parameters = {
+  const parameters = backend === "poseidon" ? rig.parameters : {
     "mgmt-endpoint": rig.addresses.grpc.join(","),
     "mgmt-scheme": "grpc",
     "replica-count": "1",
@@ -141,7 +153,10 @@ async function runSanity(sanity: string, accessType: "mount" | "block", run: num
     Object.entries(parameters).map(([key, value]) => `${key}: "${value}"\n`).join(""),
   );
   const mutableFile = join(place, "mutable.yaml");
-  await Deno.writeTextFile(mutableFile, `qos-policy-name: ${mutablePolicy}\n`);
+  await Deno.writeTextFile(
+    mutableFile,
+    backend === "poseidon" ? 'maxiops: "100"\nmaxbw: "200"\n' : `qos-policy-name: ${mutablePolicy}\n`,
+  );
   const log = await Deno.open(join(place, "log"), { create: true, write: true });
   const child = new Deno.Command(sanity, {
     args: [

@@ -170,6 +170,20 @@ Deno.test("one slow call holds up every other one, reads too", async () => {
   strictEqual((await ask(sim, "GET", "/arrays")).data.arrayList[0].status, "Mounted");
 });
 
+Deno.test("a call that is held before its effect has none when its caller goes", async () => {
+  await using sim = await startPoseidon();
+  sim.control.fail({ rpc: "CreateVolume", hold: true, when: "before" });
+  const caller = new AbortController();
+  const called = ask(sim, "POST", "/volumes", volume(), caller.signal);
+  await eventually("the call waits", () => sim.control.held().length === 1);
+
+  caller.abort();
+  await rejects(called);
+  await eventually("DAgent has noticed", () => sim.control.held().length === 0);
+
+  strictEqual((await ask(sim, "GET", "/volumelist/POSArray")).data, undefined);
+});
+
 Deno.test("a request for a transport without param locks DAgent up, and is counted as harmful", async () => {
   await using sim = await startPoseidon();
   ask(sim, "POST", "/transport", "{}").catch(() => {});

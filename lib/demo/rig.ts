@@ -231,7 +231,8 @@ export class Rig {
     const places = { "discovery-dir": discoveryDir, dev: devRoot, sysfs: sysfsRoot };
     const path = env["PATH"] ?? Deno.env.get("PATH") ?? "";
     // With PoseidonOS the node connects by itself, with the nvme of the simulated machine.
-    const itsPath = this.backend === "poseidon" && programs !== undefined ? { PATH: `${programs}:${path}` } : {};
+    const isOnPath = programs === undefined || path.split(":").includes(programs);
+    const itsPath = this.backend === "poseidon" && !isOnPath ? { PATH: `${programs}:${path}` } : {};
     const words = Object.entries(places).flatMap(([name, path]) => path === undefined ? [] : [`--${name}`, path]);
     const nodeOptions = ["--node-id", nodeId, ...words, "--log-level", "debug", ...options];
     return await this.startService("node", nodeOptions, signal, { ...env, ...itsPath });

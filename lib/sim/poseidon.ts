@@ -107,7 +107,10 @@ export async function servePoseidon({ model, faults, host, port, log }: Poseidon
       const strike = async (when: "before" | "after"): Promise<HttpAnswer | undefined | "go on"> => {
         if (rule?.when !== when) return "go on";
         if (rule.hold === true) {
-          await faults.hold({ rpc, endpoint: server.address, when }, request.signal).catch(() => {});
+          const held = faults.hold({ rpc, endpoint: server.address, when }, request.signal);
+          const isGone = await held.then(() => false, () => true);
+          // As if it had been lost on its way here.
+          if (isGone && when === "before") return undefined;
         }
         if (rule.drop === true) return undefined;
         if (rule.event === undefined) return "go on";

@@ -200,7 +200,8 @@ function toVolume(
 
 /**
  * The UUID of the volume that a request makes, a version 8 one (RFC 9562): the same for each repetition, and another one
- * for the same name on another array.
+ * for the same name on another array. A volume that was deleted and is asked for again has it again, which orchestrators
+ * avoid by giving a name once.
  */
 function uuidFor(name: string, { endpoint, array }: PoseidonParameters): string {
   const text = JSON.stringify(["volume", formatEndpoint(endpoint), array, name]);

@@ -346,13 +346,17 @@ export async function pause(
   try {
     await sleep(delays.next().value, ctx.signal);
   } catch (reason) {
-    const code = codeOf(ctx.signal);
-    throw new StatusError(
-      code === "DEADLINE_EXCEEDED" ? "UNAVAILABLE" : code,
-      `Cannot ${action} in time: ${seen.replace(`Cannot ${action}: `, "")}; repeat the call`,
-      { cause: reason },
-    );
+    throw tooLate(ctx, action, seen, reason);
   }
+}
+
+function tooLate(ctx: RequestContext, action: string, seen: string, cause: unknown): StatusError {
+  const code = codeOf(ctx.signal);
+  return new StatusError(
+    code === "DEADLINE_EXCEEDED" ? "UNAVAILABLE" : code,
+    `Cannot ${action} in time: ${seen.replace(`Cannot ${action}: `, "")}; repeat the call`,
+    { cause },
+  );
 }
 
 /** What is to be done next, or what has come of it. */
@@ -380,15 +384,24 @@ export async function converge<W, R>(
   next: (world: W) => Next<R> | Promise<Next<R>>,
 ): Promise<R> {
   const delays = growingDelays();
+  /** What stood in the way so far. */
+  let seen: string | undefined;
   let last: { readonly step: string; readonly refusal: PoseidonError | undefined } | undefined;
   for (;;) {
-    const now = await next(await look());
+    let now: Next<R>;
+    try {
+      now = await next(await look());
+    } catch (error) {
+      // Of a look that the deadline cut off, what came before it says more.
+      if (seen !== undefined && ctx.signal.aborted) throw tooLate(ctx, action, seen, error);
+      throw error;
+    }
     if ("done" in now) return now.done;
     if (last?.step === now.step) {
       if (last.refusal !== undefined && !last.refusal.passing) {
         throw await now.explain?.(last.refusal) ?? last.refusal;
       }
-      const seen = last.refusal?.message ??
+      seen = last.refusal?.message ??
         `PoseidonOS at ${dagent.address} says that it did "${now.step}", and does not show it`;
       await pause(ctx, delays, action, seen);
       // What was seen before the pause may be old by now.
@@ -400,9 +413,10 @@ export async function converge<W, R>(
       await dagent.change(ctx, action, now.change);
     } catch (error) {
       if (!(error instanceof PoseidonError)) throw error;
-      if (ctx.signal.aborted) throw error;
+      if (ctx.signal.aborted) throw seen === undefined ? error : tooLate(ctx, action, seen, error);
       ctx.log.debug("looks again after a refusal", { error: error.message });
       refusal = error;
+      seen = error.message;
     }
     last = { step: now.step, refusal };
   }

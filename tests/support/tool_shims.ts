@@ -31,20 +31,26 @@ const tools = [
   ...["mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_growfs", "mkfs.btrfs", "btrfs"],
 ];
 
-/** Makes them in a directory of their own below `home`. */
-export async function toolShims(home: string): Promise<ToolShims> {
+/**
+ * Makes them in a directory of their own below `home`.
+ *
+ * @param nvmeDirectory where an `nvme` is that the driver runs, if it does
+ */
+export async function toolShims(home: string, nvmeDirectory?: string): Promise<ToolShims> {
   const directory = join(home, "tools");
   const armed = join(directory, "armed");
   const held = join(directory, "held");
   const go = join(directory, "go");
   const bin = join(directory, "bin");
-  const path = Deno.env.get("PATH") ?? "";
+  const path = [...(nvmeDirectory === undefined ? [] : [nvmeDirectory]), Deno.env.get("PATH") ?? ""].join(":");
   await Deno.mkdir(bin, { recursive: true });
   const fifo = await new Deno.Command("mkfifo", { args: [go] }).output();
   if (!fifo.success) throw new Error(`mkfifo ${go}: ${new TextDecoder().decode(fifo.stderr)}`);
   const shim = join(directory, "shim");
   await Deno.writeTextFile(shim, script(directory, path), { mode: 0o755 });
-  for (const tool of tools) await Deno.symlink(shim, join(bin, tool));
+  for (const tool of [...tools, ...(nvmeDirectory === undefined ? [] : ["nvme"])]) {
+    await Deno.symlink(shim, join(bin, tool));
+  }
 
   const read = async (): Promise<HeldTool | undefined> => {
     const text = await Deno.readTextFile(held).catch(absentAsUndefined);
