@@ -51,8 +51,8 @@ if (start !== undefined) {
   try {
     await world.start(start);
   } catch (error) {
-    console.log(error instanceof Error ? error.stack : error);
     console.log(await world.evidence());
+    console.log(error instanceof Error ? error.stack : error);
     Deno.exit(3);
   }
   report({
