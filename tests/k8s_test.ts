@@ -108,6 +108,7 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     kubeVersion: { to: "1.20" },
     imageRegistry: { to: "registry.example/storage" },
     image: { to: "lbcsi:other" },
+    controllerImage: { to: "lbcsi-controller:other" },
     imagePullPolicy: { to: "Always" },
     imagePullSecrets: { to: ["pull"] },
     registryName: { to: "other.example", with: registry },

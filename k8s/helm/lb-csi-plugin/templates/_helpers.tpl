@@ -50,6 +50,9 @@
 {{- define "lbcsi.image" -}}
 {{ with .Values.imageRegistry }}{{ . }}/{{ end }}{{ .Values.image }}
 {{- end }}
+{{- define "lbcsi.controllerImage" -}}
+{{ with .Values.imageRegistry }}{{ . }}/{{ end }}{{ .Values.controllerImage | default .Values.image }}
+{{- end }}
 
 {{/* "true" where sidecars use classes of attributes: by themselves since Kubernetes 1.34, before that by a gate. */}}
 {{- define "lbcsi.attributesGate" -}}
