@@ -65,7 +65,7 @@ let failed = false;
 for (const check of wanted) {
   if (await run(check, world)) continue;
   failed = true;
-  await world.cleanUp();
+  if (start !== undefined) await world.cleanUp();
 }
 // Without waiting for whatever hangs.
 Deno.exit(failed ? 1 : 0);

@@ -444,12 +444,14 @@ export class World {
       return `${name} ${at("wwid")} nsid ${at("nsid")} ${at("ana_state") ?? ""}`;
     });
     parts.push(`--- devices\n${devices.join("\n")}`);
-    const target = `/sys/kernel/config/nvmet/subsystems/${this.rig.addresses.subsystemNqn}`;
-    const shown = names(`${target}/namespaces`).map((nsid) => {
-      const at = (attribute: string) => read(`${target}/namespaces/${nsid}/${attribute}`);
-      return `nsid ${nsid} ${at("device_uuid")} ${at("device_path")} enable ${at("enable")}`;
-    });
-    parts.push(`--- target, for ${names(`${target}/allowed_hosts`).join(" ")}\n${shown.join("\n")}`);
+    for (const nqn of names("/sys/kernel/config/nvmet/subsystems")) {
+      const target = `/sys/kernel/config/nvmet/subsystems/${nqn}`;
+      const shown = names(`${target}/namespaces`).map((nsid) => {
+        const at = (attribute: string) => read(`${target}/namespaces/${nsid}/${attribute}`);
+        return `nsid ${nsid} ${at("device_uuid")} ${at("device_path")} enable ${at("enable")}`;
+      });
+      parts.push(`--- target ${nqn}, for ${names(`${target}/allowed_hosts`).join(" ")}\n${shown.join("\n")}`);
+    }
     parts.push(`--- mounts\n${mountsBelow(this.home).join("\n")}`);
     parts.push(`--- kernel\n${(await run("dmesg")).stdout.split("\n").slice(-40).join("\n")}`);
     return parts.join("\n");
