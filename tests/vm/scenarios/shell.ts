@@ -1,10 +1,10 @@
-/** `lbcsi attach`, `list` and `detach` on real NVMe/TCP. */
+/** `lbcsi attach`, `list` and `detach` on real NVMe/TCP: a known place, and what they say while it has no path. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { hostNqn } from "../../../lib/namespace.ts";
 import type { Check, Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";
-import { controllers, deviceOf, devicesWith, mountsBelow, program, run } from "../world.ts";
+import { controllers, deviceOf, devicesWith, mountsBelow, program, run, until } from "../world.ts";
 
 const nodeId = "shell.node";
 const us = hostNqn(nodeId);
@@ -51,6 +51,37 @@ const checks: readonly Check[] = [
 
       assert.deepEqual(await lbcsi("detach", ...place, "--mount", mnt), { code: 0, stdout: "", stderr: "" });
       assert.deepEqual([devicesWith(target.uuid), controllers(), mountsBelow(world.home)], [[], [], []]);
+    },
+  },
+  {
+    name: "list answers and detach refuses while all paths are down, and both do their work when one is back",
+    limitSeconds: 900,
+    async run(world) {
+      await using target = new Target(world.home, [us]);
+      target.offer(1);
+      const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", nodeId];
+      const mnt = join(world.home, "mnt");
+      await Deno.mkdir(mnt, { recursive: true });
+      const attached = await lbcsi("attach", ...place, "--address", "127.0.0.1:4421", "--mount", mnt, "--format");
+      assert.equal(attached.code, 0, attached.stderr);
+      await Deno.writeTextFile(join(mnt, "file"), "not yet written to the device");
+      target.withdraw(1);
+      await until("the path is down", () => controllers().every(({ state }) => state !== "live"), 90);
+
+      const begin = performance.now();
+      const { stdout } = await lbcsi("list");
+      world.measured("lbcsi list without a path", `${Math.round(performance.now() - begin)} ms`);
+      assert.match(stdout, /^ {2}path {3}nvme\d+ {2}127\.0\.0\.1:4421 {2}connecting {2}\S+$/m);
+      assert.match(stdout, new RegExp(`^ {2}mount {2}${mnt} {2}ext4 {2}rw$`, "m"));
+      const refused = await lbcsi("detach", ...place, "--mount", mnt);
+      assert.equal(refused.code, 1);
+      assert.match(refused.stderr, /has no live path \(nvme\d+ connecting/);
+      assert.deepEqual(mountsBelow(mnt), [mnt]);
+      target.offer(1);
+      await until("the path is back", () => controllers().every(({ state }) => state === "live"), 90);
+
+      assert.deepEqual(await lbcsi("detach", ...place, "--mount", mnt), { code: 0, stdout: "", stderr: "" });
+      assert.deepEqual(controllers(), []);
     },
   },
 ];
