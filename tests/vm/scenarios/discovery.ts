@@ -1,6 +1,6 @@
 /**
- * `lbcsi discovery-client` against the kernel's target: log pages, referrals, letting go. What it is told is written as
- * LightOS' documentation has it, not by the driver.
+ * `lbcsi discovery-client` against the kernel's target: log pages, referrals, paths that go and come back, a daemon that is
+ * killed under I/O. What it is told is written as LightOS' documentation has it, not by the driver.
  */
 import assert from "node:assert/strict";
 import { basename, dirname, join } from "node:path";
@@ -164,6 +164,85 @@ const checks: readonly Check[] = [
       await hidden.status;
 
       await statesAre();
+    },
+  },
+  {
+    name: "promise 23: I/O goes on while a path is down and back, and while the daemon is killed and started again",
+    limitSeconds: 900,
+    async run(world) {
+      await using target = new Target(world.home, [us]);
+      await using daemon = new Daemon(world);
+      target.offer(1);
+      target.offer(2);
+      await daemon.start();
+      await daemon.told("one", line(target, 4421));
+      await daemon.told("two", line(target, 4422));
+      const all = ["4421 live", "4422 live", "discovery 4421 live", "discovery 4422 live"];
+      await statesAre(...all);
+      await until("its device", () => devicesWith(target.uuid).length === 1, patience);
+      const device = deviceOf(target.uuid);
+      const before = controllers().map(({ name }) => name);
+      // Writes and reads back blocks until it is told to end; the first error ends it too.
+      const go = join(world.home, "go");
+      await Deno.writeTextFile(go, "");
+      const script = `n=0; while [ -e ${go} ]; do
+        n=$((n + 1)); printf 'block %010d' $n | dd of=${device} bs=4096 seek=$((n % 1000)) oflag=direct conv=sync status=none || exit 1
+        dd if=${device} bs=4096 skip=$((n % 1000)) count=1 iflag=direct status=none | grep -aqF "block $(printf %010d $n)" || exit 2
+        echo $n >${world.home}/count
+      done`;
+      const writer = new Deno.Command("sh", { args: ["-c", script], stderr: "inherit" }).spawn();
+      const count = () => Number(read(`${world.home}/count`) ?? 0);
+      const goesOn = async (what: string) => {
+        const from = count();
+        await until(`I/O goes on ${what}`, () => count() > from + 5, patience);
+      };
+      await goesOn("at first");
+
+      await daemon.stop("SIGKILL");
+      await goesOn("without the daemon");
+      await daemon.start();
+      await until("it has looked", () => daemon.said().match(/"read a log page"/g)?.length === 4, patience);
+      assert.deepEqual(controllers().map(({ name }) => name), before);
+      target.withdraw(2);
+      await until("the path is down", () => states().some((state) => /^4422 (?!live)/.test(state)), patience);
+      await goesOn("with one path");
+      target.offer(2);
+      const begin = performance.now();
+      await statesAre(...all);
+      world.measured("from the way back to the path back", `${Math.round(performance.now() - begin)} ms`);
+      await goesOn("with both");
+      await Deno.remove(go);
+
+      assert.equal((await writer.status).code, 0);
+      world.measured("blocks written and read back", String(count()));
+    },
+  },
+  {
+    name: "the daemon lives with files that are half, bad, empty, and with a target that refuses",
+    limitSeconds: 900,
+    async run(world) {
+      await using target = new Target(world.home, [us]);
+      await using daemon = new Daemon(world);
+      target.offer(1);
+      await daemon.start();
+      const path = join(daemon.directory, "half");
+      const text = line(target);
+      await Deno.writeTextFile(path, text.slice(0, -4));
+      await daemon.told("bad", "-t rdma -x");
+      await daemon.told("empty");
+      await daemon.told("refused", `-t tcp -a 127.0.0.1 -s 4499 -q ${us} -n ${target.nqn}`);
+      await until("all is said", () => {
+        const log = daemon.said();
+        return log.includes('"refused a file"') && log.includes("refused, nothing listens there");
+      }, patience);
+      await Deno.writeTextFile(path, `${text}\n`);
+
+      await statesAre("4421 live", "discovery 4421 live");
+      // nvme-cli makes one discovery connection to an address, whatever the host NQN.
+      await daemon.told("stranger", `-t tcp -a 127.0.0.1 -s 4421 -q ${us}x -n ${target.nqn}`);
+      const words = `is connected there as host ${us}, disconnect it first`;
+      await until("it says who has the address", () => daemon.said().includes(words), patience);
+      assert.equal(await daemon.stop("SIGTERM"), 0);
     },
   },
 ];

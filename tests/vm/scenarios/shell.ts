@@ -1,10 +1,10 @@
-/** `lbcsi attach`, `list` and `detach` on real NVMe/TCP: a known place, and what they say while it has no path. */
+/** `lbcsi attach`, `list` and `detach` on real NVMe/TCP: a known place, a cluster, and what they say while things are broken. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { hostNqn } from "../../../lib/namespace.ts";
 import type { Check, Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";
-import { controllers, deviceOf, devicesWith, mountsBelow, program, run, until } from "../world.ts";
+import { controllers, deviceOf, devicesWith, mountsBelow, program, run, tool, until } from "../world.ts";
 
 const nodeId = "shell.node";
 const us = hostNqn(nodeId);
@@ -82,6 +82,26 @@ const checks: readonly Check[] = [
 
       assert.deepEqual(await lbcsi("detach", ...place, "--mount", mnt), { code: 0, stdout: "", stderr: "" });
       assert.deepEqual(controllers(), []);
+    },
+  },
+  {
+    name: "detach takes away what a connection that was lost for good has left",
+    limitSeconds: 900,
+    async run(world) {
+      await using target = new Target(world.home, [us]);
+      target.offer(1);
+      const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", nodeId];
+      const mnt = join(world.home, "mnt");
+      await Deno.mkdir(mnt, { recursive: true });
+      const attached = await lbcsi("attach", ...place, "--address", "127.0.0.1:4421", "--mount", mnt, "--format");
+      assert.equal(attached.code, 0, attached.stderr);
+      await tool("nvme", "disconnect", `--nqn=${target.nqn}`);
+      const { stdout } = await lbcsi("list");
+      assert.match(stdout, new RegExp(`^ {2}${mnt} {2}ext4 {2}rw {2}was /dev/nvme\\d+n\\d+$`, "m"));
+
+      assert.deepEqual(await lbcsi("detach", ...place, "--mount", mnt), { code: 0, stdout: "", stderr: "" });
+
+      assert.deepEqual([mountsBelow(mnt), controllers()], [[], []]);
     },
   },
 ];
