@@ -157,6 +157,7 @@ async function play(
   imageDir: string,
   denoDir: string,
   programDir: string,
+  rootDir: string,
   runDir: string,
   stop: AbortSignal,
 ): Promise<Counted> {
@@ -205,6 +206,7 @@ async function play(
         { path: denoDir, at: "/deno-dir" },
         { path: dirname(Deno.execPath()), at: "/deno-bin" },
         { path: programDir, at: "/program" },
+        ...(scenario.start?.image === true ? [{ path: rootDir, at: "/image" }] : []),
       ],
       diskFile,
       memoryMib: scenario.memoryMib ?? 2048,
@@ -251,6 +253,10 @@ for (const name of ["SIGINT", "SIGTERM"] as const) {
 const runs = await Deno.makeTempDir({ prefix: "lbcsi-vm-" });
 const programDir = join(runs, "program");
 await command(Deno.execPath(), ["bundle", "--quiet", "--code-splitting", "--outdir", programDir, "main.ts"]);
+const rootDir = join(runs, "root");
+if (loaded.some(({ scenario }) => scenario.start?.image === true)) {
+  await command(Deno.execPath(), ["run", "-A", "k8s/image/root.ts", "node", rootDir]);
+}
 let passed = 0;
 let failed = 0;
 let guests = 0;
@@ -259,7 +265,7 @@ await Promise.all(Array.from({ length: Number(options.jobs) }, async () => {
   for (let next = queue.shift(); next !== undefined; next = queue.shift()) {
     const runDir = join(runs, `guest${++guests}`);
     await Deno.mkdir(runDir);
-    const counted = await play(next, imageDir, denoDir, programDir, runDir, stop.signal);
+    const counted = await play(next, imageDir, denoDir, programDir, rootDir, runDir, stop.signal);
     passed += counted.passed;
     failed += counted.failed;
   }

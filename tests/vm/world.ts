@@ -11,6 +11,7 @@ import { parseMountTable } from "../../lib/host/mounts.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { CallError, type Channel } from "../../lib/rpc.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import { enter } from "../support/image_root.ts";
 
 /**
  * What starts the program: the bundle of main.ts that the host has made, with the flags of the build. Without a compiler
@@ -281,6 +282,8 @@ export interface StartOptions {
   readonly node?: readonly string[] | false;
   /** More options of `lbcsi simulate`. */
   readonly simulator?: readonly string[];
+  /** Runs controller and node in the root file system of the image, as a container does. */
+  readonly image?: boolean;
   /** Keeps the cluster and the directories of volumes on the disk that outlives a boot. */
   readonly onDisk?: boolean;
 }
@@ -289,7 +292,7 @@ export interface StartOptions {
 export class World {
   /** A directory in memory; sockets belong here. */
   readonly home = Deno.makeTempDirSync({ dir: "/tmp", prefix: "world-" });
-  readonly rig = new Rig(this.home, program, program, "lightos", patienceMs);
+  rig = new Rig(this.home, program, program, "lightos", patienceMs);
   readonly #measured: (name: string, text: string) => void;
   #options: StartOptions = {};
   #volumes = 0;
@@ -311,6 +314,12 @@ export class World {
   /** Starts the cluster, the controller and the node. */
   async start(options: StartOptions): Promise<void> {
     this.#options = options;
+    if (options.image === true) {
+      // Not below /tmp, which the image sees.
+      const { words } = await enter("/image", "/run/image", ["/tmp"], { "/deno-bin": "/deno", "/program": "/program" });
+      const inside = [...words, "/deno/deno", ...program.slice(1)];
+      this.rig = new Rig(this.home, inside, program, "lightos", patienceMs);
+    }
     await this.startSimulator();
     const signal = AbortSignal.timeout(patienceMs);
     await Promise.all([this.rig.startController(signal), options.node === false ? undefined : this.startNode()]);
