@@ -86,7 +86,19 @@ export function names(directory: string): readonly string[] {
 
 /** Loads what the initiator, the target and file systems need, so that no check pays for it. */
 export async function modulesLoaded(): Promise<void> {
-  await tool("modprobe", "-a", "nvme-tcp", "nvmet", "nvmet-tcp", "loop", "ext4", "xfs", "btrfs", "dm-flakey");
+  await tool(
+    "modprobe",
+    "-a",
+    "nvme-tcp",
+    "nvmet",
+    "nvmet-tcp",
+    "loop",
+    "ext4",
+    "xfs",
+    "btrfs",
+    "dm-flakey",
+    "dm-crypt",
+  );
 }
 
 // ---------------------------------------------------------------------------------------- the kernel, as it is
@@ -165,6 +177,8 @@ export class Volume {
   readonly target: string;
   readonly capability: Capability;
   publishContext: Record<string, string> = {};
+  /** For NodeStageVolume. */
+  stageSecrets: Record<string, string> = {};
 
   constructor(world: World, id: string, uuid: string, directory: string, capability: Capability) {
     this.world = world;
@@ -207,6 +221,7 @@ export class Volume {
       publishContext: this.publishContext,
       stagingTargetPath: this.staging,
       volumeCapability: this.capability,
+      secrets: this.stageSecrets,
     }, seconds);
   }
 

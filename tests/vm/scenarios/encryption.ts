@@ -1,0 +1,286 @@
+/** Host encryption with the kernel's dm-crypt: what arrives on the cluster, what opens it, what grows, what is refused. */
+import assert from "node:assert/strict";
+import { Node } from "../../../proto/gen/csi_pb.ts";
+import { type Check, scenario as of } from "../scenario.ts";
+import {
+  capabilityOf,
+  controllers,
+  names,
+  read,
+  refuses,
+  run,
+  tool,
+  until,
+  type Volume,
+  type VolumeWish,
+  type World,
+} from "../world.ts";
+
+const gib = 1n << 30n;
+const marker = "plain text that nobody on the storage cluster may read ";
+const passphrase = "correct 'horse' \"battery\" ü";
+
+/** An encrypted volume whose class has one passphrase for all. */
+async function encrypted(world: World, wish: VolumeWish = {}): Promise<Volume> {
+  const volume = await world.volume({ ...wish, parameters: { "host-encryption": "enabled", ...wish.parameters } });
+  volume.stageSecrets = { "host-encryption-passphrase": passphrase };
+  return volume;
+}
+
+/** Device-mapper devices of the guest: their names. */
+function mappers(): readonly string[] {
+  return names("/sys/block").filter((name) => name.startsWith("dm-")).map((name) =>
+    read(`/sys/block/${name}/dm/name`) ?? ""
+  );
+}
+
+/** Whether a text is anywhere in a volume's bytes, as the cluster has them. */
+async function isOnCluster(world: World, { uuid }: Volume, text: string): Promise<boolean> {
+  await tool("sync");
+  const { code } = await run("grep", "--quiet", "--binary-files=text", "--fixed-strings", text, world.contentOf(uuid));
+  return code === 0;
+}
+
+const lives = (["ext4", "xfs", "block"] as const).map((use): Check => ({
+  name: `promise 17: what is written to an encrypted ${use} volume arrives encrypted, and is read back after a life`,
+  limitSeconds: 120,
+  async run(world) {
+    const volume = await encrypted(world, { use });
+    assert.match(volume.id, /\|hostcrypto:luks2$/);
+    await volume.stage();
+    await volume.stage();
+    assert.deepEqual(mappers(), [`lb-csi-nvme-uuid.${volume.uuid}`]);
+    await volume.publish();
+    await volume.publish();
+    const path = use === "block" ? volume.target : `${volume.target}/file`;
+    const text = marker.repeat(4096);
+    if (use === "block") {
+      await Deno.writeTextFile(path, text, { create: false });
+      // The mapper, and neither the namespace's device nor a copy of its node.
+      const { rdev } = await Deno.stat(path);
+      assert.notEqual(rdev, (await Deno.stat(volume.device)).rdev);
+    } else await Deno.writeTextFile(path, text);
+    await tool("sync", path);
+    assert.equal(await isOnCluster(world, volume, "plain text that nobody"), false);
+    assert.equal(await isOnCluster(world, volume, "LUKS"), true);
+
+    await volume.unpublish();
+    await volume.unstage();
+    await volume.unstage();
+    assert.deepEqual([mappers(), controllers()], [[], []]);
+    await volume.stage();
+    await volume.publish();
+    const file = await Deno.open(path);
+    const bytes = new Uint8Array(marker.length);
+    await file.read(bytes);
+    file.close();
+    assert.equal(new TextDecoder().decode(bytes), marker);
+    await volume.end();
+    await world.nothingLeft();
+    assert.deepEqual(mappers(), []);
+  },
+}));
+
+export const scenario = of([
+  ...lives,
+  {
+    name: "promise 16: an encrypted file system in use grows through all its layers",
+    limitSeconds: 120,
+    async run(world) {
+      const volume = await encrypted(world);
+      await volume.stage();
+      await volume.publish();
+      await Deno.writeTextFile(`${volume.target}/file`, "kept");
+
+      assert.equal(await volume.expand(2n * gib), 2n * gib);
+
+      const total = BigInt((await volume.stats()).usage[0]?.total ?? 0n);
+      assert(total > 18n * gib / 10n, `the file system has ${total} bytes`);
+      assert.equal(await Deno.readTextFile(`${volume.target}/file`), "kept");
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "a passphrase is changed when the volume is staged, and the old one opens it no more",
+    limitSeconds: 120,
+    async run(world) {
+      const volume = await encrypted(world);
+      await volume.stage();
+      await Deno.writeTextFile(`${volume.staging}/file`, "kept");
+      await volume.unstage();
+
+      volume.stageSecrets = {
+        "host-encryption-passphrase": "changed",
+        "host-encryption-passphrase-previous": passphrase,
+      };
+      await volume.stage();
+      assert.equal(await Deno.readTextFile(`${volume.staging}/file`), "kept");
+      await volume.unstage();
+      volume.stageSecrets = { "host-encryption-passphrase": passphrase };
+      await refuses(volume.stage(), "INVALID_ARGUMENT", /does not open nvme\d+n\d+/);
+      volume.stageSecrets = { "host-encryption-passphrase": "changed" };
+      await volume.stage();
+      assert.equal(await Deno.readTextFile(`${volume.staging}/file`), "kept");
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "a volume that the incumbent driver encrypted opens with its passphrase",
+    limitSeconds: 120,
+    async run(world) {
+      // As that driver makes it: AES-128, no label, and its own words on the command line (spec/lightos.md section 11).
+      const volume = await encrypted(world);
+      const block = await world.volume({ use: "block" });
+      await block.stage();
+      const child = new Deno.Command("cryptsetup", {
+        args: [
+          ...["-q", "--type=luks2", "--hash", "sha256", "--cipher", "aes-xts-plain64", "--key-size", "256"],
+          ...["--key-file", "/dev/stdin", "--pbkdf-memory=65535", "luksFormat", block.device],
+        ],
+        stdin: "piped",
+      }).spawn();
+      const writer = child.stdin.getWriter();
+      await writer.write(new TextEncoder().encode(passphrase));
+      await writer.close();
+      assert.equal((await child.status).code, 0);
+      await volume.end();
+      await block.unstage();
+
+      const id = `${block.id}|hostcrypto:luks2`;
+      const request = {
+        volumeId: id,
+        publishContext: block.publishContext,
+        stagingTargetPath: block.staging,
+        volumeCapability: capabilityOf("ext4"),
+        secrets: { "host-encryption-passphrase": passphrase },
+      };
+      // Without a file system and without our mark nothing proves that nobody has used it.
+      await refuses(
+        world.nodeCall(Node.method.nodeStageVolume, request),
+        "FAILED_PRECONDITION",
+        /holds no file system, and may have been used without one; it is left alone/,
+      );
+      const mapper = `/dev/mapper/lb-csi-nvme-uuid.${block.uuid}`;
+      assert.deepEqual(mappers(), [`lb-csi-nvme-uuid.${block.uuid}`]);
+      await tool("mkfs.ext4", "-q", mapper);
+      await world.nodeCall(Node.method.nodeStageVolume, request);
+      assert.match(await tool("findmnt", "-no", "SOURCE", block.staging), /lb-csi-nvme-uuid|dm-/);
+      await world.nodeCall(Node.method.nodeUnstageVolume, { volumeId: id, stagingTargetPath: block.staging });
+      await block.end();
+      await world.nothingLeft();
+      assert.deepEqual(mappers(), []);
+    },
+  },
+  {
+    name:
+      "promise 1: neither LUKS in a volume without host encryption nor a file system in one with it is written over",
+    limitSeconds: 120,
+    async run(world) {
+      const plain = await world.volume();
+      await plain.stage();
+      await Deno.writeTextFile(`${plain.staging}/file`, "kept");
+      await plain.unstage();
+      await refuses(
+        world.nodeCall(Node.method.nodeStageVolume, {
+          volumeId: `${plain.id}|hostcrypto:luks2`,
+          publishContext: plain.publishContext,
+          stagingTargetPath: plain.staging,
+          volumeCapability: plain.capability,
+          secrets: { "host-encryption-passphrase": passphrase },
+        }),
+        "FAILED_PRECONDITION",
+        /holds a file system in the clear, it is left alone/,
+      );
+      await plain.stage();
+      assert.equal(await Deno.readTextFile(`${plain.staging}/file`), "kept");
+      await plain.end();
+
+      const secret = await encrypted(world);
+      await secret.stage();
+      await secret.unstage();
+      await refuses(
+        world.nodeCall(Node.method.nodeStageVolume, {
+          volumeId: secret.id.replace("|hostcrypto:luks2", ""),
+          publishContext: secret.publishContext,
+          stagingTargetPath: secret.staging,
+          volumeCapability: secret.capability,
+        }),
+        "FAILED_PRECONDITION",
+        /holds crypto_LUKS/,
+      );
+      await secret.stage();
+      await secret.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "promise 8: a node that is killed while it encrypts a new volume leaves one that a repeat completes",
+    limitSeconds: 180,
+    async run(world) {
+      for (const tool of ["cryptsetup", "mkfs.ext4", "mount"]) {
+        const volume = await encrypted(world);
+        const staged = volume.stage().catch(() => {});
+        await until(`${tool} runs`, async () => (await run("pgrep", "-x", tool)).code === 0, 60).catch(() => {});
+        await world.rig.running("node")?.end("SIGKILL", 10_000);
+        await staged;
+        await until(
+          "its tools have ended",
+          async () => (await run("pgrep", "-x", "cryptsetup|mkfs.ext4|mount")).code !== 0,
+          60,
+        );
+        await world.startNode();
+
+        await volume.stage();
+        await volume.publish();
+        await Deno.writeTextFile(`${volume.target}/file`, tool);
+        await volume.end();
+        await world.nothingLeft();
+        assert.deepEqual(mappers(), []);
+      }
+    },
+  },
+  {
+    name: "promise 15: a larger clone of an encrypted volume opens with the source's passphrase and has its size",
+    limitSeconds: 120,
+    async run(world) {
+      const origin = await encrypted(world);
+      await origin.stage();
+      await Deno.writeTextFile(`${origin.staging}/file`, "kept");
+      await tool("sync", "-f", origin.staging);
+      const source = { case: "volume" as const, value: { volumeId: origin.id } };
+      const clone = await encrypted(world, { source, sizeBytes: 2n * gib });
+      await clone.stage();
+      await clone.publish();
+
+      assert.equal(await Deno.readTextFile(`${clone.target}/file`), "kept");
+      const total = BigInt((await clone.stats()).usage[0]?.total ?? 0n);
+      assert(total > 18n * gib / 10n, `the clone's file system has ${total} bytes`);
+      await clone.end();
+      await origin.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name: "how long it takes to stage a new and an existing encrypted ext4",
+    limitSeconds: 120,
+    async run(world) {
+      const volume = await encrypted(world);
+      const began = performance.now();
+      await volume.stage();
+      const made = performance.now();
+      await volume.unstage();
+      const left = performance.now();
+      await volume.stage();
+      const opened = performance.now();
+      const ms = (from: number, to: number) => Math.round(to - from);
+      world.measured(
+        "encryption",
+        `stage of a new volume ${ms(began, made)} ms, of an existing one ${ms(left, opened)} ms`,
+      );
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+]);
