@@ -137,7 +137,7 @@ const trustOptions = {
   "mgmt-ca": {
     env: ["LB_CSI_MGMT_CA"],
     value: "FILE",
-    meaning: "PEM certificates to trust for management endpoints, instead of the system's",
+    meaning: "PEM certificates to trust for management endpoints, instead of the built-in ones (Mozilla's list)",
     schema: absolutePath.optional(),
   },
   "mgmt-tls-verify": {

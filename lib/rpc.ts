@@ -486,7 +486,7 @@ export class CallError extends Error {
 
 /** How a server has to prove who it is. */
 export interface Trust {
-  /** PEM certificates to trust instead of the system's. */
+  /** PEM certificates to trust instead of the built-in ones. */
   readonly ca?: string;
   /** False accepts any certificate. */
   readonly verify: boolean;

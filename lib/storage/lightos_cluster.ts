@@ -22,7 +22,7 @@ export interface LightosOptions {
   readonly globalJwt: () => string | undefined;
   /** Where that token comes from, for messages. */
   readonly globalJwtPath: string;
-  /** PEM certificates to trust instead of the system's. */
+  /** PEM certificates to trust instead of the built-in ones. */
   readonly ca: string | undefined;
   /** False accepts any certificate of the management API. */
   readonly verifyTls: boolean;
