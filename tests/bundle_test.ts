@@ -62,5 +62,5 @@ async function scripts(directory: string, suffix: string): Promise<string[]> {
 async function usings(files: readonly string[]): Promise<number> {
   const texts = await Promise.all(files.map((file) => Deno.readTextFile(file)));
   // In prose the word is followed by other things.
-  return texts.reduce((sum, text) => sum + [...text.matchAll(/(?<![\w`])using \w+ ?= ?/g)].length, 0);
+  return texts.reduce((sum, text) => sum + [...text.matchAll(/(?<![\w`])using [\w$]+ ?= ?/g)].length, 0);
 }
