@@ -4,10 +4,11 @@ import { fileURLToPath } from "node:url";
 import { createLogger } from "../lib/context.ts";
 import { serve, service } from "../lib/rpc.ts";
 import { Identity } from "../proto/gen/csi_pb.ts";
+import { unlessGoLacks } from "./support/go.ts";
 import { needs } from "./support/needs.ts";
 
-/** Builds a program under tests/go; undefined, with a printed reason, when its modules cannot be had here. */
-async function build(name: string, directory: string): Promise<string | undefined> {
+/** Builds a program under tests/go and gives its path. */
+async function build(name: string, directory: string): Promise<string> {
   const binary = `${directory}/${name}`;
   const { success, stderr } = await new Deno.Command("go", {
     args: ["build", "-o", binary, "."],
@@ -16,22 +17,15 @@ async function build(name: string, directory: string): Promise<string | undefine
     stdout: "null",
     stderr: "piped",
   }).output();
-  if (success) return binary;
-  const reason = new TextDecoder().decode(stderr);
-  // Only what the machine lacks is a reason to skip; a program that does not compile is a failure.
-  const lacking =
-    /^.*(dial tcp|no such host|module lookup disabled|connection refused|timeout|requires go >=|proxyconnect).*$/m
-      .exec(reason);
-  assert.ok(lacking !== null, reason);
-  console.warn(`skipped, the modules of tests/go/${name} cannot be fetched: ${lacking[0]}`);
-  return undefined;
+  if (!success) throw new Error(`tests/go/${name} is not built: ${new TextDecoder().decode(stderr)}`);
+  return binary;
 }
 
 /** Runs a client against a server in this process; `:authority` as the server saw it cannot be asked, its calls can. */
 async function run(name: string, calls: number, connections: number): Promise<void> {
   const directory = mkdtempSync("/tmp/lbcsi-go-");
   try {
-    const binary = await build(name, directory);
+    const binary = await unlessGoLacks(() => build(name, directory));
     if (binary === undefined) return;
     const path = `${directory}/csi.sock`;
     let probes = 0;

@@ -12,6 +12,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { type Backend, Rig } from "../lib/demo/rig.ts";
 import { Controller, ControllerServiceCapability_RPC_Type as Rpc, Identity } from "../proto/gen/csi_pb.ts";
+import { fetching } from "./support/go.ts";
 import { needs } from "./support/needs.ts";
 
 const sanityPackage = "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v5.5.0";
@@ -41,7 +42,7 @@ const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../main.ts
 const rig = new Rig(home, program, program, backend);
 let failures = 0;
 try {
-  const sanity = await install();
+  const sanity = await fetching(install);
   const patience = AbortSignal.timeout(60_000);
   await rig.startSimulator("loop", patience);
   // The kernel lets a mounted ext4 grow for holders of CAP_SYS_RESOURCE only; xfs grows for any root.

@@ -1,18 +1,36 @@
 /** Go programs in tests: what a machine lacks is a reason to skip, anything else is a failure. */
 
+const lacking =
+  /^.*(dial tcp|no such host|module lookup disabled|connection refused|timeout|requires go >=|proxyconnect|: 50[0-9] ).*$/m;
+// A proxy of modules that is overloaded, or is being replaced, is back within seconds.
+const passing = /: (50[0-9]|429) |connection reset|unexpected EOF|timeout/;
+const pausesMs = [2_000, 10_000, 30_000] as const;
+
+/** Does again what failed for a reason that passes, up to three times. */
+export async function fetching<T>(body: () => Promise<T>): Promise<T> {
+  for (const pauseMs of pausesMs) {
+    try {
+      return await body();
+    } catch (error) {
+      if (!passing.test(String(error))) throw error;
+      console.warn(`again in ${pauseMs / 1000} s: ${String(error).split("\n").find((line) => passing.test(line))}`);
+      await new Promise((resolve) => setTimeout(resolve, pauseMs));
+    }
+  }
+  return await body();
+}
+
 /**
  * What `body` gives, or undefined, with the reason printed, when Go modules cannot be fetched here. A machine without Go
  * is for `needs("go")` to find.
  */
 export async function unlessGoLacks<T>(body: () => Promise<T>): Promise<T | undefined> {
   try {
-    return await body();
+    return await fetching(body);
   } catch (error) {
-    const lacking =
-      /^.*(dial tcp|no such host|module lookup disabled|connection refused|timeout|requires go >=|proxyconnect).*$/m
-        .exec(String(error));
-    if (lacking === null) throw error;
-    console.warn(`skipped, Go cannot fetch what it needs: ${lacking[0]}`);
+    const line = lacking.exec(String(error));
+    if (line === null) throw error;
+    console.warn(`skipped, Go cannot fetch what it needs: ${line[0]}`);
     return undefined;
   }
 }
