@@ -6,6 +6,7 @@ import "./lib/goaway.ts";
 import { readFileSync, statSync } from "node:fs";
 import { z } from "zod";
 import config from "./deno.json" with { type: "json" };
+import type { Check } from "./lib/check.ts";
 import {
   backgroundContext,
   createLogger,
@@ -18,7 +19,7 @@ import {
   timeLimit,
 } from "./lib/context.ts";
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
-import { parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
+import { type Endpoint, parseEndpoints, parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
 import { hostNqn, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
 import {
   absolutePath,
@@ -31,6 +32,9 @@ import {
   UsageError,
   wholeNumber,
 } from "./lib/options.ts";
+import type { MachineOptions } from "./lib/shell/machine_checks.ts";
+import type { SystemReport } from "./lib/storage/backend.ts";
+import type { LightosOptions } from "./lib/storage/lightos_cluster.ts";
 
 /** Name of the CSIDriver object and the StorageClass provisioner, by storage system. */
 const driverNames = { lightos: "csi.lightbitslabs.com", poseidon: "csi.pos.io" } as const;
@@ -472,6 +476,76 @@ const listOptions = {
   ...shellLogOptions,
 } as const satisfies Options;
 
+/** Management endpoints, as a StorageClass names them. */
+const endpointsSchema: z.ZodType<readonly Endpoint[], string> = z.string().transform((text, check) => {
+  const endpoints = parseEndpoints(text);
+  if (typeof endpoints !== "string") return endpoints;
+  check.addIssue(endpoints);
+  return z.NEVER;
+});
+
+const doctorOptions = {
+  checks: {
+    fallback: "all",
+    value: "WHAT",
+    meaning: "what is looked at: machine, cluster (from where no volume will be attached), all",
+    schema: z.enum(["all", "machine", "cluster"], { error: "is not all, machine or cluster" }),
+  },
+  backend: serviceOptions.backend,
+  "node-id": { ...nodeOptions["node-id"], schema: z.string().optional() },
+  attach: nodeOptions.attach,
+  "discovery-dir": nodeOptions["discovery-dir"],
+  "kubelet-dir": {
+    env: ["LB_CSI_KUBELET_DIR"],
+    fallback: "/var/lib/kubelet",
+    value: "DIR",
+    meaning: "kubelet's directory; without one there is nothing to see",
+    schema: absolutePath,
+  },
+  sysfs: nodeOptions.sysfs,
+  dev: nodeOptions.dev,
+  "default-fs": { ...fsOption["default-fs"], meaning: "the file system that this node cannot do without" },
+  "max-volumes": nodeOptions["max-volumes"],
+  config: { ...controllerOptions.config, meaning: "cluster file: the clusters to look at" },
+  "mgmt-endpoint": {
+    value: "LIST",
+    meaning: "instead of all clusters of --config: host:port of management endpoints (PoseidonOS: of DAgent)",
+    schema: endpointsSchema.optional(),
+  },
+  "mgmt-scheme": {
+    fallback: "grpcs",
+    value: "SCHEME",
+    meaning: "with --mgmt-endpoint: grpcs is TLS, grpc clear text",
+    schema: z.enum(schemes, { error: `is not one of ${schemes.join(", ")}` }),
+  },
+  "jwt-path": volumeOptions["jwt-path"],
+  secrets: volumeOptions.secrets,
+  ...trustOptions,
+  timeout: {
+    value: "SECONDS",
+    fallback: "60",
+    meaning: "how long all of it may take; what does not answer takes less",
+    schema: wholeNumber(1, 600),
+  },
+  json: { meaning: "print JSON", schema: switchSchema },
+  ...shellLogOptions,
+  // What is worth a warning is what it prints.
+  "log-level": { ...shellLogOptions["log-level"], fallback: "error" },
+} as const satisfies Options;
+
+const doctorText =
+  `Looks at this machine, and with --config or --mgmt-endpoint at the storage cluster, and says what is wrong with them and
+what to do. Give it the options of the node service; in its container they are there already, as environment variables.
+
+It changes nothing: it writes no file, connects to no subsystem, opens no device, and runs tools to ask for their versions
+only. Of the cluster it reads what the token may see; to data and discovery addresses it makes a TCP connection and drops it.
+
+  problem       volumes do not work here, or not safely, until something is done
+  warning       they do, but for something that only some of them need, or something will soon stop them
+  not checked   it cannot be seen from here
+
+Exit status: 0 no problem, 1 problems, or it could not be done, 2 for bad options.`;
+
 const statusText =
   `Exit status: 0 done (also when there was nothing to do), 1 failed, 2 bad options, 130 after Ctrl-C, 143 after SIGTERM.
 A signal never cuts a command off that formats, mounts or connects; a second one leaves it running and returns at once.`;
@@ -911,6 +985,24 @@ const commands: Readonly<Record<string, Command>> = {
     listText,
   ),
 
+  doctor: command(
+    "say what is wrong with this machine and the cluster, before the first pod does",
+    doctorOptions,
+    async (settings) => {
+      const machine = settings.checks === "cluster" ? undefined : machineOf(settings);
+      return await atShell("look at this machine", settings, async (ctx) => {
+        const { doctorAsJson, doctorAsText, examine, tally } = await import("./lib/shell/doctor.ts");
+        const { linuxHost } = await import("./lib/host/host.ts");
+        const host = linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+        const reports = settings.checks === "machine" ? Promise.resolve([]) : systemReports(settings, ctx);
+        const sections = await examine(ctx, machine === undefined ? undefined : { host, ...machine }, reports);
+        await writeOut(`${settings.json ? doctorAsJson(sections) : doctorAsText(sections)}\n`);
+        return tally(sections).problem === 0 ? 0 : 1;
+      });
+    },
+    doctorText,
+  ),
+
   "discovery-client": command(
     "keep this machine connected to what the files of a directory name, as the cluster moves",
     discoveryOptions,
@@ -1032,7 +1124,7 @@ const exitStatusOf = { SIGINT: 130, SIGTERM: 143 } as const;
 async function atShell(
   what: string,
   settings: Settings<typeof shellLogOptions> & { readonly timeout: number },
-  work: (ctx: RequestContext) => Promise<void>,
+  work: (ctx: RequestContext) => Promise<number | void>,
 ): Promise<number> {
   const log = createLogger(settings["log-level"], settings["log-fmt"]);
   const stop = new AbortController();
@@ -1048,13 +1140,63 @@ async function atShell(
     });
   }
   try {
-    await work(backgroundContext(what, log, settings.timeout * 1000, stop.signal));
-    return 0;
+    return await work(backgroundContext(what, log, settings.timeout * 1000, stop.signal)) ?? 0;
   } catch (error) {
     if (status === 0 || !hasCode(error, "CANCELLED")) throw error;
     console.error(`lbcsi: ${error.message}`);
     return status;
   }
+}
+
+/** What the doctor is told of this machine. */
+function machineOf(settings: Settings<typeof doctorOptions>): Omit<MachineOptions, "host"> {
+  const { backend, "node-id": nodeId } = settings;
+  const problem = nodeId === undefined ? undefined : nodeIdProblem(nodeId);
+  if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
+  if (backend === "poseidon") refusePoseidon({ attach: settings.attach });
+  return {
+    nodeId,
+    attach: settings.attach ?? (backend === "poseidon" ? "direct" : "discovery-client"),
+    discoveryDirectory: settings["discovery-dir"],
+    kubeletDirectory: settings["kubelet-dir"],
+    maxVolumes: settings["max-volumes"],
+    defaultFsType: settings["default-fs"],
+  };
+}
+
+/** What the storage systems say of themselves that the options name. */
+async function systemReports(
+  settings: Settings<typeof doctorOptions>,
+  ctx: RequestContext,
+): Promise<readonly SystemReport[]> {
+  const { backend, config, "mgmt-endpoint": endpoints, "node-id": nodeId } = settings;
+  if (config === undefined && endpoints === undefined) {
+    if (settings.checks === "cluster") throw new UsageError("--checks cluster needs --config or --mgmt-endpoint");
+    const check = { name: "cluster", verdict: "not checked", found: "neither --config nor --mgmt-endpoint is given" };
+    const nothing = { addresses: [], discovery: [], connected: undefined, inBandAuth: undefined };
+    return [{ name: "cluster", checks: [check as Check], ...nothing }];
+  }
+  if (backend === "poseidon") {
+    // Of a node it refuses a cluster file, which is here for the cluster's sake.
+    const { "node-id": _node, ...others } = settings;
+    refusePoseidon(others);
+    useNoProxy();
+    const { poseidonReports } = await import("./lib/storage/poseidon_checkup.ts");
+    const [endpoint, ...surplus] = endpoints ?? [];
+    if (surplus.length > 0) throw new UsageError("--mgmt-endpoint: a PoseidonOS has one DAgent");
+    return await poseidonReports(ctx, await poseidonSystems(settings, ctx.log), endpoint);
+  }
+  const { lightosReports } = await import("./lib/storage/lightos_checkup.ts");
+  const options = await lightosOptions(settings, ctx.log);
+  // Once: a token that comes through a pipe (/dev/stdin) can be read once.
+  const jwt = options.globalJwt();
+  return await lightosReports(
+    ctx,
+    { ...options, globalJwt: () => jwt },
+    endpoints === undefined ? undefined : { endpoints, scheme: settings["mgmt-scheme"] },
+    new Secrets(settings.secrets === undefined ? {} : await readSecrets(settings.secrets)),
+    nodeId === undefined ? undefined : hostNqn(nodeId),
+  );
 }
 
 /** What attach and detach work with: this machine, and the volume that the options name. */
@@ -1156,17 +1298,20 @@ function tending(attacher: import("./lib/host/attach.ts").Attacher, log: Logger)
   return { [Symbol.dispose]: () => stop.abort() };
 }
 
-/** Without `jwt-path`, tokens come from calls and from the cluster file. */
-async function openLightos(
-  settings: Settings<Pick<typeof controllerOptions, "mgmt-ca" | "mgmt-tls-verify" | "config">> & {
-    readonly "jwt-path"?: string;
-  },
-  log: Logger,
-) {
-  const jwtPath = settings["jwt-path"];
+type LightosSettings = Settings<Pick<typeof controllerOptions, "mgmt-ca" | "mgmt-tls-verify" | "config">> & {
+  readonly "jwt-path"?: string;
+};
+
+async function openLightos(settings: LightosSettings, log: Logger) {
   const { lightosBackend } = await import("./lib/storage/lightos.ts");
   if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
-  return lightosBackend({
+  return lightosBackend(await lightosOptions(settings, log));
+}
+
+/** Without `jwt-path`, tokens come from calls and from the cluster file. */
+async function lightosOptions(settings: LightosSettings, log: Logger): Promise<LightosOptions> {
+  const jwtPath = settings["jwt-path"];
+  return {
     log,
     globalJwt: () => jwtPath === undefined ? undefined : readIfThere(jwtPath),
     globalJwtPath: jwtPath ?? "file of a token",
@@ -1174,7 +1319,7 @@ async function openLightos(
     verifyTls: settings["mgmt-tls-verify"],
     userAgent: `lbcsi/${version}`,
     clusters: settings.config === undefined ? undefined : await readClusters(settings.config, log),
-  });
+  };
 }
 
 /**
@@ -1231,17 +1376,24 @@ function refusePoseidon(
 
 async function openPoseidon(settings: Parameters<typeof refusePoseidon>[0], log: Logger) {
   refusePoseidon(settings);
+  useNoProxy();
+  const systems = await poseidonSystems(settings, log);
+  const { poseidonBackend } = await import("./lib/storage/poseidon.ts");
+  return poseidonBackend({ log, systems });
+}
+
+async function poseidonSystems({ config }: { readonly config?: string | undefined }, log: Logger) {
+  if (config === undefined) return undefined;
+  const { knownSystems } = await import("./lib/storage/poseidon_config.ts");
+  return asUsage(() => knownSystems(config, configFiles, log));
+}
+
+/** For DAgent. */
+function useNoProxy(): void {
   // fetch would send every call to a proxy, a request for volumes among them; this process has nothing else to fetch.
   for (const name of ["http_proxy", "all_proxy"]) {
     for (const variable of [name, name.toUpperCase()]) Deno.env.delete(variable);
   }
-  const { poseidonBackend } = await import("./lib/storage/poseidon.ts");
-  const { knownSystems } = await import("./lib/storage/poseidon_config.ts");
-  const { config } = settings;
-  return poseidonBackend({
-    log,
-    systems: config === undefined ? undefined : asUsage(() => knownSystems(config, configFiles, log)),
-  });
 }
 
 /** Writes all of a long text; a reader who has had enough (`| head`) is no failure. */

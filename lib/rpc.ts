@@ -681,12 +681,65 @@ export function publicKeyPin(certificate: string | Uint8Array): string {
   return `sha256//${createHash("sha256").update(key).digest("base64")}`;
 }
 
+/** What a server's certificate says of itself, be it true or not. */
+export interface ShownCertificate {
+  /** `CN=lightos.example`; its alternative names where it has no subject. */
+  readonly subject: string;
+  readonly issuer: string;
+  readonly validFrom: Date;
+  readonly validTo: Date;
+}
+
+/**
+ * The certificate that a server shows. It is looked at and not trusted: nothing is sent, and the connection ends at once.
+ *
+ * @throws what the system says when no TLS connection comes about; `signal.reason` when the signal aborts first
+ */
+export function shownCertificate(address: string, trust: Trust, signal: AbortSignal): Promise<ShownCertificate> {
+  return new Promise((resolve, reject) => {
+    signal.throwIfAborted();
+    const name = nameOf(address, trust);
+    const socket = tls.connect({
+      host: address.replace(/:\d+$/, "").replace(/^\[(.*)\]$/, "$1"),
+      port: Number(/:(\d+)$/.exec(address)?.[1]),
+      servername: net.isIP(name) === 0 ? name : placeholderName,
+      ALPNProtocols: ["h2"],
+      rejectUnauthorized: false,
+    });
+    const giveUp = () => end(() => reject(signal.reason));
+    const end = (settle: () => void) => {
+      signal.removeEventListener("abort", giveUp);
+      settle();
+      socket.destroy();
+    };
+    signal.addEventListener("abort", giveUp, { once: true });
+    socket.on("error", (error) => end(() => reject(error)));
+    socket.once("secureConnect", () =>
+      end(() => {
+        try {
+          const certificate = new X509Certificate(socket.getPeerCertificate(true).raw);
+          const text = (name: string | undefined) => (name ?? "").trim().replaceAll("\n", ", ");
+          resolve({
+            subject: text(certificate.subject) || text(certificate.subjectAltName) || "nobody",
+            issuer: text(certificate.issuer) || "nobody",
+            validFrom: new Date(certificate.validFrom),
+            validTo: new Date(certificate.validTo),
+          });
+        } catch (error) {
+          reject(error);
+        }
+      }));
+  });
+}
+
+const placeholderName = "ip-address.invalid";
+
 /**
  * Deno refuses an IP address as TLS server name (Node only warns), so a placeholder is sent for one; the certificate is
  * still checked against the address itself, in `credentials`.
  */
 function tlsNameOptions(name: string): Record<string, string> {
-  return { "grpc.ssl_target_name_override": net.isIP(name) === 0 ? name : "ip-address.invalid" };
+  return { "grpc.ssl_target_name_override": net.isIP(name) === 0 ? name : placeholderName };
 }
 
 /** What the certificate has to be for. */

@@ -471,6 +471,7 @@ Deno.test("parseMountTable reads escapes, propagation fields and stacked mounts"
     root: "/",
     path: "/var/lib/a b\tc\\d\ne#",
     options: ["rw", "nosuid"],
+    propagation: ["shared:1", "master:2", "propagate_from:3"],
     fsType: "ext4",
     source: "/dev/nvme0n1",
     superOptions: ["rw"],

@@ -19,6 +19,8 @@ export interface Mount {
   readonly path: string;
   /** Options of this mount alone. */
   readonly options: readonly string[];
+  /** `shared:5`: what is mounted below it shows in other mount namespaces too; `master:1`: theirs shows here. */
+  readonly propagation: readonly string[];
   readonly fsType: string;
   readonly source: string;
   /** Options of the file system, whoever mounts it. */
@@ -28,9 +30,8 @@ export interface Mount {
 /** The lines of a mountinfo text, oldest first; lines that cannot be read are left out. */
 export function parseMountTable(text: string): readonly Mount[] {
   return text.split("\n").flatMap((line) => {
-    // Between the options and " - " stand any number of propagation fields.
     const [before, after] = split(line, " - ");
-    const [, , number, root, path, options] = before.split(" ");
+    const [, , number, root, path, options, ...propagation] = before.split(" ");
     const [fsType, source, superOptions] = after.split(" ");
     if (number === undefined || root === undefined || path === undefined || options === undefined) return [];
     if (fsType === undefined || source === undefined) return [];
@@ -39,6 +40,7 @@ export function parseMountTable(text: string): readonly Mount[] {
       root: unescapeField(root),
       path: unescapeField(path),
       options: unescapeField(options).split(","),
+      propagation,
       fsType,
       source: unescapeField(source),
       superOptions: unescapeField(superOptions ?? "").split(","),

@@ -11,7 +11,7 @@ import { createHash } from "node:crypto";
 import { z } from "zod";
 import type { RequestContext } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
-import { formatAddress, parseAddress, type TransportAddress } from "../namespace.ts";
+import { formatAddress, isNodeHostNqn, parseAddress, type TransportAddress } from "../namespace.ts";
 import type { Host } from "./host.ts";
 
 /** The subsystem NQN that every discovery controller answers to, by the NVMe base specification. */
@@ -141,6 +141,19 @@ export async function allControllers(host: Host): Promise<readonly NvmeControlle
 export async function allDevices(host: Host): Promise<readonly BlockDevice[]> {
   const devices = await Promise.all((await namespaceNames(host)).map((name) => readDevice(host, name)));
   return devices.filter((device) => device !== undefined);
+}
+
+/**
+ * The volumes that this machine is connected to as a node of this driver, whoever made the connections. Does not touch the
+ * devices.
+ */
+export async function attachedVolumes(host: Host): Promise<readonly BlockDevice[]> {
+  const subsystems = new Set(
+    (await allControllers(host))
+      .filter(({ transport, hostNqn }) => transport === "tcp" && isNodeHostNqn(hostNqn))
+      .map(({ subsystemNqn }) => subsystemNqn),
+  );
+  return (await allDevices(host)).filter(({ subsystemNqn }) => subsystems.has(subsystemNqn));
 }
 
 /** One controller's way to a namespace. */

@@ -21,6 +21,7 @@ import {
   pathsOf,
 } from "../host/nvme.ts";
 import { formatAddress, isNodeHostNqn } from "../namespace.ts";
+import { columns, printable } from "./table.ts";
 
 /** One way to a volume, or one connection without. */
 export interface ListedPath {
@@ -259,17 +260,6 @@ function pathCells({ controller, address, state, anaState }: ListedPath): string
 
 function describe({ path, type, fileSystem, readOnly }: ListedMount): string {
   return `${printable(path)}  ${type === "block" ? "block device" : fileSystem}  ${readOnly ? "ro" : "rw"}`;
-}
-
-/** Other people's names must not steer the terminal. */
-function printable(text: string): string {
-  if (/^[\x21-\x7e]+$/.test(text)) return text;
-  return JSON.stringify(text).replace(/[\x7f-\x9f]/g, (c) => `\\u00${c.charCodeAt(0).toString(16)}`);
-}
-
-function columns(rows: readonly (readonly string[])[]): string[] {
-  const widths = rows[0]?.map((_cell, at) => Math.max(...rows.map((row) => row[at]?.length ?? 0))) ?? [];
-  return rows.map((row) => row.map((cell, at) => cell.padEnd(widths[at] ?? 0)).join("  ").trimEnd());
 }
 
 /** `64 MiB`, `1.5 TiB`. */

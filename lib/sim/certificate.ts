@@ -19,9 +19,12 @@ export interface Certificate {
 const algorithm = { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" };
 const dayMs = 24 * 3600 * 1000;
 
-/** Makes a CA and a certificate for `hosts`, names and IP addresses, `localhost` and the loopback addresses included. */
-export async function selfSigned(hosts: readonly string[]): Promise<Certificate> {
-  // A clock that is a little behind must not refuse the certificate.
+/**
+ * Makes a CA and a certificate for `hosts`, names and IP addresses, `localhost` and the loopback addresses included.
+ *
+ * @param days how long the certificate is valid; since yesterday, for a clock that is a little behind must not refuse it
+ */
+export async function selfSigned(hosts: readonly string[], days = 3650): Promise<Certificate> {
   const notBefore = new Date(Date.now() - dayMs);
   const notAfter = new Date(Date.now() + 3650 * dayMs);
   const caKeys = await generateKeys();
@@ -43,7 +46,7 @@ export async function selfSigned(hosts: readonly string[]): Promise<Certificate>
     subject: "CN=lbcsi simulator",
     issuer: ca.subject,
     notBefore,
-    notAfter,
+    notAfter: new Date(Date.now() + days * dayMs),
     publicKey: keys.publicKey,
     signingKey: caKeys.privateKey,
     signingAlgorithm: algorithm,

@@ -11,8 +11,9 @@
  *
  * Optional parts: present means announced in the CSI capabilities, absent means not. No flag can disagree.
  */
+import type { Check } from "../check.ts";
 import type { RequestContext, Secrets } from "../context.ts";
-import type { RemoteNamespace } from "../namespace.ts";
+import type { RemoteNamespace, TransportAddress } from "../namespace.ts";
 
 /** How large a volume is to be, in bytes; 0 when not given. */
 export interface CapacityRange {
@@ -313,4 +314,18 @@ export interface EphemeralVolumes {
     ctx: RequestContext,
     nodeId: string,
   ): Promise<{ readonly volumes: readonly EphemeralVolume[]; readonly problems: readonly string[] }>;
+}
+
+/** A look at one storage system, for `lbcsi doctor`: see check.ts. Nothing there is changed by it. */
+export interface SystemReport {
+  /** `cluster rack1`, for people. */
+  readonly name: string;
+  readonly checks: readonly Check[];
+  /** Where a node has to reach it for data: I/O controllers, and discovery controllers. */
+  readonly addresses: readonly TransportAddress[];
+  readonly discovery: readonly TransportAddress[];
+  /** Who is connected there under the host NQN that was asked about; undefined: nobody, or it does not tell. */
+  readonly connected: { readonly address: string; readonly hostname: string } | undefined;
+  /** Whether hosts have to authenticate on the data path (DH-HMAC-CHAP); undefined: it does not tell. */
+  readonly inBandAuth: boolean | undefined;
 }

@@ -48,6 +48,17 @@ const secretsSchema = z.object({
   ...trustSchema,
 });
 
+/** What may be told of a token: not a letter of it. */
+export interface TokenFacts {
+  /** Where it came from, or why there is none. */
+  readonly source: string;
+  /** `other` is something that is no JSON Web Token. */
+  readonly kind: "none" | "JWT" | "other";
+  readonly expires: Date | undefined;
+  /** It counts from then on, or was made then. */
+  readonly begins: Date | undefined;
+}
+
 interface Credentials {
   readonly jwt: string | undefined;
   /** Where the token came from, for messages. */
@@ -78,15 +89,37 @@ export class ClusterPool implements AsyncDisposable {
    * @param wish what else is known of the proof, before everything else
    */
   open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme, wish: TrustWish = {}): Cluster {
-    const given = secrets.parse(secretsSchema);
     const known = this.#options.clusters?.owning(endpoints);
-    const today = known ?? { endpoints, scheme };
-    const trust = this.trust(secrets, endpoints, scheme, wish);
+    return this.#at(known?.endpoints ?? endpoints, known, secrets, this.trust(secrets, endpoints, scheme, wish));
+  }
+
+  /** The same cluster at each of today's endpoints by itself: to see which of them answer. */
+  openEach(
+    secrets: Secrets,
+    endpoints: readonly Endpoint[],
+    scheme: Scheme,
+  ): readonly { readonly address: string; readonly cluster: Cluster; readonly trust: Trust | undefined }[] {
+    const known = this.#options.clusters?.owning(endpoints);
+    const trust = this.trust(secrets, endpoints, scheme);
+    return (known?.endpoints ?? endpoints).map((endpoint) => ({
+      address: formatEndpoint(endpoint),
+      cluster: this.#at([endpoint], known, secrets, trust),
+      trust,
+    }));
+  }
+
+  #at(
+    endpoints: readonly Endpoint[],
+    known: KnownCluster | undefined,
+    secrets: Secrets,
+    trust: Trust | undefined,
+  ): Cluster {
+    const given = secrets.parse(secretsSchema);
     const proof = createHash("sha256").update(JSON.stringify(trust ?? null)).digest("hex");
-    const key = [formatEndpoints(today.endpoints), today.scheme, proof].join(" ");
+    const key = [formatEndpoints(endpoints), trust === undefined ? "grpc" : "grpcs", proof].join(" ");
     let connections = this.#connections.get(key);
     if (connections === undefined) {
-      connections = new Connections(this.#options, today.endpoints, trust);
+      connections = new Connections(this.#options, endpoints, trust);
       this.#connections.set(key, connections);
     }
     const isAlsoAt = (others: readonly Endpoint[]) =>
@@ -163,6 +196,11 @@ export class Cluster {
     this.isAlsoAt = isAlsoAt;
   }
 
+  /** What may be told of the token of this call. */
+  get token(): TokenFacts {
+    return factsOf(this.#credentials);
+  }
+
   /** The endpoint that answered last, for messages. */
   get lastAddress(): string {
     return this.#connections.lastAddress;
@@ -217,6 +255,7 @@ const reads: ReadonlySet<string> = new Set([
   "ListSnapshots",
   "GetClusterInfo",
   "GetCluster",
+  "GetHost",
 ]);
 
 /**
@@ -451,7 +490,7 @@ function answered(
   credentials: Credentials,
 ): LightosError {
   const isRefused = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED";
-  const token = isRefused ? `; JWT: ${credentials.source}${lifeOf(credentials.jwt)}` : "";
+  const token = isRefused ? `; JWT: ${credentials.source}${lifeOf(credentials)}` : "";
   const message = `Cannot ${action}: LightOS at ${address} answered ${method} with ${code}: ${details}${token}`;
   const known = code === "UNKNOWN" || code === "DATA_LOSS" ? "INTERNAL" : code;
   // These say that the server broke off in the middle, not that it refused.
@@ -460,19 +499,29 @@ function answered(
 }
 
 /** When a token ends, for messages: whoever reads "UNAUTHENTICATED" wants to know. Nothing else of it is told. */
-function lifeOf(jwt: string | undefined): string {
-  if (jwt === undefined) return "";
+function lifeOf(credentials: Credentials): string {
+  const { kind, expires } = factsOf(credentials);
+  if (kind === "other") return ", which is not a JSON Web Token";
+  if (expires === undefined) return "";
+  return `, which ${expires.getTime() < Date.now() ? "expired" : "is valid until"} ${expires.toISOString()}`;
+}
+
+function factsOf({ jwt, source }: Credentials): TokenFacts {
+  const facts = { source, expires: undefined, begins: undefined };
+  if (jwt === undefined) return { ...facts, kind: "none" };
   const [, claims, signature, ...rest] = jwt.split(".");
-  if (claims === undefined || signature === undefined || rest.length > 0) return ", which is not a JSON Web Token";
-  let exp: unknown;
+  if (claims === undefined || signature === undefined || rest.length > 0) return { ...facts, kind: "other" };
   try {
-    ({ exp } = JSON.parse(Buffer.from(claims, "base64url").toString()));
+    const { exp, nbf, iat } = JSON.parse(Buffer.from(claims, "base64url").toString());
+    return { source, kind: "JWT", expires: dateOf(exp), begins: dateOf(nbf) ?? dateOf(iat) };
   } catch {
-    return ", which is not a JSON Web Token";
+    return { ...facts, kind: "other" };
   }
-  // RFC 7519: seconds since 1970. The range is that of dates that have a text.
-  if (typeof exp !== "number" || !(Math.abs(exp) < 8.64e12)) return "";
-  return `, which ${exp * 1000 < Date.now() ? "expired" : "is valid until"} ${new Date(exp * 1000).toISOString()}`;
+}
+
+/** RFC 7519: seconds since 1970. The range is that of dates that have a text. */
+function dateOf(claim: unknown): Date | undefined {
+  return typeof claim === "number" && Math.abs(claim) < 8.64e12 ? new Date(claim * 1000) : undefined;
 }
 
 /** The code for a call that `signal` ended. */
