@@ -20,10 +20,13 @@ import {
 } from "./lib/context.ts";
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { type Endpoint, parseEndpoints, parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
+
+import type { Metrics } from "./lib/metrics.ts";
 import { hostNqn, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
 import {
   absolutePath,
   describeOptions,
+  listenAddress,
   type Options,
   readOptions,
   type Settings,
@@ -88,6 +91,15 @@ const logOptions = {
   },
 } as const satisfies Options;
 
+const metricsOption = {
+  "metrics-address": {
+    env: ["LB_CSI_METRICS_ADDRESS"],
+    value: "HOST:PORT",
+    meaning: "serve metrics over plain HTTP at /metrics, to whoever comes there; default: nowhere",
+    schema: listenAddress.optional(),
+  },
+} as const satisfies Options;
+
 const serviceOptions = {
   endpoint: {
     short: "e",
@@ -115,6 +127,7 @@ const serviceOptions = {
     meaning: "announce and serve the health calls of CSI 1.13 (alpha), which tools made for 1.12 may not know",
     schema: switchSchema,
   },
+  ...metricsOption,
   ...logOptions,
 } as const satisfies Options;
 
@@ -456,6 +469,7 @@ const discoveryOptions = {
   },
   sysfs: nodeOptions.sysfs,
   dev: nodeOptions.dev,
+  "metrics-address": { ...metricsOption["metrics-address"], env: ["LB_CSI_DISCOVERY_METRICS_ADDRESS"] },
   ...logOptions,
 } as const satisfies Options;
 
@@ -741,9 +755,10 @@ const commands: Readonly<Record<string, Command>> = {
       const { KeyedLock } = await import("./lib/lock.ts");
       const { service } = await import("./lib/rpc.ts");
       const { Controller, SnapshotMetadata } = await import("./proto/gen/csi_pb.ts");
+      const metrics = await serveMetrics(settings, "controller", settings.backend, log);
       await using backend = settings.backend === "poseidon"
-        ? await openPoseidon(settings, log)
-        : await openLightos(settings, log);
+        ? await openPoseidon(settings, log, metrics)
+        : await openLightos(settings, log, metrics);
       const handlers = controllerHandlers({
         backend,
         locks: new KeyedLock(),
@@ -755,7 +770,7 @@ const commands: Readonly<Record<string, Command>> = {
       if (settings["snapshot-metadata"] && backend.changedBlocks !== undefined) {
         services.push(service(SnapshotMetadata, snapshotMetadataHandlers(backend.changedBlocks)));
       }
-      return await serveCsi(settings, log, services);
+      return await serveCsi(settings, log, services, metrics);
     },
   ),
 
@@ -773,7 +788,10 @@ const commands: Readonly<Record<string, Command>> = {
     const { service } = await import("./lib/rpc.ts");
     const { Node } = await import("./proto/gen/csi_pb.ts");
     const nodeId = settings["node-id"];
-    const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+    const metrics = await serveMetrics(settings, "node", settings.backend, log);
+    const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
+    metrics?.gather(() => [["lbcsi_volumes_limit", [], settings["max-volumes"]]]);
+    if (metrics !== undefined) await measureMachine(metrics, host);
     const locks = new KeyedLock();
     const attacher = await attacherOf(
       settings.backend === "poseidon" ? { ...settings, attach: "direct" } : settings,
@@ -782,7 +800,7 @@ const commands: Readonly<Record<string, Command>> = {
       tuningOf(settings),
     );
     // What talks to the cluster is loaded by those nodes only that are to make volumes.
-    await using backend = settings.config === undefined ? undefined : await openLightos(settings, log);
+    await using backend = settings.config === undefined ? undefined : await openLightos(settings, log, metrics);
     const defaultFsType = settings["default-fs"];
     const volumes = backend?.ephemeral;
     const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes });
@@ -812,7 +830,7 @@ const commands: Readonly<Record<string, Command>> = {
     const swept = sweepUntilSettled(inline, log, ending.signal);
     using _tending = tending(attacher, log);
     try {
-      return await serveCsi(settings, log, [service(Node, handlers)]);
+      return await serveCsi(settings, log, [service(Node, handlers)], metrics);
     } finally {
       ending.abort(new StatusError("CANCELLED", "Cannot go on: the node service is stopping"));
       await swept;
@@ -1015,8 +1033,11 @@ const commands: Readonly<Record<string, Command>> = {
         log.info("stops on a signal", { name: signal });
         stop.abort();
       });
+      const metrics = await serveMetrics(settings, "discovery-client", "lightos", log);
+      const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
+      if (metrics !== undefined) await measureMachine(metrics, host);
       const daemon = discoveryDaemon({
-        host: linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev }),
+        host,
         directory: settings["discovery-dir"],
         log,
         pollMs: settings.poll * 1000,
@@ -1079,15 +1100,48 @@ fish:  lbcsi completion fish | source`,
     if (settings.backend === "poseidon") refusePoseidon(settings);
     refuseOutOfReach(settings);
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });
-    return await serveCsi(settings, log, []);
+    return await serveCsi(settings, log, [], await serveMetrics(settings, "identity", settings.backend, log));
   }),
 };
+
+/** What the process is to measure of itself, served until it ends; undefined when nobody asked for it. */
+async function serveMetrics(
+  { "metrics-address": address }: Settings<typeof metricsOption>,
+  role: string,
+  backend: string,
+  log: Logger,
+): Promise<Metrics | undefined> {
+  if (address === undefined) return undefined;
+  const { cannotServe, Metrics, metricsResponse } = await import("./lib/metrics.ts");
+  const metrics = new Metrics();
+  metrics.gather(() => [
+    ["lbcsi_build_info", [version, role, backend], 1],
+    ["process_resident_memory_bytes", [], Deno.memoryUsage().rss],
+    ["process_start_time_seconds", [], performance.timeOrigin / 1000],
+  ]);
+  const { hostname, port } = address;
+  const where = (port: number) => `${hostname.includes(":") ? `[${hostname}]` : hostname}:${port}`;
+  try {
+    const server = Deno.serve({ hostname, port, onListen: () => {} }, (request) => metricsResponse(metrics, request));
+    server.unref();
+    log.info("serves metrics", { address: where(server.addr.port) });
+  } catch (error) {
+    throw cannotServe(where(port), error);
+  }
+  return metrics;
+}
+
+async function measureMachine(metrics: Metrics, host: import("./lib/host/host.ts").Host): Promise<void> {
+  const { machineSamples } = await import("./lib/host/measure.ts");
+  metrics.gather(() => machineSamples(host));
+}
 
 /** Serves CSI until SIGTERM or SIGINT, then lets running calls end. */
 async function serveCsi(
   settings: Settings<typeof serviceOptions>,
   log: Logger,
   services: readonly import("./lib/rpc.ts").Service[],
+  metrics: Metrics | undefined,
 ): Promise<number> {
   const { serve, service } = await import("./lib/rpc.ts");
   const { identityHandlers } = await import("./lib/csi/identity.ts");
@@ -1104,6 +1158,7 @@ async function serveCsi(
     log,
     describe: describeRequest,
     redact: redactRequest,
+    ...(metrics === undefined ? {} : { observe: (await import("./lib/metrics.ts")).callObserver(metrics) }),
     // Probes come all the time, questions before each call, and the others once a minute, some for each volume.
     quiet: ({ name }) =>
       /^(Probe|GetPlugin.*|.*GetCapa(bilities|city)|NodeGet(Info|VolumeStats)|ListVolumes|ControllerGetVolume|.*Health)$/
@@ -1302,10 +1357,10 @@ type LightosSettings = Settings<Pick<typeof controllerOptions, "mgmt-ca" | "mgmt
   readonly "jwt-path"?: string;
 };
 
-async function openLightos(settings: LightosSettings, log: Logger) {
+async function openLightos(settings: LightosSettings, log: Logger, metrics?: Metrics) {
   const { lightosBackend } = await import("./lib/storage/lightos.ts");
   if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
-  return lightosBackend(await lightosOptions(settings, log));
+  return lightosBackend({ ...await lightosOptions(settings, log), metrics });
 }
 
 /** Without `jwt-path`, tokens come from calls and from the cluster file. */
@@ -1374,12 +1429,12 @@ function refusePoseidon(
   if (problems.length > 0) throw new UsageError(problems.join("\n"));
 }
 
-async function openPoseidon(settings: Parameters<typeof refusePoseidon>[0], log: Logger) {
+async function openPoseidon(settings: Parameters<typeof refusePoseidon>[0], log: Logger, metrics?: Metrics) {
   refusePoseidon(settings);
   useNoProxy();
   const systems = await poseidonSystems(settings, log);
   const { poseidonBackend } = await import("./lib/storage/poseidon.ts");
-  return poseidonBackend({ log, systems });
+  return poseidonBackend({ log, systems, metrics });
 }
 
 async function poseidonSystems({ config }: { readonly config?: string | undefined }, log: Logger) {

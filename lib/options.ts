@@ -146,6 +146,16 @@ export function wholeNumber(least: number, most: number): z.ZodType<number, stri
 /** A path from the root. */
 export const absolutePath = z.string().startsWith("/", "is not an absolute path");
 
+/** `192.0.2.1:9810`, `[::]:9810`; port 0 takes a free one. */
+export const listenAddress = z.string().transform((text, check) => {
+  // The last colon is the port's, so an IPv6 address may do without brackets.
+  const [, host = "", port = ""] = /^(.+):(\d{1,5})$/.exec(text) ?? [];
+  const hostname = host.replace(/^\[(.*)\]$/, "$1");
+  if (/^[0-9A-Za-z.:%_-]+$/.test(hostname) && Number(port) <= 65535) return { hostname, port: Number(port) };
+  check.addIssue("is not HOST:PORT");
+  return z.NEVER;
+});
+
 /** A CSI endpoint, `unix:///path`; gives the path. */
 export const unixEndpoint = z.string().regex(/^unix:\/\/\/[^/]/, "is not of the form unix:///path/to/csi.sock")
   .transform((url) => url.slice("unix://".length));

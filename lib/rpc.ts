@@ -81,6 +81,8 @@ export interface ServeOptions {
   readonly redact?: (method: DescMethod, request: Message) => unknown;
   /** Calls that come too often to be logged at level info. */
   readonly quiet?: (method: DescMethod) => boolean;
+  /** Told of each call when it comes, and of the code of its answer when the work for it has ended. */
+  readonly observe?: (method: string) => (code: string) => void;
   /** Runs before each handler and may refuse the call by throwing; for authentication, counting, faults. */
   readonly before?: (method: DescMethod, request: Message, call: CallContext) => Promise<void> | void;
 }
@@ -291,19 +293,21 @@ async function runUnary(
   reply: grpc.sendUnaryData<unknown>,
 ): Promise<void> {
   const started = performance.now();
+  const ended = options.observe?.(method.name);
   const { context, marginMs, finish } = beginCall(options, state, method, call);
   let replied = false;
+  let code = "OK";
   const answer = (error: StatusError | undefined, response?: unknown) => {
     if (replied) {
-      const code = error?.code ?? "OK";
-      const ms = elapsed(started);
+      const facts = { code: error?.code ?? "OK", ms: elapsed(started) };
       context.log.info(
         "ended a call after its caller had left",
-        error ? { code, ms, error: error.message } : { code, ms },
+        error ? { ...facts, error: error.message } : facts,
       );
       return;
     }
     replied = true;
+    code = error?.code ?? "OK";
     logEnd(options, method, context.log, started, error);
     if (error === undefined) reply(null, response);
     else reply(statusOf(error));
@@ -326,6 +330,7 @@ async function runUnary(
   } finally {
     clearTimeout(grace);
     finish();
+    ended?.(code);
   }
 }
 
@@ -337,7 +342,9 @@ async function runStreaming(
   call: grpc.ServerWritableStream<Message, unknown>,
 ): Promise<void> {
   const started = performance.now();
+  const ended = options.observe?.(method.name);
   const { context, finish } = beginCall(options, state, method, call);
+  let code = "OK";
   try {
     if (state.draining) {
       throw new StatusError("UNAVAILABLE", `Cannot start ${method.name}: the driver is shutting down`);
@@ -353,10 +360,12 @@ async function runStreaming(
     call.end();
   } catch (error) {
     const known = foreseen(method, context.log, error);
+    code = known.code;
     logEnd(options, method, context.log, started, known);
     call.emit("error", statusOf(known));
   } finally {
     finish();
+    ended?.(code);
   }
 }
 

@@ -169,6 +169,9 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     controllerLivenessPort: { to: 0 },
     nodeLivenessPort: { to: 0 },
     registrarLivenessPort: { to: 0 },
+    controllerMetricsPort: { to: 9810 },
+    nodeMetricsPort: { to: 9810 },
+    discoveryClientMetricsPort: { to: 9811, with: { discoveryClient: "lbcsi" } },
   },
   "lb-csi-workload-examples": {
     kubeVersion: { to: "1.19", with: { snaps: { enabled: true } } },
@@ -451,7 +454,7 @@ for (const role of ["controller", "node"]) {
     const all = [...templates.matchAll(/- name: ((?:LB_CSI|CSI)_\w+)/g)].map(([, name]) => name ?? "");
     const other = role === "controller" ? ["LB_CSI_NODE_ID", "LB_CSI_ATTACH", "LB_CSI_MAX_VOLUMES"] : [];
     // Of other commands that run in these pods: discovery-client, doctor.
-    const others = ["LB_CSI_DISCOVERY_IO_QUEUES", "LB_CSI_KUBELET_DIR"];
+    const others = ["LB_CSI_DISCOVERY_IO_QUEUES", "LB_CSI_DISCOVERY_METRICS_ADDRESS", "LB_CSI_KUBELET_DIR"];
     assert.ok(all.length > 10);
     assert.deepEqual(all.filter((name) => !known.has(name) && ![...other, ...others].includes(name)), []);
   });

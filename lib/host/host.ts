@@ -9,6 +9,7 @@ import { open as openFile } from "node:fs/promises";
 import { basename } from "node:path";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
+import type { Metrics } from "../metrics.ts";
 
 /** What a command left behind. Output is cut at 1 MiB per stream. */
 export interface CommandResult {
@@ -103,6 +104,7 @@ export interface Host {
 
 export interface LinuxHostOptions {
   readonly log: Logger;
+  readonly metrics?: Metrics | undefined;
   readonly sysfsRoot?: string;
   readonly devRoot?: string;
   readonly procRoot?: string;
@@ -125,7 +127,7 @@ export function linuxHost(options: LinuxHostOptions): Host {
   const watchers = new Map<string, SharedWatcher>();
   return {
     roots,
-    run: (program, args, run) => runCommand(program, args, run, run.log ?? options.log),
+    run: (program, args, run) => runCommand(program, args, run, run.log ?? options.log, options.metrics),
     async kindOf(path) {
       const found = await absentAsUndefined(Deno.lstat(path));
       if (found === undefined) return "absent";
@@ -301,6 +303,7 @@ async function runCommand(
   args: readonly string[],
   { signal, onAbort, stdin }: RunOptions,
   log: Logger,
+  metrics: Metrics | undefined,
 ): Promise<CommandResult> {
   signal.throwIfAborted();
   const started = performance.now();
@@ -331,6 +334,9 @@ async function runCommand(
   if (abort !== undefined) signal.removeEventListener("abort", abort);
   const result = ending === undefined ? first ?? await ended : await ending;
   const ms = Math.round(performance.now() - started);
+  // Of its arguments, which name devices, nothing.
+  metrics?.count("lbcsi_commands_total", [basename(program), result === undefined ? "none" : String(result.code)]);
+  metrics?.observe("lbcsi_command_duration_seconds", [basename(program)], ms / 1000);
   if (result === undefined) {
     listening.abort();
     // Nobody waits for it any more, so its end must not keep the driver from stopping.

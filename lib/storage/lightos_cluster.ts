@@ -7,9 +7,10 @@ import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { clearInterval, setInterval } from "node:timers";
 import { z } from "zod";
-import { type Logger, type RequestContext, type Secrets, sleep, timeLimit } from "../context.ts";
+import { type Fields, type Logger, type RequestContext, type Secrets, sleep, timeLimit } from "../context.ts";
 import { type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";
+import { countManagementCall, type Metrics, type Sample } from "../metrics.ts";
 import { CallError, Channel, type Trust } from "../rpc.ts";
 import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
@@ -29,6 +30,7 @@ export interface LightosOptions {
   readonly userAgent: string;
   /** Clusters that the process was told about itself; undefined: none. */
   readonly clusters?: KnownClusters | undefined;
+  readonly metrics?: Metrics | undefined;
 }
 
 /** A StatusError for what the management API answered, or for its silence. */
@@ -73,9 +75,13 @@ export class ClusterPool implements AsyncDisposable {
   readonly #options: LightosOptions;
   readonly #connections = new Map<string, Connections>();
   readonly #sweeper: ReturnType<typeof setInterval>;
+  readonly #measured: Disposable | undefined;
 
   constructor(options: LightosOptions) {
     this.#options = options;
+    this.#measured = options.metrics?.gather(() =>
+      [...this.#connections.values()].flatMap((connections) => connections.samples())
+    );
     this.#sweeper = setInterval(() => this.#sweep(), idleMs / 10);
     this.#sweeper.unref();
   }
@@ -173,6 +179,7 @@ export class ClusterPool implements AsyncDisposable {
 
   [Symbol.asyncDispose](): Promise<void> {
     clearInterval(this.#sweeper);
+    this.#measured?.[Symbol.dispose]();
     for (const connections of this.#connections.values()) connections[Symbol.dispose]();
     this.#connections.clear();
     return Promise.resolve();
@@ -283,6 +290,19 @@ class Connections implements Disposable {
     return member === undefined ? "no endpoint" : formatEndpoint(member.endpoint);
   }
 
+  /** How its endpoints are now. */
+  samples(): readonly Sample[] {
+    const security = this.#trust === undefined ? "clear" : this.#trust.verify ? "verified" : "unverified";
+    return this.#members.flatMap((member): Sample[] => {
+      const endpoint = formatEndpoint(member.endpoint);
+      return [
+        ["lbcsi_mgmt_connections", [endpoint, security], member.channel === undefined ? 0 : 1],
+        ["lbcsi_mgmt_endpoint_resting", [endpoint], member.retryAt > performance.now() ? 1 : 0],
+        ["lbcsi_mgmt_endpoint_failures", [endpoint], member.failures],
+      ];
+    });
+  }
+
   idleFor(ms: number): boolean {
     return this.#running === 0 && performance.now() - this.#lastUse > ms;
   }
@@ -383,19 +403,28 @@ class Connections implements Disposable {
     const options = { signal: limit.signal, headers, connectTimeoutMs: Math.min(3000, attemptMs) };
     const started = performance.now();
     const channelUsed = member.channel ??= this.#connect(address);
+    const note = (code: string, fields: Fields = {}) => {
+      const ms = elapsed(started);
+      countManagementCall(this.#options.metrics, address, method.name, code, ms);
+      ctx.log.debug("called the management API", { rpc: method.name, address, code, ms, ...fields });
+    };
     let sent = false;
     try {
       if (!member.checked) await this.#checkVersion(action, member, channelUsed, options);
       sent = true;
       const response = await channelUsed.call(method, request, options);
-      ctx.log.debug("called the management API", { rpc: method.name, address, code: "OK", ms: elapsed(started) });
+      note("OK");
       member.failures = 0;
       this.#current = member;
       return response;
     } catch (error) {
-      if (error instanceof StatusError && !ctx.signal.aborted) throw error;
+      if (error instanceof StatusError && !ctx.signal.aborted) {
+        note(error.code, { error: error.message });
+        throw error;
+      }
       const outcomeUnknown = sent && !reads.has(method.name);
       if (ctx.signal.aborted) {
+        note(codeOf(ctx.signal));
         const message = `Cannot ${action} in time: LightOS at ${address} has not answered ${method.name} after ${
           elapsed(started)
         } ms`;
@@ -404,13 +433,7 @@ class Connections implements Disposable {
       if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
       const details = error instanceof CallError ? error.message : `no answer within ${Math.round(attemptMs)} ms`;
       const code = error instanceof CallError ? error.code : "UNAVAILABLE";
-      ctx.log.debug("called the management API", {
-        rpc: method.name,
-        address,
-        code,
-        ms: elapsed(started),
-        error: details,
-      });
+      note(code, { error: details });
       if (error instanceof CallError && error.origin === "server") {
         member.failures = 0;
         this.#current = member;

@@ -22,6 +22,7 @@ import {
   parsePoseidonId,
   type PoseidonVolumeId,
 } from "../id.ts";
+import type { Metrics } from "../metrics.ts";
 import { nodeIdOf } from "../namespace.ts";
 import type { StorageBackend, Volume, VolumeWanted } from "./backend.ts";
 import type { KnownSystems } from "./poseidon_config.ts";
@@ -52,11 +53,12 @@ export interface PoseidonOptions {
   readonly log: Logger;
   /** Systems that the process was told about itself; undefined: none. */
   readonly systems?: KnownSystems | undefined;
+  readonly metrics?: Metrics | undefined;
 }
 
 /** The PoseidonOS backend. */
-export function poseidonBackend({ systems }: PoseidonOptions): StorageBackend {
-  const dagents = new Dagents();
+export function poseidonBackend({ systems, metrics }: PoseidonOptions): StorageBackend {
+  const dagents = new Dagents(metrics);
   /** The DAgent behind an endpoint, where it is today. */
   const dagentAt = (endpoint: Endpoint) => dagents.at(systems?.owning(endpoint)?.endpoint ?? endpoint);
   return {

@@ -16,6 +16,7 @@ import { type Fields, type RequestContext, sleep, timeLimit, unlessAborted } fro
 import { messageOf, type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint } from "../id.ts";
 import { KeyedLock } from "../lock.ts";
+import { countManagementCall, type Metrics } from "../metrics.ts";
 import { type Meaning, meaningOf, readingOf } from "./poseidon_codes.ts";
 
 /** A StatusError for what DAgent answered, or for its silence. */
@@ -78,13 +79,18 @@ interface Request {
 export class Dagents implements AsyncDisposable {
   readonly #dagents = new Map<string, Dagent>();
   readonly #closing = new AbortController();
+  readonly #metrics: Metrics | undefined;
+
+  constructor(metrics?: Metrics) {
+    this.#metrics = metrics;
+  }
 
   /** Connects to nothing yet. */
   at(endpoint: Endpoint): Dagent {
     const address = formatEndpoint(endpoint);
     let dagent = this.#dagents.get(address);
     if (dagent === undefined) {
-      dagent = new Dagent(address, this.#closing.signal);
+      dagent = new Dagent(address, this.#closing.signal, this.#metrics);
       this.#dagents.set(address, dagent);
     }
     return dagent;
@@ -101,6 +107,7 @@ export class Dagent {
   /** `host:port`, for messages. */
   readonly address: string;
   readonly #closing: AbortSignal;
+  readonly #metrics: Metrics | undefined;
   readonly #locks = new KeyedLock();
   /** What holds the lock, for whoever waits for it. */
   #busy: { readonly what: string; readonly since: number } | undefined;
@@ -109,9 +116,10 @@ export class Dagent {
   /** What PoseidonOS called itself in its last answer; empty: it has not. */
   #version = "";
 
-  constructor(address: string, closing: AbortSignal) {
+  constructor(address: string, closing: AbortSignal, metrics: Metrics | undefined) {
     this.address = address;
     this.#closing = closing;
+    this.#metrics = metrics;
   }
 
   /** The version of PoseidonOS, `v1.0.0-rc2`; empty when no answer has told it yet. */
@@ -226,14 +234,11 @@ export class Dagent {
     const what = `${method} ${path}`;
     const requestId = crypto.randomUUID();
     const started = performance.now();
-    const note = (fields: Fields) =>
-      ctx.log.debug("called the management API", {
-        rpc: what,
-        address: this.address,
-        requestId,
-        ms: Math.round(performance.now() - started),
-        ...fields,
-      });
+    const note = (fields: Fields & { readonly code: string }) => {
+      const ms = Math.round(performance.now() - started);
+      countManagementCall(this.#metrics, this.address, `${method} ${routeOf(path)}`, fields.code, ms);
+      ctx.log.debug("called the management API", { rpc: what, address: this.address, requestId, ms, ...fields });
+    };
     let status: number;
     let text: string;
     try {
@@ -296,6 +301,16 @@ export class Dagent {
     if (code === 0) throw refuse("unknown", `HTTP status ${status}: it did not take the request as it is`);
     throw refuse(meaningOf(code, eventName), told);
   }
+}
+
+/** Parts of routes that are words of DAgent (spec/pos.md 6), and not names of arrays and volumes. */
+const routeWords: ReadonlySet<string> = new Set(
+  ["array", "listener", "mount", "qos", "subsystem", "transports", "volumelist", "volumes"],
+);
+
+/** A path as a kind of call: `/volumes/{}/mount`. */
+function routeOf(path: string): string {
+  return path.split("/").map((part, at) => at === 0 || routeWords.has(part) ? part : "{}").join("/");
 }
 
 /** What fetch knows of a failed connection, without the addresses that the message around it has already. */

@@ -151,6 +151,26 @@ capabilities:
 {{- end }}
 {{- end }}
 
+{{/* Where metrics are served: the environment of a container (dict of port and variable), and its port (port and name). */}}
+{{- define "lbcsi.metricsEnvironment" -}}
+- name: POD_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+- name: {{ .variable }}
+  value: $(POD_IP):{{ .port }}
+{{- end }}
+{{- define "lbcsi.metricsPort" -}}
+ports:
+  - name: {{ .name }}
+    containerPort: {{ .port }}
+{{- end }}
+{{/* Found by collectors that go by annotations. */}}
+{{- define "lbcsi.metricsAnnotations" -}}
+prometheus.io/scrape: "true"
+prometheus.io/port: {{ . | quote }}
+{{- end }}
+
 {{/* A probe of an HTTP endpoint: dict of port and, on the host's network, host. */}}
 {{- define "lbcsi.probe" -}}
 livenessProbe:

@@ -1,0 +1,26 @@
+/** How the machine's NVMe connections are, for metrics: read from sysfs at each reading, nothing is remembered. */
+import type { Sample } from "../metrics.ts";
+import { isNodeHostNqn } from "../namespace.ts";
+import type { Host } from "./host.ts";
+import { allControllers, attachedVolumes, isLivePath, pathsOf } from "./nvme.ts";
+
+/** Volumes and connections of the machine that were made under a host NQN of this driver. Touches no device. */
+export async function machineSamples(host: Host): Promise<readonly Sample[]> {
+  const controllers = (await allControllers(host)).filter(({ transport, hostNqn }) =>
+    transport === "tcp" && isNodeHostNqn(hostNqn)
+  );
+  const devices = await attachedVolumes(host);
+  let withoutPath = 0;
+  for (const device of devices) {
+    if (!(await pathsOf(host, device, controllers)).some(isLivePath)) withoutPath++;
+  }
+  return [
+    ["lbcsi_volumes_attached", [], devices.length],
+    ["lbcsi_volumes_without_path", [], withoutPath],
+    ...controllers.map(({ isDiscovery, state }): Sample => [
+      "lbcsi_nvme_connections",
+      [isDiscovery ? "discovery" : "io", state],
+      1,
+    ]),
+  ];
+}
