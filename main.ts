@@ -22,7 +22,7 @@ import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { type Endpoint, parseEndpoints, parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
 
 import type { Metrics } from "./lib/metrics.ts";
-import { hostNqn, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
+import { hostNqn, isSubsystemOf, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
 import {
   absolutePath,
   describeOptions,
@@ -328,7 +328,8 @@ const nodeOptions = {
     env: ["LB_CSI_MAX_VOLUMES"],
     fallback: "0",
     value: "COUNT",
-    meaning: "volumes that this node can take; 0: the orchestrator decides",
+    meaning:
+      "volumes that this node can take; the orchestrator is told, and more are refused; 0: the orchestrator decides",
     schema: wholeNumber(0, 100_000),
   },
 } as const satisfies Options;
@@ -782,6 +783,7 @@ const commands: Readonly<Record<string, Command>> = {
     if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
     if (settings.backend === "poseidon") refusePoseidon(settings);
     const { inlineVolumes, sweepUntilSettled } = await import("./lib/csi/ephemeral.ts");
+    const { volumeLimit } = await import("./lib/csi/limit.ts");
     const { nodeHandlers } = await import("./lib/csi/node.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
     const { KeyedLock } = await import("./lib/lock.ts");
@@ -791,7 +793,7 @@ const commands: Readonly<Record<string, Command>> = {
     const metrics = await serveMetrics(settings, "node", settings.backend, log);
     const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
     metrics?.gather(() => [["lbcsi_volumes_limit", [], settings["max-volumes"]]]);
-    if (metrics !== undefined) await measureMachine(metrics, host);
+    if (metrics !== undefined) await measureMachine(metrics, host, settings.backend);
     const locks = new KeyedLock();
     const attacher = await attacherOf(
       settings.backend === "poseidon" ? { ...settings, attach: "direct" } : settings,
@@ -803,7 +805,8 @@ const commands: Readonly<Record<string, Command>> = {
     await using backend = settings.config === undefined ? undefined : await openLightos(settings, log, metrics);
     const defaultFsType = settings["default-fs"];
     const volumes = backend?.ephemeral;
-    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes });
+    const limit = volumeLimit(host, settings["max-volumes"], isSubsystemOf(settings.backend));
+    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit });
     const handlers = nodeHandlers({
       host,
       attacher,
@@ -812,6 +815,7 @@ const commands: Readonly<Record<string, Command>> = {
       inline,
       defaultFsType,
       maxVolumes: settings["max-volumes"],
+      limit,
       luks: {
         cipher: settings["luks-cipher"],
         keyBits: settings["luks-key-size"],
@@ -1035,7 +1039,7 @@ const commands: Readonly<Record<string, Command>> = {
       });
       const metrics = await serveMetrics(settings, "discovery-client", "lightos", log);
       const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
-      if (metrics !== undefined) await measureMachine(metrics, host);
+      if (metrics !== undefined) await measureMachine(metrics, host, "lightos");
       const daemon = discoveryDaemon({
         host,
         directory: settings["discovery-dir"],
@@ -1131,9 +1135,13 @@ async function serveMetrics(
   return metrics;
 }
 
-async function measureMachine(metrics: Metrics, host: import("./lib/host/host.ts").Host): Promise<void> {
+async function measureMachine(
+  metrics: Metrics,
+  host: import("./lib/host/host.ts").Host,
+  backend: keyof typeof driverNames,
+): Promise<void> {
   const { machineSamples } = await import("./lib/host/measure.ts");
-  metrics.gather(() => machineSamples(host));
+  metrics.gather(() => machineSamples(host, isSubsystemOf(backend)));
 }
 
 /** Serves CSI until SIGTERM or SIGINT, then lets running calls end. */
@@ -1215,6 +1223,7 @@ function machineOf(settings: Settings<typeof doctorOptions>): Omit<MachineOption
     discoveryDirectory: settings["discovery-dir"],
     kubeletDirectory: settings["kubelet-dir"],
     maxVolumes: settings["max-volumes"],
+    isOurs: isSubsystemOf(backend),
     defaultFsType: settings["default-fs"],
   };
 }

@@ -52,6 +52,7 @@ export const families = {
   lbcsi_commands_total: { type: "counter", labels: ["program", "exit"], help: "Programs that were run on the node" },
   lbcsi_command_duration_seconds: { type: "histogram", labels: ["program"], help: "Time that these programs took" },
   lbcsi_volumes_attached: { type: "gauge", labels: [], help: "Volumes that the node is connected to" },
+  lbcsi_volumes_in_use: { type: "gauge", labels: [], help: "Those of them that are mounted or encrypted" },
   lbcsi_volumes_without_path: { type: "gauge", labels: [], help: "Those of them that no live path leads to" },
   lbcsi_volumes_limit: { type: "gauge", labels: [], help: "How many the node may have; 0: not limited by the driver" },
   lbcsi_nvme_connections: {

@@ -6,7 +6,7 @@ import type { Check } from "../lib/check.ts";
 import { createLogger, Secrets } from "../lib/context.ts";
 import { hostIdOf } from "../lib/host/attach.ts";
 import { type Host, linuxHost } from "../lib/host/host.ts";
-import { hostNqn } from "../lib/namespace.ts";
+import { hostNqn, isSubsystemOf } from "../lib/namespace.ts";
 import { serve, service } from "../lib/rpc.ts";
 import { doctorAsJson, doctorAsText, examine } from "../lib/shell/doctor.ts";
 import { machineChecks, type MachineOptions } from "../lib/shell/machine_checks.ts";
@@ -107,6 +107,7 @@ async function machine({ files, tools, options }: Change = {}) {
     discoveryDirectory: `${root}/discovery.d`,
     kubeletDirectory: `${root}/kubelet`,
     maxVolumes: 0,
+    isOurs: isSubsystemOf("lightos"),
     defaultFsType: "ext4",
     nvmeDirectory: `${root}/etc/nvme`,
     modulesDirectory: `${root}/lib/modules`,
@@ -360,10 +361,19 @@ const troubles: readonly (readonly [what: string, change: Change, name: string, 
   ],
   [
     "promise 22: as many volumes as are allowed",
-    { files: { ...controller("nvme0"), ...namespace("nvme0n1") }, options: { maxVolumes: 1 } },
+    {
+      files: {
+        ...controller("nvme0"),
+        ...namespace("nvme0n1"),
+        "sys/dev/block/259:1/size": "2097152\n",
+        "proc/self/mountinfo": `${wellFiles["proc/self/mountinfo"]}` +
+          "30 22 259:1 / ROOT/kubelet/pods/x rw shared:2 - ext4 /dev/nvme0n1 rw\n",
+      },
+      options: { maxVolumes: 1 },
+    },
     "volumes",
     "warning",
-    /^1 attached, 1 allowed \(--max-volumes\)$/,
+    /^1 attached, 1 in use, 1 allowed \(--max-volumes\)$/,
   ],
   [
     "a volume without a live path",
@@ -442,7 +452,7 @@ Deno.test("doctor counts volumes and discovery connections of a machine at work"
   const checks = await busy.checks();
 
   deepStrictEqual(checks.filter(({ verdict }) => verdict !== "ok"), []);
-  strictEqual(named(checks, "volumes").found, "1 attached, 5 allowed (--max-volumes)");
+  strictEqual(named(checks, "volumes").found, "1 attached, 0 in use, 5 allowed (--max-volumes)");
   match(named(checks, "Discovery-Client").found, /asks for 1 volume, 1 of 1 discovery connection live$/);
   strictEqual(named(checks, "paths").found, "all live");
   strictEqual(named(checks, "connections").found, "2, none without a volume");

@@ -295,7 +295,7 @@ Deno.test("createVolume after INTERNAL from the cluster looks whether the volume
   strictEqual(volume.capacityBytes, gib);
 });
 
-Deno.test("promise 20: createVolume passes on the cluster's code and words, with the endpoint", async () => {
+Deno.test("promise 22: createVolume passes on that the cluster is full, with its words and the endpoint", async () => {
   await using env = await start();
   const tooMany = 1n << 50n;
 

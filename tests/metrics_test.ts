@@ -336,6 +336,7 @@ Deno.test({
 
       strictEqual(before.values.get("lbcsi_volumes_attached"), 0);
       strictEqual(values.get("lbcsi_volumes_attached"), 1, text);
+      deepStrictEqual([before, { values }].map(({ values }) => values.get("lbcsi_volumes_in_use")), [0, 1]);
       strictEqual(values.get("lbcsi_volumes_without_path"), 0);
       strictEqual(values.get("lbcsi_volumes_limit"), 9);
       ok((values.get('lbcsi_nvme_connections{kind="io",state="live"}') ?? 0) > 0, text);

@@ -298,7 +298,7 @@ Deno.test("promise 22: CreateVolume on a full array is RESOURCE_EXHAUSTED before
   strictEqual(t.calls("CreateVolume"), 0);
 });
 
-Deno.test("CreateVolume of more than what is left is RESOURCE_EXHAUSTED and tells what is left", async () => {
+Deno.test("promise 22: CreateVolume of more than what is left is RESOURCE_EXHAUSTED and tells what is left", async () => {
   await using t = await start({ capacityBytes: 3n * gib });
   await t.create();
 

@@ -33,6 +33,7 @@ import type { KeyedLock } from "../lock.ts";
 import { hostNqn, type RemoteNamespace } from "../namespace.ts";
 import type { EphemeralVolume, EphemeralVolumes } from "../storage/backend.ts";
 import type { NodePublishVolumeRequest, NodeUnpublishVolumeRequest } from "../../proto/gen/csi_pb.ts";
+import type { VolumeLimit } from "./limit.ts";
 import {
   isReaderOnly,
   isShared,
@@ -52,6 +53,8 @@ export interface InlineOptions {
   readonly defaultFsType: FsType;
   /** Undefined: this node was not told of any cluster. */
   readonly volumes: EphemeralVolumes | undefined;
+  /** Shared with the node service. */
+  readonly limit?: VolumeLimit;
 }
 
 /** Whether a volume ID is one that kubelet makes up for an inline volume. No ID of this driver has that form. */
@@ -139,6 +142,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       if (target === undefined) throw refuse(`the directory of the target path "${given}" is missing`);
       const isMounted = mountsAt(await mountTable(host), target).length > 0;
       const isRepeat = isMounted || await host.kindOf(target) !== "absent";
+      using _counted = isMounted ? undefined : await options.limit?.admit(action, volumeId);
       if (!isMounted) await makeMountPoint(host, target, "directory", refuse);
       let namespace: RemoteNamespace;
       try {

@@ -46,6 +46,7 @@ import { fromPublishContext, hostNqn } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
 import { conditionProbe } from "./condition.ts";
 import { inlineUuid, type InlineVolumes, inlineVolumes, isInlineId, refuseInline } from "./ephemeral.ts";
+import type { VolumeLimit } from "./limit.ts";
 import { nodeHealthHandlers } from "./node_health.ts";
 import {
   type Access,
@@ -69,6 +70,8 @@ export interface NodeOptions {
   readonly defaultFsType: FsType;
   /** How many volumes of this driver the node can hold; undefined: the orchestrator decides. */
   readonly maxVolumes?: number | undefined;
+  /** Keeps to that number, shared with the inline volumes. */
+  readonly limit?: VolumeLimit;
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
   /** Inline volumes of pods; undefined: this node makes none, and says so. */
@@ -127,6 +130,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           }, the orchestrator has to make it`,
         );
       }
+      using _counted = await options.limit?.admit(`${action} ${id.uuid}`, id.uuid);
       let device: BlockDevice;
       if (namespace !== undefined) {
         await attacher.attach(ctx, namespace);

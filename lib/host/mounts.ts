@@ -8,7 +8,7 @@
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { Host } from "./host.ts";
-import { type BlockDevice, describeDevice, deviceNumbered } from "./nvme.ts";
+import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered } from "./nvme.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
 export interface Mount {
@@ -145,6 +145,17 @@ export async function mountsOf(host: Host, table: readonly Mount[], device: Bloc
     if (relation === "ours" || relation === "our node") found.push(mount);
   }
   return found;
+}
+
+/** The volumes that this machine is connected to and that are mounted here or held by another device. Touches none. */
+export async function volumesInUse(host: Host): Promise<readonly BlockDevice[]> {
+  const table = await mountTable(host);
+  const used: BlockDevice[] = [];
+  for (const device of await attachedVolumes(host)) {
+    const holders = await host.list(`${host.roots.sysfs}/class/block/${device.name}/holders`) ?? [];
+    if (holders.length > 0 || (await mountsOf(host, table, device)).length > 0) used.push(device);
+  }
+  return used;
 }
 
 /**

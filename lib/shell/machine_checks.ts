@@ -9,7 +9,7 @@ import { hostIdOf } from "../host/attach.ts";
 import type { FsType } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { hasAes } from "../host/luks.ts";
-import { describeMount, type Mount, mountTable, relationOf } from "../host/mounts.ts";
+import { describeMount, type Mount, mountTable, relationOf, volumesInUse } from "../host/mounts.ts";
 import {
   addressOf,
   allControllers,
@@ -31,6 +31,8 @@ export interface MachineOptions {
   readonly kubeletDirectory: string;
   /** How many volumes the node may have; 0: the orchestrator decides. */
   readonly maxVolumes: number;
+  /** Whether a subsystem is of the driver that is meant; a node can have two. */
+  readonly isOurs: (subsystemNqn: string) => boolean;
   readonly defaultFsType: FsType;
   /** Where nvme-cli keeps the host's own names. */
   readonly nvmeDirectory?: string;
@@ -418,12 +420,15 @@ function count(number: number, what: string): string {
 
 // --------------------------------------------------------------------------------------------------- what is there now
 
-async function volumes({ host, maxVolumes }: MachineOptions): Promise<Finding> {
-  const here = (await attachedVolumes(host)).length;
-  if (maxVolumes === 0) return { verdict: "ok", found: `${here} attached; the orchestrator decides how many may be` };
-  const found = `${here} attached, ${maxVolumes} allowed (--max-volumes)`;
-  if (here < maxVolumes) return { verdict: "ok", found };
-  return { verdict: "warning", found, advice: "no further volume can be attached here" };
+async function volumes({ host, maxVolumes, isOurs }: MachineOptions): Promise<Finding> {
+  const [attached, used] = (await Promise.all([attachedVolumes(host), volumesInUse(host)])).map((devices) =>
+    devices.filter(({ subsystemNqn }) => isOurs(subsystemNqn)).length
+  );
+  const here = `${attached} attached, ${used} in use`;
+  if (maxVolumes === 0) return { verdict: "ok", found: `${here}; the orchestrator decides how many may be` };
+  const found = `${here}, ${maxVolumes} allowed (--max-volumes)`;
+  if ((used ?? 0) < maxVolumes) return { verdict: "ok", found };
+  return { verdict: "warning", found, advice: "no further volume is taken here" };
 }
 
 /** Volumes that no read or write gets to, and those that have lost some of their ways. */

@@ -11,7 +11,7 @@
  */
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
-import { hostNqn, nodeIdOf, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
+import { hostNqn, nodeIdOf, poseidonNqnPrefix, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
 import { converge, type Dagent, means, type Next, type PoseidonError } from "./poseidon_dagent.ts";
 import {
   hasTcpTransport,
@@ -22,13 +22,12 @@ import {
   readSubsystems,
 } from "./poseidon_world.ts";
 
-/** Followed by a volume's UUID, a colon and a node ID. An NQN has 223 bytes at most. */
-const ourPrefix = "nqn.2019-04.pos:lbcsi:";
+/** poseidonNqnPrefix is followed by a volume's UUID, a colon and a node ID. An NQN has 223 bytes at most. */
 const longestNqn = 223;
 
 /** The node that a subsystem was made for, if it is one of ours for this volume. */
 function nodeOf({ nqn }: PoseidonSubsystem, uuid: string): string | undefined {
-  const prefix = `${ourPrefix}${uuid}:`;
+  const prefix = `${poseidonNqnPrefix}${uuid}:`;
   return nqn.startsWith(prefix) ? nqn.slice(prefix.length) : undefined;
 }
 
@@ -80,7 +79,7 @@ export async function exportVolume(
   addresses: readonly TransportAddress[],
 ): Promise<RemoteNamespace> {
   const node = nodeIdOf(host);
-  const nqn = `${ourPrefix}${volume.uuid}:${node}`;
+  const nqn = `${poseidonNqnPrefix}${volume.uuid}:${node}`;
   if (nqn.length > longestNqn) {
     throw new StatusError(
       "FAILED_PRECONDITION",

@@ -2,11 +2,12 @@
 import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
+import { volumeLimit } from "../../lib/csi/limit.ts";
 import { direct, discoveryClient } from "../../lib/host/attach.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { KeyedLock } from "../../lib/lock.ts";
-import { hostNqn } from "../../lib/namespace.ts";
+import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
 import { lightosBackend } from "../../lib/storage/lightos.ts";
 import type { ConfigFiles } from "../../lib/storage/config_file.ts";
 import { knownClusters } from "../../lib/storage/lightos_config.ts";
@@ -94,12 +95,16 @@ export interface InlineNodeSettings {
   /** Changes of the cluster file's entry. */
   readonly entry?: Readonly<Record<string, unknown>>;
   readonly strategy?: "discovery-client" | "direct";
+  /** How many volumes the node may have; any number if absent. */
+  readonly maxVolumes?: number;
   /** In place of the simulator's machine. */
   readonly host?: (sim: TestSimulator) => Host & { readonly discoveryDirectory: string };
 }
 
 /** See the head of this file. Dispose it, with `await using`. */
-export async function inlineNode({ data = "loop", entry, strategy, host: hostOf }: InlineNodeSettings = {}) {
+export async function inlineNode(
+  { data = "loop", entry, strategy, maxVolumes = 0, host: hostOf }: InlineNodeSettings = {},
+) {
   await using stack = new AsyncDisposableStack();
   const sim = stack.use(await startSimulator({ data }));
   const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-inline-" }));
@@ -124,7 +129,8 @@ export async function inlineNode({ data = "loop", entry, strategy, host: hostOf 
     : discoveryClient({ host, directory: inDirectory, hostNqn: inlineHost });
   const { backend, volumes, log } = openInline(files, (line) => lines.push(line));
   stack.use(backend);
-  const calls = nodeCalls({ host, attacher, locks, volumes, nodeId: inlineNodeId });
+  const limit = volumeLimit(host, maxVolumes, isSubsystemOf("lightos"));
+  const calls = nodeCalls({ host, attacher, locks, volumes, nodeId: inlineNodeId, limit });
   const parts = stack.move();
   return {
     ...calls,
