@@ -6,8 +6,9 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { Rig, type Running } from "../../lib/demo/rig.ts";
+import { type Backend, Rig, type Running } from "../../lib/demo/rig.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
+import { uuidInId } from "../../lib/id.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { CallError, type Channel } from "../../lib/rpc.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
@@ -134,6 +135,15 @@ export function controllers(): readonly ControllerState[] {
   }));
 }
 
+/** Directories of all namespaces in the target's part of configfs. */
+function targets(): readonly string[] {
+  const subsystems = "/sys/kernel/config/nvmet/subsystems";
+  return names(subsystems).flatMap((nqn) => {
+    const namespaces = join(subsystems, nqn, "namespaces");
+    return names(namespaces).map((nsid) => join(namespaces, nsid));
+  });
+}
+
 /** Paths at which something is mounted below a directory. */
 export function mountsBelow(directory: string): readonly string[] {
   return parseMountTable(Deno.readTextFileSync("/proc/self/mountinfo")).map(({ path }) => path)
@@ -176,14 +186,23 @@ export class Volume {
   readonly staging: string;
   readonly target: string;
   readonly capability: Capability;
+  /** What CreateVolume has said of it, for every later call. */
+  readonly context: Record<string, string>;
   publishContext: Record<string, string> = {};
   /** For NodeStageVolume. */
   stageSecrets: Record<string, string> = {};
 
-  constructor(world: World, id: string, uuid: string, directory: string, capability: Capability) {
+  constructor(
+    world: World,
+    id: string,
+    context: Record<string, string>,
+    directory: string,
+    capability: Capability,
+  ) {
     this.world = world;
     this.id = id;
-    this.uuid = uuid;
+    this.uuid = uuidInId(id) ?? "";
+    this.context = context;
     this.directory = directory;
     this.staging = join(directory, "staging");
     this.target = join(directory, "target");
@@ -201,6 +220,7 @@ export class Volume {
       volumeId: this.id,
       nodeId: node,
       volumeCapability: this.capability,
+      volumeContext: this.context,
       secrets: this.world.secrets,
     });
     this.publishContext = publishContext;
@@ -221,6 +241,7 @@ export class Volume {
       publishContext: this.publishContext,
       stagingTargetPath: this.staging,
       volumeCapability: this.capability,
+      volumeContext: this.context,
       secrets: this.stageSecrets,
     }, seconds);
   }
@@ -232,6 +253,7 @@ export class Volume {
       stagingTargetPath: this.staging,
       targetPath: this.target,
       volumeCapability: this.capability,
+      volumeContext: this.context,
     }, seconds);
   }
 
@@ -293,6 +315,8 @@ export async function refuses(call: Promise<unknown>, code: CallError["code"], m
 // -------------------------------------------------------------------------------------------------------- the world
 
 export interface StartOptions {
+  /** Default `lightos`. */
+  readonly backend?: Backend;
   /** More options of `lbcsi node`; false: no node. */
   readonly node?: readonly string[] | false;
   /** More options of `lbcsi simulate`. */
@@ -323,17 +347,19 @@ export class World {
   }
 
   get secrets(): Record<string, string> {
-    return { jwt: this.rig.addresses.jwt };
+    return this.rig.secrets;
   }
 
   /** Starts the cluster, the controller and the node. */
   async start(options: StartOptions): Promise<void> {
     this.#options = options;
+    const { backend = "lightos" } = options;
+    if (backend !== this.rig.backend) this.rig = new Rig(this.home, program, program, backend, patienceMs);
     if (options.image === true) {
       // Not below /tmp, which the image sees.
       const { words } = await enter("/image", "/run/image", ["/tmp"], { "/deno-bin": "/deno", "/program": "/program" });
       const inside = [...words, "/deno/deno", ...program.slice(1)];
-      this.rig = new Rig(this.home, inside, program, "lightos", patienceMs);
+      this.rig = new Rig(this.home, inside, program, backend, patienceMs);
     }
     await this.startSimulator();
     const signal = AbortSignal.timeout(patienceMs);
@@ -352,7 +378,9 @@ export class World {
 
   /** Starts the cluster, or a new one of the same state after the old one ended. */
   async startSimulator(): Promise<Running> {
-    const options = ["--state", this.state, "--schemes", "grpc", "--servers", "2", ...this.#options.simulator ?? []];
+    const { simulator = [] } = this.#options;
+    const servers = this.rig.backend === "lightos" ? ["--schemes", "grpc", "--servers", "2"] : [];
+    const options = ["--state", this.state, ...servers, ...simulator];
     return await this.rig.startSimulator("nvmet", AbortSignal.timeout(patienceMs), options);
   }
 
@@ -383,25 +411,20 @@ export class World {
     const { use = "ext4", sizeBytes = 1n << 30n, mode = Mode.SINGLE_NODE_WRITER, mountFlags = [] } = wish;
     const capability = capabilityOf(use, mode, mountFlags);
     const name = `volume-${++this.#volumes}-${crypto.randomUUID().slice(0, 8)}`;
-    const { addresses } = this.rig;
+    const { backend, addresses, parameters } = this.rig;
+    // Without TLS, which the emulated machine is slow at, and one replica, so that sizes add up.
+    const plain = { "mgmt-endpoint": addresses.grpc.join(","), "mgmt-scheme": "grpc", "replica-count": "1" };
     const { volume } = await this.controllerCall(Controller.method.createVolume, {
       name,
       capacityRange: { requiredBytes: sizeBytes },
       volumeCapabilities: [capability],
-      parameters: {
-        "mgmt-endpoint": addresses.grpc.join(","),
-        "mgmt-scheme": "grpc",
-        "project-name": addresses.projects[0] ?? "",
-        "replica-count": "1",
-        ...wish.parameters,
-      },
+      parameters: { ...parameters, ...(backend === "lightos" ? plain : {}), ...wish.parameters },
       ...(wish.source === undefined ? {} : { volumeContentSource: { type: wish.source } }),
       secrets: this.secrets,
     });
-    const id = volume?.volumeId ?? "";
-    const uuid = /nguid:([0-9a-f-]{36})/.exec(id)?.[1] ?? "";
+    const { volumeId = "", volumeContext = {} } = volume ?? {};
     const directory = join(this.#options.onDisk ? "/disk/volumes" : this.home, name);
-    const made = new Volume(this, id, uuid, directory, capability);
+    const made = new Volume(this, volumeId, volumeContext, directory, capability);
     this.#alive.add(made);
     if (grant) await made.grant();
     return made;
@@ -419,10 +442,7 @@ export class World {
       await quietly(() => this.rig.ask("POST", "/paths/up", { server }));
       await quietly(() => this.rig.ask("POST", "/paths/ana", { server, state: "optimized" }));
     }
-    const subsystem = `/sys/kernel/config/nvmet/subsystems/${this.rig.addresses.subsystemNqn}`;
-    for (const nsid of names(`${subsystem}/namespaces`)) {
-      await quietly(() => Deno.writeTextFile(`${subsystem}/namespaces/${nsid}/enable`, "1"));
-    }
+    for (const directory of targets()) await quietly(() => Deno.writeTextFile(join(directory, "enable"), "1"));
     for (const volume of this.#alive) {
       await quietly(() => volume.unpublish(20));
       await quietly(() => volume.unstage(20));
@@ -433,10 +453,9 @@ export class World {
 
   /** The directory of a volume's namespace in the target's part of configfs. */
   targetOf(uuid: string): string {
-    const directory = `/sys/kernel/config/nvmet/subsystems/${this.rig.addresses.subsystemNqn}/namespaces`;
-    const found = names(directory).find((nsid) => read(join(directory, nsid, "device_uuid")) === uuid);
+    const found = targets().find((directory) => read(join(directory, "device_uuid")) === uuid);
     assert(found !== undefined, `the target has no namespace ${uuid}`);
-    return join(directory, found);
+    return found;
   }
 
   /** The file that holds what is on a volume, on the cluster's side. */

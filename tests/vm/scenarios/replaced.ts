@@ -16,7 +16,7 @@ const saved = "/disk/volumes.json";
 
 interface Saved {
   readonly id: string;
-  readonly uuid: string;
+  readonly context: Record<string, string>;
   readonly directory: string;
   readonly use: "ext4" | "xfs" | "block";
   readonly publishContext: Record<string, string>;
@@ -28,8 +28,8 @@ function load(): readonly Saved[] {
   return JSON.parse(Deno.readTextFileSync(saved));
 }
 
-function volumeOf(world: World, { id, uuid, directory, use, publishContext }: Saved): Volume {
-  const volume = new Volume(world, id, uuid, directory, capabilityOf(use));
+function volumeOf(world: World, { id, context, directory, use, publishContext }: Saved): Volume {
+  const volume = new Volume(world, id, context, directory, capabilityOf(use));
   volume.publishContext = publishContext;
   return volume;
 }
@@ -90,8 +90,8 @@ export const scenario: Scenario = {
                 await tool("sync", "-f", volume.target);
               }
               assert.equal(mountsBelow(volume.directory).length, use === "block" ? 1 : 2);
-              const { id, uuid, directory, publishContext } = volume;
-              volumes.push({ id, uuid, directory, publishContext, use, again });
+              const { id, context, directory, publishContext } = volume;
+              volumes.push({ id, context, directory, publishContext, use, again });
             }
           }
           await Deno.writeTextFile(saved, JSON.stringify(volumes));
