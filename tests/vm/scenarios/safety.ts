@@ -36,7 +36,12 @@ const contents: readonly Case[] = [
   },
   {
     what: "a partition table",
-    prepare: (file) => tool("sh", "-c", `echo ,100M | sfdisk -q --label gpt ${file}`),
+    async prepare(file) {
+      // A GPT lies where the sectors of the disk that it was made for say: the namespace has those of 4 KiB.
+      const loop = await tool("losetup", "-f", "--show", "-b", "4096", file);
+      await tool("sh", "-c", `echo ,100M | sfdisk -q --label gpt ${loop}`);
+      await tool("losetup", "-d", loop);
+    },
     code: "FAILED_PRECONDITION",
     message: /holds a partition table \(gpt\), it is left alone/,
   },

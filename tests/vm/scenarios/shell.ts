@@ -27,7 +27,7 @@ const checks: readonly Check[] = [
       const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", nodeId];
       const address = ["--address", "127.0.0.1:4421,127.0.0.1:4422"];
       const mnt = join(world.home, "mnt");
-      await Deno.mkdir(mnt);
+      await Deno.mkdir(mnt, { recursive: true });
 
       const begin = performance.now();
       const attached = await lbcsi("attach", ...place, ...address);
