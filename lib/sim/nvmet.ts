@@ -13,7 +13,9 @@
  *   taken from the ports for a moment, which ends every connection. Others who may come back do so by themselves.
  * - It does not tell who is connected (before 6.11). Hosts that may be are taken for connected while there are any
  *   connections to the ports.
- * - Discovery controllers answer on the I/O ports and name that port only.
+ * - A discovery controller of the kernel names what its own port serves, and LightOS' serve nothing but discovery. So the
+ *   ports for discovery serve a subsystem that no host may see, and refer to the I/O ports, whose discovery controllers
+ *   name the cluster's subsystem. Whoever asks an I/O port gets an answer too.
  *
  * Measured on 6.1: a new size is announced by `revalidate_size`; removing a namespace waits for its I/O and takes
  * the device from hosts within 0.5 s, mounted or not; a port's socket is open while it has a subsystem.
@@ -23,7 +25,7 @@
  * the serial number of that file. Nothing else in configfs is touched.
  */
 import { createHash } from "node:crypto";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { z } from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
@@ -67,6 +69,8 @@ interface Port {
   readonly directory: string;
   readonly traddr: string;
   readonly trsvcid: string;
+  /** Of the same server, for discovery only; undefined where the I/O port is asked. */
+  readonly discovery: string | undefined;
   up: boolean;
 }
 
@@ -146,38 +150,61 @@ class NvmetPlane implements DataPlane {
         this.#enqueue(async () => {
           const port = portOf(server);
           port.up = up;
-          for (const subsystem of this.#subsystems.values()) await this.#link(port, subsystem, up);
+          for (const subsystem of this.#subsystems.values()) await link(port.directory, subsystem.directory, up);
+          if (port.discovery !== undefined) await link(port.discovery, this.#anchor, up);
         }),
       setAna: (server, state) =>
         this.#enqueue(() => write(join(portOf(server).directory, "ana_groups/1/ana_state"), state)),
     };
   }
 
+  /** Directory of the subsystem that ports for discovery serve, for the kernel opens no port that serves nothing. */
+  get #anchor(): string {
+    return join(root, "subsystems", `nqn.2014-08.org.nvmexpress:lbcsi-simulator:${this.#record.serial}`);
+  }
+
   /** Makes the ports, and the cluster's own subsystem, which is there for good. */
   async open(): Promise<void> {
     const { identity } = this.#options;
-    // A number from 16 to 64 Ki: small ones are what people take.
-    const first = 0x4000 + Number.parseInt(this.#record.serial.slice(0, 8), 16) % 0x8000;
-    for (const [number, { nvmeEndpoint }] of identity.servers.entries()) {
+    // A number from 16 to 48 Ki: small ones are what people take.
+    let id = 0x4000 + Number.parseInt(this.#record.serial.slice(0, 8), 16) % 0x8000;
+    for (const { nvmeEndpoint, discoveryEndpoint } of identity.servers) {
       const { traddr, trsvcid } = parseAddress(nvmeEndpoint) ?? { traddr: nvmeEndpoint, trsvcid: "4420" };
-      const id = String(first + number);
-      const directory = join(root, "ports", id);
-      if (exists(directory)) {
-        throw new StatusError(
-          "FAILED_PRECONDITION",
-          `Cannot use data plane "nvmet": somebody else has made ${directory}`,
-        );
-      }
-      this.#record.ports.push(id);
-      await this.#remember();
-      await Deno.mkdir(directory);
-      await write(join(directory, "addr_trtype"), "tcp");
-      await write(join(directory, "addr_adrfam"), traddr.includes(":") ? "ipv6" : "ipv4");
-      await write(join(directory, "addr_traddr"), traddr);
-      await write(join(directory, "addr_trsvcid"), trsvcid);
-      this.#ports.push({ id, directory, traddr, trsvcid, up: true });
+      const directory = await this.#makePort(id, traddr, trsvcid);
+      const at = discoveryEndpoint === nvmeEndpoint ? undefined : parseAddress(discoveryEndpoint);
+      const discovery = at === undefined ? undefined : await this.#makePort(id + 1, at.traddr, at.trsvcid);
+      this.#ports.push({ id: String(id), directory, traddr, trsvcid, discovery, up: true });
+      id += 2;
     }
     await this.#makeSubsystem(identity.subsystemNqn);
+    const discoveries = this.#ports.flatMap(({ discovery }) => discovery ?? []);
+    if (discoveries.length === 0) return;
+    await this.#makeDirectory(this.#anchor);
+    for (const directory of discoveries) {
+      for (const port of this.#ports) {
+        const referral = join(directory, "referrals", port.id);
+        await Deno.mkdir(referral);
+        await writeAddress(referral, port.traddr, port.trsvcid);
+        await write(join(referral, "enable"), "1");
+      }
+      await link(directory, this.#anchor, true);
+    }
+  }
+
+  /** Makes a port that serves nothing yet, and gives its directory. */
+  async #makePort(id: number, traddr: string, trsvcid: string): Promise<string> {
+    const directory = join(root, "ports", String(id));
+    if (exists(directory)) {
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot use data plane "nvmet": somebody else has made ${directory}`,
+      );
+    }
+    this.#record.ports.push(String(id));
+    await this.#remember();
+    await Deno.mkdir(directory);
+    await writeAddress(directory, traddr, trsvcid);
+    return directory;
   }
 
   // ------------------------------------------------------------------------------------------------------- contents
@@ -350,52 +377,42 @@ class NvmetPlane implements DataPlane {
 
   async #makeSubsystem(nqn: string): Promise<Subsystem> {
     const directory = join(root, "subsystems", nqn);
+    await this.#makeDirectory(directory);
+    const subsystem: Subsystem = { nqn, directory, owner: undefined, allowed: new Set() };
+    this.#subsystems.set(nqn, subsystem);
+    for (const port of this.#ports) if (port.up) await link(port.directory, subsystem.directory, true);
+    return subsystem;
+  }
+
+  /** The directory of a subsystem, marked as ours. */
+  async #makeDirectory(directory: string): Promise<void> {
     if (exists(directory)) {
       throw new StatusError(
         "FAILED_PRECONDITION",
         `Cannot use data plane "nvmet": somebody else has made ${directory}`,
       );
     }
-    this.#record.subsystems.push(nqn);
+    this.#record.subsystems.push(basename(directory));
     await this.#remember();
     await Deno.mkdir(directory);
     await write(join(directory, "attr_model"), model);
     await write(join(directory, "attr_serial"), this.#record.serial);
-    const subsystem: Subsystem = { nqn, directory, owner: undefined, allowed: new Set() };
-    this.#subsystems.set(nqn, subsystem);
-    for (const port of this.#ports) if (port.up) await this.#link(port, subsystem, true);
-    return subsystem;
   }
 
   async #removeSubsystem(subsystem: Subsystem): Promise<void> {
-    for (const port of this.#ports) await this.#link(port, subsystem, false);
+    for (const port of this.#ports) await link(port.directory, subsystem.directory, false);
     await Deno.remove(subsystem.directory);
     this.#subsystems.delete(subsystem.nqn);
     this.#record.subsystems = this.#record.subsystems.filter((nqn) => nqn !== subsystem.nqn);
     await this.#remember();
   }
 
-  async #link(port: Port, subsystem: Subsystem, linked: boolean): Promise<void> {
-    const link = join(port.directory, "subsystems", subsystem.nqn);
-    if (exists(link) === linked) return;
-    if (!linked) return await Deno.remove(link);
-    try {
-      await Deno.symlink(subsystem.directory, link);
-    } catch (cause) {
-      throw new StatusError(
-        "FAILED_PRECONDITION",
-        `Cannot serve NVMe/TCP on ${port.traddr}:${port.trsvcid}: ${messageOf(cause)}; is somebody else there?`,
-        { cause },
-      );
-    }
-  }
-
   /** Ends every connection to a subsystem. */
   async #cutConnections(subsystem: Subsystem): Promise<void> {
     for (const port of this.#ports) {
       if (!port.up) continue;
-      await this.#link(port, subsystem, false);
-      await this.#link(port, subsystem, true);
+      await link(port.directory, subsystem.directory, false);
+      await link(port.directory, subsystem.directory, true);
     }
   }
 
@@ -407,8 +424,8 @@ class NvmetPlane implements DataPlane {
       await this.#remember();
       await Deno.mkdir(directory);
     }
-    const link = join(subsystem.directory, "allowed_hosts", host);
-    if (!exists(link)) await Deno.symlink(directory, link);
+    const entry = join(subsystem.directory, "allowed_hosts", host);
+    if (!exists(entry)) await Deno.symlink(directory, entry);
   }
 
   async #deny(subsystem: Subsystem, host: string): Promise<void> {
@@ -510,6 +527,31 @@ async function write(path: string, text: string): Promise<void> {
   }
 }
 
+/** Where a port listens, or a referral points to. */
+async function writeAddress(directory: string, traddr: string, trsvcid: string): Promise<void> {
+  await write(join(directory, "addr_trtype"), "tcp");
+  await write(join(directory, "addr_adrfam"), traddr.includes(":") ? "ipv6" : "ipv4");
+  await write(join(directory, "addr_traddr"), traddr);
+  await write(join(directory, "addr_trsvcid"), trsvcid);
+}
+
+/** Lets a port serve a subsystem, or serve it no more. The first one opens the port, the last one closes it. */
+async function link(port: string, subsystem: string, linked: boolean): Promise<void> {
+  const path = join(port, "subsystems", basename(subsystem));
+  if (exists(path) === linked) return;
+  if (!linked) return await Deno.remove(path);
+  try {
+    await Deno.symlink(subsystem, path);
+  } catch (cause) {
+    const at = (attribute: string) => readText(join(port, `addr_${attribute}`));
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot serve NVMe/TCP on ${at("traddr")}:${at("trsvcid")}: ${messageOf(cause)}; is somebody else there?`,
+      { cause },
+    );
+  }
+}
+
 async function checkMachine(): Promise<void> {
   const refuse = (problem: string) =>
     new StatusError("FAILED_PRECONDITION", `Cannot use data plane "nvmet": ${problem}`);
@@ -574,6 +616,8 @@ async function takeDown(record: Record, log: Logger): Promise<void> {
     // A port with a foreign subsystem is not ours any more.
     if (names(links).some((nqn) => !ours.includes(nqn))) continue;
     for (const nqn of names(links)) await attempt(join(links, nqn));
+    const referrals = join(root, "ports", id, "referrals");
+    for (const referral of names(referrals)) await attempt(join(referrals, referral));
     await attempt(join(root, "ports", id));
   }
   for (const nqn of ours) {

@@ -1,7 +1,7 @@
 /**
- * Runs in the guest: the checks of one boot of some scenarios that start in the same way, one after the other.
+ * Runs in the guest, as a bundle: the checks of one boot of some scenarios that start in the same way, one after the other.
  *
- *   deno run -A inside.ts FILES BOOT NAMES      JSON list of files, number of the boot, JSON list of the checks to run
+ *   deno run -A inside.js FILES BOOT NAMES      JSON list of files, number of the boot, JSON list of the checks to run
  */
 import { modulesLoaded, read, World } from "./world.ts";
 import { type Check, type Report, reportMark, type Scenario } from "./scenario.ts";

@@ -384,9 +384,9 @@ export class World {
     return await this.rig.startSimulator("nvmet", AbortSignal.timeout(patienceMs), options);
   }
 
-  /** Starts the node, or a new one after the old one ended. */
-  async startNode(): Promise<Running> {
-    const options = ["--attach", "direct", ...this.#options.node || []];
+  /** Starts the node, or a new one after the old one ended; `more` options of `lbcsi node` for this one only. */
+  async startNode(more: readonly string[] = []): Promise<Running> {
+    const options = ["--attach", "direct", ...this.#options.node || [], ...more];
     return await this.rig.startNode(nodeId, AbortSignal.timeout(patienceMs), {}, options);
   }
 
