@@ -25,6 +25,7 @@ export interface BootOptions {
   /** A disk that outlives the boot, `/dev/vdb` in the guest. */
   readonly diskFile?: string | undefined;
   readonly memoryMib: number;
+  readonly processors: number;
   /** Receives each line that the command writes. */
   readonly onLine: (line: string) => void;
   /** Switches the machine off, as pulling the plug would. */
@@ -64,7 +65,7 @@ export async function boot(options: BootOptions): Promise<Ended> {
     ...["--pdeathsig", "KILL", "qemu-system-x86_64"],
     ...["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"],
     ...["-accel", "tcg,thread=multi,tb-size=512", "-machine", "q35,usb=off,vmport=off,smm=off", "-cpu", "Westmere"],
-    ...["-smp", "2", "-m", String(options.memoryMib)],
+    ...["-smp", String(options.processors), "-m", String(options.memoryMib)],
     ...["-kernel", join(imageDir, "vmlinux"), "-initrd", join(imageDir, "initrd.cpio")],
     "-append",
     "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off random.trust_cpu=on net.ifnames=0",

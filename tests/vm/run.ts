@@ -21,6 +21,8 @@ import { type Report, reportMark, type Scenario } from "./scenario.ts";
 
 const here = fileURLToPath(new URL(".", import.meta.url));
 const repository = join(here, "../..");
+// Guests with more processors than there are cores for them wait for one another's locks.
+const mostProcessors = 2;
 // Guests are given up after this; two of them at once on two cores take the longest a fifth of it.
 const bootLimitSeconds = 1200;
 
@@ -36,6 +38,8 @@ const { values: options } = parseArgs({
   },
 });
 
+const jobs = Number(options.jobs);
+const processors = Math.min(mostProcessors, Math.max(1, Math.floor(navigator.hardwareConcurrency / jobs)));
 const folder = options.bench ? "bench" : "scenarios";
 /** What one guest runs: scenarios that start in the same way share one, for a start takes longer than most checks. */
 interface Loaded {
@@ -211,6 +215,7 @@ async function play(
       ],
       diskFile,
       memoryMib: scenario.memoryMib ?? 2048,
+      processors,
       onLine,
       signal: AbortSignal.any([limit, stop]),
     });
@@ -259,7 +264,7 @@ let passed = 0;
 let failed = 0;
 let guests = 0;
 const queue = [...loaded];
-await Promise.all(Array.from({ length: Number(options.jobs) }, async () => {
+await Promise.all(Array.from({ length: jobs }, async () => {
   for (let next = queue.shift(); next !== undefined; next = queue.shift()) {
     const runDir = join(runs, `guest${++guests}`);
     await Deno.mkdir(runDir);
