@@ -154,7 +154,8 @@ const trustOptions = {
   "mgmt-ca": {
     env: ["LB_CSI_MGMT_CA"],
     value: "FILE",
-    meaning: "PEM certificates to trust for management endpoints, instead of the built-in ones (Mozilla's list)",
+    meaning:
+      "PEM certificates to trust for management endpoints; default: SSL_CERT_FILE, else the machine's, else Mozilla's",
     schema: absolutePath.optional(),
   },
   "mgmt-tls-verify": {
@@ -1379,11 +1380,26 @@ async function lightosOptions(settings: LightosSettings, log: Logger): Promise<L
     log,
     globalJwt: () => jwtPath === undefined ? undefined : readIfThere(jwtPath),
     globalJwtPath: jwtPath ?? "file of a token",
-    ca: settings["mgmt-ca"] === undefined ? undefined : readRequired("--mgmt-ca", settings["mgmt-ca"]),
+    ca: settings["mgmt-ca"] === undefined ? machineCa() : readRequired("--mgmt-ca", settings["mgmt-ca"]),
     verifyTls: settings["mgmt-tls-verify"],
     userAgent: `lbcsi/${version}`,
     clusters: settings.config === undefined ? undefined : await readClusters(settings.config, log),
   };
+}
+
+/** Where distributions keep the certificates that a machine trusts: Debian, Alpine; Fedora; SUSE; BSD, Alpine. */
+const machineCaFiles = [
+  "/etc/ssl/certs/ca-certificates.crt",
+  "/etc/pki/tls/certs/ca-bundle.crt",
+  "/etc/ssl/ca-bundle.pem",
+  "/etc/ssl/cert.pem",
+];
+
+/** The CAs that this machine trusts; undefined, for the list in the program, on one that has none, like the image. */
+function machineCa(): string | undefined {
+  const named = Deno.env.get("SSL_CERT_FILE");
+  if (named !== undefined && named !== "") return readRequired("SSL_CERT_FILE", named);
+  return machineCaFiles.map(readIfThere).find((text) => text?.includes("-----BEGIN CERTIFICATE-----"));
 }
 
 /**

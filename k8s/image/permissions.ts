@@ -25,6 +25,7 @@ const variables = [
   "CSI_ENDPOINT",
   "LOG_STREAM",
   "LOG_TOKENS",
+  "SSL_CERT_FILE",
 ];
 
 /** The options of `deno run` and `deno compile` with other directories in place of the image's, for tests. */

@@ -1,0 +1,44 @@
+/** Which CAs a process takes that was given none: the machine's. */
+import { ok, rejects, strictEqual } from "node:assert/strict";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { Rig } from "../lib/demo/rig.ts";
+import { CallError } from "../lib/rpc.ts";
+import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
+
+Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CERT_FILE, and not any other", async () => {
+  const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
+  const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../main.ts", import.meta.url))];
+  const rig = new Rig(home, program);
+  const patience = AbortSignal.timeout(60_000);
+  try {
+    await rig.startSimulator("none", patience);
+    const ca = join(home, "machine.pem");
+    await Deno.writeTextFile(ca, rig.addresses.ca ?? "");
+    const create = () =>
+      rig.controller.call(Controller.method.createVolume, {
+        name: "pvc-1",
+        capacityRange: { requiredBytes: 1n << 30n },
+        volumeCapabilities: [{
+          accessType: { case: "block", value: {} },
+          accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+        }],
+        parameters: rig.parameters,
+        secrets: rig.secrets,
+      }, { signal: patience, deadline: new Date(Date.now() + 10_000) });
+
+    await rig.startService("controller", [], patience);
+    await rejects(create(), (error) => {
+      ok(error instanceof CallError && /certificate/i.test(error.message), String(error));
+      return true;
+    });
+    await rig.running("controller")?.end("SIGTERM", 10_000);
+    await rig.startService("controller", [], patience, { SSL_CERT_FILE: ca });
+    const { volume } = await create();
+
+    strictEqual(volume?.capacityBytes, 1n << 30n);
+  } finally {
+    await rig.stopAll();
+    await rig.cleanUp(false);
+  }
+});
