@@ -14,6 +14,7 @@
 import { z } from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
+import { readState, stateText, writeState } from "./state_file.ts";
 import { isProjectName } from "../id.ts";
 import type { DataPlane } from "./data_plane.ts";
 import { mayAccess } from "./data_plane.ts";
@@ -295,7 +296,9 @@ export class Cluster implements AsyncDisposable {
    * @throws StatusError FAILED_PRECONDITION when the file is there but cannot be read as a model
    */
   static async open(options: ClusterOptions): Promise<Cluster> {
-    const cluster = new Cluster(options, await readModel(options.file) ?? emptyModel());
+    const { file } = options;
+    const found = file === undefined ? undefined : await readState(file, modelSchema, "the cluster");
+    const cluster = new Cluster(options, found ?? emptyModel());
     for (const name of options.projects) {
       if (!cluster.#model.projects.some((project) => project.name === name)) cluster.#addProject(name, "");
     }
@@ -1011,16 +1014,11 @@ export class Cluster implements AsyncDisposable {
   }
 
   #text(): string {
-    const model = { ...this.#model, volumes: this.volumes, snapshots: this.snapshots };
-    return JSON.stringify(model, (_key, value) => typeof value === "bigint" ? value.toString() : value, 1);
+    return stateText({ ...this.#model, volumes: this.volumes, snapshots: this.snapshots });
   }
 
-  // Synchronous, so that an answer is never given before what it says is remembered.
   #save(): void {
-    if (this.#file === undefined) return;
-    const temporary = `${this.#file}.new`;
-    Deno.writeTextFileSync(temporary, this.#text(), { mode: 0o600 });
-    Deno.renameSync(temporary, this.#file);
+    if (this.#file !== undefined) writeState(this.#file, this.#text());
   }
 }
 
@@ -1032,25 +1030,6 @@ function isServed({ state, protection }: SimVolume): boolean {
 /** The access list by NQN, if the one by IP address admits the hosts, which all connect from this machine. */
 function effectiveAcl({ acl, ipAcl }: SimVolume): readonly string[] {
   return ipAcl.includes("ALLOW_ANY") || ipAcl.includes("127.0.0.1") ? acl : [];
-}
-
-async function readModel(file: string | undefined): Promise<ClusterModel | undefined> {
-  if (file === undefined) return undefined;
-  let text: string;
-  try {
-    text = await Deno.readTextFile(file);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return undefined;
-    throw error;
-  }
-  try {
-    return modelSchema.parse(JSON.parse(text));
-  } catch (cause) {
-    const problem = cause instanceof z.ZodError
-      ? cause.issues.map(({ path, message }) => `${path.join(".")}: ${message}`).join("; ")
-      : messageOf(cause);
-    throw new StatusError("FAILED_PRECONDITION", `Cannot read the cluster in ${file}: ${problem}`, { cause });
-  }
 }
 
 function emptyModel(): ClusterModel {

@@ -20,7 +20,7 @@ import type { ClusterIdentity } from "./cluster.ts";
 import { Contents, copySparse, exists, removeFile } from "./contents.ts";
 import { type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
 import { type DiscoveryEntry, watchDiscoveryDirectory } from "./discovery_client.ts";
-import { lockFile } from "./lock_file.ts";
+import { lockFile } from "./state_file.ts";
 import { type ProgramEnd, serveNvmeProgram } from "./nvme_program.ts";
 import { nameInTree, type SysfsController, type SysfsSubsystem, type SysfsTree, sysfsTree } from "./sysfs.ts";
 import { output, readText, run } from "./tools.ts";

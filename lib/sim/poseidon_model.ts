@@ -10,6 +10,7 @@
  */
 import { z } from "zod";
 import { StatusError } from "../error.ts";
+import { readState, stateText, writeState } from "./state_file.ts";
 import type { DataPlane } from "./data_plane.ts";
 
 /** Names of events with their numbers: in POS 0.12 to 1.0, and in 0.11 where that was another one. */
@@ -169,7 +170,9 @@ export class PoseidonModel {
 
   /** Opens what `options.file` remembers, or a new one with empty, mounted arrays. */
   static async open(options: PoseidonModelOptions): Promise<PoseidonModel> {
-    const model = new PoseidonModel(options, await readModel(options.file) ?? newModel(options));
+    const { file } = options;
+    const found = file === undefined ? undefined : await readState(file, modelSchema, "the PoseidonOS");
+    const model = new PoseidonModel(options, found ?? newModel(options));
     // A simulator that starts again is a PoseidonOS that starts again.
     model.#forgetExports();
     await options.dataPlane.start();
@@ -465,15 +468,12 @@ export class PoseidonModel {
   }
 
   #text(): string {
-    return JSON.stringify(this.#model, (_key, value) => typeof value === "bigint" ? value.toString() : value, 1);
+    return stateText(this.#model);
   }
 
-  // Synchronous, so that an answer is never given before what it says is remembered.
   #save(): void {
     const { file } = this.#options;
-    if (file === undefined) return;
-    Deno.writeTextFileSync(`${file}.new`, this.#text(), { mode: 0o600 });
-    Deno.renameSync(`${file}.new`, file);
+    if (file !== undefined) writeState(file, this.#text());
   }
 }
 
@@ -501,24 +501,4 @@ function newModel({ arrays, capacityBytes }: PoseidonModelOptions): Model {
     })),
     subsystems: [],
   };
-}
-
-async function readModel(file: string | undefined): Promise<Model | undefined> {
-  if (file === undefined) return undefined;
-  let text: string;
-  try {
-    text = await Deno.readTextFile(file);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return undefined;
-    throw error;
-  }
-  try {
-    return modelSchema.parse(JSON.parse(text));
-  } catch (cause) {
-    throw new StatusError(
-      "FAILED_PRECONDITION",
-      `Cannot read the PoseidonOS in ${file}: it is damaged, use another state directory`,
-      { cause },
-    );
-  }
 }

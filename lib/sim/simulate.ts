@@ -13,7 +13,7 @@ import { type Behaviour, Cluster, type ClusterIdentity, defaultBehaviour } from 
 import { type Control, control, serveControl } from "./control.ts";
 import { type DataPlane, noDataPlane } from "./data_plane.ts";
 import { faults } from "./faults.ts";
-import { lockFile } from "./lock_file.ts";
+import { lockFile, readState, stateText, writeState } from "./state_file.ts";
 import { type ApiEndpoint, serveLightos } from "./lightos.ts";
 import { tokens } from "./token.ts";
 
@@ -196,7 +196,7 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
         addressesOf(scheme).map((address) => Number(address.slice(address.lastIndexOf(":") + 1))),
       ]),
     );
-    await writeIdentity(stateDir, { ...remembered, ports, controlPort: Number(new URL(port.url).port) });
+    writeIdentity(stateDir, { ...remembered, ports, controlPort: Number(new URL(port.url).port) });
   }
   const parts = stack.move();
   let stopped: Promise<void> | undefined;
@@ -228,7 +228,9 @@ const identitySchema = z.object({
 type Remembered = z.infer<typeof identitySchema>;
 
 async function readIdentity(stateDir: string | undefined, settings: SimulateSettings): Promise<Remembered> {
-  const found = stateDir === undefined ? undefined : await readRemembered(join(stateDir, "identity.json"));
+  const found = stateDir === undefined
+    ? undefined
+    : await readState(join(stateDir, "identity.json"), identitySchema, "the simulator's identity");
   const remembered: Remembered = found ?? {
     format: 1,
     identity: newIdentity(settings.clusterName),
@@ -242,33 +244,12 @@ async function readIdentity(stateDir: string | undefined, settings: SimulateSett
     const { selfSigned } = await import("./certificate.ts");
     remembered.certificate = { ...await selfSigned([settings.host]), host: settings.host };
   }
-  if (stateDir !== undefined) await writeIdentity(stateDir, remembered);
+  if (stateDir !== undefined) writeIdentity(stateDir, remembered);
   return remembered;
 }
 
-async function readRemembered(file: string): Promise<Remembered | undefined> {
-  let text: string;
-  try {
-    text = await Deno.readTextFile(file);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return undefined;
-    throw error;
-  }
-  try {
-    return identitySchema.parse(JSON.parse(text));
-  } catch (cause) {
-    throw new StatusError(
-      "FAILED_PRECONDITION",
-      `Cannot read the simulator's identity in ${file}: it is damaged, use another state directory`,
-      { cause },
-    );
-  }
-}
-
-async function writeIdentity(stateDir: string, remembered: Remembered): Promise<void> {
-  const file = join(stateDir, "identity.json");
-  await Deno.writeTextFile(`${file}.new`, JSON.stringify(remembered, undefined, 1), { mode: 0o600 });
-  await Deno.rename(`${file}.new`, file);
+function writeIdentity(stateDir: string, remembered: Remembered): void {
+  writeState(join(stateDir, "identity.json"), stateText(remembered));
 }
 
 function newIdentity(name: string): ClusterIdentity & { servers: [] } {

@@ -10,7 +10,7 @@ import { StatusError } from "../error.ts";
 import { isArrayName } from "../id.ts";
 import type { DataPlane } from "./data_plane.ts";
 import { faults } from "./faults.ts";
-import { lockFile } from "./lock_file.ts";
+import { lockFile } from "./state_file.ts";
 import { servePoseidon } from "./poseidon.ts";
 import { type PoseidonControl, poseidonControl, servePoseidonControl } from "./poseidon_control.ts";
 import { defaultPosBehaviour, type PosBehaviour, PoseidonModel } from "./poseidon_model.ts";
