@@ -22,7 +22,14 @@ import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { type Endpoint, parseEndpoints, parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
 
 import type { Metrics } from "./lib/metrics.ts";
-import { hostNqn, isSubsystemOf, nodeIdProblem, parseAddress, type TransportAddress } from "./lib/namespace.ts";
+import {
+  hostNqn,
+  inBandAuthKey,
+  isSubsystemOf,
+  nodeIdProblem,
+  parseAddress,
+  type TransportAddress,
+} from "./lib/namespace.ts";
 import {
   absolutePath,
   describeOptions,
@@ -246,7 +253,8 @@ const nodeOptions = {
     short: "c",
     env: ["LB_CSI_CONFIG"],
     value: "FILE",
-    meaning: "the controller's cluster file, for inline volumes of pods: on clusters that it allows them; else none",
+    meaning:
+      "the controller's cluster file: where it allows them, pods may have inline volumes; its tokens read keys of in-band-auth",
     schema: absolutePath.optional(),
   },
   "node-id": {
@@ -397,6 +405,23 @@ const volumeOptions = {
   ...shellLogOptions,
 } as const satisfies Options;
 
+/** Files, for an argument could be read by every user of the machine. */
+const keyOptions = {
+  "dhchap-key-file": {
+    env: ["LB_CSI_DHCHAP_KEY_FILE"],
+    value: "FILE",
+    meaning:
+      "authenticate connections with the DH-HMAC-CHAP key (DHHC-1:...) in this file, which only its owner may read",
+    schema: absolutePath.optional(),
+  },
+  "dhchap-ctrl-key-file": {
+    env: ["LB_CSI_DHCHAP_CTRL_KEY_FILE"],
+    value: "FILE",
+    meaning: "with --dhchap-key-file: let the controller prove itself too, with the key in this file",
+    schema: absolutePath.optional(),
+  },
+} as const satisfies Options;
+
 const attachOptions = {
   ...volumeOptions,
   ...connectionOptions,
@@ -411,9 +436,12 @@ const attachOptions = {
     meaning: "with --nqn and --attach=discovery-client: IP[:PORT] of discovery controllers; port 8009 if none is given",
     schema: addressList("8009").optional(),
   },
+  ...keyOptions,
   "volume-attributes": {
     value: "LIST",
-    meaning: "volumeAttributes of the PersistentVolume, key=value separated by commas; PoseidonOS needs them",
+    meaning:
+      "volumeAttributes of the PersistentVolume, key=value separated by commas; PoseidonOS needs them, and LightOS " +
+      "in-band-auth",
     schema: z.string().regex(/^[^=,]+=[^=,]*(,[^=,]+=[^=,]*)*$/, "is not key=value,key=value")
       .transform((list): Record<string, string> =>
         Object.fromEntries(list.split(",").map((pair) => [pair.split("=")[0] ?? "", pair.split("=")[1] ?? ""]))
@@ -469,6 +497,7 @@ const discoveryOptions = {
     meaning: "queues of new I/O connections; 0: one for each processor",
     schema: wholeNumber(0, 65_535),
   },
+  ...keyOptions,
   sysfs: nodeOptions.sysfs,
   dev: nodeOptions.dev,
   "metrics-address": { ...metricsOption["metrics-address"], env: ["LB_CSI_DISCOVERY_METRICS_ADDRESS"] },
@@ -684,6 +713,10 @@ const simulateOptions = {
   "dagent-port": { fallback: "0", value: "PORT", meaning: "PoseidonOS: port of DAgent; 0: a free one", schema: port },
   "call-ms": { fallback: "0", value: "MS", meaning: "PoseidonOS: how long each call takes at least", schema: delayMs },
   "no-auth": { meaning: "admit calls without a token", schema: switchSchema },
+  "in-band-auth": {
+    meaning: "enable in-band authentication: with --data nvmet only trusted hosts connect, with their keys",
+    schema: switchSchema,
+  },
   "creation-ms": { fallback: "50", value: "MS", meaning: "how long a new volume is Creating", schema: delayMs },
   "deletion-ms": { fallback: "50", value: "MS", meaning: "how long a deleted volume is Deleting", schema: delayMs },
   "update-ms": { fallback: "0", value: "MS", meaning: "how long a changed volume is Updating", schema: delayMs },
@@ -802,10 +835,12 @@ const commands: Readonly<Record<string, Command>> = {
       locks,
       tuningOf(settings),
     );
-    // What talks to the cluster is loaded by those nodes only that are to make volumes.
-    await using backend = settings.config === undefined ? undefined : await openLightos(settings, log, metrics);
+    // What talks to the cluster is loaded by those nodes only that are to make volumes, or when keys are asked for.
+    await using opened = new AsyncDisposableStack();
+    let opening: ReturnType<typeof openLightos> | undefined;
+    const open = () => opening ??= openLightos(settings, log, metrics).then((backend) => opened.use(backend));
     const defaultFsType = settings["default-fs"];
-    const volumes = backend?.ephemeral;
+    const volumes = settings.config === undefined ? undefined : (await open()).ephemeral;
     const limit = volumeLimit(host, settings["max-volumes"], isSubsystemOf(settings.backend));
     const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit });
     const handlers = nodeHandlers({
@@ -830,6 +865,9 @@ const commands: Readonly<Record<string, Command>> = {
         : parseVolumeId,
       expansion: grows(settings.backend),
       volumeHealth: settings["csi-1.13"],
+      ...(settings.backend === "poseidon" ? {} : {
+        authentication: { keysOf: async (...asked) => await (await open()).authentication.keysOf(...asked) },
+      }),
     });
     const ending = new AbortController();
     const swept = sweepUntilSettled(inline, log, ending.signal);
@@ -919,6 +957,7 @@ const commands: Readonly<Record<string, Command>> = {
         projects: settings.projects,
         capacityBytes: settings.capacity,
         authentication: !settings["no-auth"],
+        inBandAuth: settings["in-band-auth"],
         behaviour: {
           creationMs: settings["creation-ms"],
           deletionMs: settings["deletion-ms"],
@@ -952,10 +991,21 @@ const commands: Readonly<Record<string, Command>> = {
         );
       }
     }
+    if (settings.attach !== "direct" && settings["dhchap-key-file"] !== undefined) {
+      throw new UsageError(
+        "--dhchap-key-file: with --attach=discovery-client the daemon has the keys, not this command",
+      );
+    }
     return await atShell("attach the volume", settings, async (ctx) => {
       const place = { addresses: address, discovery };
-      const tuning = tuningOf(settings);
-      await using work = await volumeWork(settings, ctx.log, place, settings["volume-attributes"], tuning);
+      await using work = await volumeWork(
+        settings,
+        ctx.log,
+        place,
+        settings["volume-attributes"],
+        tuningOf(settings),
+        await readKeys(settings),
+      );
       if (format && work.hostEncryption !== undefined) {
         throw new UsageError(
           `--format: the volume is encrypted on its host (${work.hostEncryption}), not in clear text`,
@@ -1033,6 +1083,7 @@ const commands: Readonly<Record<string, Command>> = {
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
       const { discoveryDaemon } = await import("./lib/discovery/client.ts");
       const { linuxHost } = await import("./lib/host/host.ts");
+      const { host: key, controller } = await readKeys(settings);
       const stop = new AbortController();
       const stopped = untilStopped().then((signal) => {
         log.info("stops on a signal", { name: signal });
@@ -1049,6 +1100,7 @@ const commands: Readonly<Record<string, Command>> = {
         controllerLossSeconds: settings["ctrl-loss-tmo"],
         keepAliveSeconds: settings["keep-alive-tmo"],
         ioQueues: settings["io-queues"] === 0 ? undefined : settings["io-queues"],
+        keys: key === undefined ? undefined : { host: key, controller },
       });
       log.info("watches", { path: settings["discovery-dir"], version });
       // Kubernetes kills 30 s after SIGTERM unless the manifest says otherwise.
@@ -1271,6 +1323,7 @@ async function volumeWork(
   addresses: { readonly addresses: readonly TransportAddress[]; readonly discovery: readonly TransportAddress[] },
   volumeContext: Readonly<Record<string, string>> = {},
   tuning: import("./lib/host/nvme.ts").ConnectionTuning = {},
+  keys: import("./lib/dhchap.ts").GivenKeys = { host: undefined, controller: undefined },
 ) {
   const { volume, uuid, nqn, "node-id": nodeId, ...rest } = settings;
   const problem = nodeIdProblem(nodeId);
@@ -1284,24 +1337,71 @@ async function volumeWork(
   const attacher = await attacherOf(settings, host, new KeyedLock(), tuning);
   const discoveryDirectory = settings.attach === "direct" ? settings["discovery-dir"] : undefined;
   const machine = { host, attacher, hostNqn: hostNqn(nodeId), discoveryDirectory };
+  const kind = authOf(keys);
   await using ending = new AsyncDisposableStack();
   let wanted: import("./lib/shell/attach.ts").Wanted;
   if (volume !== undefined) {
+    const secrets = settings.secrets === undefined ? {} : await readSecrets(settings.secrets);
     wanted = {
       backend: ending.use(
         // An ID says whose it is.
         volume.startsWith("pos:") ? await openPoseidon(rest, log) : await openLightos(settings, log),
       ),
       volumeId: volume,
-      volumeContext,
-      secrets: new Secrets(settings.secrets === undefined ? {} : await readSecrets(settings.secrets)),
+      volumeContext: kind === undefined ? volumeContext : { [inBandAuthKey]: kind, ...volumeContext },
+      // What the options say goes before what the file of secrets says, and has to pass the same checks.
+      secrets: new Secrets({
+        ...secrets,
+        ...(keys.host === undefined ? {} : { "dhchap-key": keys.host.reveal() }),
+        ...(keys.controller === undefined ? {} : { "dhchap-ctrl-key": keys.controller.reveal() }),
+      }),
     };
   } else {
-    wanted = { namespace: { uuid: uuid ?? "", subsystemNqn: nqn ?? "", ...addresses } };
+    wanted = {
+      namespace: {
+        uuid: uuid ?? "",
+        subsystemNqn: nqn ?? "",
+        ...addresses,
+        ...(kind === undefined ? {} : { inBandAuth: kind }),
+      },
+      keys,
+    };
   }
   const hostEncryption = volume?.startsWith("mgmt:") ? parseVolumeId(volume).hostEncryption : undefined;
   const owned = ending.move();
   return { machine, wanted, hostEncryption, [Symbol.asyncDispose]: () => owned.disposeAsync() };
+}
+
+/** The keys in the files that the options name; what is wrong with one is told without a word of it. */
+async function readKeys(
+  settings: Settings<typeof keyOptions>,
+): Promise<import("./lib/dhchap.ts").GivenKeys> {
+  const { DhchapKey } = await import("./lib/dhchap.ts");
+  const read = (option: keyof typeof keyOptions) => {
+    const path = settings[option];
+    if (path === undefined) return undefined;
+    const refuse = (problem: string) => new UsageError(`--${option} "${path}": ${problem}`);
+    const text = readRequired(`--${option}`, path);
+    const mode = statSync(path).mode & 0o777;
+    if ((mode & 0o077) !== 0) {
+      throw refuse(`others than its owner may use it (mode ${mode.toString(8)}), take that away (chmod 600)`);
+    }
+    try {
+      return DhchapKey.parse(text);
+    } catch (error) {
+      throw refuse(`its content ${messageOf(error)}`);
+    }
+  };
+  const keys = { host: read("dhchap-key-file"), controller: read("dhchap-ctrl-key-file") };
+  if (keys.controller !== undefined && keys.host === undefined) {
+    throw new UsageError("--dhchap-ctrl-key-file: --dhchap-key-file is missing, which proves the host");
+  }
+  return keys;
+}
+
+/** What a volume says of its connections that are made with these keys. */
+function authOf({ host, controller }: import("./lib/dhchap.ts").GivenKeys) {
+  return host === undefined ? undefined : controller === undefined ? "unidirectional" : "bidirectional";
 }
 
 async function readSecrets(path: string): Promise<Readonly<Record<string, string>>> {

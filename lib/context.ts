@@ -178,14 +178,37 @@ export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal): Prom
   });
 }
 
-/**
- * The secrets of one call. They can be read through a schema only, and print as `[secrets]` wherever they end up: JSON,
- * template strings, `console.log`, an inspected error.
- */
-export class Secrets {
+/** What prints as `mark` wherever it ends up: JSON, template strings, `console.log`, an inspected error. */
+export abstract class Unprintable {
+  readonly #mark: string;
+
+  constructor(mark: string) {
+    this.#mark = mark;
+  }
+
+  toJSON(): string {
+    return this.#mark;
+  }
+
+  toString(): string {
+    return this.#mark;
+  }
+
+  [Symbol.for("nodejs.util.inspect.custom")](): string {
+    return this.#mark;
+  }
+
+  [Symbol.for("Deno.customInspect")](): string {
+    return this.#mark;
+  }
+}
+
+/** The secrets of one call. They can be read through a schema only, and print as `[secrets]`. */
+export class Secrets extends Unprintable {
   readonly #values: Readonly<Record<string, string>>;
 
   constructor(values: Readonly<Record<string, string>> = {}) {
+    super("[secrets]");
     this.#values = values;
   }
 
@@ -195,21 +218,5 @@ export class Secrets {
     if (result.success) return result.data;
     const problems = result.error.issues.map((issue) => `${issue.path.join(".") || "secrets"}: ${issue.message}`);
     throw new StatusError("INVALID_ARGUMENT", `Cannot use the secrets of this call: ${problems.join("; ")}`);
-  }
-
-  toJSON(): string {
-    return "[secrets]";
-  }
-
-  toString(): string {
-    return "[secrets]";
-  }
-
-  [Symbol.for("nodejs.util.inspect.custom")](): string {
-    return "[secrets]";
-  }
-
-  [Symbol.for("Deno.customInspect")](): string {
-    return "[secrets]";
   }
 }

@@ -1,4 +1,5 @@
 import { z } from "zod";
+import { type AuthKind, authKinds } from "./dhchap.ts";
 import { StatusError } from "./error.ts";
 
 /** Where a controller of a subsystem listens: NVMe's `traddr` and `trsvcid`, always over TCP. */
@@ -18,6 +19,8 @@ export interface RemoteNamespace {
   readonly addresses: readonly TransportAddress[];
   /** Discovery controllers; may be empty. */
   readonly discovery: readonly TransportAddress[];
+  /** How connections to it have to be authenticated; undefined: nothing is asked for. */
+  readonly inBandAuth?: AuthKind;
 }
 
 /** `192.0.2.1:4420` or `[2001:db8::1]:4420`. */
@@ -46,6 +49,9 @@ function isIpv6(text: string): boolean {
   return URL.canParse(`tcp://[${text}]`) && URL.canParse(`http://[${text}]`);
 }
 
+/** StorageClass parameter, key of the volume context and of the publish context: how connections are authenticated. */
+export const inBandAuthKey = "in-band-auth";
+
 // The publish context is stored in VolumeAttachment objects, so its keys are an interface between two versions of this
 // driver. `format` tells "made by us" from "made by another driver" (which leaves the map empty) and names the version.
 const publishContextSchema = z.object({
@@ -54,18 +60,20 @@ const publishContextSchema = z.object({
   "subsystem-nqn": z.string().startsWith("nqn.").max(223),
   addresses: z.string(),
   discovery: z.string(),
+  // The kind alone: who may read VolumeAttachments may read this map, so no key is ever in it.
+  [inBandAuthKey]: z.enum(authKinds, { error: `is not one of ${authKinds.join(", ")}` }).optional(),
 });
 
 /** The namespace as a CSI publish context. */
 export function toPublishContext(namespace: RemoteNamespace): Record<string, string> {
-  const context: z.infer<typeof publishContextSchema> = {
+  return {
     format: "lbcsi/1",
     uuid: namespace.uuid,
     "subsystem-nqn": namespace.subsystemNqn,
     addresses: namespace.addresses.map(formatAddress).join(","),
     discovery: namespace.discovery.map(formatAddress).join(","),
-  };
-  return context;
+    ...(namespace.inBandAuth === undefined ? {} : { [inBandAuthKey]: namespace.inBandAuth }),
+  } satisfies z.input<typeof publishContextSchema>;
 }
 
 /**
@@ -79,11 +87,13 @@ export function fromPublishContext(context: Readonly<Record<string, string>>): R
     const problems = parsed.error.issues.map((issue) => `${issue.path.join(".")}: ${issue.message}`);
     throw new StatusError("INVALID_ARGUMENT", `Cannot read the publish context: ${problems.join("; ")}`);
   }
+  const inBandAuth = parsed.data[inBandAuthKey];
   return {
     uuid: parsed.data.uuid.toLowerCase(),
     subsystemNqn: parsed.data["subsystem-nqn"],
     addresses: parseAddresses("addresses", parsed.data.addresses),
     discovery: parseAddresses("discovery", parsed.data.discovery),
+    ...(inBandAuth === undefined ? {} : { inBandAuth }),
   };
 }
 

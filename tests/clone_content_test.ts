@@ -245,7 +245,7 @@ Deno.test({
           ? Promise.resolve({ code: 32, stdout: "", stderr })
           : machine.host.run(program, args, options),
     };
-    const attacher = { attach: () => Promise.resolve(), detach: () => Promise.resolve(), hint: "" };
+    const attacher = { attach: () => Promise.resolve(), detach: () => Promise.resolve(), hint: "", takesKeys: false };
     const node = nodeCalls({ host, attacher });
 
     const staged = node.stage({

@@ -229,6 +229,8 @@ Deno.test("the table of secrets has those that the driver reads", () => {
     "mgmt-ca.crt",
     "host-encryption-passphrase",
     "host-encryption-passphrase-previous",
+    "dhchap-key",
+    "dhchap-ctrl-key",
   ];
 
   deepStrictEqual(keysOf("docs/configuration.md", "key", "jwt"), read.sort());

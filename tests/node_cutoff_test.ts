@@ -1,5 +1,6 @@
 /** The node service is cut off at each single call to the machine, before and after its effect; the repeat must converge. */
 import assert from "node:assert/strict";
+import { DhchapKey } from "../lib/dhchap.ts";
 import { type Attacher, direct, discoveryClient } from "../lib/host/attach.ts";
 import { KeyedLock } from "../lib/lock.ts";
 import { CutOff, FakeHost } from "./support/fake_host.ts";
@@ -10,8 +11,9 @@ const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 const strategies = ["discovery-client", "direct"] as const;
 const kinds = [
   ...["mount", "mount read-only at the target", "block", "block read-only"],
-  ...["encrypted mount", "encrypted block"],
+  ...["encrypted mount", "encrypted block", "authenticated mount"],
 ] as const;
+const key = DhchapKey.generate().reveal();
 
 type Step = "stage" | "publish" | "unpublish" | "unstage";
 const steps: readonly Step[] = ["stage", "publish", "unpublish", "unstage"];
@@ -26,7 +28,11 @@ function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeo
   const volumeCapability = kind.includes("block") ? blockCapability() : mountCapability();
   const isEncrypted = kind.startsWith("encrypted");
   const volume = { volumeId: `${volumeId(uuid)}${isEncrypted ? "|hostcrypto:luks2" : ""}` };
-  const secrets: Record<string, string> = isEncrypted ? { "host-encryption-passphrase": "open sesame" } : {};
+  const isAuthenticated = kind.startsWith("authenticated");
+  const secrets: Record<string, string> = {
+    ...(isEncrypted ? { "host-encryption-passphrase": "open sesame" } : {}),
+    ...(isAuthenticated ? { "dhchap-key": key } : {}),
+  };
   const stagingTargetPath = "/staging";
   const targetPath = "/pods/target";
   const acts: Record<Step, () => Promise<unknown>> = {
@@ -36,7 +42,7 @@ function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeo
         stagingTargetPath,
         volumeCapability,
         secrets,
-        publishContext: publishContext(uuid),
+        publishContext: { ...publishContext(uuid), ...(isAuthenticated ? { "in-band-auth": "unidirectional" } : {}) },
       }),
     publish: () =>
       calls.publish({
@@ -52,9 +58,13 @@ function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeo
   return acts;
 }
 
-function machine(): FakeHost {
+function machine(kind: typeof kinds[number]): FakeHost {
   const host = new FakeHost();
   host.addNamespace(uuid, subsystemNqn);
+  if (kind.startsWith("authenticated")) {
+    host.demands.set(subsystemNqn, { host: key, controller: undefined });
+    host.daemonKeys = { host: key, controller: undefined };
+  }
   return host;
 }
 
@@ -71,7 +81,7 @@ for (const strategy of strategies) {
   for (const kind of kinds) {
     Deno.test(`promise 8: a node (${strategy}, ${kind}) that is killed at any point of a volume's life ends as if it never was`, async () => {
       // The life without a kill tells how many points there are, and how each step must end.
-      const model = machine();
+      const model = machine(kind);
       const begins: number[] = [];
       const ends: unknown[] = [];
       for (const step of steps) {
@@ -85,7 +95,7 @@ for (const strategy of strategies) {
 
       for (let at = 1; at <= model.calls; at++) {
         for (const when of ["before", "after"] as const) {
-          const host = machine();
+          const host = machine(kind);
           host.cut = { at, when };
           for (const [n, step] of steps.entries()) {
             try {
@@ -109,7 +119,7 @@ for (const strategy of strategies) {
     });
 
     Deno.test(`promise 8: publish (${strategy}, ${kind}) after an unpublish that was cut off anywhere publishes as before`, async () => {
-      const model = machine();
+      const model = machine(kind);
       const acts = driver(model, strategy, kind);
       await acts.stage();
       await acts.publish();
@@ -119,7 +129,7 @@ for (const strategy of strategies) {
 
       for (let at = from; at <= model.calls; at++) {
         for (const when of ["before", "after"] as const) {
-          const host = machine();
+          const host = machine(kind);
           const killed = driver(host, strategy, kind);
           await killed.stage();
           await killed.publish();
@@ -135,13 +145,13 @@ for (const strategy of strategies) {
     });
 
     Deno.test(`promise 4: unpublish and unstage (${strategy}, ${kind}) undo a stage or publish that was cut off anywhere`, async () => {
-      const model = machine();
+      const model = machine(kind);
       await driver(model, strategy, kind).stage();
       await driver(model, strategy, kind).publish();
 
       for (let at = 1; at <= model.calls; at++) {
         for (const when of ["before", "after"] as const) {
-          const host = machine();
+          const host = machine(kind);
           host.cut = { at, when };
           const killed = driver(host, strategy, kind);
           // A command can be told apart from the kill only by what is left.

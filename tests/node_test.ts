@@ -809,6 +809,7 @@ nodeTest(
     const slow = Promise.withResolvers<void>();
     const attach: Attacher = {
       hint: "",
+      takesKeys: false,
       async attach(_ctx, namespace) {
         if (namespace.uuid !== uuid) return;
         started.resolve();

@@ -7,6 +7,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { Rig } from "../lib/demo/rig.ts";
+import { DhchapKey } from "../lib/dhchap.ts";
 import { CallError, type Channel } from "../lib/rpc.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
 import { needs } from "./support/needs.ts";
@@ -57,7 +58,7 @@ Deno.test({
     const texts: string[] = [];
     try {
       const { path, notes } = await notingTools(home);
-      await rig.startSimulator("loop", signal);
+      await rig.startSimulator("loop", signal, ["--in-band-auth"]);
       await Promise.all([
         rig.startController(signal),
         rig.startNode("secret.node", signal, { PATH: path }),
@@ -67,12 +68,18 @@ Deno.test({
       const dhchap = `DHHC-1:01:${crypto.getRandomValues(new Uint8Array(36)).toBase64()}:`;
       const token = addresses.jwt;
       const forged = `${token.slice(0, token.lastIndexOf("."))}.${crypto.randomUUID()}`;
+      const keys = [DhchapKey.generate().reveal(), DhchapKey.generate().reveal()] as const;
       // The first two parts of a token are no secret of their own, but nobody should find them either.
       const marks = [...token.split("."), forged.split(".")[2] ?? "", passphrase, dhchap];
+      // The form of a key is no secret.
+      const markKey = (key: string) => marks.push(key.split(":")[2] ?? "");
+      for (const key of keys) markKey(key);
       const secrets = {
         jwt: token,
         "host-encryption-passphrase": passphrase,
         "dhchap-secret": dhchap,
+        "dhchap-key": keys[0],
+        "dhchap-ctrl-key": keys[1],
         unknown: passphrase,
       };
 
@@ -137,6 +144,49 @@ Deno.test({
         secrets,
       });
       const snapshotId = snapshot.snapshot?.snapshotId ?? "";
+
+      // Keys that LightOS makes up, keys that the Secret brings, and a node whose connections have none.
+      const authenticated = {
+        ...creation("kept-key"),
+        parameters: { ...creation("").parameters, "in-band-auth": "bidirectional" },
+      };
+      const second = await call(controller, Controller.method.createVolume, authenticated);
+      const keyed = { volumeId: second.volume?.volumeId ?? "", volumeContext: second.volume?.volumeContext ?? {} };
+      const { "dhchap-key": _key, "dhchap-ctrl-key": _ctrl, ...withoutKeys } = secrets;
+      const granted = { ...attach, ...keyed };
+      await call(controller, Controller.method.controllerPublishVolume, { ...granted, secrets: withoutKeys });
+      const { trustedHosts } = await rig.ask("GET", "/model") as {
+        trustedHosts: { hostSecret: string; targetSecret: string }[];
+      };
+      assert.equal(trustedHosts.length, 1);
+      for (const { hostSecret, targetSecret } of trustedHosts) {
+        for (const key of [hostSecret, targetSecret]) markKey(key);
+      }
+      const { publishContext: keyedContext } = await call(
+        controller,
+        Controller.method.controllerPublishVolume,
+        granted,
+      );
+      assert.equal(keyedContext["in-band-auth"], "bidirectional");
+      await refused(controller, Controller.method.controllerPublishVolume, {
+        ...granted,
+        secrets: { ...secrets, "dhchap-key": dhchap },
+      });
+      const unkeyed = { stagingTargetPath: join(home, "staging-unkeyed") };
+      await Deno.mkdir(unkeyed.stagingTargetPath);
+      await refused(node, Node.method.nodeStageVolume, {
+        ...stage,
+        ...keyed,
+        ...unkeyed,
+        publishContext: keyedContext,
+      });
+      await call(node, Node.method.nodeUnstageVolume, { volumeId: keyed.volumeId, ...unkeyed });
+      await call(controller, Controller.method.controllerUnpublishVolume, {
+        volumeId: keyed.volumeId,
+        nodeId,
+        secrets,
+      });
+      await call(controller, Controller.method.deleteVolume, { volumeId: keyed.volumeId, secrets });
 
       // Everything that fails, too: refused by us, by LightOS, and by nobody who answers.
       const bad = { ...secrets, jwt: forged };

@@ -367,8 +367,8 @@ Deno.test("listVolumes shows device, paths, mounts, volumes asked for, and conne
     text,
     `VOLUME                                DEVICE        SIZE   FILE SYSTEM  SUBSYSTEM
 ${uuid}  /dev/nvme0n1  1 GiB  ext4         ${nqn}
-  path   nvme0  192.0.2.1:4420  connecting  -
-  path   nvme1  192.0.2.2:4420  live        -
+  path   nvme0  192.0.2.1:4420  connecting  optimized
+  path   nvme1  192.0.2.2:4420  live        optimized
   mount  /staging  ext4  rw
 ${other}  none          -      -            -
   asked for by /etc/discovery-client/discovery.d/${other}, but this machine has no device of it
@@ -396,7 +396,13 @@ Deno.test("listVolumes as JSON has bytes as numbers and one volume when asked fo
     holders: [],
     mounts: [],
   });
-  assert.deepEqual(paths[0], { controller: "nvme0", address: "192.0.2.1:4420", state: "live", hostNqn: us });
+  assert.deepEqual(paths[0], {
+    controller: "nvme0",
+    address: "192.0.2.1:4420",
+    state: "live",
+    anaState: "optimized",
+    hostNqn: us,
+  });
 });
 
 Deno.test("listVolumes does not open a device without a live path", async () => {

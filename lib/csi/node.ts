@@ -16,6 +16,7 @@ import {
 import { type RequestContext, Secrets, sleep } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { Attacher } from "../host/attach.ts";
+import { refuseUnauthenticated } from "../host/authentication.ts";
 import { contentOf, ensureGrown, type FsType, fsTypes, mountVolume, troubleOf } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { closeMapper, defaultLuksSettings, growMapper, type LuksSettings, markUsed, openMapper } from "../host/luks.ts";
@@ -44,6 +45,8 @@ import type { VolumeId } from "../id.ts";
 import type { KeyedLock } from "../lock.ts";
 import { fromPublishContext, hostNqn } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
+import type { Authentication } from "../storage/backend.ts";
+import { connectionKeys } from "./authentication.ts";
 import { conditionProbe } from "./condition.ts";
 import { inlineUuid, type InlineVolumes, inlineVolumes, isInlineId, refuseInline } from "./ephemeral.ts";
 import type { VolumeLimit } from "./limit.ts";
@@ -74,6 +77,11 @@ export interface NodeOptions {
   readonly limit?: VolumeLimit;
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
+  /**
+   * Where the keys of authenticated connections come from that no secret brings. The one thing for which a node asks the
+   * management API while it stages a volume; undefined: of nobody.
+   */
+  readonly authentication?: Authentication;
   /** Inline volumes of pods; undefined: this node makes none, and says so. */
   readonly inline?: InlineVolumes;
   /** Whether volumes of this driver can grow. */
@@ -114,9 +122,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           `Cannot ${action} ${id.uuid}: the publish context is of namespace ${namespace.uuid}`,
         );
       }
+      const secrets = new Secrets(request.secrets);
       const passphrases = id.hostEncryption === undefined
         ? undefined
-        : parsePassphrases(`${action} ${id.uuid}`, new Secrets(request.secrets));
+        : parsePassphrases(`${action} ${id.uuid}`, secrets);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeStageVolume");
 
@@ -133,11 +142,13 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       using _counted = await options.limit?.admit(`${action} ${id.uuid}`, id.uuid);
       let device: BlockDevice;
       if (namespace !== undefined) {
-        await attacher.attach(ctx, namespace);
-        device = await waitForDevice(host, ctx, id.uuid, {
-          subsystemNqn: namespace.subsystemNqn,
-          hint: attacher.hint,
-        });
+        const { subsystemNqn, inBandAuth } = namespace;
+        const keys = await connectionKeys(ctx, `${action} ${id.uuid}`, volumeId, namespace, secrets, options);
+        await attacher.attach(ctx, namespace, keys);
+        device = await waitForDevice(host, ctx, id.uuid, { subsystemNqn, hint: attacher.hint });
+        if (inBandAuth !== undefined) {
+          await refuseUnauthenticated(host, subsystemNqn, inBandAuth, `${action} ${id.uuid}`);
+        }
       } else {
         device = await attachedBefore(id.uuid);
       }

@@ -21,8 +21,16 @@
  * The rule behind the last points: losing a connection that is needed costs data, keeping one too many costs nothing.
  */
 import { backgroundContext, type Fields, type Logger, type RequestContext, sleep } from "../context.ts";
+import type { DhchapKeys } from "../dhchap.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { allUsersOf, hostIdOf, temporaryPrefix } from "../host/attach.ts";
+import {
+  authenticationObstacle,
+  connectAuthenticated,
+  dropOutdated,
+  hasKeys,
+  hasMultipath,
+} from "../host/authentication.ts";
 import type { Host } from "../host/host.ts";
 import {
   addressOf,
@@ -51,6 +59,11 @@ export interface ClientOptions {
   readonly controllerLossSeconds: number | undefined;
   readonly keepAliveSeconds: number | undefined;
   readonly ioQueues: number | undefined;
+  /**
+   * What connections to I/O controllers are authenticated with, all of them; those that are there without these keys are
+   * replaced. Discovery controllers are asked without.
+   */
+  readonly keys?: DhchapKeys | undefined;
   /** A clock, in milliseconds. */
   readonly now?: () => number;
 }
@@ -124,6 +137,8 @@ export function discoveryDaemon(options: ClientOptions): Client {
   let isNoted = true;
   /** Host NQNs of entries whose host name has no address now. */
   let unresolved: ReadonlySet<string> = new Set();
+  /** Names of connections of ours that have other keys than they should. */
+  let outdated: ReadonlySet<string> = new Set();
   let wake: (() => void) | undefined;
 
   /** Logs a trouble when it is new or another one; undefined: it is over. */
@@ -287,6 +302,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
     say("fabrics", undefined);
     const sources = await sourcesOf(pairs.values());
     const hostId = (hostNqn: string) => hostIdFor(hostNqn, controllers, pairs.values());
+    outdated = await outdatedOf(controllers, pairs);
     for (const source of sources.values()) keepSource(source, controllers, hostId(source.hostNqn));
     const listed = new Set<string>();
     for (const [key, source] of sources) {
@@ -385,9 +401,10 @@ export function discoveryDaemon(options: ClientOptions): Client {
   ): void {
     const fields = { subsystem: subsystemNqn, address: formatAddress(address) };
     const key = `connect ${hostNqn} ${subsystemNqn} ${fields.address}`;
-    const there = controllers.find((controller) =>
+    const here = controllers.filter((controller) =>
       controller.subsystemNqn === subsystemNqn && isAt(controller, address) && isUsable(controller)
     );
+    const there = here.find(({ name }) => !outdated.has(name));
     if (there !== undefined) {
       const foreign = there.hostNqn === hostNqn
         ? undefined
@@ -397,16 +414,47 @@ export function discoveryDaemon(options: ClientOptions): Client {
       }
       return;
     }
-    start(key, "could not connect", fields, (ctx) =>
-      connectController(host, ctx, {
-        address,
-        subsystemNqn,
-        hostNqn,
-        hostId,
-        controllerLossSeconds: controllerLossSeconds ?? options.controllerLossSeconds,
-        keepAliveSeconds: options.keepAliveSeconds,
-        ioQueues: options.ioQueues,
-      }));
+    const { keys } = options;
+    const wish = {
+      address,
+      subsystemNqn,
+      hostNqn,
+      hostId,
+      controllerLossSeconds: controllerLossSeconds ?? options.controllerLossSeconds,
+      keepAliveSeconds: options.keepAliveSeconds,
+      ioQueues: options.ioQueues,
+    };
+    start(key, "could not connect", fields, async (ctx) => {
+      if (keys === undefined) return await connectController(host, ctx, wish);
+      const obstacle = await authenticationObstacle(
+        host,
+        keys.controller === undefined ? "unidirectional" : "bidirectional",
+      );
+      if (obstacle !== undefined) return obstacle;
+      const [old] = here;
+      if (old !== undefined && !await hasMultipath(host)) {
+        return `${old.name} is connected there with other keys, and without native NVMe multipath in the kernel it cannot be ` +
+          `replaced, disconnect it first`;
+      }
+      const failed = await connectAuthenticated(host, ctx, { ...wish, keys, beside: old !== undefined });
+      if (failed !== undefined) return failed.problem;
+      if (old !== undefined) await dropOutdated(host, ctx, subsystemNqn, hostNqn, keys);
+      return undefined;
+    });
+  }
+
+  async function outdatedOf(
+    controllers: readonly NvmeController[],
+    pairs: Map<string, Pair>,
+  ): Promise<ReadonlySet<string>> {
+    const found = new Set<string>();
+    const { keys } = options;
+    if (keys === undefined) return found;
+    for (const controller of controllers) {
+      if (controller.isDiscovery || !pairs.has(`${controller.hostNqn} ${controller.subsystemNqn}`)) continue;
+      if (!await hasKeys(host, controller, keys)) found.add(controller.name);
+    }
+    return found;
   }
 
   // ----------------------------------------------------------------------------------------------------- letting go

@@ -8,13 +8,30 @@
  * needs nothing but the UUID: NodeUnstageVolume has no publish context. Other namespaces of the same subsystem keep
  * their connection.
  *
+ * With keys, attach leaves no connection of ours without them: first another one is made beside it, and only when that one
+ * works and leads to the same namespaces, the old one goes. So a wrong key is found out by a connection that carries nothing,
+ * and changing keys interrupts no I/O. Writing a new key to the attribute `dhchap_secret` of a live connection was left out:
+ * the kernel takes it without a look, and host and controller key cannot be changed in one step. A wrong one costs the
+ * connection and leaves I/O hanging, and writing the right one back then never returned (Linux 6.12).
+ *
  * Two strategies, and the node service cannot tell which it has. With the Discovery-Client of LightOS, a daemon connects
- * and follows the cluster as it moves; the driver tells it what to know by one file per namespace. Direct uses nvme-cli.
+ * and follows the cluster as it moves; the driver tells it what to know by one file per namespace. Direct uses nvme-cli,
+ * and with keys the kernel's own interface.
  */
 import type { RequestContext } from "../context.ts";
+import type { DhchapKeys } from "../dhchap.ts";
 import { messageOf, StatusError } from "../error.ts";
 import type { KeyedLock } from "../lock.ts";
 import { formatAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
+import {
+  authenticationObstacle,
+  connectAuthenticated,
+  type ConnectProblem,
+  dropOutdated,
+  hasKeys,
+  hasMultipath,
+  keysInUse,
+} from "./authentication.ts";
 import type { Host } from "./host.ts";
 import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
 import {
@@ -36,13 +53,16 @@ import {
 export interface Attacher {
   /** What to look at when an attached namespace does not show up as a device; ends the error that says so. */
   readonly hint: string;
+  /** Whether attach needs the keys of an authenticated connection; false: a daemon connects, and has keys of its own. */
+  readonly takesKeys: boolean;
   /**
    * Makes the kernel connect.
    *
-   * @throws StatusError FAILED_PRECONDITION when this node lacks what the strategy needs; UNAVAILABLE when no controller
-   *   of the subsystem could be connected
+   * @param keys for authenticated connections; a connection without them is replaced
+   * @throws StatusError FAILED_PRECONDITION when this node lacks what the strategy needs, or the keys are refused;
+   *   UNAVAILABLE when no controller of the subsystem could be connected
    */
-  attach(ctx: RequestContext, namespace: RemoteNamespace): Promise<void>;
+  attach(ctx: RequestContext, namespace: RemoteNamespace, keys?: DhchapKeys): Promise<void>;
   /**
    * Lets go of a namespace; throws UNAVAILABLE when that failed and may be repeated.
    *
@@ -92,6 +112,7 @@ export function discoveryClient({ host, directory, hostNqn }: DiscoveryClientOpt
   const temporaryOf = (uuid: string) => `${directory}/${temporaryPrefix}${uuid.toLowerCase()}`;
   return {
     hint: `see that the Discovery-Client runs on this node, watches ${directory}, and reaches the cluster`,
+    takesKeys: false,
 
     async attach(ctx, namespace) {
       const refuse = (problem: string, cause?: unknown) =>
@@ -156,7 +177,7 @@ export interface DirectOptions {
 }
 
 /**
- * Attaches with nvme-cli, to the I/O controllers in the publish context.
+ * Attaches to the I/O controllers in the publish context: with nvme-cli, or with keys through the kernel's own interface.
  *
  * One connection is enough, for the others come back by multipath: those that fail are logged. On detach, a subsystem is
  * disconnected when this machine sees no other namespace of it and nobody waits for one; unrelated LightOS volumes share
@@ -166,35 +187,69 @@ export interface DirectOptions {
 export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOptions): Attacher {
   /** Where the subsystems of attached namespaces answer, by NQN. Losing it is harmless, see `tend`. */
   const addresses = new Map<string, readonly TransportAddress[]>();
+  /**
+   * The keys that worked last, by NQN, for connections that are made again. In memory only; a process that is started anew
+   * finds them in sysfs with the connections that are left.
+   */
+  const known = new Map<string, DhchapKeys>();
   /** Namespaces whose device was not there yet when attach returned, by subsystem: who waits needs the connection. */
   const expected = new Map<string, Set<string>>();
   /** Subsystems that showed nothing at the last look of `tend`. One look is not enough: `lbcsi attach` may be at work. */
   let idle = new Set<string>();
 
-  const connect = (ctx: RequestContext, subsystemNqn: string, wanted: readonly TransportAddress[]) =>
-    connectMissing(ctx, subsystemNqn, wanted).then((outcomes) =>
-      outcomes.map(({ address, problem }) =>
-        problem === undefined ? undefined : `${formatAddress(address)}: ${problem}`
-      )
-    );
-
-  async function connectMissing(ctx: RequestContext, subsystemNqn: string, wanted: readonly TransportAddress[]) {
-    const connected = await controllersOf(host, subsystemNqn);
+  /** Connects what is missing; with `isStrict`, also what has other keys. */
+  async function connectMissing(
+    ctx: RequestContext,
+    subsystemNqn: string,
+    wanted: readonly TransportAddress[],
+    keys: DhchapKeys | undefined,
+    isStrict: boolean,
+  ): Promise<readonly (ConnectProblem | undefined)[]> {
+    const connected = (await controllersOf(host, subsystemNqn)).filter(isUsable);
     return await Promise.all(wanted.map(async (address) => {
-      const there = connected.find((controller) => isAt(controller, address) && isUsable(controller));
-      if (there !== undefined) {
+      const other = (problem: string) => ({ problem: `${formatAddress(address)}: ${problem}`, isAboutKeys: false });
+      const here = connected.filter((controller) => isAt(controller, address));
+      const [foreign] = here.filter((controller) => controller.hostNqn !== hostNqn);
+      const ours = here.filter((controller) => controller.hostNqn === hostNqn);
+      if (ours.length === 0 && foreign !== undefined) {
         // The kernel allows one connection per address and NQN, whatever the host NQN.
-        return there.hostNqn === hostNqn
-          ? { address, problem: undefined }
-          : { address, problem: `${there.name} is connected there as host ${there.hostNqn}, disconnect it first` };
+        return other(`${foreign.name} is connected there as host ${foreign.hostNqn}, disconnect it first`);
       }
       const wish = { address, subsystemNqn, hostNqn, hostId, ...tuning };
-      return { address, problem: await connectController(host, ctx, wish) };
+      if (keys === undefined) {
+        if (ours.length > 0) return undefined;
+        const problem = await connectController(host, ctx, wish);
+        return problem === undefined ? undefined : other(problem);
+      }
+      const beside = ours.length > 0;
+      if (beside) {
+        if (!isStrict) return undefined;
+        for (const controller of ours) if (await hasKeys(host, controller, keys)) return undefined;
+        if (!await hasMultipath(host)) {
+          return other(
+            `${ours[0]?.name} is connected there with other keys, and without native NVMe multipath in the kernel it ` +
+              `cannot be replaced, disconnect it first`,
+          );
+        }
+      }
+      const problem = await connectAuthenticated(host, ctx, { ...wish, keys, beside });
+      return problem === undefined
+        ? undefined
+        : { ...problem, problem: `${formatAddress(address)}: ${problem.problem}` };
     }));
+  }
+
+  /** The keys to connect a subsystem with, when `given` are those of one of its namespaces. */
+  function keysFor(subsystemNqn: string, given: DhchapKeys | undefined): DhchapKeys | undefined {
+    const before = known.get(subsystemNqn);
+    if (given === undefined) return before;
+    // A namespace that asks for less than its neighbour does not take the controller's proof away.
+    return { ...given, controller: given.controller ?? before?.controller };
   }
 
   async function disconnect(ctx: RequestContext, subsystemNqn: string): Promise<void> {
     addresses.delete(subsystemNqn);
+    known.delete(subsystemNqn);
     for (const controller of await controllersOf(host, subsystemNqn)) {
       if (controller.hostNqn === hostNqn) await disconnectController(host, ctx, controller);
     }
@@ -219,9 +274,15 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
 
   return {
     hint: "see that this host is on the volume's access list, and the kernel log (dmesg) of this node",
+    takesKeys: true,
 
-    async attach(ctx, namespace) {
+    async attach(ctx, namespace, given) {
       const nqn = namespace.subsystemNqn;
+      const kind = given?.controller === undefined ? "unidirectional" : "bidirectional";
+      const obstacle = given === undefined ? undefined : await authenticationObstacle(host, kind);
+      if (obstacle !== undefined) {
+        throw new StatusError("FAILED_PRECONDITION", `Cannot attach namespace ${namespace.uuid}: ${obstacle}`);
+      }
       if (namespace.addresses.length === 0) {
         throw new StatusError(
           "FAILED_PRECONDITION",
@@ -229,18 +290,23 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
         );
       }
       using _held = await locks.wait(`subsystem ${nqn}`, "attach", ctx.signal);
-      const outcomes = await connect(ctx, nqn, namespace.addresses);
+      const keys = keysFor(nqn, given);
+      const outcomes = await connectMissing(ctx, nqn, namespace.addresses, keys, given !== undefined);
       const problems = outcomes.filter((problem) => problem !== undefined);
       if (problems.length === outcomes.length) {
         throw new StatusError(
-          "UNAVAILABLE",
+          problems.some(({ isAboutKeys }) => isAboutKeys) ? "FAILED_PRECONDITION" : "UNAVAILABLE",
           `Cannot attach namespace ${namespace.uuid}: no I/O controller of ${nqn} took the connection (${
-            problems.join("; ")
+            problems.map(({ problem }) => problem).join("; ")
           })`,
         );
       }
-      for (const problem of problems) ctx.log.warning("could not connect", { subsystem: nqn, error: problem });
+      for (const { problem } of problems) ctx.log.warning("could not connect", { subsystem: nqn, error: problem });
       addresses.set(nqn, namespace.addresses);
+      if (given !== undefined && keys !== undefined) {
+        known.set(nqn, keys);
+        await dropOutdated(host, ctx, nqn, hostNqn, keys);
+      }
       if (await findDevice(host, namespace.uuid, nqn) === undefined) {
         expected.set(nqn, (expected.get(nqn) ?? new Set()).add(namespace.uuid));
       }
@@ -285,10 +351,15 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
       await disconnectIdle(ctx, [...connected].filter((nqn) => idle.has(nqn)));
       idle = new Set();
       for (const nqn of connected) if (await isIdle(nqn)) idle.add(nqn);
-      for (const { subsystemNqn } of ours) {
+      for (const controller of ours) {
+        const { subsystemNqn } = controller;
+        if (!known.has(subsystemNqn)) {
+          const used = await keysInUse(host, controller);
+          if (used.host !== undefined) known.set(subsystemNqn, { host: used.host, controller: used.controller });
+        }
         if (addresses.has(subsystemNqn)) continue;
-        const known = ours.filter((controller) => controller.subsystemNqn === subsystemNqn).map(addressOf);
-        addresses.set(subsystemNqn, known.filter((address) => address !== undefined));
+        const seen = ours.filter((other) => other.subsystemNqn === subsystemNqn).map(addressOf);
+        addresses.set(subsystemNqn, seen.filter((address) => address !== undefined));
       }
       for (const [nqn, wanted] of addresses) {
         const missing = wanted.filter((address) =>
@@ -299,11 +370,16 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
         if (addresses.get(nqn) !== wanted) continue;
         if (!await hasNamespaces(host, nqn)) {
           // The kernel gave up the last path: the next attach is whose turn it is then.
-          if (await isIdle(nqn) && !connected.has(nqn)) addresses.delete(nqn);
+          if (await isIdle(nqn) && !connected.has(nqn)) {
+            addresses.delete(nqn);
+            known.delete(nqn);
+          }
           continue;
         }
-        for (const problem of await connect(ctx, nqn, missing)) {
-          if (problem !== undefined) ctx.log.debug("could not connect again", { subsystem: nqn, error: problem });
+        for (const outcome of await connectMissing(ctx, nqn, missing, known.get(nqn), false)) {
+          if (outcome !== undefined) {
+            ctx.log.debug("could not connect again", { subsystem: nqn, error: outcome.problem });
+          }
         }
       }
     },

@@ -96,6 +96,12 @@ export interface Host {
   replaceText(path: string, text: string, temporary: string): Promise<void>;
   /** Writes an existing file in place, as attributes in sysfs want it. */
   writeAttribute(path: string, text: string): Promise<void>;
+  /**
+   * Writes `text` to a device in one piece and reads what the device answers to that, as `/dev/nvme-fabrics` wants it. Neither
+   * is logged, for this is the way by which keys reach the kernel. It takes as long as the kernel does, which hears of no
+   * signal; throws what the kernel answers, with `(os error N)` in the message.
+   */
+  exchange(path: string, text: string): Promise<string>;
   /** Removes one file. Absent: done. */
   remove(path: string): Promise<void>;
   /** Calls `changed` soon after an entry of `directory` came, went or was touched, until disposed. At best effort: poll too. */
@@ -207,6 +213,13 @@ export function linuxHost(options: LinuxHostOptions): Host {
       }
     },
     writeAttribute: (path, text) => Deno.writeTextFile(path, text, { create: false }),
+    async exchange(path, text) {
+      using file = await Deno.open(path, { read: true, write: true });
+      await file.write(new TextEncoder().encode(text));
+      const answer = new Uint8Array(4096);
+      const length = await file.read(answer) ?? 0;
+      return new TextDecoder().decode(answer.subarray(0, length));
+    },
     async remove(path) {
       await absentAsUndefined(Deno.remove(path));
     },

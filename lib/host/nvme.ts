@@ -418,6 +418,10 @@ export async function connectController(
   }
   if (/already connected|already in progress/i.test(text)) return undefined;
   if (/connection refused/i.test(text)) return "refused, nothing listens there";
+  // The second wording is that of nvme-cli 2.13, which takes it for a key of TLS.
+  if (/required key not available|pre-shared TLS key/i.test(text)) {
+    return `in-band authentication (DH-HMAC-CHAP) is demanded there, and no key is given (in-band-auth)`;
+  }
   if (/timed out|no route to host|network is unreachable/i.test(text)) return `no way there (${text})`;
   if (/fabrics/i.test(text) && /no such file|failed to open/i.test(text)) {
     return `${text}; the kernel module nvme_tcp is not loaded`;

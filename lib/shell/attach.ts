@@ -9,8 +9,10 @@
  * a person who types the ID of the wrong volume does not.
  */
 import type { RequestContext, Secrets } from "../context.ts";
+import { type DhchapKeys, type GivenKeys, givenKeys, keysFor } from "../dhchap.ts";
 import { StatusError } from "../error.ts";
 import { allUsersOf, type Attacher } from "../host/attach.ts";
+import { refuseUnauthenticated } from "../host/authentication.ts";
 import { type FsType, mountVolume } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { canonicalPath, mountsAt, mountTable, relationOf, takeDown } from "../host/mounts.ts";
@@ -36,7 +38,8 @@ export type Wanted =
     readonly volumeContext: Readonly<Record<string, string>>;
     readonly secrets: Secrets;
   }
-  | { readonly namespace: RemoteNamespace };
+  /** `inBandAuth` of the namespace says for what kind of authentication `keys` are. */
+  | { readonly namespace: RemoteNamespace; readonly keys?: GivenKeys };
 
 /** What is to be done with an attached volume; `path` is where to mount it. */
 export interface MountWanted {
@@ -77,11 +80,16 @@ export async function attachVolume(
       volumeContext: wanted.volumeContext,
     });
   const volume = ctx.with({ volume: namespace.uuid });
-  await attacher.attach(volume, namespace);
-  const device = await waitForDevice(host, volume, namespace.uuid, {
-    subsystemNqn: namespace.subsystemNqn,
-    hint: attacher.hint,
-  });
+  const { subsystemNqn, inBandAuth } = namespace;
+  await attacher.attach(
+    volume,
+    namespace,
+    attacher.takesKeys ? await keysOf(volume, hostNqn, namespace, wanted) : undefined,
+  );
+  const device = await waitForDevice(host, volume, namespace.uuid, { subsystemNqn, hint: attacher.hint });
+  if (inBandAuth !== undefined) {
+    await refuseUnauthenticated(host, subsystemNqn, inBandAuth, `attach namespace ${namespace.uuid}`);
+  }
   if (mount === undefined || path === undefined) return { device, mount: undefined };
   await refuseWithoutPath(host, device, `mount namespace ${namespace.uuid} at "${path}"`);
   await mountVolume(host, volume, device, path, {
@@ -95,6 +103,28 @@ export async function attachVolume(
   });
   const fsType = mountsAt(await mountTable(host), path).at(-1)?.fsType ?? "";
   return { device, mount: { path, fsType, readOnly: mount.readOnly } };
+}
+
+const noKeys: GivenKeys = { host: undefined, controller: undefined };
+
+/** The keys to connect with: the cluster's where it is asked and nothing else gives them. */
+async function keysOf(
+  ctx: RequestContext,
+  hostNqn: string,
+  { uuid, inBandAuth: kind }: RemoteNamespace,
+  wanted: Wanted,
+): Promise<DhchapKeys | undefined> {
+  if (kind === undefined) return undefined;
+  return await keysFor(kind, "backend" in wanted ? givenKeys(wanted.secrets) : wanted.keys ?? noKeys, async () => {
+    const authentication = "backend" in wanted ? wanted.backend.authentication : undefined;
+    if ("backend" in wanted && authentication !== undefined) {
+      return await authentication.keysOf(ctx, wanted.secrets, wanted.volumeId, hostNqn, kind);
+    }
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot attach namespace ${uuid}: no key is given (--dhchap-key-file)`,
+    );
+  });
 }
 
 async function mountPointOf(host: Host, given: string): Promise<string> {

@@ -4,8 +4,8 @@
  */
 import { type Check, checked, reasonOf } from "../check.ts";
 import { type RequestContext, timeLimit } from "../context.ts";
-import { messageOf } from "../error.ts";
 import { hostIdOf } from "../host/attach.ts";
+import { authenticationObstacle } from "../host/authentication.ts";
 import type { FsType } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { hasAes } from "../host/luks.ts";
@@ -61,7 +61,7 @@ export async function machineChecks(ctx: RequestContext, options: MachineOptions
       ] as const;
     }),
     ["host encryption", () => encryption(ctx, options)],
-    ["in-band authentication", () => inBandAuthentication(ctx, host)],
+    ["in-band authentication", () => inBandAuthentication(host)],
     ["kubelet directory", () => kubeletDirectory(options)],
     ...(options.attach === "discovery-client" ? [["Discovery-Client", () => discoveryClient(options)] as const] : []),
     ["volumes", () => volumes(options)],
@@ -319,26 +319,16 @@ async function encryption(
   return { verdict: "ok", found };
 }
 
-async function inBandAuthentication(ctx: RequestContext, host: Host): Promise<Finding> {
-  const { dev } = host.roots;
-  let options: string | undefined;
-  try {
-    // Since 5.17 the kernel lists here what it takes in a connect, and keys only if it was built to use them.
-    options = await host.readText(`${dev}/nvme-fabrics`);
-  } catch (error) {
-    return { verdict: "not checked", found: `${dev}/nvme-fabrics tells no options (${messageOf(error)})` };
-  }
-  if (options === undefined) return { verdict: "not checked", found: `${dev}/nvme-fabrics is missing` };
-  const kernelCan = /\bdhchap_secret=/.test(options);
-  const help = await ask(ctx, host, ["nvme", "connect", "--help"]);
-  // Where there is no nvme-cli, another check says so.
-  const toolCan = !("text" in help) || help.text.includes("--dhchap-secret");
-  const lacking = [...(kernelCan ? [] : ["this kernel"]), ...(toolCan ? [] : ["nvme-cli"])];
-  if (lacking.length === 0) return { verdict: "ok", found: "kernel and nvme-cli know DH-HMAC-CHAP" };
+async function inBandAuthentication(host: Host): Promise<Finding> {
+  const fabrics = `${host.roots.dev}/nvme-fabrics`;
+  if (await host.kindOf(fabrics) === "absent") return { verdict: "not checked", found: `${fabrics} is missing` };
+  const obstacle = await authenticationObstacle(host, "bidirectional");
+  if (obstacle === undefined) return { verdict: "ok", found: "the kernel knows DH-HMAC-CHAP" };
   return {
     verdict: "warning",
-    found: `${lacking.join(" and ")} cannot do DH-HMAC-CHAP`,
-    advice: "a cluster that demands it lets this node connect to nothing",
+    found: obstacle,
+    advice:
+      "a cluster that demands it lets this node connect to nothing, and volumes with in-band-auth are refused here",
   };
 }
 

@@ -304,6 +304,7 @@ export class Cluster implements AsyncDisposable {
     }
     for (const snapshot of cluster.#snapshots.values()) await cluster.#resumeSnapshot(snapshot);
     for (const volume of cluster.#volumes.values()) cluster.#resumeVolume(volume);
+    cluster.#tellKeys();
     await options.dataPlane.start();
     cluster.#save();
     return cluster;
@@ -641,6 +642,7 @@ export class Cluster implements AsyncDisposable {
   setInBandAuthentication(enabled: boolean): void {
     this.#model.inBandAuthentication = enabled;
     this.setFeature("in-band-authentication", enabled);
+    this.#tellKeys();
   }
 
   get trustedHosts(): readonly SimTrustedHost[] {
@@ -652,6 +654,7 @@ export class Cluster implements AsyncDisposable {
     this.#checkProject(`store trusted host "${host.name}"`, host.project);
     this.removeTrustedHost(host.project, host.name);
     this.#model.trustedHosts.push(host);
+    this.#tellKeys();
     this.#save();
   }
 
@@ -659,6 +662,7 @@ export class Cluster implements AsyncDisposable {
     const at = this.#model.trustedHosts.findIndex((host) => host.project === project && host.name === name);
     if (at < 0) return false;
     this.#model.trustedHosts.splice(at, 1);
+    this.#tellKeys();
     this.#save();
     return true;
   }
@@ -751,6 +755,7 @@ export class Cluster implements AsyncDisposable {
     const { revision } = this.#model;
     this.#model = { ...emptyModel(), revision };
     for (const name of this.#initialProjects) this.#addProject(name, "");
+    this.#tellKeys();
     await this.dataPlane.clear();
     this.#save();
   }
@@ -982,6 +987,16 @@ export class Cluster implements AsyncDisposable {
     const { uuid, nsid, sizeBytes, sectorSizeBytes } = volume;
     const { subsystemNqn } = this.identity;
     this.dataPlane.expose({ uuid, subsystemNqn, nsid, sizeBytes, sectorSizeBytes, acl: [...effectiveAcl(volume)] });
+  }
+
+  /** A host connects to the whole cluster: of trusted hosts of one NQN in several projects the last one counts. */
+  #tellKeys(): void {
+    const withSecrets = this.trustedHosts.filter(({ hostSecret }) => hostSecret !== "");
+    this.dataPlane.authenticate?.(
+      this.inBandAuthentication
+        ? new Map(withSecrets.map((host) => [host.hostNqn, { host: host.hostSecret, target: host.targetSecret }]))
+        : undefined,
+    );
   }
 
   #at(uuid: string, dueAtMs: number, step: () => Promise<void> | void): void {

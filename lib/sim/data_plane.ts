@@ -89,6 +89,12 @@ export interface Paths {
   setAna(server: number, state: AnaState): Promise<void>;
 }
 
+/** In text form; `target` is empty where the host does not ask the cluster to prove itself. */
+export interface HostSecrets {
+  readonly host: string;
+  readonly target: string;
+}
+
 export interface DataPlane extends AsyncDisposable {
   readonly kind: "none" | "loop" | "nvmet";
   /** The machine whose kernel the data plane plays; absent without one. */
@@ -121,6 +127,11 @@ export interface DataPlane extends AsyncDisposable {
   expose(namespace: ExposedNamespace): void;
   /** Takes the namespace away from every host. */
   hide(uuid: string): void;
+  /**
+   * Who may connect with which keys, by host NQN: nobody else may then, and who is connected without a key is cut off.
+   * Undefined: everybody may, without. Absent where nothing that connects could have a key.
+   */
+  authenticate?(hosts: ReadonlyMap<string, HostSecrets> | undefined): void;
   /** Hosts that are connected now. */
   connectedHosts(): readonly ConnectedHost[];
   /** Resolves when every earlier `expose` and `hide` has taken effect. */

@@ -15,7 +15,8 @@
  *   connections to the ports.
  * - A discovery controller of the kernel names what its own port serves, and LightOS' serve nothing but discovery. So the
  *   ports for discovery serve a subsystem that no host may see, and refer to the I/O ports, whose discovery controllers
- *   name the cluster's subsystem. Whoever asks an I/O port gets an answer too.
+ *   name the cluster's subsystem. Whoever asks an I/O port gets an answer too. None asks for keys.
+ * - LightOS leaves a host connected whose keys were taken away. Here it is cut off.
  *
  * Measured on 6.1: a new size is announced by `revalidate_size`; removing a namespace waits for its I/O and takes
  * the device from hosts within 0.5 s, mounted or not; a port's socket is open while it has a subsystem.
@@ -37,6 +38,7 @@ import {
   anaStates,
   type DataPlane,
   type ExposedNamespace,
+  type HostSecrets,
   mayAccess,
   type PathPort,
   type Paths,
@@ -47,6 +49,8 @@ export interface NvmetOptions {
   /** Where the contents live. */
   readonly contentDir: string;
   readonly identity: ClusterIdentity;
+  /** Whether hosts will be authenticated: then a kernel that cannot is refused at once. */
+  readonly inBandAuth: boolean;
   readonly log: Logger;
 }
 
@@ -127,6 +131,10 @@ class NvmetPlane implements DataPlane {
   readonly #exposed = new Map<string, ExposedNamespace>();
   readonly #shown = new Map<string, Shown>();
   readonly #subsystems = new Map<string, Subsystem>();
+  /** Who may connect with which keys; undefined: everybody, without. */
+  #keys: ReadonlyMap<string, HostSecrets> | undefined;
+  /** What was written to the entries of hosts; a host without one has none. */
+  readonly #written = new Map<string, HostSecrets>();
   /** Hosts that were refused, so that each is told of once. */
   readonly #refused = new Set<string>();
   #queue: Promise<unknown> = Promise.resolve();
@@ -177,6 +185,7 @@ class NvmetPlane implements DataPlane {
       id += 2;
     }
     await this.#makeSubsystem(identity.subsystemNqn);
+    if (this.#options.inBandAuth) await this.#checkKeys();
     const discoveries = this.#ports.flatMap(({ discovery }) => discovery ?? []);
     if (discoveries.length === 0) return;
     await this.#makeDirectory(this.#anchor);
@@ -189,6 +198,23 @@ class NvmetPlane implements DataPlane {
       }
       await link(directory, this.#anchor, true);
     }
+  }
+
+  /** Throws FAILED_PRECONDITION when this kernel's target knows no keys; only an entry of a host shows that. */
+  async #checkKeys(): Promise<void> {
+    const trial = `nqn.2014-08.org.nvmexpress:lbcsi-simulator:${this.#record.serial}`;
+    const directory = join(root, "hosts", trial);
+    this.#record.hosts.push(trial);
+    await this.#remember();
+    await Deno.mkdir(directory);
+    const isThere = exists(join(directory, "dhchap_key"));
+    await Deno.remove(directory);
+    if (isThere) return;
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot use data plane "nvmet" with in-band authentication: this kernel's target has none, CONFIG_NVME_TARGET_AUTH ` +
+        `(Linux 6.0 or later) is needed`,
+    );
   }
 
   /** Makes a port that serves nothing yet, and gives its directory. */
@@ -265,6 +291,11 @@ class NvmetPlane implements DataPlane {
     if (this.#exposed.delete(uuid)) this.#changed();
   }
 
+  authenticate(hosts: ReadonlyMap<string, HostSecrets> | undefined): void {
+    this.#keys = hosts;
+    this.#changed();
+  }
+
   connectedHosts() {
     const { traddr } = this.#ports.find((port) => isConnected(port)) ?? {};
     if (traddr === undefined) return [];
@@ -333,7 +364,8 @@ class NvmetPlane implements DataPlane {
 
   async #reconcileSubsystem(nqn: string): Promise<void> {
     const namespaces = [...this.#exposed.values()].filter((namespace) => namespace.subsystemNqn === nqn);
-    const granted = grantsOf(namespaces);
+    const keys = this.#keys;
+    const granted = new Map([...grantsOf(namespaces)].filter(([host]) => keys === undefined || keys.has(host)));
     const subsystem = this.#subsystems.get(nqn) ?? (granted.size === 0 ? undefined : await this.#makeSubsystem(nqn));
     if (subsystem === undefined) return;
     if (subsystem.owner === undefined || !granted.has(subsystem.owner)) subsystem.owner = [...granted.keys()][0];
@@ -356,7 +388,9 @@ class NvmetPlane implements DataPlane {
       if (shown === undefined) await this.#show(subsystem, namespace);
       else await this.#refresh(shown, namespace);
     }
-    for (const host of allowed) if (!subsystem.allowed.has(host)) await this.#allow(subsystem, host);
+    for (const host of allowed) {
+      if (!subsystem.allowed.has(host) || this.#hasOtherKeys(host)) await this.#allow(subsystem, host);
+    }
     subsystem.allowed = allowed;
     if (allowed.size === 0 && nqn !== this.#options.identity.subsystemNqn) await this.#removeSubsystem(subsystem);
   }
@@ -419,13 +453,32 @@ class NvmetPlane implements DataPlane {
   async #allow(subsystem: Subsystem, host: string): Promise<void> {
     if (host === anyHost) return await write(join(subsystem.directory, "attr_allow_any_host"), "1");
     const directory = join(root, "hosts", host);
+    const entry = join(subsystem.directory, "allowed_hosts", host);
+    const keys = this.#keys?.get(host);
+    const before = this.#written.get(host);
+    if (before !== undefined && (keys === undefined || (keys.target === "" && before.target !== ""))) {
+      // The kernel forgets a key with the entry only.
+      await removeFile(entry);
+      await Deno.remove(directory);
+      this.#written.delete(host);
+    }
     if (!exists(directory)) {
       this.#record.hosts.push(host);
       await this.#remember();
       await Deno.mkdir(directory);
     }
-    const entry = join(subsystem.directory, "allowed_hosts", host);
+    if (keys !== undefined) {
+      await write(join(directory, "dhchap_key"), keys.host);
+      if (keys.target !== "") await write(join(directory, "dhchap_ctrl_key"), keys.target);
+      this.#written.set(host, keys);
+    }
     if (!exists(entry)) await Deno.symlink(directory, entry);
+  }
+
+  #hasOtherKeys(host: string): boolean {
+    const wanted = this.#keys?.get(host);
+    const written = this.#written.get(host);
+    return wanted?.host !== written?.host || wanted?.target !== written?.target;
   }
 
   async #deny(subsystem: Subsystem, host: string): Promise<void> {
@@ -523,7 +576,8 @@ async function write(path: string, text: string): Promise<void> {
   try {
     await Deno.writeTextFile(path, text, { create: false });
   } catch (cause) {
-    throw new StatusError("INTERNAL", `Cannot write "${text}" to ${path}: ${messageOf(cause)}`, { cause });
+    const what = /dhchap_(ctrl_)?key$/.test(path) ? "a key" : `"${text}"`;
+    throw new StatusError("INTERNAL", `Cannot write ${what} to ${path}: ${messageOf(cause)}`, { cause });
   }
 }
 

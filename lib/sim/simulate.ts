@@ -36,6 +36,8 @@ export interface SimulateSettings {
   readonly capacityBytes: bigint;
   /** False admits calls without a token. */
   readonly authentication: boolean;
+  /** Whether hosts have to authenticate their connections, as LightOS does once that was enabled. */
+  readonly inBandAuth: boolean;
   readonly behaviour: Partial<Behaviour>;
   /**
    * `none`: management only. `loop`: volumes are files behind loop devices of this machine; needs root. `nvmet`: volumes
@@ -63,6 +65,7 @@ export const defaultSimulateSettings: SimulateSettings = {
   projects: ["default"],
   capacityBytes: 16n << 40n,
   authentication: true,
+  inBandAuth: false,
   behaviour: {},
   data: "none",
   stateDir: undefined,
@@ -135,6 +138,7 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
       file: stateDir === undefined ? undefined : join(stateDir, "cluster.json"),
     }),
   );
+  if (settings.inBandAuth && !cluster.inBandAuthentication) cluster.setInBandAuthentication(true);
   const issuer = tokens(Buffer.from(remembered.key, "base64url"));
   const rules = faults();
   const certificate = settings.schemes.includes("grpcs") ? remembered.certificate : undefined;
@@ -285,7 +289,9 @@ export interface OpenedPlane extends AsyncDisposable {
 
 /** Opens the data plane that `settings` ask for; what it needs besides goes with `stack`. */
 export async function openDataPlane(
-  settings: Pick<SimulateSettings, "data" | "stateDir" | "discoveryDir" | "devRoot" | "sysfsRoot">,
+  settings:
+    & Pick<SimulateSettings, "data" | "stateDir" | "discoveryDir" | "devRoot" | "sysfsRoot">
+    & Partial<Pick<SimulateSettings, "inBandAuth">>,
   identity: ClusterIdentity,
   stack: AsyncDisposableStack,
   log: Logger,
@@ -303,7 +309,9 @@ export async function openDataPlane(
   const contentDir = join(home, "content");
   if (settings.data === "nvmet") {
     const { openNvmetPlane } = await import("./nvmet.ts");
-    return withoutMachine(await openNvmetPlane({ contentDir, identity, log }));
+    return withoutMachine(
+      await openNvmetPlane({ contentDir, identity, inBandAuth: settings.inBandAuth === true, log }),
+    );
   }
   const { openLoopPlane } = await import("./loop.ts");
   const discoveryDir = settings.discoveryDir ?? join(home, "discovery.d");

@@ -13,6 +13,7 @@
  */
 import type { Check } from "../check.ts";
 import type { RequestContext, Secrets } from "../context.ts";
+import type { AuthKind, DhchapKeys } from "../dhchap.ts";
 import type { RemoteNamespace, TransportAddress } from "../namespace.ts";
 
 /** How large a volume is to be, in bytes; 0 when not given. */
@@ -95,7 +96,8 @@ export interface StorageBackend extends AsyncDisposable {
   /** Absent: NOT_FOUND. */
   getVolume(ctx: RequestContext, secrets: Secrets, volumeId: string): Promise<Volume>;
   /**
-   * Lets a host connect and says where. Throws FAILED_PRECONDITION that names the other hosts when access cannot be
+   * Lets a host connect and says where. Where the volume's connections have to be authenticated, the host's keys are there
+   * before it may connect: those in the secrets (`dhchap-key`, `dhchap-ctrl-key`), or the cluster's. Throws FAILED_PRECONDITION that names the other hosts when access cannot be
    * shared with them. Two racing calls for one volume cannot both win exclusive access.
    */
   grantAccess(ctx: RequestContext, secrets: Secrets, volumeId: string, grant: Grant): Promise<RemoteNamespace>;
@@ -109,6 +111,22 @@ export interface StorageBackend extends AsyncDisposable {
   readonly capacity?: Capacity | undefined;
   readonly modification?: Modification;
   readonly ephemeral?: EphemeralVolumes;
+  readonly authentication?: Authentication;
+}
+
+/** The cluster keeps the keys that hosts authenticate their connections with; `grantAccess` sees to it that they are there. */
+export interface Authentication {
+  /**
+   * The keys that a host has to connect with to reach a volume that was granted with this kind of authentication: at least
+   * what that kind needs. Throws FAILED_PRECONDITION when the cluster has none.
+   */
+  keysOf(
+    ctx: RequestContext,
+    secrets: Secrets,
+    volumeId: string,
+    hostNqn: string,
+    kind: AuthKind,
+  ): Promise<DhchapKeys>;
 }
 
 /** Volumes can grow, also while hosts use them. */

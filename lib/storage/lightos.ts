@@ -12,19 +12,23 @@
  * cluster itself, not a gap between two calls of ours, decides whether the name is taken.
  */
 import type { Logger, RequestContext } from "../context.ts";
+import { type AuthKind, givenKeys } from "../dhchap.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
 import { parseVolumeId, type VolumeId } from "../id.ts";
-import { nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
+import { KeyedLock } from "../lock.ts";
+import { inBandAuthKey, nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
 import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../proto/gen/lightos_pb.ts";
-import type { StorageBackend, Volume, VolumeWanted } from "./backend.ts";
+import type { Authentication, StorageBackend, Volume, VolumeWanted } from "./backend.ts";
 import { lightosBlocks } from "./lightos_blocks.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
 import { lightosEphemeral } from "./lightos_ephemeral.ts";
+import { ensureTrusted, trustedKeys } from "./lightos_hosts.ts";
 import { lightosCapacity, lightosListing } from "./lightos_listing.ts";
 import { lightosModification, qosPolicyLike } from "./lightos_modify.ts";
 import {
   checkRange,
   type Parameters,
+  parseAuthKind,
   parseCapacityParameters,
   parseParameters,
   sizeWithSource,
@@ -59,15 +63,16 @@ import {
 } from "./lightos_volumes.ts";
 
 /** The LightOS backend. Its connections are made on first use, shared by all calls, and closed after ten idle minutes. */
-export function lightosBackend(options: LightosOptions): StorageBackend {
+export function lightosBackend(options: LightosOptions): StorageBackend & { readonly authentication: Authentication } {
   const clusters = new ClusterPool(options);
+  const locks = new KeyedLock();
   const idOf = (volumeId: string) => parseVolumeId(volumeId);
   const snapshots = lightosSnapshots(clusters);
   const known = options.clusters;
   // Both are for calls without secrets. Space is asked for with parameters that name a cluster, so a token is enough.
   const listing = known === undefined ? {} : { listing: lightosListing(clusters, known, snapshots) };
   const capacity = lightosCapacity(clusters, known, parseCapacityParameters);
-  const backend: StorageBackend = {
+  const backend: ReturnType<typeof lightosBackend> = {
     name: "lightos",
     uuidOf: (volumeId) => idOf(volumeId).uuid,
     async createVolume(ctx, secrets, wanted) {
@@ -97,12 +102,17 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
       const cluster = clusters.open(secrets, id.endpoints, id.scheme);
       return toVolume(id, await readVolume(ctx, cluster, `read volume ${id.uuid}`, id));
     },
-    async grantAccess(ctx, secrets, volumeId, { hostNqn, shared }) {
+    async grantAccess(ctx, secrets, volumeId, { hostNqn, shared, volumeContext = {} }) {
       const id = idOf(volumeId);
       const cluster = clusters.open(secrets, id.endpoints, id.scheme);
       const action = `give ${nodeIdOf(hostNqn)} access to volume ${id.uuid}`;
+      const kind = parseAuthKind(action, volumeContext);
+      if (kind !== undefined) {
+        const place = { project: id.project ?? "", hostNqn };
+        await ensureTrusted(ctx, cluster, action, place, kind, givenKeys(secrets), locks);
+      }
       await changeAcl(ctx, cluster, action, id, (acl) => aclWith(action, acl, hostNqn, shared));
-      return await remoteNamespace(ctx, cluster, action, id.uuid);
+      return await remoteNamespace(ctx, cluster, action, id.uuid, kind);
     },
     async revokeAccess(ctx, secrets, volumeId, hostNqn) {
       const id = idOf(volumeId);
@@ -135,6 +145,14 @@ export function lightosBackend(options: LightosOptions): StorageBackend {
           );
         });
         return toVolume(id, grown);
+      },
+    },
+    authentication: {
+      async keysOf(ctx, secrets, volumeId, hostNqn, kind) {
+        const id = idOf(volumeId);
+        const cluster = clusters.open(secrets, id.endpoints, id.scheme);
+        const action = `read the keys of ${nodeIdOf(hostNqn)} for volume ${id.uuid}`;
+        return await trustedKeys(ctx, cluster, action, { project: id.project ?? "", hostNqn }, kind);
       },
     },
     snapshots,
@@ -221,7 +239,13 @@ async function createVolume(
       scheme: parameters.scheme,
       hostEncryption: parameters.hostEncryption,
     };
-    if (differences.length === 0) return toVolume(id, created);
+    const { inBandAuth } = parameters;
+    if (differences.length === 0) {
+      return {
+        ...toVolume(id, created),
+        ...(inBandAuth === undefined ? {} : { context: { [inBandAuthKey]: inBandAuth } }),
+      };
+    }
     if (isOurs && origin !== undefined) {
       // Whether a copy can have other properties than its source is LightOS' affair. Left there, it would block the name.
       await deleteVolume(ctx, cluster, id);
@@ -389,6 +413,7 @@ async function remoteNamespace(
   cluster: Cluster,
   action: string,
   uuid: string,
+  inBandAuth: AuthKind | undefined,
 ): Promise<RemoteNamespace> {
   const info = await cluster.info(ctx, action);
   const addresses = toAddresses(ctx.log, info.nvmeEndpoints);
@@ -399,7 +424,8 @@ async function remoteNamespace(
       `Cannot ${action}: LightOS at ${cluster.lastAddress} names no NVMe and no discovery endpoint`,
     );
   }
-  return { uuid, subsystemNqn: info.subsystemNQN, addresses, discovery };
+  const place = { uuid, subsystemNqn: info.subsystemNQN, addresses, discovery };
+  return inBandAuth === undefined ? place : { ...place, inBandAuth };
 }
 
 function toAddresses(log: Logger, endpoints: readonly string[]): readonly TransportAddress[] {

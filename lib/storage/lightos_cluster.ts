@@ -263,6 +263,8 @@ const reads: ReadonlySet<string> = new Set([
   "GetClusterInfo",
   "GetCluster",
   "GetHost",
+  "GetTrustedHostSecret",
+  "ListTrustedHosts",
 ]);
 
 /**

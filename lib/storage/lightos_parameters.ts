@@ -1,7 +1,9 @@
 /** What a StorageClass may say of a LightOS volume, and how large a volume can be (facts: spec/lightos.md 3.1 and 9.3). */
 import { z } from "zod";
+import { type AuthKind, authKinds } from "../dhchap.ts";
 import { StatusError } from "../error.ts";
 import { type Endpoint, isProjectName, parseEndpoints, type Scheme, schemes, type VolumeId } from "../id.ts";
+import { inBandAuthKey } from "../namespace.ts";
 import type { CapacityRange } from "./backend.ts";
 import { qosParameters, type QosPolicy, qosPolicyOf } from "./lightos_modify.ts";
 import { trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
@@ -15,6 +17,7 @@ export interface Parameters {
   readonly project: string | undefined;
   readonly qosPolicy: QosPolicy | undefined;
   readonly hostEncryption: VolumeId["hostEncryption"];
+  readonly inBandAuth: AuthKind | undefined;
   readonly trust: TrustWish;
 }
 
@@ -22,6 +25,10 @@ const onOff = (name: string) =>
   z.enum(["enabled", "disabled", ""], { error: `is not "enabled" or "disabled"` }).default("").transform((text) =>
     text === "enabled"
   ).describe(name);
+
+/** How connections are authenticated; none: not. */
+const inBandAuth = z.enum(["none", ...authKinds, ""], { error: `is not one of none, ${authKinds.join(", ")}` })
+  .default("none").transform((kind) => kind === "none" || kind === "" ? undefined : kind);
 
 /** StorageClass parameters as texts (spec/lightos.md 3.1). */
 export const parametersSchema = z.strictObject({
@@ -43,6 +50,7 @@ export const parametersSchema = z.strictObject({
   "qos-policy-name": z.string().transform((name) => name === "" ? undefined : name).optional(),
   "qos-policy-uuid": qosParameters["qos-policy-uuid"].optional(),
   "host-encryption": onOff("host-encryption"),
+  [inBandAuthKey]: inBandAuth,
   // The vendor's documents name these two and its driver never read them; classes that have them keep working.
   "encryption-secret-name": z.string().optional(),
   "encryption-secret-namespace": z.string().optional(),
@@ -73,8 +81,23 @@ export function parseParameters(action: string, parameters: Readonly<Record<stri
     project: data["project-name"],
     qosPolicy: qosPolicyOf(action, data),
     hostEncryption: isEncrypted ? "luks2" : undefined,
+    inBandAuth: data[inBandAuthKey],
     trust: trustWish(data),
   };
+}
+
+/**
+ * How connections to a volume are authenticated, by its context: that of an older volume, or one that a person wrote, may
+ * say nothing. Throws INVALID_ARGUMENT.
+ */
+export function parseAuthKind(action: string, context: Readonly<Record<string, string>>): AuthKind | undefined {
+  const parsed = inBandAuth.safeParse(context[inBandAuthKey]);
+  if (parsed.success) return parsed.data;
+  const problems = parsed.error.issues.map(({ message }) => message).join("; ");
+  throw new StatusError(
+    "INVALID_ARGUMENT",
+    `Cannot ${action}: volume attribute "${inBandAuthKey}" "${context[inBandAuthKey]}" ${problems}`,
+  );
 }
 
 /** What is wrong with a map of texts, key by key. */

@@ -5,7 +5,7 @@
 import { z } from "zod";
 import { StatusError } from "../error.ts";
 import { type Endpoint, isArrayName, parseEndpoints } from "../id.ts";
-import { parseAddress, type TransportAddress } from "../namespace.ts";
+import { inBandAuthKey, parseAddress, type TransportAddress } from "../namespace.ts";
 import type { CapacityRange } from "./backend.ts";
 import { mib, type PoseidonVolume } from "./poseidon_world.ts";
 
@@ -63,7 +63,11 @@ const parametersSchema = z.strictObject({
   "fsType": z.enum(["ext4", "xfs", "btrfs"], { error: "is not ext4, xfs or btrfs" }).optional(),
 });
 const mutableSchema = z.strictObject(qosKeys);
-const contextSchema = z.object(exportKeys);
+const contextSchema = z.object({
+  ...exportKeys,
+  // Written by a person who expects something of it.
+  [inBandAuthKey]: z.literal("none", { error: "cannot be had, PoseidonOS has no in-band authentication" }).optional(),
+});
 
 /** Limits of speed; undefined: not given, 0: none. */
 export interface Qos {
@@ -148,7 +152,8 @@ function parse<T>(action: string, what: string, schema: z.ZodType<T>, known: rea
   if (parsed.success) return parsed.data;
   const problems = parsed.error.issues.map((issue) => {
     if (issue.code === "unrecognized_keys") {
-      return `${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${known.join(", ")})`;
+      const why = issue.keys.includes(inBandAuthKey) ? ", PoseidonOS has no in-band authentication" : "";
+      return `${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${known.join(", ")})${why}`;
     }
     const key = String(issue.path[0]);
     const value = given[key];

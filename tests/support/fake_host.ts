@@ -48,6 +48,14 @@ interface Controller {
   readonly traddr: string;
   readonly trsvcid: string;
   state: string;
+  /** The keys that it was connected with. */
+  readonly keys?: FakeKeys;
+}
+
+/** As the kernel has them: without one of the controller, that is not asked to prove itself. */
+export interface FakeKeys {
+  readonly host: string;
+  readonly controller: string | undefined;
 }
 
 /** What a discovery controller tells. */
@@ -84,8 +92,18 @@ export class FakeHost implements Host {
   readonly mounts: FakeMount[] = [];
   readonly controllers: Controller[] = [];
   readonly discoveryDirectory = "/etc/discovery-client/discovery.d";
+  /** Which keys hosts have to connect with, by subsystem NQN; others are open to everybody. */
+  readonly demands = new Map<string, FakeKeys>();
+  /** Whether the kernel has DH-HMAC-CHAP; false: as before 6.0; "takes keys": as a later one that was built without. */
+  authenticates: boolean | "takes keys" = true;
+  /** Whether the kernel shows the names of its functions. */
+  showsSymbols = true;
+  /** Whether the kernel shows one device for all paths. */
+  multipath = true;
   /** Whether a Discovery-Client connects what its directory asks for. */
   playsDiscoveryClient = true;
+  /** What it connects with. */
+  daemonKeys: FakeKeys | undefined;
   /** Discovery controllers, by `traddr:trsvcid`. */
   readonly logPages = new Map<string, FakeLogPage>();
   readonly #directories = new Set(["/", "/staging", "/pods", "/etc/discovery-client/discovery.d", "/sys/class/nvme"]);
@@ -106,7 +124,8 @@ export class FakeHost implements Host {
       controller.subsystemNqn === subsystemNqn && controller.traddr === traddr && controller.trsvcid === trsvcid
     );
     if (same === undefined) {
-      this.addController({ subsystemNqn, hostNqn, hostId, traddr, trsvcid, state: "live" });
+      const keys = this.daemonKeys === undefined ? {} : { keys: this.daemonKeys };
+      this.addController({ subsystemNqn, hostNqn, hostId, traddr, trsvcid, state: "live", ...keys });
     }
     this.#scan(subsystemNqn);
   }
@@ -212,7 +231,9 @@ export class FakeHost implements Host {
 
   list(directory: string): Promise<readonly string[] | undefined> {
     return this.#call(() => {
-      if (directory === "/sys/class/block") return [...this.devices, ...this.mappers].map((device) => device.name);
+      if (directory === "/sys/class/block") {
+        return [...[...this.devices, ...this.mappers].map((device) => device.name), ...this.#paths().keys()];
+      }
       const mapper = this.mappers.find(({ name }) => directory === `/sys/class/block/${name}/slaves`);
       if (mapper !== undefined) return this.devices.includes(mapper.beneath) ? [mapper.beneath.name] : [];
       const held = this.devices.find(({ name }) => directory === `/sys/class/block/${name}/holders`);
@@ -231,6 +252,14 @@ export class FakeHost implements Host {
     return this.#call(() => {
       if (path === "/proc/self/mountinfo") return this.#mountInfo();
       if (path === "/proc/self/status") return "CapEff:\t000001ffffffffff\n";
+      if (path === "/sys/module/nvme_core/parameters/multipath") return this.multipath ? "Y\n" : "N\n";
+      if (path === "/proc/kallsyms" && this.showsSymbols) {
+        const symbols = ["nvmf_connect_admin_queue", ...(this.authenticates === true ? ["nvme_auth_negotiate"] : [])];
+        return symbols.map((name) => `0000000000000000 T ${name}\t[nvme_core]\n`).join("");
+      }
+      if (path === "/dev/nvme-fabrics") {
+        return `transport=%s,traddr=%s,nqn=%s${this.authenticates ? ",dhchap_secret=%s,dhchap_ctrl_secret=%s" : ""}\n`;
+      }
       return this.#sysfs(path).get(path) ?? this.#files.get(path);
     });
   }
@@ -280,6 +309,40 @@ export class FakeHost implements Host {
     });
   }
 
+  /** Connects, as /dev/nvme-fabrics does; numbers and words of errors are those of Linux 6.12 where they were seen. */
+  exchange(path: string, text: string): Promise<string> {
+    return this.#call(() => {
+      const options = new Map(
+        text.split(",").map((word) => [word.split("=")[0] ?? "", word.split("=").slice(1).join("=")]),
+      );
+      const value = (name: string) => options.get(name) ?? "";
+      this.commands.push(`${path}: ${text.replace(/DHHC-1:[^,]*/g, "KEY")}`);
+      const refuse = (words: string, number: number) => {
+        throw new Error(`${words} (os error ${number})`);
+      };
+      if (!this.authenticates) refuse("Invalid argument", 22);
+      const [nqn, traddr, trsvcid] = [value("nqn"), value("traddr"), value("trsvcid")];
+      const there = this.controllers.some((controller) =>
+        controller.subsystemNqn === nqn && controller.traddr === traddr && controller.trsvcid === trsvcid
+      );
+      if (there && !options.has("duplicate_connect")) refuse("Operation already in progress", 114);
+      const answer = this.answers.get(`connect ${traddr}`)?.stderr;
+      if (answer !== undefined) throw new Error(answer);
+      if (!this.remote.some((namespace) => namespace.subsystemNqn === nqn)) refuse("Input/output error", 5);
+      const keys = { host: value("dhchap_secret"), controller: options.get("dhchap_ctrl_secret") };
+      const demanded = this.demands.get(nqn);
+      if (demanded !== undefined && demanded.host !== keys.host) refuse("Key was rejected by service", 129);
+      // The controller proves itself only where it demands a key.
+      if (demanded !== undefined && keys.controller !== undefined && demanded.controller !== keys.controller) {
+        refuse("Key was rejected by service", 129);
+      }
+      const [hostNqn, hostId] = [value("hostnqn"), value("hostid")];
+      this.addController({ subsystemNqn: nqn, hostNqn, hostId, traddr, trsvcid, state: "live", keys });
+      this.#scan(nqn);
+      return `instance=${this.controllers.at(-1)?.name.slice("nvme".length)},cntlid=1\n`;
+    });
+  }
+
   remove(path: string): Promise<void> {
     return this.#call(() => void this.#files.delete(path));
   }
@@ -308,9 +371,24 @@ export class FakeHost implements Host {
     return this.mounts.findLast((mount) => mount.path === path);
   }
 
+  /** The ways to devices over connections, by their names in sysfs; with `multipath` only. */
+  #paths(): Map<string, string> {
+    const paths = new Map<string, string>();
+    if (!this.multipath) return paths;
+    for (const { name, namespace } of this.devices) {
+      const [, subsystem, number] = /^nvme(\d+)n(\d+)$/.exec(name) ?? [];
+      for (const controller of this.controllers) {
+        if (controller.subsystemNqn !== namespace.subsystemNqn) continue;
+        paths.set(`nvme${subsystem}c${controller.name.slice("nvme".length)}n${number}`, "optimized");
+      }
+    }
+    return paths;
+  }
+
   /** The attributes in sysfs of what `path` is about. */
   #sysfs(path: string): Map<string, string> {
     const files = new Map<string, string>();
+    for (const [name, state] of this.#paths()) files.set(`/sys/class/block/${name}/ana_state`, `${state}\n`);
     for (const { name, number, namespace } of this.devices) {
       if (!path.includes(`/${name}/`)) continue;
       const attributes = {
@@ -333,7 +411,7 @@ export class FakeHost implements Host {
       };
       for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/block/${name}/${key}`, `${text}\n`);
     }
-    for (const { name, subsystemNqn, hostNqn, hostId, traddr, trsvcid, state } of this.controllers) {
+    for (const { name, subsystemNqn, hostNqn, hostId, traddr, trsvcid, state, keys } of this.controllers) {
       if (!path.includes(`/${name}/`)) continue;
       const attributes = {
         hostid: hostId,
@@ -343,6 +421,9 @@ export class FakeHost implements Host {
         state,
         transport: "tcp",
         address: `traddr=${traddr},trsvcid=${trsvcid},src_addr=192.0.2.200`,
+        ...(this.authenticates === true
+          ? { dhchap_secret: keys?.host ?? "none", dhchap_ctrl_secret: keys?.controller ?? "none" }
+          : {}),
       };
       for (const [key, text] of Object.entries(attributes)) files.set(`/sys/class/nvme/${name}/${key}`, `${text}\n`);
     }
@@ -526,6 +607,9 @@ export class FakeHost implements Host {
           const [hostNqn, hostId] = [value("hostnqn"), value("hostid")];
           this.addController({ subsystemNqn: nqn, hostNqn, hostId, traddr, trsvcid, state: "live" });
           return {};
+        }
+        if (this.demands.has(nqn)) {
+          return { code: 1, stderr: "could not add new controller: pre-shared TLS key is missing\n" };
         }
         if (!this.remote.some((namespace) => namespace.subsystemNqn === nqn)) {
           return { code: 1, stderr: "Failed to write to /dev/nvme-fabrics: Input/output error\n" };

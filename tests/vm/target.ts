@@ -6,6 +6,7 @@
  * address may change only while its port offers nothing.
  */
 import { join } from "node:path";
+import type { DhchapKeys } from "../../lib/dhchap.ts";
 import { names, tool } from "./world.ts";
 
 const root = "/sys/kernel/config/nvmet";
@@ -43,6 +44,12 @@ export class Target implements AsyncDisposable {
       if (!names(`${root}/hosts`).includes(host)) Deno.mkdirSync(`${root}/hosts/${host}`);
       Deno.symlinkSync(`${root}/hosts/${host}`, `${subsystem}/allowed_hosts/${host}`);
     }
+  }
+
+  /** Demands this key of a host, and proves that it has the other one when it is asked to. */
+  demand(hostNqn: string, keys: DhchapKeys): void {
+    write(`${root}/hosts/${hostNqn}/dhchap_key`, keys.host.reveal());
+    if (keys.controller !== undefined) write(`${root}/hosts/${hostNqn}/dhchap_ctrl_key`, keys.controller.reveal());
   }
 
   /** Offers it on a port of this number, at 127.0.0.1:4420+id. */

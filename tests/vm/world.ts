@@ -189,6 +189,8 @@ export class Volume {
   /** What CreateVolume has said of it, for every later call. */
   readonly context: Record<string, string>;
   publishContext: Record<string, string> = {};
+  /** For ControllerPublishVolume, beside the token. */
+  publishSecrets: Record<string, string> = {};
   /** For NodeStageVolume. */
   stageSecrets: Record<string, string> = {};
 
@@ -221,7 +223,7 @@ export class Volume {
       nodeId: node,
       volumeCapability: this.capability,
       volumeContext: this.context,
-      secrets: this.world.secrets,
+      secrets: { ...this.world.secrets, ...this.publishSecrets },
     });
     this.publishContext = publishContext;
   }
@@ -238,10 +240,10 @@ export class Volume {
   async stage(seconds?: number): Promise<void> {
     await this.world.nodeCall(Node.method.nodeStageVolume, {
       volumeId: this.id,
+      volumeContext: this.context,
       publishContext: this.publishContext,
       stagingTargetPath: this.staging,
       volumeCapability: this.capability,
-      volumeContext: this.context,
       secrets: this.stageSecrets,
     }, seconds);
   }
