@@ -24,13 +24,11 @@ export interface Scenario {
   readonly start: StartOptions | undefined;
 }
 
-/** Settings of lbcsi node with which one can wait for lost connections to be given up, and for passphrases. */
+/** Settings of lbcsi node with which lost connections are given up while one can wait for it. */
 export const impatient: StartOptions = {
   node: [
     ...["--ctrl-loss-tmo", "15", "--reconnect-delay", "1", "--keep-alive-tmo", "5"],
     ...["--nr-io-queues", "1", "--queue-size", "32"],
-    // The default is slow by design, and slower under emulation; the image's checks have it.
-    ...["--luks-pbkdf", "pbkdf2"],
   ],
 };
 

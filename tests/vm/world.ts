@@ -319,8 +319,8 @@ export async function refuses(call: Promise<unknown>, code: CallError["code"], m
 export interface StartOptions {
   /** Default `lightos`. */
   readonly backend?: Backend;
-  /** More options of `lbcsi node`; false: no node. */
-  readonly node?: readonly string[] | false;
+  /** More options of `lbcsi node`. */
+  readonly node?: readonly string[];
   /** More options of `lbcsi simulate`. */
   readonly simulator?: readonly string[];
   /** Runs controller and node in the root file system of the image, as a container does. */
@@ -365,7 +365,7 @@ export class World {
     }
     await this.startSimulator();
     const signal = AbortSignal.timeout(patienceMs);
-    await Promise.all([this.rig.startController(signal), options.node === false ? undefined : this.startNode()]);
+    await Promise.all([this.rig.startController(signal), this.startNode()]);
   }
 
   /** The cluster's memory and contents: not in memory, where sparse files cannot be zeroed in place. */
@@ -388,7 +388,7 @@ export class World {
 
   /** Starts the node, or a new one after the old one ended; `more` options of `lbcsi node` for this one only. */
   async startNode(more: readonly string[] = []): Promise<Running> {
-    const options = ["--attach", "direct", ...this.#options.node || [], ...more];
+    const options = ["--attach", "direct", ...this.#options.node ?? [], ...more];
     return await this.rig.startNode(nodeId, AbortSignal.timeout(patienceMs), {}, options);
   }
 

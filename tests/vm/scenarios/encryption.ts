@@ -1,7 +1,7 @@
 /** Host encryption with the kernel's dm-crypt: what arrives on the cluster, what opens it, what grows, what is refused. */
 import assert from "node:assert/strict";
 import { Node } from "../../../proto/gen/csi_pb.ts";
-import { type Check, scenario as of } from "../scenario.ts";
+import { type Check, impatient, scenario as of } from "../scenario.ts";
 import {
   capabilityOf,
   controllers,
@@ -287,4 +287,8 @@ export const scenario = of([
       await world.nothingLeft();
     },
   },
-]);
+], {
+  ...impatient,
+  // The default is slow by design, and slower under emulation; the image's checks have it.
+  node: [...impatient.node ?? [], "--luks-pbkdf", "pbkdf2"],
+});

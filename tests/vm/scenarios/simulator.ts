@@ -160,6 +160,7 @@ export const scenario = of([
     },
   },
   {
+    // The last one of its guest: there is no cluster after it.
     name: "nvmet: a simulator that ends takes everything away, and refuses an address that somebody else has",
     async run(world) {
       assert.equal(await world.rig.running("simulator")?.end("SIGTERM", 20_000), "exit 0");
@@ -193,4 +194,4 @@ export const scenario = of([
       assert.deepEqual(names("/run/lbcsi-simulator"), []);
     },
   },
-], { node: false });
+]);
