@@ -20,7 +20,6 @@ import {
 } from "./lib/context.ts";
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { type Endpoint, parseEndpoints, parsePoseidonId, parseVolumeId, schemes } from "./lib/id.ts";
-
 import type { Metrics } from "./lib/metrics.ts";
 import {
   hostNqn,

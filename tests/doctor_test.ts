@@ -13,6 +13,8 @@ import { machineChecks, type MachineOptions } from "../lib/shell/machine_checks.
 import { selfSigned } from "../lib/sim/certificate.ts";
 import type { SystemReport } from "../lib/storage/backend.ts";
 import { lightosReports } from "../lib/storage/lightos_checkup.ts";
+import { knownClusters } from "../lib/storage/lightos_config.ts";
+import { poseidonBackend } from "../lib/storage/poseidon.ts";
 import { poseidonReports } from "../lib/storage/poseidon_checkup.ts";
 import { parseEndpoints } from "../lib/id.ts";
 import {
@@ -21,7 +23,7 @@ import {
   DurosAPI,
 } from "../proto/gen/lightos_pb.ts";
 import { callContext } from "./support/node_calls.ts";
-import { startPoseidon } from "./support/poseidon.ts";
+import { poseidonParameters, startPoseidon } from "./support/poseidon.ts";
 import { startSimulator } from "./support/simulator.ts";
 
 const nodeId = "n1.node";
@@ -546,6 +548,48 @@ async function lightosReport(
   return report;
 }
 
+Deno.test("doctor looks at each cluster of the cluster file, with what the file says of it", async () => {
+  await using one = await startSimulator();
+  await using other = await startSimulator();
+  const files = new Map([
+    ["/ca", one.addresses.ca ?? ""],
+    ["/jwt", one.addresses.jwt],
+    [
+      "/clusters",
+      JSON.stringify({
+        clusters: [
+          { name: "rack1", endpoints: one.addresses.grpcs, formerEndpoints: "192.0.2.9:443", ca: "/ca", jwt: "/jwt" },
+          { name: "rack2", endpoints: other.addresses.grpcs, ca: "/none" },
+        ],
+      }),
+    ],
+  ]);
+  const clusters = knownClusters("/clusters", {
+    stamp: () => "unchanged",
+    read(path) {
+      const text = files.get(path);
+      if (text === undefined) throw new Error("no such file");
+      return text;
+    },
+  }, options.log);
+
+  const reports = await lightosReports(callContext(), { ...options, clusters }, undefined, new Secrets({}), us);
+  const former = { endpoints: endpointsOf(["192.0.2.9:443"]), scheme: "grpcs" as const };
+  const [byFormer] = await lightosReports(callContext(), { ...options, clusters }, former, new Secrets({}), us);
+
+  deepStrictEqual(reports.map(({ name }) => name), ["cluster rack1", "cluster rack2"]);
+  deepStrictEqual(reports[0]?.checks.filter(({ verdict }) => verdict === "problem"), []);
+  strictEqual(named(reports[0]?.checks ?? [], "token").found.split(":")[0], '/jwt of cluster "rack1"');
+  deepStrictEqual(reports[1]?.checks, [
+    { name: "trust", verdict: "problem", found: "its ca /none cannot be read (no such file)" },
+  ]);
+  strictEqual(byFormer?.name, "cluster rack1");
+  deepStrictEqual(
+    byFormer.checks.filter(({ name }) => name.startsWith("endpoint ")).map(({ name }) => name.slice(9)).sort(),
+    [...one.addresses.grpcs].sort(),
+  );
+});
+
 /** A JSON Web Token that nobody signed. */
 function token(claims: Record<string, number>): string {
   const part = (value: unknown) => new TextEncoder().encode(JSON.stringify(value)).toBase64({ alphabet: "base64url" });
@@ -817,6 +861,25 @@ Deno.test("doctor looks at PoseidonOS: DAgent, transport, arrays, and how full t
     "problem",
     "warning",
   ]);
+});
+
+Deno.test("doctor knows where PoseidonOS shows volumes now", async () => {
+  await using simulator = await startPoseidon();
+  const { dagent, targetAddress, transportServiceId } = simulator.addresses;
+  const [endpoint] = endpointsOf([dagent]);
+  await using backend = poseidonBackend({ log: options.log });
+  const none = new Secrets({});
+  const wish = { name: "pvc-1", requiredBytes: 1n << 20n, limitBytes: 0n, parameters: poseidonParameters(simulator) };
+  const { id, context } = await backend.createVolume(callContext(), none, wish);
+  await backend.grantAccess(callContext(), none, id, {
+    hostNqn: us,
+    shared: false,
+    ...(context === undefined ? {} : { volumeContext: context }),
+  });
+
+  const [report] = await poseidonReports(callContext(), undefined, endpoint);
+
+  deepStrictEqual(report?.addresses, [{ traddr: targetAddress, trsvcid: transportServiceId }]);
 });
 
 Deno.test("doctor says that no DAgent answers", async () => {
