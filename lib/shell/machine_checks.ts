@@ -135,7 +135,8 @@ async function hostNames({ host, nodeId, attach }: MachineOptions): Promise<Find
   const otherNqn = connected.find((other) =>
     other.hostId.toLowerCase() === ours.hostId && other.hostNqn !== ours.hostNqn
   );
-  // The kernel takes host NQN and host ID in pairs: with a second partner for either it refuses to connect.
+  // Linux 6.12 takes host NQN and host ID in pairs, and answers a second partner of either with EINVAL, which nvme-cli
+  // calls "invalid arguments/configuration"; 6.1 connects (both seen).
   if (otherNqn !== undefined) {
     return {
       verdict: "problem",
