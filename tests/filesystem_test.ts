@@ -14,13 +14,14 @@ import { canonicalPath, parseMountTable } from "../lib/host/mounts.ts";
 import { type BlockDevice, findDevice } from "../lib/host/nvme.ts";
 import type { StatusCode } from "../lib/error.ts";
 import { StatusError } from "../lib/error.ts";
-import { FakeHost } from "./support/fake_host.ts";
+import { FakeHost, type FakeNamespace } from "./support/fake_host.ts";
 import { type LoopMachine, loopMachine, type LoopNamespace, subsystemNqn } from "./support/loop_machine.ts";
 import { needs } from "./support/needs.ts";
 import { callContext, rejects } from "./support/node_calls.ts";
 
 const mib = 1 << 20;
 const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
+const other = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";
 const wish: MountWish = {
   fsType: undefined,
   defaultFsType: "ext4",
@@ -279,6 +280,48 @@ Deno.test({
     }),
 });
 
+for (const [what, fsBytes] of [["a blank device is formatted", 0n], ["an ext4 is checked", 1n << 30n]] as const) {
+  Deno.test(`promise 3: mountVolume runs no tool when the name goes to another namespace before ${what}`, async () => {
+    const { host, device, namespace } = await fakeDisk();
+    const content = fsBytes === 0n ? undefined : { fsType: "ext4", fsBytes };
+    namespace.content = content;
+    const stranger = host.addNamespace(other, subsystemNqn);
+    stranger.content = content;
+    const readBytes = host.readBytes.bind(host);
+    host.readBytes = async (...args) => {
+      const bytes = await readBytes(...args);
+      giveNameTo(host, stranger);
+      return bytes;
+    };
+
+    const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+
+    await rejects(mounted, "UNAVAILABLE", /nvme0n1 is nvme0n1 \(namespace 1b7e2c44.*has to be found again/);
+    assert.deepEqual(host.commands.map((command) => command.split(" ")[0]), ["blkid"]);
+    assert.equal(stranger.content, content);
+  });
+}
+
+Deno.test("promise 4: mountVolume leaves nothing mounted when the name goes to another namespace under mount", async () => {
+  const { host, device } = await fakeDisk();
+  const stranger = host.addNamespace(other, subsystemNqn);
+  stranger.content = { fsType: "ext4", fsBytes: stranger.sizeBytes };
+  const run = host.run.bind(host);
+  host.run = (program, ...rest) => {
+    if (program === "mount") giveNameTo(host, stranger, "259:9");
+    return run(program, ...rest);
+  };
+
+  const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+
+  await rejects(
+    mounted,
+    "UNAVAILABLE",
+    /ext4 of \/dev\/nvme0n1 \(259:9\) is there instead of \/dev\/nvme0n1 \(259:1\)/,
+  );
+  assert.deepEqual(host.mounts, []);
+});
+
 for (const fsType of ["xfs", "btrfs"] as const) {
   Deno.test({
     name: `promise 8: mountVolume begins a ${fsType} anew that its own mkfs was killed at`,
@@ -432,6 +475,33 @@ Deno.test("promise 16: ensureGrown of a read-only mount answers FAILED_PRECONDIT
   const grown = ensureGrown(host, callContext(), device, "/staging", "ext4");
 
   await rejects(grown, "FAILED_PRECONDITION", /it is mounted read-only/);
+});
+
+/** What a reconnect can do: the first device is another namespace. */
+function giveNameTo(host: FakeHost, namespace: FakeNamespace, number?: string): void {
+  const [device] = host.devices;
+  assert(device);
+  host.devices.splice(0, 1, { name: device.name, number: number ?? device.number, namespace });
+}
+
+Deno.test({
+  name: "promise 3: ensureGrown grows no file system that is mounted on top of the volume's",
+  ignore: ignore || !needs("mkfs.xfs"),
+  fn: () =>
+    withDisk(320, async ({ machine, namespace, mount, path, device }) => {
+      await mount({ ...wish, fsType: "xfs" });
+      const stranger = await machine.addNamespace(other, 320 * mib);
+      await machine.tool("mkfs.xfs", "-q", stranger.path);
+      await machine.grow(stranger, 512 * mib);
+      await machine.grow(namespace, 512 * mib);
+      await machine.tool("mount", stranger.path, path);
+      const before = await machine.host.usage(path);
+
+      const grown = ensureGrown(machine.host, callContext(), await device(), path, "xfs");
+
+      await rejects(grown, "FAILED_PRECONDITION", /xfs of .*nvme0n2 .* is mounted there instead of .*nvme0n1$/);
+      assert.equal((await machine.host.usage(path)).totalBytes, before.totalBytes);
+    }),
 });
 
 async function fakeDisk() {

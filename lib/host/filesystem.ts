@@ -30,6 +30,7 @@ import {
   processesAt,
   relationOf,
   takeDown,
+  unmount,
 } from "./mounts.ts";
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
 
@@ -159,6 +160,8 @@ async function mountAsItIs(
   await mount(host, ctx, device, path, fsType, { ...wish, readOnly, flags: flags.rest }, action);
   const mounted = mountsAt(await mountTable(host), path).at(-1);
   if (mounted === undefined || await relationOf(host, mounted, device) !== "ours") {
+    // The name went to another namespace in between. Left there, it would be foreign to every call for either volume.
+    if (mounted?.source === device.path) await unmount(host, ctx, path, action);
     throw new StatusError(
       "UNAVAILABLE",
       `Cannot ${action}: after the mount, ${
@@ -491,6 +494,8 @@ async function format(
       throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
     }
   }
+  // What was found there was read by a name, and may be of a device that has gone since.
+  await recheckDevice(host, device, action);
   if (unfinished) {
     if (device.encrypts === undefined) {
       ctx.log.warning("makes a file system anew that was never finished", { device: device.path });
@@ -500,6 +505,7 @@ async function format(
     const types = device.encrypts === undefined ? ["--types", "xfs"] : [];
     const wiped = await changing(host, ctx, "wipefs", ["--quiet", "--all", ...types, device.path]);
     if (wiped.code !== 0) throw failed(action, "wipefs", wiped);
+    await recheckDevice(host, device, action);
   }
   const uuid = fileSystemUuid(device.uuid);
   // A new namespace has nothing to discard. No reserved blocks on ext4: the volume has one user.
@@ -535,10 +541,12 @@ async function check(
   if ((await mountsOf(host, await mountTable(host), device)).length > 0) return;
   // Once mounted it grows much faster, without a full check; but that takes a right which not every container has.
   const growHere = isSmaller && !await canGrowMountedExt4(host);
+  await recheckDevice(host, device, action);
   const checked = await changing(host, ctx, "e2fsck", growHere ? ["-f", "-p", device.path] : ["-p", device.path]);
   // e2fsck(8): the exit code is a sum; 1 is "errors corrected", 2 is "and the system should be rebooted" (a mounted root).
   if ((checked.code & ~3) === 0) {
     if (!growHere) return;
+    await recheckDevice(host, device, action);
     const grown = await changing(host, ctx, "resize2fs", [device.path]);
     if (grown.code !== 0) throw failed(action, "resize2fs", grown);
     return;
@@ -688,7 +696,16 @@ export async function ensureGrown(
   const before = await measure(host, ctx, now, path, fsType, action);
   if (now.sizeBytes - before.fsBytes < before.stepBytes) return before.fsBytes;
   const mount = mountsAt(await mountTable(host), path).at(-1);
-  if (mount === undefined || mount.superOptions.includes("ro") || mount.options.includes("ro")) {
+  // Some of the tools are told the path alone, and grow what they find on top there.
+  if (mount === undefined || await relationOf(host, mount, now) !== "ours") {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: ${
+        mount === undefined ? "nothing" : describeMount(mount)
+      } is mounted there instead of ${now.path}`,
+    );
+  }
+  if (mount.superOptions.includes("ro") || mount.options.includes("ro")) {
     throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: it is mounted read-only`);
   }
   if (fsType === "ext4" && !await canGrowMountedExt4(host)) {

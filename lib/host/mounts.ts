@@ -234,8 +234,13 @@ export function describeMount(mount: Mount): string {
   return `${mount.fsType} of ${mount.source} (${mount.number}${mount.root === "/" ? "" : `, ${mount.root}`})`;
 }
 
-/** One `umount`: never lazy, for the data must be on the device when it returns, and never forced. */
-async function unmount(host: Host, ctx: RequestContext, path: string, action: string): Promise<void> {
+/**
+ * One `umount` of what is on top at `path`, whatever that is: never lazy, for the data must be on the device when it
+ * returns, and never forced. Not mounted: done.
+ *
+ * @throws StatusError FAILED_PRECONDITION when it is busy, saying by whom; UNAVAILABLE when umount fails otherwise
+ */
+export async function unmount(host: Host, ctx: RequestContext, path: string, action: string): Promise<void> {
   const result = await host.run("umount", [path], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
   // Unmounted by somebody else meanwhile.
   if (result.code === 0 || /not mounted|no mount point/.test(result.stderr)) return;
