@@ -5,7 +5,14 @@ import { hostNqn } from "../lib/namespace.ts";
 import { KeyedLock } from "../lib/lock.ts";
 import { FakeHost } from "./support/fake_host.ts";
 import { subsystemNqn } from "./support/loop_machine.ts";
-import { mountCapability, nodeCalls, publishContext, rejects, volumeId } from "./support/node_calls.ts";
+import {
+  blockCapability,
+  mountCapability,
+  nodeCalls,
+  publishContext,
+  rejects,
+  volumeId,
+} from "./support/node_calls.ts";
 
 const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 const neighbour = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";
@@ -87,4 +94,26 @@ Deno.test("promise 14: a namespace whose announcement was lost is found, for the
 
   assert(host.commands.includes("nvme ns-rescan /dev/nvme0"));
   assert.equal(host.mounts.length, 1);
+});
+
+Deno.test("promise 4: a device node that went to another namespace under the bind mount is not left at the target", async () => {
+  const { host, ...calls } = node();
+  host.addNamespace(uuid, subsystemNqn);
+  const volumeCapability = blockCapability();
+  await calls.stage({ ...stage, volumeCapability });
+  const [device] = host.devices;
+  assert(device);
+  const stranger = { ...device, number: "259:9", namespace: host.addNamespace(neighbour, subsystemNqn) };
+  const run = host.run.bind(host);
+  host.run = (program, ...rest) => {
+    if (program === "mount") host.devices.splice(0, 1, stranger);
+    return run(program, ...rest);
+  };
+
+  const published = calls.publish({ ...publish, volumeCapability });
+
+  await rejects(published, "UNAVAILABLE", /devtmpfs .* is at "\/pods\/x" instead of \/dev\/nvme0n1/);
+  assert.deepEqual(host.mounts, []);
+  await calls.unpublish({ volumeId: volumeId(uuid), targetPath: target });
+  assert.deepEqual(host.leftovers(), []);
 });

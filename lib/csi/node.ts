@@ -31,6 +31,7 @@ import {
   mountTable,
   relationOf,
   takeDown,
+  unmount,
 } from "../host/mounts.ts";
 import {
   type BlockDevice,
@@ -277,8 +278,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       if (there !== undefined) await takeDown(host, ctx, target, device, `${action} ${id.uuid}`);
 
       if (access.type === "block") {
-        await setReadOnly(ctx, device, readOnly);
         await makeMountPoint(host, target, "file", refuse);
+        await recheckDevice(host, device, `${action} ${id.uuid}`);
+        await setReadOnly(ctx, device, readOnly);
         await bind(ctx, device.path, target, readOnly, refuse);
       } else {
         await makeMountPoint(host, target, "directory", refuse);
@@ -287,6 +289,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const mounted = mountsAt(await mountTable(host), target).at(-1);
       const now = mounted === undefined ? undefined : await relationOf(host, mounted, device);
       if (now !== (access.type === "block" ? "our node" : "ours")) {
+        // The name went to another namespace in between. Left there, it would be foreign to every call for either volume.
+        if (access.type === "block" && mounted?.root.endsWith(`/${device.name}`)) {
+          await unmount(host, ctx, target, `${action} ${id.uuid}`);
+        }
         throw new StatusError(
           "UNAVAILABLE",
           `Cannot ${action} ${id.uuid}: after the bind mount, ${
