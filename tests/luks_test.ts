@@ -1,13 +1,18 @@
 /** Host encryption on a make-believe machine: what is run, in which order, and what is refused. */
 import assert from "node:assert/strict";
+import { join } from "node:path";
 import { createLogger, requestContext } from "../lib/context.ts";
+import { StatusError } from "../lib/error.ts";
 import { discoveryClient } from "../lib/host/attach.ts";
-import { hasAes } from "../lib/host/luks.ts";
+import { defaultLuksSettings, hasAes, markUsed, openMapper } from "../lib/host/luks.ts";
+import { findDevice, findMapper } from "../lib/host/nvme.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
 import { FakeHost } from "./support/fake_host.ts";
-import { subsystemNqn } from "./support/loop_machine.ts";
+import { loopMachine, subsystemNqn } from "./support/loop_machine.ts";
+import { needs } from "./support/needs.ts";
 import {
   blockCapability,
+  callContext,
   type Capability,
   mountCapability,
   nodeCalls,
@@ -256,6 +261,124 @@ Deno.test("the mapper has the incumbent driver's name", async () => {
   await n.stage();
 
   assert.deepEqual(n.host.mappers.map(({ mapperName }) => mapperName), [mapper]);
+});
+
+Deno.test("promise 8: NodeStageVolume begins an encryption anew that was killed before it had a key", async () => {
+  const n = node();
+  await n.stage();
+  await n.unstage();
+  const { luks } = n.namespace;
+  assert(luks);
+  luks.passphrases.clear();
+
+  await rejects(n.stage(), "FAILED_PRECONDITION", /cryptsetup open failed .*No usable keyslot is available/);
+  luks.label = "lbcsi-new";
+  await rejects(
+    n.stage(undefined, mountCapability("", Mode.SINGLE_NODE_READER_ONLY)),
+    "FAILED_PRECONDITION",
+    /nvme0n1 holds an encryption that was never finished, and with read-only or shared access nothing is made/,
+  );
+  n.ran();
+  await n.stage();
+
+  assert.deepEqual(n.ran().slice(0, 4), ["blkid", "cryptsetup luksDump", "cryptsetup luksFormat", "cryptsetup open"]);
+  assert.deepEqual(n.host.mounts.map(({ path }) => path), ["/staging"]);
+});
+
+Deno.test("promise 1: an encryption that nobody has used is opened as it is while it has a key", async () => {
+  const n = node();
+  n.host.answers.set("wipefs", { code: 1, stderr: "cut off here" });
+  await rejects(n.stage(), "FAILED_PRECONDITION", /cut off here/);
+  await n.unstage();
+  assert.equal(n.namespace.luks?.label, "lbcsi-new");
+  n.ran();
+
+  await rejects(n.stage({ "host-encryption-passphrase": "wrong" }), "INVALID_ARGUMENT", /does not open nvme0n1/);
+
+  assert.deepEqual(n.ran(), ["blkid", "cryptsetup luksDump", "cryptsetup open"]);
+});
+
+Deno.test({
+  name: "promise 8: openMapper gives a header without key slots its key, as the real cryptsetup leaves it",
+  ignore: !needs("root", "loop", "cryptsetup"),
+  async fn() {
+    await using machine = await loopMachine();
+    const { path } = await machine.addNamespace(uuid, 32 << 20);
+    const device = await findDevice(machine.host, uuid);
+    assert(device);
+    const keyFile = join(machine.directory, "key");
+    await Deno.writeTextFile(keyFile, passphrase);
+    const open = () =>
+      openMapper(machine.host, callContext(), device, {
+        passphrases: { current: passphrase, previous: undefined },
+        settings: { ...defaultLuksSettings, pbkdf: "pbkdf2" },
+        readOnly: false,
+        shared: false,
+        stagingPath: machine.directory,
+        contentOf: () => Promise.resolve("luks"),
+      });
+    const opens = async () => {
+      const args = ["open", "--test-passphrase", "--key-file", keyFile, path];
+      return (await new Deno.Command("cryptsetup", { args, stderr: "null" }).output()).success;
+    };
+    const fast = ["--batch-mode", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--key-file", keyFile];
+
+    // The end of it, the mapper, takes a kernel with dm-crypt.
+    for (const [label, formatsAnew] of [["lbcsi", false], ["lbcsi-new", true]] as const) {
+      await machine.tool("cryptsetup", "luksFormat", ...fast, `--label=${label}`, path);
+      await machine.tool("cryptsetup", "erase", "--batch-mode", path);
+      assert.equal(await opens(), false);
+      if (formatsAnew) {
+        using _outlived = await Deno.open(path, { write: true });
+        await rejects(open(), "UNAVAILABLE", new RegExp(`nvme0n1 is in use by process ${Deno.pid} `));
+      }
+      await open().catch(() => {});
+      assert.equal(await opens(), formatsAnew, label);
+    }
+    const header = await Deno.readFile(path).then((bytes) => bytes.slice(0, 4096));
+    await open().catch(() => {});
+    assert.deepEqual((await Deno.readFile(path)).slice(0, 4096), header);
+    await machine.tool("cryptsetup", "close", `lb-csi-nvme-uuid.${uuid}`).catch(() => {});
+  },
+});
+
+Deno.test("NodeStageVolume changes no passphrase of a volume that other hosts may have open", async () => {
+  const n = node();
+  const shared = blockCapability(Mode.MULTI_NODE_MULTI_WRITER);
+  await n.stage({ "host-encryption-passphrase": "first" }, blockCapability());
+  await n.unstage();
+  n.ran();
+
+  await n.stage({ "host-encryption-passphrase": "second", "host-encryption-passphrase-previous": "first" }, shared);
+
+  assert.deepEqual(n.ran(), ["blkid", "cryptsetup open", "cryptsetup open"]);
+  assert.deepEqual([...n.namespace.luks?.passphrases ?? []], ["first"]);
+});
+
+Deno.test("promise 4: NodeUnstageVolume does not believe cryptsetup while the mapper is still there", async () => {
+  const n = node();
+  await n.stage();
+  n.host.answers.set("cryptsetup close", { code: 4, stderr: "Device is not active." });
+
+  await rejects(n.unstage(), "UNAVAILABLE", /cryptsetup close succeeded, but \/dev\/dm-2 is still there/);
+
+  n.host.answers.clear();
+  await n.unstage();
+  assert.deepEqual(n.host.leftovers(), []);
+});
+
+Deno.test("markUsed gives up a device that does not answer when its caller does", async () => {
+  const n = node();
+  await n.stage();
+  const mapper = await findMapper(n.host, uuid);
+  assert(mapper);
+  n.host.readBytes = () => new Promise(() => {});
+  const caller = new AbortController();
+  const marked = markUsed(n.host, callContext(caller.signal), mapper, "stage the volume");
+
+  caller.abort(new StatusError("DEADLINE_EXCEEDED", "Cannot finish in time"));
+
+  await rejects(marked, "DEADLINE_EXCEEDED", /Cannot finish in time/);
 });
 
 for (

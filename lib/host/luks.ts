@@ -13,10 +13,11 @@
  * Volume key in the mapper's table and not in the kernel's keyring (`--disable-keyring`): growing needs no passphrase then.
  */
 import { Buffer } from "node:buffer";
-import type { RequestContext } from "../context.ts";
+import { z } from "zod";
+import { type RequestContext, unlessAborted } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
-import { mountsOf, mountTable, takeDown } from "./mounts.ts";
+import { mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
 import { type BlockDevice, describeDevice, findMapper, mapperName, recheckDevice } from "./nvme.ts";
 
 /** How new volumes are encrypted, and how mappers are opened. What exists tells its own cipher. */
@@ -62,7 +63,7 @@ export interface OpenWish {
   readonly settings: LuksSettings;
   /** Nobody writes: nothing is formatted, and the mapper refuses writes. */
   readonly readOnly: boolean;
-  /** Other hosts may have it open: nothing is formatted. */
+  /** Other hosts may have it open: nothing is formatted, and no passphrase changed. */
   readonly shared: boolean;
   /** Where it may be mounted with a device that has gone; such a mount is taken down. */
   readonly stagingPath: string;
@@ -109,11 +110,21 @@ export async function openMapper(
 
   const content = await wish.contentOf(device);
   if (content === "other") throw refuse(`${device.path} holds a file system in the clear, it is left alone`);
-  if (content === "blank") {
+  const isHalfMade = content === "luks" && await isWithoutKeys(host, ctx, device);
+  if (content === "blank" || isHalfMade) {
+    const state = isHalfMade ? "holds an encryption that was never finished" : "is blank";
     if (wish.readOnly || wish.shared) {
       throw refuse(
-        `${device.path} is blank, and with read-only or shared access nothing is made; stage it for writing once`,
+        `${device.path} ${state}, and with read-only or shared access nothing is made; stage it for writing once`,
       );
+    }
+    if (isHalfMade) {
+      // One that outlived the driver which started it may still be at work.
+      const users = await processesAt(host, (place) => place === device.path);
+      if (users.length > 0) {
+        throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
+      }
+      ctx.log.warning("encrypts anew what was never finished", { device: device.path });
     }
     await luksFormat(host, ctx, device, wish, action);
   }
@@ -145,7 +156,13 @@ export async function closeMapper(host: Host, ctx: RequestContext, uuid: string,
   if (users.length > 0) throw refuse(users.join(", "));
   const closed = await cryptsetup(host, ctx, ["close", mapperName(uuid)]);
   // cryptsetup(8): 4 is "wrong device", here one that is gone already; 5 is "exists or is busy".
-  if (closed.code === 0 || closed.code === 4) return;
+  if (closed.code === 0 || closed.code === 4) {
+    if (await findMapper(host, uuid) === undefined) return;
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${action}: cryptsetup close succeeded, but ${mapper.path} is still there`,
+    );
+  }
   if (closed.code === 5) throw refuse("something that this process cannot see");
   throw failed(action, "UNAVAILABLE", "close", closed);
 }
@@ -176,12 +193,35 @@ export async function isNeverUsed(
   return header.subarray(24, 72).toString("latin1").replace(/\0.*$/s, "") === newLabel;
 }
 
+const dumpSchema = z.object({ keyslots: z.record(z.string(), z.unknown()) });
+
+/**
+ * Whether the device has the header of a luksFormat of ours that was killed before it had put the key there, which takes it
+ * some seconds (seen with cryptsetup 2.6: a valid header, with our label and without key slots). Nobody can have used what
+ * is inside, and nobody ever will.
+ */
+async function isWithoutKeys(host: Host, ctx: RequestContext, device: BlockDevice): Promise<boolean> {
+  if (!await isNeverUsed(device, readerOf(host, ctx, device))) return false;
+  const dumped = await host.run("cryptsetup", ["luksDump", "--dump-json-metadata", device.path], {
+    signal: ctx.signal,
+    onAbort: "kill",
+    log: ctx.log,
+  });
+  if (dumped.code !== 0) throw failed(`look at the encryption of ${device.path}`, "UNAVAILABLE", "luksDump", dumped);
+  const parsed = dumpSchema.safeParse(JSON.parse(dumped.stdout));
+  return parsed.success && Object.keys(parsed.data.keyslots).length === 0;
+}
+
+function readerOf(host: Host, ctx: RequestContext, device: BlockDevice) {
+  return (offsetBytes: bigint, lengthBytes: number) =>
+    unlessAborted(host.readBytes(device.path, offsetBytes, lengthBytes), ctx.signal);
+}
+
 /** Writes down that from now on somebody may have used what is inside. Do it before anybody can. */
 export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDevice, action: string): Promise<void> {
   const beneath = mapper.encrypts?.beneath;
   if (beneath === undefined) return;
-  const isNew = await isNeverUsed(beneath, (offset, length) => host.readBytes(beneath.path, offset, length));
-  if (!isNew) return;
+  if (!await isNeverUsed(beneath, readerOf(host, ctx, beneath))) return;
   const marked = await cryptsetup(host, ctx, ["config", "--label", usedLabel, beneath.path]);
   if (marked.code !== 0) throw failed(action, "UNAVAILABLE", "config", marked);
 }
@@ -217,7 +257,7 @@ async function open(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  { passphrases, settings, readOnly }: OpenWish,
+  { passphrases, settings, readOnly, shared }: OpenWish,
   action: string,
 ): Promise<void> {
   const args = [
@@ -247,6 +287,13 @@ async function open(
   if (before.code === 2) throw noKey("neither the passphrase in the secrets nor the previous one opens");
   if (before.code !== 0) throw failed(action, "FAILED_PRECONDITION", "open", before);
   if (readOnly) return;
+  if (shared) {
+    // Two hosts that change key slots at once leave a header that no passphrase opens.
+    ctx.log.warning("leaves the previous passphrase of a volume that other hosts may have open", {
+      device: device.path,
+    });
+    return;
+  }
   // They are told apart by the end of the line then.
   if (/\n/.test(current + previous)) {
     ctx.log.warning("leaves the previous passphrase of a volume, for one of the two has a line break", {

@@ -543,6 +543,7 @@ export class FakeHost implements Host {
           return { code: 1, stderr: "Device is not a valid LUKS device." };
         }
         if (mapper !== undefined) return { code: 5, stderr: `Device ${last} already exists.` };
+        if (luks.passphrases.size === 0) return { code: 1, stderr: "No usable keyslot is available." };
         if (!luks.passphrases.has(stdin)) return { code: 2, stderr: "No key available with this passphrase." };
         const n = ++this.#numbers;
         luks.inner.sizeBytes = device.namespace.sizeBytes - luksHeaderBytes;
@@ -574,6 +575,12 @@ export class FakeHost implements Host {
         if (luks === undefined) return { code: 1, stderr: "Device is not a valid LUKS device." };
         luks.label = args[args.indexOf("--label") + 1] ?? "";
         return {};
+      }
+      case "luksDump": {
+        const luks = this.#deviceAt(last)?.namespace.luks;
+        if (luks === undefined) return { code: 1, stderr: `Device ${last} is not a valid LUKS2 device.` };
+        const keyslots = Object.fromEntries([...luks.passphrases].map((_, n) => [n, { type: "luks2" }]));
+        return { stdout: JSON.stringify({ keyslots, tokens: {}, segments: {}, digests: {}, config: {} }) };
       }
       case "luksChangeKey": {
         const luks = this.#deviceAt(last)?.namespace.luks;
