@@ -88,4 +88,17 @@ export const scenario = of([
       for (const volume of volumes) await volume.end();
     },
   },
+  {
+    name: "NodeStageVolume with host encryption, of a new and of an existing ext4",
+    limitSeconds: 300,
+    async run(world) {
+      const volume = await world.volume({ parameters: { "host-encryption": "enabled" } });
+      volume.stageSecrets = { "host-encryption-passphrase": "one of the benchmark" };
+      const made = await timed(() => volume.stage());
+      await volume.unstage();
+      const opened = await timed(() => volume.stage());
+      world.measured("host encryption", `new ${made.toFixed(0)} ms, existing ${opened.toFixed(0)} ms`);
+      await volume.end();
+    },
+  },
 ]);

@@ -266,27 +266,6 @@ export const scenario = of([
       await world.nothingLeft();
     },
   },
-  {
-    name: "how long it takes to stage a new and an existing encrypted ext4",
-    limitSeconds: 120,
-    async run(world) {
-      const volume = await encrypted(world);
-      const began = performance.now();
-      await volume.stage();
-      const made = performance.now();
-      await volume.unstage();
-      const left = performance.now();
-      await volume.stage();
-      const opened = performance.now();
-      const ms = (from: number, to: number) => Math.round(to - from);
-      world.measured(
-        "encryption",
-        `stage of a new volume ${ms(began, made)} ms, of an existing one ${ms(left, opened)} ms`,
-      );
-      await volume.end();
-      await world.nothingLeft();
-    },
-  },
 ], {
   ...impatient,
   // The default is slow by design, and slower under emulation; the image's checks have it.

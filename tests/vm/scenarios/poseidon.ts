@@ -10,7 +10,7 @@ async function subsystemNqns(world: World): Promise<readonly string[]> {
   return left["access"] ?? [];
 }
 
-const lives = (["ext4", "xfs", "block"] as const).map((use): Check => ({
+const lives = (["ext4", "block"] as const).map((use): Check => ({
   name: `PoseidonOS: a volume with ${use} lives from creation to deletion, each call made twice, and leaves nothing`,
   async run(world) {
     const volume = await world.volume({ use });
