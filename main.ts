@@ -779,7 +779,7 @@ async function lightosOptions(settings: LightosSettings, log: Logger): Promise<L
     log,
     globalJwt: () => jwtPath === undefined ? undefined : readIfThere(jwtPath),
     globalJwtPath: jwtPath ?? "file of a token",
-    ca: settings["mgmt-ca"] === undefined ? machineCa() : readRequired("--mgmt-ca", settings["mgmt-ca"]),
+    ca: settings["mgmt-ca"] === undefined ? machineCa(log) : readRequired("--mgmt-ca", settings["mgmt-ca"]),
     verifyTls: settings["mgmt-tls-verify"],
     userAgent: `lbcsi/${version}`,
     clusters: settings.config === undefined ? undefined : await readClusters(settings.config, log),
@@ -794,11 +794,20 @@ const machineCaFiles = [
   "/etc/ssl/cert.pem",
 ];
 
-/** The CAs that this machine trusts; undefined, for the list in the program, on one that has none, like the image. */
-function machineCa(): string | undefined {
-  const named = Deno.env.get("SSL_CERT_FILE");
-  if (named !== undefined && named !== "") return readRequired("SSL_CERT_FILE", named);
-  return machineCaFiles.map(readIfThere).find((text) => text?.includes("-----BEGIN CERTIFICATE-----"));
+/**
+ * The CAs that this machine trusts; undefined, for the list in the program, on one that has none. Images of other makers set
+ * SSL_CERT_FILE without being asked, so one that cannot be read is no reason to end.
+ */
+function machineCa(log: Logger): string | undefined {
+  const holdsCertificates = (path: string) => {
+    const text = readIfThere(path);
+    return text?.includes("-----BEGIN CERTIFICATE-----") ? text : undefined;
+  };
+  const named = Deno.env.get("SSL_CERT_FILE") ?? "";
+  const chosen = named === "" ? undefined : holdsCertificates(named);
+  if (chosen !== undefined) return chosen;
+  if (named !== "") log.warning("cannot read certificates from the file in SSL_CERT_FILE", { path: named });
+  return machineCaFiles.map(holdsCertificates).find((text) => text !== undefined);
 }
 
 /**

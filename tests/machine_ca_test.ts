@@ -1,7 +1,8 @@
 /** Which CAs a process takes that was given none: the machine's. */
-import { ok, rejects, strictEqual } from "node:assert/strict";
+import { match, ok, rejects, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { permissionsWith } from "../k8s/image/permissions.ts";
 import { Rig } from "../lib/demo/rig.ts";
 import { CallError } from "../lib/rpc.ts";
 import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
@@ -37,6 +38,27 @@ Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CER
     const { volume } = await create();
 
     strictEqual(volume?.capacityBytes, 1n << 30n);
+  } finally {
+    await rig.stopAll();
+    await rig.cleanUp(false);
+  }
+});
+
+Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not read, as images set it unasked", async () => {
+  const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-ca-" }));
+  const main = fileURLToPath(new URL("../main.ts", import.meta.url));
+  const program = [Deno.execPath(), "run", "--no-check", ...permissionsWith([home], [home]), main];
+  const rig = new Rig(home, program);
+  try {
+    const env = { SSL_CERT_FILE: "/usr/share/nowhere/ca.pem" };
+    const { log } = await rig.startService(
+      "controller",
+      ["--jwt-path", join(home, "jwt")],
+      AbortSignal.timeout(60_000),
+      env,
+    );
+
+    match(await Deno.readTextFile(log), /SSL_CERT_FILE","role":"controller","path":"\/usr\/share\/nowhere\/ca\.pem"/);
   } finally {
     await rig.stopAll();
     await rig.cleanUp(false);

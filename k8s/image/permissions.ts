@@ -15,6 +15,9 @@ export const socketDirectories = ["/csi", "/var/lib/csi/sockets"] as const;
  */
 export const configDirectories = ["/etc/lb-csi", "/etc/lb-csi-config", "/etc/lbcsi"] as const;
 
+/** What Debian's ca-certificates makes, and with it the distroless base images, for who is given no certificates. */
+const machineCertificates = "/etc/ssl/certs/ca-certificates.crt";
+
 /** The options' own, and those of libraries that throw when they may not ask for them: grpc-js, and yaml for its log. */
 const variables = [
   "GRPC_*",
@@ -38,7 +41,7 @@ export function permissionsWith(
     // Any address: StorageClasses and volume IDs name the management endpoints, and one image serves every cluster. A
     // NetworkPolicy can say more, for it knows the cluster.
     "--allow-net",
-    `--allow-read=${[...sockets, ...configuration].join(",")}`,
+    `--allow-read=${[...sockets, ...configuration, machineCertificates].join(",")}`,
     // To make the socket, and to remove one that an earlier process has left.
     `--allow-write=${sockets.join(",")}`,
     `--allow-env=${variables.join(",")}`,
