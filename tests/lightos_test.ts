@@ -231,7 +231,7 @@ Deno.test("createVolume at its deadline tells the state, and the repeat goes on 
   env.simulator.control.behave({ holdCreations: true });
 
   await rejects(
-    env.backend.createVolume(within(400), none, env.wanted()),
+    env.backend.createVolume(within(1900), none, env.wanted()),
     refuses("DEADLINE_EXCEEDED", /^Cannot create volume "pvc-1" in time: LightOS shows volume .* as Creating; repeat/),
   );
   env.simulator.control.releaseCreations();
@@ -400,7 +400,8 @@ Deno.test("deleteVolume waits while the volume is Updating, and says so at its d
   env.simulator.control.setVolume(uuid, { state: "Updating" });
 
   await rejects(
-    env.backend.deleteVolume(within(300), none, id),
+    // It looks again 1.3 and 2.1 s after its beginning: on a busy machine too, this deadline comes between two looks.
+    env.backend.deleteVolume(within(1900), none, id),
     refuses("DEADLINE_EXCEEDED", /LightOS shows it as Updating/),
   );
   env.simulator.control.setVolume(uuid, { state: "Available" });
