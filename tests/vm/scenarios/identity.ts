@@ -173,4 +173,56 @@ export const scenario = of([
       await volume.end();
     },
   },
+  {
+    name: "promise 5: what users have left on the volume, or in its place, is there after unpublish and unstage",
+    async run(world) {
+      const volume = await world.volume();
+      await volume.stage();
+      await volume.publish();
+      await Deno.mkdir(`${volume.target}/a/b`, { recursive: true });
+      await Deno.writeTextFile(`${volume.target}/a/b/file`, "on the volume");
+      // Unmounted behind the driver's back, and written to what is there instead: the node's own disk.
+      await tool("umount", volume.target);
+      await Deno.writeTextFile(`${volume.target}/precious`, "on the root disk");
+
+      await refuses(volume.unpublish(), "FAILED_PRECONDITION", /it holds "precious", which are left alone/);
+      assert.equal(await Deno.readTextFile(`${volume.target}/precious`), "on the root disk");
+      await Deno.remove(`${volume.target}/precious`);
+      await volume.unpublish();
+      await volume.unstage();
+
+      await volume.stage();
+      await volume.publish();
+      assert.equal(await Deno.readTextFile(`${volume.target}/a/b/file`), "on the volume");
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name:
+      "promise 6: a pod never gets the node's own disk: publish refuses a staging path that lost its mount or device",
+    async run(world) {
+      const volume = await world.volume();
+      await volume.stage();
+      await tool("umount", volume.staging);
+      await refuses(volume.publish(), "FAILED_PRECONDITION", /nothing is mounted at the staging path/);
+      await assert.rejects(Deno.stat(volume.target), Deno.errors.NotFound);
+
+      await volume.stage();
+      await enable(world, volume, false);
+      await refuses(volume.publish(), "FAILED_PRECONDITION", /this node has no block device of it/);
+      await enable(world, volume, true);
+      await refuses(
+        volume.publish(),
+        "FAILED_PRECONDITION",
+        /staging path has lost its device|which is not this volume/,
+      );
+
+      await volume.stage();
+      await volume.publish();
+      await Deno.writeTextFile(`${volume.target}/file`, "written");
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
 ]);
