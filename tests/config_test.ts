@@ -444,6 +444,9 @@ Deno.test("a token in the secrets wins over the cluster's, and a bad one of the 
   files.remove("/jwt");
   await rejects(
     backend.getVolume(within(5000), none, volume.id),
-    refuses("UNAUTHENTICATED", /JWT: none was given: no key "jwt" in the secrets, no \/jwt of cluster "a"$/),
+    refuses(
+      "UNAUTHENTICATED",
+      /JWT: none was given: no key "jwt" in the secrets, and none that can be read in \/jwt of cluster "a"$/,
+    ),
   );
 });

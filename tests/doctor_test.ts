@@ -693,7 +693,12 @@ Deno.test("doctor does not wait for an endpoint that never answers", async () =>
 
 for (
   const [what, jwt, verdict, found] of [
-    ["none", undefined, "problem", /^none was given: no key "jwt" in the secrets, no \/etc\/lb-csi\/jwt$/],
+    [
+      "none",
+      undefined,
+      "problem",
+      /^none was given: no key "jwt" in the secrets, and none that can be read in \/etc\/lb-csi\/jwt$/,
+    ],
     ["one that expired", token({ exp: inSeconds(-1) }), "problem", /^key "jwt" of the call's secrets: expired 20\S+Z$/],
     [
       "one of the future, or a clock that is behind",

@@ -741,7 +741,10 @@ Deno.test("no token at all is said in words", async () => {
 
   await rejects(
     env.backend.createVolume(within(4000), none, env.wanted()),
-    refuses("UNAUTHENTICATED", /JWT: none was given: no key "jwt" in the secrets, no \/etc\/lb-csi\/jwt/),
+    refuses(
+      "UNAUTHENTICATED",
+      /JWT: none was given: no key "jwt" in the secrets, and none that can be read in \/etc\/lb-csi\/jwt/,
+    ),
   );
 });
 

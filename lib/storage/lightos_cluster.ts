@@ -156,7 +156,7 @@ export class ClusterPool implements AsyncDisposable {
     const jwt = (fromSecrets ?? fromFile.text())?.trim() ?? "";
     if (jwt === "") {
       const missing = fromSecrets === undefined
-        ? `no key "jwt" in the secrets, no ${source}`
+        ? `no key "jwt" in the secrets, and none that can be read in ${source}`
         : `key "jwt" in the secrets is empty`;
       return { jwt: undefined, source: `none was given: ${missing}` };
     }
