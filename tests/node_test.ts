@@ -368,6 +368,55 @@ nodeTest(
   },
 );
 
+nodeTest("promise 4: a directory of the volume is one, whatever its name, while it is mounted in a pod", async () => {
+  await using n = await node();
+  await n.stage(n.stageRequest());
+  const [directory, subPath] = [join(n.staging, "nvme9n9"), join(n.machine.directory, "subPath")];
+  for (const path of [directory, subPath]) await Deno.mkdir(path);
+  await n.machine.tool("mount", "--bind", directory, subPath);
+
+  await rejects(
+    n.unstage(n.unstageRequest),
+    "FAILED_PRECONDITION",
+    /it is still mounted at ".*subPath", unpublish it there first/,
+  );
+
+  assert.deepEqual([...Deno.readDirSync(n.discovery)].map((entry) => entry.name), [uuid]);
+  await n.machine.tool("umount", subPath);
+  await n.unstage(n.unstageRequest);
+});
+
+nodeTest(
+  "promise 2: NodeStageVolume mounts an xfs again that has shut down, which other volumes do not notice",
+  async () => {
+    await using n = await node({ sizeMib: 320 });
+    await n.stage(n.stageRequest(mountCapability("xfs")));
+    const [directory, subPath] = [join(n.staging, "nvme9n9"), join(n.machine.directory, "subPath")];
+    for (const path of [directory, subPath]) await Deno.mkdir(path);
+    await n.machine.tool("mount", "--bind", directory, subPath);
+    await n.machine.addNamespace(other, 64 * mib);
+    const staging = join(n.machine.directory, "globalmount2");
+    await Deno.mkdir(staging);
+    const neighbour = {
+      ...n.stageRequest(),
+      volumeId: volumeId(other),
+      stagingTargetPath: staging,
+      publishContext: publishContext(other),
+    };
+    await n.stage(neighbour);
+
+    await n.machine.tool("xfs_io", "-x", "-c", "shutdown", n.staging);
+    await n.unstage({ volumeId: neighbour.volumeId, stagingTargetPath: staging });
+    const broken = /cannot be read \(.*\); it is still in use at ".*subPath", the pods there have to end first/;
+    await rejects(n.stage(n.stageRequest(mountCapability("xfs"))), "FAILED_PRECONDITION", broken);
+    await n.machine.tool("umount", subPath);
+    await n.stage(n.stageRequest(mountCapability("xfs")));
+
+    await Deno.writeTextFile(join(n.staging, "works"), "");
+  },
+  !needs("mkfs.xfs", "xfs_io"),
+);
+
 nodeTest("promise 17: a volume encrypted on the host is never published without its encryption", async () => {
   await using n = await node();
   const encrypted = `${volumeId(uuid)}|hostcrypto:luks2`;

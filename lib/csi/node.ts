@@ -131,7 +131,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       using _held = locks.take(`volume ${id.uuid}`, "NodeStageVolume");
 
       const path = await canonicalPath(host, given);
-      const kind = path === undefined ? "absent" : await host.kindOf(path);
+      // What is mounted is not looked at: a file system that is shut down answers with an error (seen with xfs).
+      const isMounted = path !== undefined && mountsAt(await mountTable(host), path).length > 0;
+      const kind = path === undefined ? "absent" : isMounted ? "directory" : await host.kindOf(path);
       if (path === undefined || (kind !== "directory" && (access.type === "mount" || kind !== "absent"))) {
         throw new StatusError(
           "FAILED_PRECONDITION",

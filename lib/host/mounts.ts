@@ -95,10 +95,12 @@ export async function relationOf(host: Host, mount: Mount, device: BlockDevice |
   const nodeName = namespaceName(mount.root);
   if (nodeName !== undefined) {
     // A node of the directory of devices, bound to a file: the number behind the file is what I/O goes to.
-    const number = await host.blockNumber(mount.path);
-    if (number === undefined) return "foreign";
-    if (device !== undefined && number === device.number) return "our node";
-    return await isPresent(host, number) ? "foreign" : "dead";
+    const number = await quietly(host.blockNumber(mount.path));
+    if (number !== undefined) {
+      if (device !== undefined && number === device.number) return "our node";
+      return await isPresent(host, number) ? "foreign" : "dead";
+    }
+    // A directory can have such a name too: pods choose the names of their subPaths.
   }
   const number = await numberOf(host, mount);
   if (device !== undefined && number === device.number) return "ours";

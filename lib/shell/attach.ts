@@ -129,6 +129,8 @@ async function keysOf(
 
 async function mountPointOf(host: Host, given: string): Promise<string> {
   const path = await canonicalPath(host, given);
+  // What is mounted is not looked at, it may not answer.
+  if (path !== undefined && mountsAt(await mountTable(host), path).length > 0) return path;
   const kind = path === undefined ? "absent" : await host.kindOf(path);
   if (path !== undefined && kind === "directory") return path;
   throw new StatusError(
