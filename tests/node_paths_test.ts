@@ -117,3 +117,27 @@ Deno.test("promise 4: a device node that went to another namespace under the bin
   await calls.unpublish({ volumeId: volumeId(uuid), targetPath: target });
   assert.deepEqual(host.leftovers(), []);
 });
+
+Deno.test("a volume is a file system or a block device on a node, and never both at once", async () => {
+  const { host, ...calls } = node();
+  host.addNamespace(uuid, subsystemNqn);
+  const volumeCapability = blockCapability();
+  const asBlock = { ...stage, volumeCapability, stagingTargetPath: "/pods/staging" };
+  await calls.stage(stage);
+
+  const mounted = /as a block device: ext4 of \/dev\/nvme0n1 .* is mounted at "\/staging", which has to end first/;
+  await rejects(calls.stage(asBlock), "FAILED_PRECONDITION", mounted);
+  await rejects(calls.publish({ ...asBlock, targetPath: target }), "FAILED_PRECONDITION", mounted);
+  await calls.unstage({ volumeId: volumeId(uuid), stagingTargetPath: staging });
+  await calls.stage(asBlock);
+  await calls.publish({ ...asBlock, targetPath: target });
+  await rejects(
+    calls.stage(stage),
+    "FAILED_PRECONDITION",
+    /\/dev\/nvme0n2 is in use as a block device at "\/pods\/x", a file system is damaged by that/,
+  );
+  await calls.unpublish({ volumeId: volumeId(uuid), targetPath: target });
+  await calls.stage(stage);
+
+  assert.deepEqual(host.mounts.map(({ path, isNode }) => ({ path, isNode })), [{ path: staging, isNode: false }]);
+});

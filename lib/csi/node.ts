@@ -26,6 +26,7 @@ import {
   describeMount,
   makeMountPoint,
   type Mount,
+  mountAs,
   mountsAt,
   mountsOf,
   mountTable,
@@ -179,6 +180,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
             `Cannot ${action} ${id.uuid} as a block device: ${describeMount(mounted)} is staged at "${path}"`,
           );
         }
+        await refuseMounted(device, `${action} ${id.uuid} as a block device`);
         if (!readOnly) await markUsed(host, ctx, device, `${action} ${id.uuid}`);
         return {};
       }
@@ -276,6 +278,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         mount.path !== staging && mount.path !== target
       );
       refuseSecondTarget(access, others, readOnly, refuse);
+      if (access.type === "block") await refuseMounted(device, `${action} ${id.uuid} as a block device`);
       // What is dead there shows the pod nothing but errors; what is foreign is refused.
       if (there !== undefined) await takeDown(host, ctx, target, device, `${action} ${id.uuid}`);
 
@@ -499,6 +502,16 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const asked = access.type === "mount" && parseMountFlags(access.mountFlags).readOnly;
       if (!asked) throw refuse(`${describeMount(mounted)} at the staging path is read-only`);
     }
+  }
+
+  /** Throws while a file system of the volume is mounted here: who writes to the device under it damages it. */
+  async function refuseMounted(device: BlockDevice, action: string): Promise<void> {
+    const mount = await mountAs(host, device, "ours");
+    if (mount === undefined) return;
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: ${describeMount(mount)} is mounted at "${mount.path}", which has to end first`,
+    );
   }
 
   async function bind(

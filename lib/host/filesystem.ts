@@ -24,6 +24,7 @@ import { parseMkfsOptions, parseMountFlags } from "./mkfs_options.ts";
 import {
   describeMount,
   type Mount,
+  mountAs,
   mountsAt,
   mountsOf,
   mountTable,
@@ -125,6 +126,13 @@ async function mountAsItIs(
     await takeDown(host, ctx, path, device, action);
   }
 
+  const node = await mountAs(host, device, "our node");
+  if (node !== undefined) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: ${device.path} is in use as a block device at "${node.path}", a file system is damaged by that`,
+    );
+  }
   const found = await contentOf(host, ctx, device, action);
   if (found.kind === "luks") throw refuseEncrypted(action, device);
   let fsType: FsType;

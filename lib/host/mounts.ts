@@ -149,6 +149,18 @@ export async function mountsOf(host: Host, table: readonly Mount[], device: Bloc
   return found;
 }
 
+/** A mount of the volume as a file system (`ours`) or as a block device (`our node`), wherever it is; undefined: none. */
+export async function mountAs(
+  host: Host,
+  device: BlockDevice,
+  relation: "ours" | "our node",
+): Promise<Mount | undefined> {
+  for (const mount of await mountsOf(host, await mountTable(host), device)) {
+    if (await relationOf(host, mount, device) === relation) return mount;
+  }
+  return undefined;
+}
+
 /** The volumes that this machine is connected to and that are mounted here or held by another device. Touches none. */
 export async function volumesInUse(host: Host): Promise<readonly BlockDevice[]> {
   const table = await mountTable(host);
