@@ -238,6 +238,39 @@ Deno.test("promise 3: direct.detach refuses to disconnect a namespace that is mo
   assert.equal(traddrs().length, 2);
 });
 
+Deno.test("promise 3: direct.detach drops no connection that has got a name of its own meanwhile", async () => {
+  const { host, attacher, traddrs } = directHost();
+  await attacher.attach(callContext(), namespace);
+  const run = host.run.bind(host);
+  host.run = async (program, args, options) => {
+    const result = await run(program, args, options);
+    if (args.includes("--device=nvme0")) {
+      // The kernel gave up the second one while the first was on its way out, and another subsystem was connected.
+      host.controllers.splice(0);
+      for (const traddr of ["192.0.2.8", "192.0.2.9"]) host.connect("nqn.neighbour", hostNqn, traddr);
+    }
+    return result;
+  };
+
+  await attacher.detach(callContext(), uuid);
+
+  assert.deepEqual(host.controllers.map(({ name }) => name), ["nvme0", "nvme1"]);
+  assert.deepEqual(traddrs(), ["192.0.2.8", "192.0.2.9"]);
+});
+
+Deno.test("promise 3: direct.detach leaves a connection that shows a namespace without a UUID, too", async () => {
+  const { host, attacher, traddrs } = directHost();
+  host.addNamespace(other, nqn);
+  const readText = host.readText.bind(host);
+  host.readText = (path) =>
+    path === "/sys/class/block/nvme0n2/wwid" ? Promise.resolve("eui.0025385b71b00fd4\n") : readText(path);
+  await attacher.attach(callContext(), namespace);
+
+  await attacher.detach(callContext(), uuid);
+
+  assert.deepEqual([traddrs().length, host.devices.length], [2, 2]);
+});
+
 Deno.test("direct.attach of two volumes of a subsystem connects once per address", async () => {
   const { host, attacher } = directHost();
   host.addNamespace(other, nqn);

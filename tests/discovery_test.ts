@@ -407,6 +407,35 @@ Deno.test("the daemon drops an unlisted connection only when it has not worked f
   assert.deepEqual(did(), [`nvme disconnect --device=${second.name}`]);
 });
 
+Deno.test("promise 2: the daemon drops no connection that is the last path to a namespace, although others work", async () => {
+  const { make, told, did, host } = machine();
+  const { settle } = make();
+  await told(uuid, entry());
+  await settle();
+  const [, first, second] = host.controllers;
+  assert.ok(first !== undefined && second !== undefined);
+  // The kernel's multipath: both lead to the subsystem, and the second alone to where the namespace is.
+  const states = new Map([[first, "inaccessible"], [second, "optimized"]]);
+  const paths = new Map([...states].map(([{ name }, state]) => [name.replace(/^nvme/, "nvme0c") + "n1", state]));
+  const [list, readText] = [host.list.bind(host), host.readText.bind(host)];
+  host.list = async (path) =>
+    path === "/sys/class/block" ? [...await list(path) ?? [], ...paths.keys()] : await list(path);
+  host.readText = async (path) => paths.get(/block\/(\w+)\/ana_state$/.exec(path)?.[1] ?? "") ?? await readText(path);
+  host.logPages.set("192.0.2.1:8009", {
+    generation: 2,
+    records: [{ address: `${first.traddr}:4420`, subsystemNqn: nqn }],
+  });
+  second.state = "connecting";
+  did();
+
+  for (let turn = 0; turn < 4; turn++) await settle(31_000);
+  assert.deepEqual(did(), []);
+  for (const path of paths.keys()) paths.set(path, "optimized");
+  for (let turn = 0; turn < 2; turn++) await settle(31_000);
+
+  assert.deepEqual(did(), [`nvme disconnect --device=${second.name}`]);
+});
+
 Deno.test("the daemon follows referrals, also in a circle, and drops a discovery connection that nobody names any more", async () => {
   const { make, told, did, host, connected } = machine();
   const { settle } = make();
@@ -487,6 +516,25 @@ Deno.test("promise 3: the daemon keeps a subsystem that is in use, says so once,
   await settle(60_000);
 
   assert.deepEqual(connected(), []);
+});
+
+Deno.test("promise 3: the daemon keeps a subsystem that shows a namespace without a UUID, for nobody knows who uses it", async () => {
+  const { make, told, untold, did, host, lines } = machine();
+  const readText = host.readText.bind(host);
+  host.readText = async (path) => path.endsWith("/wwid") ? "eui.0025385b71b00fd4\n" : await readText(path);
+  const { settle } = make();
+  await told(uuid, entry());
+  await settle();
+  did();
+
+  await untold(uuid);
+  await settle();
+
+  assert.deepEqual(did().filter((command) => !command.endsWith("=nvme0")), []);
+  assert.match(
+    lines.at(-1)?.error ?? "",
+    /a namespace without a UUID, of which nobody knows who uses it, it stays connected/,
+  );
 });
 
 Deno.test("promise 8: a file that was removed while no daemon ran is let go of by the next one", async () => {

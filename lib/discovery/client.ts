@@ -16,7 +16,7 @@
  *   60 seconds, and at once when the page changes.
  * - A subsystem that no file names any more is disconnected when nothing uses its devices, looked at again immediately
  *   before; connections which no file ever named are never touched. A connection to an address that left the log page is
- *   dropped only while it does not work and another one does.
+ *   dropped only while it does not work and others do, for each of its namespaces.
  *
  * The rule behind the last points: losing a connection that is needed costs data, keeping one too many costs nothing.
  */
@@ -40,7 +40,9 @@ import {
   disconnectController,
   type DiscoveryLog,
   discoveryNqn,
+  hasNamespaces,
   isAt,
+  isNeeded,
   isUsable,
   type NvmeController,
   readDiscoveryLog,
@@ -313,7 +315,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
         keepConnected(pair, address, controllers, hostId(source.hostNqn));
       }
     }
-    dropStale(pairs, sources, controllers, listed);
+    await dropStale(pairs, sources, controllers, listed);
     for (const pair of managed) if (!pairs.has(pair)) letGo(pair);
     dropSources(sources, controllers);
     for (const key of pages.keys()) if (!sources.has(key)) pages.delete(key);
@@ -462,16 +464,10 @@ export function discoveryDaemon(options: ClientOptions): Client {
   function startDrop(controller: NvmeController): void {
     const { name, subsystemNqn } = controller;
     const fields = { name, subsystem: subsystemNqn, address: where(controller) };
-    start(`drop ${name}`, "could not disconnect", fields, (ctx) => drop(ctx, controller));
-  }
-
-  async function drop(ctx: RequestContext, controller: NvmeController): Promise<undefined> {
-    // Names are used anew.
-    const same = (await allControllers(host)).find(({ name }) => name === controller.name);
-    if (same?.subsystemNqn !== controller.subsystemNqn || same.hostNqn !== controller.hostNqn) return undefined;
-    if (where(same) !== where(controller)) return undefined;
-    await disconnectController(host, ctx, same);
-    return undefined;
+    start(`drop ${name}`, "could not disconnect", fields, async (ctx) => {
+      await disconnectController(host, ctx, controller);
+      return undefined;
+    });
   }
 
   /** Disconnects a subsystem that no file names any more, if nothing uses it. */
@@ -479,9 +475,13 @@ export function discoveryDaemon(options: ClientOptions): Client {
     const [hostNqn = "", subsystemNqn = ""] = key.split(" ");
     if ([...running.keys()].some((other) => other.startsWith(`connect ${key} `))) return;
     start(`let go ${key}`, "could not let go of a subsystem", { subsystem: subsystemNqn }, async (ctx) => {
-      for (const device of await devicesOf(host, subsystemNqn)) {
+      const devices = await devicesOf(host, subsystemNqn);
+      for (const device of devices) {
         const users = await allUsersOf(host, device);
         if (users.length > 0) return `${device.path} is in use by ${users.join(", ")}, it stays connected`;
+      }
+      if (await hasNamespaces(host, subsystemNqn, devices.map(({ name }) => name))) {
+        return "it shows a namespace without a UUID, of which nobody knows who uses it, it stays connected";
       }
       // Asked for again meanwhile, by a volume that is being attached.
       const wanted = pairsOf(await input.read() ?? entries);
@@ -489,7 +489,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       const connected = (await allControllers(host)).filter((controller) =>
         controller.subsystemNqn === subsystemNqn && controller.hostNqn === hostNqn && controller.transport === "tcp"
       );
-      for (const controller of connected) await drop(ctx, controller);
+      for (const controller of connected) await disconnectController(host, ctx, controller);
       // Discovery connections are found by the host NQN alone, so they go before it is forgotten.
       const isLast = [...wanted.values()].every((pair) => pair.hostNqn !== hostNqn);
       const isLeft = (await allControllers(host)).some((controller) =>
@@ -516,13 +516,16 @@ export function discoveryDaemon(options: ClientOptions): Client {
     }
   }
 
-  /** Drops connections to addresses that left the log page, while they do not work and others do. */
-  function dropStale(
+  /**
+   * Drops connections to addresses that left the log page, while they do not work and others do, for each of their namespaces:
+   * with the last path to a namespace the kernel gives up what was not yet written.
+   */
+  async function dropStale(
     pairs: Map<string, Pair>,
     sources: Map<string, Source>,
     controllers: readonly NvmeController[],
     listed: ReadonlySet<string>,
-  ): void {
+  ): Promise<void> {
     const stale = new Set<string>();
     for (const controller of controllers) {
       const { hostNqn, subsystemNqn, name } = controller;
@@ -535,7 +538,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       if (at === undefined || addresses.length === 0) continue;
       if (addresses.some((text) => isListedAt(controller, text))) continue;
       const works = controllers.some((other) => other.subsystemNqn === subsystemNqn && other.state === "live");
-      if (!works) continue;
+      if (!works || await isNeeded(host, controller, controllers.filter((other) => other !== controller))) continue;
       stale.add(name);
       if (!staleSince.has(name)) staleSince.set(name, now());
       if (now() - (staleSince.get(name) ?? 0) < staleMs) continue;

@@ -328,9 +328,9 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
       const devices = await devicesOf(host, nqn);
       for (const { uuid } of devices) expected.get(nqn)?.delete(uuid);
       if (subsystemNqn === undefined && !devices.some((other) => other.uuid === uuid)) return;
-      const isHalfThere = devices.length === 0 && await hasNamespaces(host, nqn);
+      const ours = devices.filter((other) => other.uuid === uuid).map(({ name }) => name);
       const isExpected = (expected.get(nqn)?.size ?? 0) > 0;
-      if (devices.some((other) => other.uuid !== uuid) || isHalfThere || isExpected) {
+      if (isExpected || await hasNamespaces(host, nqn, ours)) {
         ctx.log.debug("left a subsystem connected that has other namespaces here", { subsystem: nqn });
         return;
       }

@@ -20,6 +20,7 @@ import {
   type ConnectWish,
   controllersOf,
   disconnectController,
+  isNeeded,
   isUsable,
   type NvmeController,
 } from "./nvme.ts";
@@ -246,27 +247,6 @@ export async function dropOutdated(
     }
     await sleep(50, ctx.signal);
   }
-}
-
-/** Whether some namespace has no live path but over this controller, those over `others` counted. */
-async function isNeeded(host: Host, controller: NvmeController, others: readonly NvmeController[]): Promise<boolean> {
-  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
-  const live = new Set(others.filter(({ state }) => state === "live").map(({ name }) => name));
-  // nvme1c2n3 is the path of nvme1n3 over controller nvme2.
-  const paths = names.flatMap((name) => {
-    const [, subsystem = "", instance = "", namespace = ""] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
-    return subsystem === "" ? [] : [{ name, controller: `nvme${instance}`, device: `nvme${subsystem}n${namespace}` }];
-  });
-  for (const { device } of paths.filter((path) => path.controller === controller.name)) {
-    let isCarried = false;
-    for (const path of paths) {
-      if (path.device !== device || !live.has(path.controller)) continue;
-      const state = await host.readText(`${host.roots.sysfs}/class/block/${path.name}/ana_state`);
-      isCarried ||= state !== undefined && /optimized$/.test(state.trim());
-    }
-    if (!isCarried) return true;
-  }
-  return false;
 }
 
 /**

@@ -117,9 +117,14 @@ export async function deviceNumbered(host: Host, number: string): Promise<BlockD
   return (await allDevices(host)).find((device) => device.number === number);
 }
 
-/** Whether this machine shows any block device of a subsystem, be it one that we cannot name or that is half there. */
-export async function hasNamespaces(host: Host, subsystemNqn: string): Promise<boolean> {
+/**
+ * Whether this machine shows any block device of a subsystem, be it one that has no UUID or that is half there.
+ *
+ * @param but names of devices that do not count
+ */
+export async function hasNamespaces(host: Host, subsystemNqn: string, but: readonly string[] = []): Promise<boolean> {
   for (const name of await namespaceNames(host)) {
+    if (but.includes(name)) continue;
     if (await attribute(host, `class/block/${name}/device/subsysnqn`) === subsystemNqn) return true;
   }
   return false;
@@ -188,6 +193,34 @@ export async function pathsOf(
 /** Whether reads and writes get through on this path now. */
 export function isLivePath({ controller, anaState }: NamespacePath): boolean {
   return controller.state === "live" && (anaState === undefined || /optimized$/.test(anaState));
+}
+
+/**
+ * Whether some namespace has no live path but over this controller, those over `others` counted. Without native multipath
+ * the kernel shows no paths, and nobody is needed.
+ */
+export async function isNeeded(
+  host: Host,
+  controller: NvmeController,
+  others: readonly NvmeController[],
+): Promise<boolean> {
+  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
+  const live = new Set(others.filter(({ state }) => state === "live").map(({ name }) => name));
+  // nvme1c2n3 is the path of nvme1n3 over controller nvme2.
+  const paths = names.flatMap((name) => {
+    const [, subsystem = "", instance = "", namespace = ""] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
+    return subsystem === "" ? [] : [{ name, controller: `nvme${instance}`, device: `nvme${subsystem}n${namespace}` }];
+  });
+  for (const { device } of paths.filter((path) => path.controller === controller.name)) {
+    let isCarried = false;
+    for (const path of paths) {
+      if (path.device !== device || !live.has(path.controller)) continue;
+      const state = await host.readText(`${host.roots.sysfs}/class/block/${path.name}/ana_state`);
+      isCarried ||= state !== undefined && /optimized$/.test(state.trim());
+    }
+    if (!isCarried) return true;
+  }
+  return false;
 }
 
 /**
@@ -453,7 +486,7 @@ async function setFastIoFail(
 }
 
 /**
- * `nvme disconnect` of one controller. Not connected: done.
+ * `nvme disconnect` of one controller. Not connected, or its name is that of another connection by now: done.
  *
  * @throws StatusError UNAVAILABLE with nvme-cli's words
  */
@@ -462,6 +495,11 @@ export async function disconnectController(
   ctx: RequestContext,
   controller: NvmeController,
 ): Promise<void> {
+  // Names are used anew, and a disconnect of the one before can have taken a minute.
+  const now = await readController(host, controller.name);
+  const address = addressOf(controller);
+  if (now?.subsystemNqn !== controller.subsystemNqn || now.hostNqn !== controller.hostNqn) return;
+  if (address !== undefined && !isAt(now, address)) return;
   const result = await host.run("nvme", ["disconnect", `--device=${controller.name}`], {
     signal: ctx.signal,
     onAbort: "finish",
