@@ -53,7 +53,8 @@ export async function enter(
   for (const [outside, inside] of Object.entries(readOnly)) {
     await tool("mount", "--bind", "-o", "ro", outside, join(root, inside));
   }
-  await tool("mount", "-o", "remount,ro", root);
+  // The mount alone: an overlay itself takes no changes with the mount of util-linux 2.41.
+  await tool("mount", "-o", "remount,bind,ro", root);
   // A cache of `deno run`, which the compiled executable has not.
   await Deno.mkdir(join(root, denoDir));
   await Deno.chmod(join(root, denoDir), 0o777);

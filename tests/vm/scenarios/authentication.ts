@@ -31,7 +31,7 @@ const us = hostNqn(shellNode);
 /** The initiator does not tell, the target does; Debian builds its kernels with both or with none. */
 async function canAuthenticate(): Promise<boolean> {
   const directory = "/sys/kernel/config/nvmet/hosts/nqn.2014-08.org.example:trial";
-  await Deno.mkdir(directory);
+  await Deno.mkdir(directory, { recursive: true });
   const isThere = names(directory).includes("dhchap_key");
   await Deno.remove(directory);
   return isThere;
@@ -153,7 +153,7 @@ const checks: readonly Check[] = [
         }))).flat();
       };
       const mnt = join(world.home, "mnt");
-      await Deno.mkdir(mnt);
+      await Deno.mkdir(mnt, { recursive: true });
 
       const without = await attach();
       assert.equal(without.code, 1);
@@ -204,7 +204,7 @@ const checks: readonly Check[] = [
       await using target = new Target(world.home, [us]);
       target.offer(1);
       const directory = join(world.home, "discovery.d");
-      await Deno.mkdir(directory);
+      await Deno.mkdir(directory, { recursive: true });
       const entry = `-t tcp -a 127.0.0.1 -s 4421 -q ${us} -n ${target.nqn}\n`;
       await Deno.writeTextFile(join(directory, "one"), entry);
       const log = join(world.home, "discovery-client.log");

@@ -9,6 +9,9 @@ const target = "/sys/kernel/config/nvmet";
 const hostA = hostNqn("a.node");
 const hostB = hostNqn("b.node");
 
+/** Since 6.12 at the latest, the kernel takes a host NQN with one host ID only. */
+const hostIdOf = (host: string) => `11111111-1111-4111-8111-${host === hostA ? "aaaaaaaaaaaa" : "bbbbbbbbbbbb"}`;
+
 /** nvme-cli's words, without the driver. */
 async function connect(world: World, host: string, traddr = "127.0.0.1") {
   return await run(
@@ -19,7 +22,7 @@ async function connect(world: World, host: string, traddr = "127.0.0.1") {
     "--trsvcid=4420",
     `--nqn=${world.rig.addresses.subsystemNqn}`,
     `--hostnqn=${host}`,
-    `--hostid=11111111-1111-4111-8111-${host === hostA ? "aaaaaaaaaaaa" : "bbbbbbbbbbbb"}`,
+    `--hostid=${hostIdOf(host)}`,
     "--reconnect-delay=1",
     "--ctrl-loss-tmo=60",
   );
@@ -40,7 +43,7 @@ export const scenario = of([
       await volume.grant("a.node");
       await world.rig.ask("GET", "/settled");
       const discover = (host: string) =>
-        tool("nvme", "discover", "-t", "tcp", "-a", "127.0.0.1", "-s", "4420", "-q", host, "-I", crypto.randomUUID());
+        tool("nvme", "discover", "-t", "tcp", "-a", "127.0.0.1", "-s", "4420", "-q", host, "-I", hostIdOf(host));
 
       const refused = await connect(world, hostB);
       const accepted = await connect(world, hostA);
