@@ -417,6 +417,41 @@ nodeTest(
   !needs("mkfs.xfs", "xfs_io"),
 );
 
+nodeTest("promise 4: NodeUnstageVolume lets go of no volume that is mounted in another mount namespace", async () => {
+  await using n = await node();
+  await n.stage(n.stageRequest());
+  // Where the kernel lists a mounted file system; this machine's sysfs does not follow it.
+  const listed = join(n.machine.host.roots.sysfs, "fs/ext4", n.namespace.name);
+  await Deno.mkdir(listed, { recursive: true });
+  const leak = new Deno.Command("unshare", {
+    args: ["--mount", "--propagation", "private", "sh", "-c", "echo ready && read -r line"],
+    stdin: "piped",
+    stdout: "piped",
+  }).spawn();
+  try {
+    await leak.stdout.getReader().read();
+
+    await rejects(
+      n.unstage(n.unstageRequest),
+      "FAILED_PRECONDITION",
+      new RegExp(`its ext4 is still in use by the mount at "${n.staging}" of process ${leak.pid} \\(sh\\)$`),
+    );
+  } finally {
+    await leak.stdin.close();
+    await leak.status;
+  }
+  await rejects(
+    n.unstage(n.unstageRequest),
+    "FAILED_PRECONDITION",
+    /its ext4 is still in use by a mount that this process cannot see$/,
+  );
+  assert.deepEqual([...Deno.readDirSync(n.discovery)].map((entry) => entry.name), [uuid]);
+  await Deno.remove(listed);
+  await n.unstage(n.unstageRequest);
+
+  assert.deepEqual([...Deno.readDirSync(n.discovery)], []);
+}, !needs("unshare"));
+
 nodeTest("promise 17: a volume encrypted on the host is never published without its encryption", async () => {
   await using n = await node();
   const encrypted = `${volumeId(uuid)}|hostcrypto:luks2`;

@@ -24,9 +24,11 @@ import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
 import {
   canonicalPath,
   describeMount,
+  foreignMountsOf,
   makeMountPoint,
   type Mount,
   mountAs,
+  mountedSomewhere,
   mountsAt,
   mountsOf,
   mountTable,
@@ -220,6 +222,17 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
             `Cannot ${action} ${id.uuid}: it is still mounted at ${
               others.map((mount) => `"${mount.path}"`).join(", ")
             }, unpublish it there first`,
+          );
+        }
+        // What is in memory is written with the last unmount, and that one was not in this mount namespace.
+        const fsType = await mountedSomewhere(host, device);
+        if (fsType !== undefined) {
+          const places = await foreignMountsOf(host, device);
+          throw new StatusError(
+            "FAILED_PRECONDITION",
+            `Cannot ${action} ${id.uuid}: its ${fsType} is still in use by ${
+              places.length === 0 ? "a mount that this process cannot see" : places.join(", ")
+            }`,
           );
         }
       }
