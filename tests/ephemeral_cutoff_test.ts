@@ -159,3 +159,22 @@ Deno.test("publish of an inline volume that is made and cannot be shown is UNAVA
 
   assert.deepEqual(host.leftovers(), []);
 });
+
+Deno.test("promise 4: without a live path neither publish nor unpublish of an inline volume starts what would hang", async () => {
+  const { node, host } = await machine("direct");
+  await using n = node;
+  const setStates = (state: string) => host.controllers.forEach((controller) => controller.state = state);
+  const [request, gone] = [inlineRequest(targetPath), { volumeId: inlineId(), targetPath }];
+  await n.publish(request);
+  setStates("connecting");
+  host.begin();
+
+  const noPath = /publish the inline volume csi-\w+: \/dev\/nvme0n1 has no live path \(nvme0 connecting/;
+  await rejects(n.publish(request), "UNAVAILABLE", noPath);
+  await rejects(n.unpublish(gone), "UNAVAILABLE", noPath);
+  assert.deepEqual(host.commands, []);
+  setStates("live");
+  await n.unpublish(gone);
+
+  assert.deepEqual(host.leftovers(), []);
+});

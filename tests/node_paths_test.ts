@@ -55,6 +55,25 @@ Deno.test("promise 4: without a live path nothing is started that would hang, an
   assert.deepEqual([host.mounts, host.controllers], [[], []]);
 });
 
+Deno.test("promise 4: without a live path no target is unmounted either that is the last mount of its volume", async () => {
+  const { host, setStates, ...calls } = node();
+  host.addNamespace(uuid, subsystemNqn);
+  await calls.stage(stage);
+  await calls.publish(publish);
+  // By hand, for example.
+  host.mounts.shift();
+  setStates("connecting");
+  const before = host.commands.length;
+
+  const noPath = /Cannot unpublish the volume .*: \/dev\/nvme0n1 has no live path \(nvme0 connecting\)/;
+  await rejects(calls.unpublish({ volumeId: volumeId(uuid), targetPath: target }), "UNAVAILABLE", noPath);
+  assert.equal(host.commands.length, before);
+  setStates("live");
+  await calls.unpublish({ volumeId: volumeId(uuid), targetPath: target });
+
+  assert.deepEqual(host.leftovers(), []);
+});
+
 Deno.test("promise 4: a volume whose device the kernel has given up is unstaged at once", async () => {
   const { host, setStates, ...calls } = node();
   host.addNamespace(uuid, subsystemNqn);

@@ -26,9 +26,10 @@ import {
   mountsAt,
   mountsOf,
   mountTable,
+  refuseStuckUnmount,
   takeDown,
 } from "../host/mounts.ts";
-import { allControllers, type BlockDevice, findDevice, waitForDevice } from "../host/nvme.ts";
+import { allControllers, type BlockDevice, findDevice, refuseWithoutPath, waitForDevice } from "../host/nvme.ts";
 import type { KeyedLock } from "../lock.ts";
 import { hostNqn, type RemoteNamespace } from "../namespace.ts";
 import type { EphemeralVolume, EphemeralVolumes } from "../storage/backend.ts";
@@ -181,7 +182,10 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       // Which volume it is only the cluster knows for sure. But a namespace that is mounted where kubelet keeps this volume
       // is no other, and its data has to get there before anything else, also when the cluster does not answer.
       const mounted = there === undefined ? undefined : await deviceUnder(host, there);
-      if (path !== undefined) await takeDown(host, call, path, mounted, action);
+      if (path !== undefined) {
+        if (mounted !== undefined) await refuseStuckUnmount(host, mounted, path, action);
+        await takeDown(host, call, path, mounted, action);
+      }
       const problem = obstacle();
       if (volumes === undefined || problem !== undefined) {
         // Made before anything else is, and removed last.
@@ -236,6 +240,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
     const { uuid, subsystemNqn } = namespace;
     await attacher.attach(ctx, namespace);
     const device = await waitForDevice(host, ctx, uuid, { subsystemNqn, hint: attacher.hint });
+    await refuseWithoutPath(host, device, action);
     const mounts = await mountsOf(host, await mountTable(host), device);
     // A directory of the volume that kubelet shows to a container (subPath) is not a target.
     const other = mounts.find((mount) => mount.path !== target && mount.root === "/");

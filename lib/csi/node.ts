@@ -32,6 +32,7 @@ import {
   mountsAt,
   mountsOf,
   mountTable,
+  refuseStuckUnmount,
   relationOf,
   takeDown,
   unmount,
@@ -211,7 +212,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
 
       const device = await deviceOf(id);
       if (path !== undefined) {
-        if (device !== undefined) await refuseStuckUnmount(device, path, `${action} ${id.uuid}`);
+        if (device !== undefined) await refuseStuckUnmount(host, device, path, `${action} ${id.uuid}`);
         await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
       }
       if (device !== undefined) {
@@ -345,6 +346,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         const isNode = there === undefined || await relationOf(host, there, device) === "our node";
         if (isNode && published.length === 0) await setReadOnly(ctx, device, false, there !== undefined);
       }
+      if (device !== undefined) await refuseStuckUnmount(host, device, path, `${action} ${id.uuid}`);
       await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
       await host.removeEmpty(path);
       return {};
@@ -459,20 +461,6 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       `Cannot stage the volume ${uuid}: its publish context was made by another driver and the device is not here; delete ` +
         `the VolumeAttachment of this volume and node, so that it is attached anew`,
     );
-  }
-
-  /**
-   * Throws UNAVAILABLE when the unmount at `path` would write to a device that no path leads to: umount(8) would then hang
-   * in the kernel, and the volume would be held by it. A repeat goes on when the paths, or the last of the device, are
-   * gone: a dead mount is taken down at once.
-   */
-  async function refuseStuckUnmount(device: BlockDevice, path: string, action: string): Promise<void> {
-    const mounts = await mountsOf(host, await mountTable(host), device);
-    const here = mounts.find((mount) => mount.path === path);
-    // Only the last unmount of a file system writes.
-    if (here === undefined || here.superOptions.includes("ro") || here.fsType === "devtmpfs") return;
-    if (mounts.filter((mount) => mount.fsType === here.fsType).length > 1) return;
-    await refuseWithoutPath(host, device, action);
   }
 
   /** The ID of a volume to let go of; undefined when it is not ours and nothing is mounted at the path: nothing to do. */

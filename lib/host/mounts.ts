@@ -8,7 +8,7 @@
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { Host } from "./host.ts";
-import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered } from "./nvme.ts";
+import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered, refuseWithoutPath } from "./nvme.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
 export interface Mount {
@@ -187,6 +187,25 @@ export async function mountedSomewhere(host: Host, { name }: BlockDevice): Promi
     if (await host.kindOf(path) !== "absent") return fsType;
   }
   return undefined;
+}
+
+/**
+ * Throws UNAVAILABLE when the unmount at `path` would write to a device that no path leads to: umount(8) would then hang in
+ * the kernel, and the volume would be held by it. A repeat goes on when the paths, or the last of the device, are gone: a
+ * dead mount is taken down at once.
+ */
+export async function refuseStuckUnmount(
+  host: Host,
+  device: BlockDevice,
+  path: string,
+  action: string,
+): Promise<void> {
+  const mounts = await mountsOf(host, await mountTable(host), device);
+  const here = mounts.find((mount) => mount.path === path);
+  // Only the last unmount of a file system writes.
+  if (here === undefined || here.superOptions.includes("ro") || here.fsType === "devtmpfs") return;
+  if (mounts.filter((mount) => mount.fsType === here.fsType).length > 1) return;
+  await refuseWithoutPath(host, device, action);
 }
 
 /**

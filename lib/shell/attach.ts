@@ -15,7 +15,7 @@ import { allUsersOf, type Attacher } from "../host/attach.ts";
 import { refuseUnauthenticated } from "../host/authentication.ts";
 import { type FsType, mountVolume } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
-import { canonicalPath, mountsAt, mountTable, relationOf, takeDown } from "../host/mounts.ts";
+import { canonicalPath, mountsAt, mountTable, refuseStuckUnmount, takeDown } from "../host/mounts.ts";
 import { type BlockDevice, findDevice, recheckDevice, refuseWithoutPath, waitForDevice } from "../host/nvme.ts";
 import type { RemoteNamespace } from "../namespace.ts";
 import type { StorageBackend } from "../storage/backend.ts";
@@ -167,11 +167,7 @@ export async function detachVolume(
   const device = await findDevice(host, uuid, subsystemNqn);
   const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
   if (path !== undefined) {
-    // umount writes what is in memory.
-    const top = mountsAt(await mountTable(host), path).at(-1);
-    if (device !== undefined && top !== undefined && await relationOf(host, top, device) === "ours") {
-      await refuseWithoutPath(host, device, action);
-    }
+    if (device !== undefined) await refuseStuckUnmount(host, device, path, action);
     await takeDown(host, volume, path, device, action);
   }
   if (device !== undefined) await refuseWhileUsed(host, device, action);
