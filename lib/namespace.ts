@@ -57,7 +57,8 @@ export const inBandAuthKey = "in-band-auth";
 const publishContextSchema = z.object({
   format: z.literal("lbcsi/1"),
   uuid: z.uuid(),
-  "subsystem-nqn": z.string().startsWith("nqn.").max(223),
+  // Without what would part it in two on its way: in a Discovery-Client's file, or in the kernel's list of options.
+  "subsystem-nqn": z.string().max(223).regex(/^nqn\.[^\s,#=\p{Cc}]+$/u, "is not an NQN"),
   addresses: z.string(),
   discovery: z.string(),
   // The kind alone: who may read VolumeAttachments may read this map, so no key is ever in it.

@@ -116,6 +116,14 @@ for (
     ["a UUID without dashes", { uuid: namespace.uuid.replaceAll("-", "") }, /^Cannot read the publish context: uuid: /],
     ["no NQN", { "subsystem-nqn": "" }, /^Cannot read the publish context: subsystem-nqn: /],
     ["something else than an NQN", { "subsystem-nqn": "iqn.x" }, /: subsystem-nqn: /],
+    ["an NQN of two lines", { "subsystem-nqn": "nqn.x\n-t tcp" }, /: subsystem-nqn: is not an NQN/],
+    [
+      "an NQN with an option of the kernel",
+      { "subsystem-nqn": "nqn.x,hostnqn=nqn.y" },
+      /: subsystem-nqn: is not an NQN/,
+    ],
+    ["an NQN with a blank", { "subsystem-nqn": "nqn.x y" }, /: subsystem-nqn: is not an NQN/],
+    ["an NQN with a comment", { "subsystem-nqn": "nqn.x#y" }, /: subsystem-nqn: is not an NQN/],
     ["an NQN of 224 characters", { "subsystem-nqn": `nqn.${"x".repeat(220)}` }, /: subsystem-nqn: /],
     [
       "a host name as address",
