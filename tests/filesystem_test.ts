@@ -643,9 +643,12 @@ for (const [fsType, text, message] of badOptions) {
 }
 
 Deno.test("parseMountFlags parts options, keeps quoted commas, and takes ro out", () => {
-  const flags = ["noatime,ro", 'context="system_u:object_r:c0,c1"', "defaults"];
+  const flags = ["noatime,ro", 'context="system_u:object_r:c0,c1"', "defaults", "user_xattr,grpid,data=ordered"];
 
-  assert.deepEqual(parseMountFlags(flags), { readOnly: true, rest: ["noatime", 'context="system_u:object_r:c0,c1"'] });
+  assert.deepEqual(parseMountFlags(flags), {
+    readOnly: true,
+    rest: ["noatime", 'context="system_u:object_r:c0,c1"', "user_xattr", "grpid", "data=ordered"],
+  });
 });
 
 for (
@@ -660,6 +663,14 @@ for (
     "noload",
     "rshared",
     "noatime,move",
+    "bind=",
+    "remount=",
+    "rshared=",
+    "noload=1",
+    "ro=fs",
+    "rw=recursive",
+    'loop="/dev/loop1"',
+    "x-mount.mkdir\n",
   ]
 ) {
   Deno.test(`parseMountFlags refuses ${flag}`, () => {

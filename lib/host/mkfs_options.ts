@@ -98,11 +98,13 @@ export interface MountFlags {
   readonly rest: readonly string[];
 }
 
-// These make mount do something else than to mount this device here.
+// These make mount do something else than to mount this device here. An empty value makes no other option of one that has
+// none (util-linux 2.38: `bind=` binds), and `ro=fs` is a second way to say `ro`.
 const forbiddenFlag = new RegExp(
-  "^(?:r?bind|move|remount|loop(?:=.*)?|offset=.*|sizelimit=.*|encryption=.*|helper=.*|uhelper=.*|[xX]-.*|" +
-    "(?:make-)?r?(?:private|shared|slave|unbindable)|user|users|owner|group|logdev=.*|rtdev=.*|device=.*|" +
-    "journal_path=.*|journal_dev=.*|usrjquota=.*|grpjquota=.*|norecovery|noload|nologreplay|rescue=.*)$",
+  "^(?:r?bind|move|remount|loop|offset|sizelimit|encryption|helper|uhelper|[xX]-.*|" +
+    "(?:make-)?r?(?:private|shared|slave|unbindable)|users?|owner|group|logdev|rtdev|device|" +
+    "journal_path|journal_dev|usrjquota|grpjquota|norecovery|noload|nologreplay|rescue|r[ow](?==))(?:=.*)?$",
+  "s",
 );
 
 /**
