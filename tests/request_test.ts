@@ -127,7 +127,7 @@ Deno.test("requireText counts bytes, not characters", () => {
   throws(() => requireText("do it", "name", ""), /Cannot do it: name is missing/);
 });
 
-for (const path of ["relative", "/a/../b", "/a\0b"]) {
+for (const path of ["relative", "/a/../b", "/a/..", "/a/.", "/a/./b", "/a\0b"]) {
   Deno.test(`requirePath refuses ${JSON.stringify(path)}`, () => {
     throws(() => requirePath("do it", "target_path", path), /target_path ".*" is not a plain absolute path/s);
   });

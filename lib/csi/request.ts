@@ -96,7 +96,7 @@ export const longestVolumeId = 1024;
 /** A path that the orchestrator gave; throws INVALID_ARGUMENT when it is empty, not absolute or longer than PATH_MAX. */
 export function requirePath(action: string, field: string, value: string): string {
   requireText(action, field, value, 4095);
-  if (!value.startsWith("/") || value.includes("\0") || value.split("/").includes("..")) {
+  if (!value.startsWith("/") || value.includes("\0") || /(?:^|\/)\.{1,2}(?:\/|$)/.test(value)) {
     throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${field} "${value}" is not a plain absolute path`);
   }
   return value;
