@@ -160,3 +160,37 @@ Deno.test("a volume is a file system or a block device on a node, and never both
 
   assert.deepEqual(host.mounts.map(({ path, isNode }) => ({ path, isNode })), [{ path: staging, isNode: false }]);
 });
+
+Deno.test("promise 8: NodeStageVolume gives no final answer while its file system is mounted and cannot be grown", async () => {
+  const { host, ...calls } = node();
+  const namespace = host.addNamespace(uuid, subsystemNqn);
+  namespace.content = { fsType: "ext4", fsBytes: namespace.sizeBytes / 2n };
+  host.answers.set("resize2fs", { code: 1, stderr: "resize2fs: Permission denied to resize filesystem" });
+
+  const staged = calls.stage(stage);
+
+  await rejects(staged, "UNAVAILABLE", /Cannot grow the ext4 of namespace .*: resize2fs failed with exit 1/);
+  assert.deepEqual(host.mounts.map(({ path }) => path), [staging]);
+  await calls.unstage({ volumeId: volumeId(uuid), stagingTargetPath: staging });
+  assert.deepEqual(host.mounts, []);
+});
+
+Deno.test("promise 8: NodePublishVolume gives no final answer while half of its mount is there", async () => {
+  const { host, ...calls } = node();
+  host.addNamespace(uuid, subsystemNqn);
+  await calls.stage(stage);
+  const failure = { code: 32, stdout: "", stderr: "mount: /pods/x: filesystem was mounted, but failed to remount." };
+  const run = host.run.bind(host);
+  let isHalf = false;
+  host.run = async (program, args, options) => {
+    const result = isHalf || program !== "mount" ? await run(program, args, options) : failure;
+    return program === "mount" ? failure : result;
+  };
+
+  await rejects(calls.publish(publish), "FAILED_PRECONDITION", /mount failed with exit 32 \(mount: \/pods\/x/);
+  isHalf = true;
+  await rejects(calls.publish(publish), "UNAVAILABLE", /mount failed with exit 32 \(mount: \/pods\/x/);
+
+  await calls.unpublish({ volumeId: volumeId(uuid), targetPath: target });
+  assert.deepEqual(host.leftovers(), ["mount /staging"]);
+});

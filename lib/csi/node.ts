@@ -524,7 +524,11 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   ): Promise<void> {
     const args = ["-o", readOnly ? "bind,ro" : "bind", source, target];
     const result = await host.run("mount", args, { signal: ctx.signal, onAbort: "finish", log: ctx.log });
-    if (result.code !== 0) throw refuse(`mount failed with exit ${result.code} (${result.stderr.trim()})`);
+    if (result.code === 0) return;
+    const { code, message } = refuse(`mount failed with exit ${result.code} (${result.stderr.trim()})`);
+    // Read-only takes it two steps. A final answer would make the orchestrator forget the first.
+    const isThere = mountsAt(await mountTable(host), target).length > 0;
+    throw new StatusError(isThere ? "UNAVAILABLE" : code, message);
   }
 
   /**

@@ -17,7 +17,7 @@
  */
 import { Buffer } from "node:buffer";
 import { type RequestContext, unlessAborted } from "../context.ts";
-import { messageOf, StatusError } from "../error.ts";
+import { isFinal, messageOf, StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { isNeverUsed, markUsed } from "./luks.ts";
 import { parseMkfsOptions, parseMountFlags } from "./mkfs_options.ts";
@@ -67,7 +67,7 @@ export interface MountWish {
  * @param path free of symbolic links, an existing directory
  * @throws StatusError ALREADY_EXISTS when it is mounted there in another way; FAILED_PRECONDITION when the device holds
  *   something else, or something that is not blank either; INVALID_ARGUMENT for bad flags or options; UNAVAILABLE when
- *   the device cannot be read or changed meanwhile
+ *   the device cannot be read or changed meanwhile, or the file system is mounted and cannot be grown
  */
 export async function mountVolume(
   host: Host,
@@ -99,7 +99,13 @@ export async function mountVolume(
     await mountAsItIs(host, ctx, device, path, wish);
     return;
   }
-  await ensureGrown(host, ctx, device, path, fsType);
+  try {
+    await ensureGrown(host, ctx, device, path, fsType);
+  } catch (error) {
+    // A final answer makes the orchestrator forget the mount that is there now, and nobody would take it down.
+    if (!isFinal(error)) throw error;
+    throw new StatusError("UNAVAILABLE", messageOf(error), { cause: error });
+  }
 }
 
 /** Mounts it, see mountVolume, and leaves its size as it is unless it can only grow before it is mounted. */
