@@ -388,6 +388,35 @@ Deno.test({
     }),
 });
 
+Deno.test({
+  name: "mountVolume of an ext4 that another mount namespace has mounted mounts it as it is",
+  ignore: ignore || !needs("unshare"),
+  fn: () =>
+    withDisk(64, async ({ machine, namespace, mount, path }) => {
+      await mount(wish);
+      // Where the kernel lists a mounted file system; this machine's sysfs does not follow it.
+      const listed = join(machine.host.roots.sysfs, "fs/ext4", namespace.name);
+      await Deno.mkdir(listed, { recursive: true });
+      const leak = new Deno.Command("unshare", {
+        args: ["--mount", "--propagation", "private", "sh", "-c", "echo ready && read -r line"],
+        stdin: "piped",
+        stdout: "piped",
+      }).spawn();
+      try {
+        await leak.stdout.getReader().read();
+        await machine.tool("umount", path);
+
+        await mount(wish);
+      } finally {
+        await leak.stdin.close();
+        await leak.status;
+      }
+
+      await Deno.writeTextFile(join(path, "works"), "");
+      assert(!machine.commands.includes("e2fsck"));
+    }),
+});
+
 Deno.test("mountVolume of an ext4 that e2fsck cannot repair answers FAILED_PRECONDITION and does not mount it", async () => {
   const { host, device } = await fakeDisk();
   host.answers.set("e2fsck", { code: 4, stdout: "/dev/nvme0n1: UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY.\n" });

@@ -25,6 +25,7 @@ import {
   describeMount,
   type Mount,
   mountAs,
+  mountedSomewhere,
   mountsAt,
   mountsOf,
   mountTable,
@@ -551,8 +552,10 @@ async function check(
 ): Promise<void> {
   // xfs and btrfs put themselves right when they are mounted; their check tools are for people.
   if (fsType !== "ext4") return;
-  // Mounted elsewhere on this machine (by an earlier staging path): it is in order, and e2fsck would refuse.
+  // Mounted elsewhere on this machine (by an earlier staging path, or in a container that kept a copy of the mount): it is in
+  // order, and e2fsck would refuse.
   if ((await mountsOf(host, await mountTable(host), device)).length > 0) return;
+  if (await mountedSomewhere(host, device) !== undefined) return;
   // Once mounted it grows much faster, without a full check; but that takes a right which not every container has.
   const growHere = isSmaller && !await canGrowMountedExt4(host);
   await recheckDevice(host, device, action);
