@@ -306,7 +306,11 @@ class NvmetPlane implements DataPlane {
 
   async start(): Promise<void> {
     this.#started = true;
-    await this.#enqueue(() => this.#reconcile());
+    await this.#enqueue(async () => {
+      await this.#reconcile();
+      // Again, for an address that somebody else has is a reason not to start, and not one to log and go on.
+      for (const subsystem of this.#subsystems.values()) await this.#serve(subsystem);
+    });
   }
 
   async settled(): Promise<void> {
@@ -393,6 +397,8 @@ class NvmetPlane implements DataPlane {
     }
     subsystem.allowed = allowed;
     if (allowed.size === 0 && nqn !== this.#options.identity.subsystemNqn) await this.#removeSubsystem(subsystem);
+    // Served when everybody is let in who may: a host that comes back, and is told that it may not, gives up for good (6.12).
+    else await this.#serve(subsystem);
   }
 
   #tellRefused(subsystem: Subsystem, granted: ReadonlyMap<string, string>, allowed: ReadonlySet<string>): void {
@@ -414,7 +420,6 @@ class NvmetPlane implements DataPlane {
     await this.#makeDirectory(directory);
     const subsystem: Subsystem = { nqn, directory, owner: undefined, allowed: new Set() };
     this.#subsystems.set(nqn, subsystem);
-    for (const port of this.#ports) if (port.up) await link(port.directory, subsystem.directory, true);
     return subsystem;
   }
 
@@ -431,6 +436,10 @@ class NvmetPlane implements DataPlane {
     await Deno.mkdir(directory);
     await write(join(directory, "attr_model"), model);
     await write(join(directory, "attr_serial"), this.#record.serial);
+  }
+
+  async #serve(subsystem: Subsystem): Promise<void> {
+    for (const port of this.#ports) if (port.up) await link(port.directory, subsystem.directory, true);
   }
 
   async #removeSubsystem(subsystem: Subsystem): Promise<void> {
