@@ -226,6 +226,8 @@ export class Volume {
       secrets: { ...this.world.secrets, ...this.publishSecrets },
     });
     this.publishContext = publishContext;
+    // The simulator answers before its target has changed, and a first connection is refused meanwhile.
+    await this.world.rig.ask("GET", "/settled");
   }
 
   /** ControllerUnpublishVolume: the fence. */
