@@ -209,8 +209,16 @@ async function isWithoutKeys(host: Host, ctx: RequestContext, device: BlockDevic
   });
   // Then the attempt to open it tells what is wrong.
   if (dumped.code !== 0) return false;
-  const parsed = dumpSchema.safeParse(JSON.parse(dumped.stdout));
+  const parsed = dumpSchema.safeParse(parseJson(dumped.stdout));
   return parsed.success && Object.keys(parsed.data.keyslots).length === 0;
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
 }
 
 function readerOf(host: Host, ctx: RequestContext, device: BlockDevice) {
