@@ -253,6 +253,8 @@ Deno.test({
     await inFlight(50, volumes, (volume) => race(env.create, volume));
     const managed = env.sim.control.cluster.volumes.length;
     await inFlight(50, volumes, (volume) => pass(volume, "write"));
+    // A device whose access was taken away a moment ago may still be there for NodeStageVolume, and go after it.
+    await env.sim.control.settled();
     await inFlight(50, [...chosen], (volume) => pass(volume, "read"));
     await inFlight(50, volumes, (volume) => race(env.delete, volume));
 
