@@ -150,8 +150,7 @@ async function call<I extends DescMessage, O extends DescMessage>(
   method: DescMethodUnary<I, O>,
   request: MessageInitShape<I>,
 ): Promise<MessageShape<O>> {
-  // Longer than anything takes on a busy machine: of 50 calls in flight the last one waits for all others.
-  const until = { signal: AbortSignal.timeout(180_000), deadline: new Date(Date.now() + 170_000) };
+  const until = { signal: AbortSignal.timeout(60_000), deadline: new Date(Date.now() + 55_000) };
   return await channel.call(method, request, until);
 }
 
