@@ -13,7 +13,6 @@
  * Rejected: renaming the authority in place (it is Huffman-coded, and later requests refer to the table entry), and
  * waiting with the hand-over of the socket until the header block is there (clients wait for the server's SETTINGS).
  */
-import type { Socket } from "node:net";
 import { Duplex } from "node:stream";
 import { encodeHeaders, type HeaderField, HpackDecoder } from "./hpack.ts";
 
@@ -21,7 +20,7 @@ import { encodeHeaders, type HeaderField, HpackDecoder } from "./hpack.ts";
  * The connection behind `socket`, with every request's `:authority` made acceptable to `node:http2`.
  * Owns the socket from now on: ends, errors and back-pressure pass both ways.
  */
-export function acceptAnyAuthority(socket: Socket): Duplex {
+export function acceptAnyAuthority(socket: Duplex): Duplex {
   const filter = createAuthorityFilter();
   const connection = new Duplex({
     allowHalfOpen: socket.allowHalfOpen,

@@ -31,6 +31,7 @@ import {
 import { acceptAnyAuthority } from "./authority.ts";
 import { type Fields, type Logger, type RequestContext, requestContext } from "./context.ts";
 import { messageOf, type StatusCode, StatusError } from "./error.ts";
+import { answers, listenUnix, type UnixListener } from "./unix_socket.ts";
 
 // ---------------------------------------------------------------------------------------------------------- serving
 
@@ -139,37 +140,16 @@ export async function serve(options: ServeOptions): Promise<Server> {
     connection.on("close", () => connections.delete(connection));
     injector.injectConnection(connection);
   };
-  const listen = options.listen;
-  let listener: net.Server;
-  if ("path" in listen) {
-    await clearSocketPath(listen.path);
-    listener = net.createServer((socket) => accept(acceptAnyAuthority(socket)));
-  } else if (listen.tls !== undefined) {
-    listener = tls.createServer({ ...listen.tls, ALPNProtocols: ["h2"] }, accept);
-    listener.on("tlsClientError", (error) => options.log.debug("refused a TLS connection", { error: error.message }));
-  } else {
-    listener = net.createServer(accept);
-  }
-  await new Promise<void>((resolve, reject) => {
-    listener.once("error", (error) => {
-      const where = "path" in listen ? listen.path : `${listen.host}:${listen.port}`;
-      reject(new StatusError("FAILED_PRECONDITION", `Cannot listen on ${where}: ${error.message}`, { cause: error }));
-    });
-    if ("path" in listen) listener.listen(listen.path, resolve);
-    else listener.listen(listen.port, listen.host, resolve);
-  });
-  // Whoever may connect may order volumes about: the driver's user, and its group for sidecars that run as another user.
-  if ("path" in listen) chmodSync(listen.path, 0o660);
-  const address = listener.address();
+  const listener = await listenFor(options, accept);
 
   return {
-    port: typeof address === "object" && address !== null ? address.port : 0,
+    port: listener.port,
     dropConnections() {
       for (const connection of connections) connection.destroy();
     },
     async stop(graceMs) {
       state.draining = true;
-      const closed = new Promise<void>((resolve) => listener.close(() => resolve()));
+      const closed = listener.close();
       let timer: ReturnType<typeof setTimeout> | undefined;
       await Promise.race([
         Promise.allSettled(running),
@@ -182,6 +162,47 @@ export async function serve(options: ServeOptions): Promise<Server> {
       for (const connection of connections) connection.destroy();
       await closed;
     },
+  };
+}
+
+/** Where connections come from. */
+interface Listener {
+  /** As Server's. */
+  readonly port: number;
+  /** Accepts no more; of TCP it resolves when all connections are closed. */
+  close(): Promise<void>;
+}
+
+async function listenFor({ listen, log }: ServeOptions, accept: (connection: Duplex) => void): Promise<Listener> {
+  const refusal = (error: Error) => {
+    const where = "path" in listen ? listen.path : `${listen.host}:${listen.port}`;
+    return new StatusError("FAILED_PRECONDITION", `Cannot listen on ${where}: ${error.message}`, { cause: error });
+  };
+  if ("path" in listen) {
+    await clearSocketPath(listen.path);
+    let listener: UnixListener;
+    try {
+      listener = listenUnix(listen.path, (connection) => accept(acceptAnyAuthority(connection)));
+    } catch (error) {
+      throw refusal(error as Error);
+    }
+    // Whoever may connect may order volumes about: the driver's user, and its group for sidecars that run as another.
+    chmodSync(listen.path, 0o660);
+    return { port: 0, close: () => Promise.resolve(listener.close()) };
+  }
+  const { host, port, tls: identity } = listen;
+  const listener = identity === undefined
+    ? net.createServer(accept)
+    : tls.createServer({ ...identity, ALPNProtocols: ["h2"] }, accept)
+      .on("tlsClientError", (error) => log.debug("refused a TLS connection", { error: error.message }));
+  await new Promise<void>((resolve, reject) => {
+    listener.once("error", (error) => reject(refusal(error)));
+    listener.listen(port, host, resolve);
+  });
+  const address = listener.address();
+  return {
+    port: typeof address === "object" && address !== null ? address.port : 0,
+    close: () => new Promise<void>((resolve) => listener.close(() => resolve())),
   };
 }
 
@@ -463,17 +484,6 @@ function statIfThere(path: string) {
   } catch {
     return undefined;
   }
-}
-
-function answers(path: string): Promise<boolean> {
-  return new Promise((resolve) => {
-    const socket = net.connect(path);
-    socket.once("connect", () => {
-      socket.destroy();
-      resolve(true);
-    });
-    socket.once("error", () => resolve(false));
-  });
 }
 
 // ---------------------------------------------------------------------------------------------------------- calling

@@ -47,7 +47,6 @@ const places: readonly (readonly [what: RegExp, where: readonly string[]])[] = [
   [/^node:http2$/, ["lib/goaway.ts"]],
   [/^node:(fs|fs\/promises|child_process|os|net|tls|http|https|dgram|process)$/, [
     "lib/rpc.ts",
-    "lib/authority.ts",
     "lib/host/",
     "lib/sim/",
   ]],
@@ -57,6 +56,7 @@ const mayUseDeno = [
   "main.ts",
   "lib/host/host.ts",
   "lib/context.ts",
+  "lib/unix_socket.ts",
   "lib/sim/",
   "lib/demo/",
   "tests/",
