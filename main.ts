@@ -4,7 +4,7 @@
  */
 import "./lib/goaway.ts";
 import { readFileSync, statSync } from "node:fs";
-import { z } from "zod";
+import * as z from "zod";
 import config from "./deno.json" with { type: "json" };
 import type { Check } from "./lib/check.ts";
 import {
@@ -156,6 +156,7 @@ const commands: Readonly<Record<string, Command>> = {
         keyBits: settings["luks-key-size"],
         pbkdf: settings["luks-pbkdf"],
         pbkdfMemoryKib: settings["luks-pbkdf-memory"],
+        iterMs: settings["luks-iter-time"],
         sectorBytes: settings["luks-sector-size"],
         discard: settings["luks-discard"],
       },

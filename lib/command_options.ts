@@ -2,7 +2,7 @@
  * The options of each subcommand: their names, variables, defaults and meanings, and the text of `--help` around them. What
  * becomes of them is for main.ts.
  */
-import { z } from "zod";
+import * as z from "zod";
 import { logLevels } from "./context.ts";
 import { type Endpoint, parseEndpoints, schemes } from "./id.ts";
 import { parseAddress, type TransportAddress } from "./namespace.ts";
@@ -252,6 +252,14 @@ export const nodeOptions = {
     value: "KIB",
     meaning: "most memory for argon2id: every node that opens the volume needs it",
     schema: wholeNumber(32, 4 << 20),
+  },
+  "luks-iter-time": {
+    env: ["LB_CSI_LUKS_ITER_TIME"],
+    fallback: "2000",
+    value: "MS",
+    meaning:
+      "how long making the key of the passphrase is to take, at each opening too; short ones suit random passphrases",
+    schema: wholeNumber(10, 60_000),
   },
   "luks-sector-size": {
     env: ["LB_CSI_LUKS_SECTOR_SIZE"],

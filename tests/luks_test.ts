@@ -109,6 +109,18 @@ Deno.test("promise 10: passphrases go to cryptsetup by standard input, and are i
   assert(n.host.commands.some((command) => command.includes("--key-file=-")));
 });
 
+Deno.test("the keys of a new volume and of a changed passphrase are made as the settings say", async () => {
+  const n = node();
+  await n.stage();
+  await n.unstage();
+  await n.stage({ "host-encryption-passphrase": "changed", "host-encryption-passphrase-previous": passphrase });
+
+  for (const verb of ["luksFormat", "luksChangeKey"]) {
+    const command = n.host.commands.find((command) => command.includes(verb)) ?? "";
+    assert.match(command, / --pbkdf=argon2id --pbkdf-memory=65535 --iter-time=2000 /);
+  }
+});
+
 Deno.test("NodeStageVolume changes a passphrase when the previous one still opens the volume", async () => {
   const n = node();
   const first = { "host-encryption-passphrase": "first" };

@@ -13,7 +13,7 @@
  * Volume key in the mapper's table and not in the kernel's keyring (`--disable-keyring`): growing needs no passphrase then.
  */
 import { Buffer } from "node:buffer";
-import { z } from "zod";
+import * as z from "zod";
 import { type RequestContext, unlessAborted } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
@@ -32,18 +32,24 @@ export interface LuksSettings {
    * node could not open the volume.
    */
   readonly pbkdfMemoryKib: number;
+  /**
+   * How long a node like the one that encrypts takes to make the key of the passphrase, each time that it opens the volume,
+   * in milliseconds; what a guess costs.
+   */
+  readonly iterMs: number;
   /** Encryption sectors; undefined: what cryptsetup finds best for the device. */
   readonly sectorBytes: 512 | 4096 | undefined;
   /** Lets discards through, which shows the cluster which blocks are unused. */
   readonly discard: boolean;
 }
 
-/** AES-256 in XTS, argon2id in 64 MiB at most (the incumbent's bound). */
+/** AES-256 in XTS, argon2id in 64 MiB at most (the incumbent's bound), for 2 s (cryptsetup's own choice). */
 export const defaultLuksSettings: LuksSettings = {
   cipher: "aes-xts-plain64",
   keyBits: 512,
   pbkdf: "argon2id",
   pbkdfMemoryKib: 65535,
+  iterMs: 2000,
   sectorBytes: undefined,
   discard: false,
 };
@@ -242,7 +248,7 @@ async function luksFormat(
   { passphrases, settings }: OpenWish,
   action: string,
 ): Promise<void> {
-  const { cipher, keyBits, pbkdf, pbkdfMemoryKib, sectorBytes } = settings;
+  const { cipher, keyBits, sectorBytes } = settings;
   ctx.log.info("encrypts a blank device", { device: device.path });
   await recheckDevice(host, device, action);
   const made = await cryptsetup(host, ctx, [
@@ -252,8 +258,7 @@ async function luksFormat(
     "--hash=sha256",
     `--cipher=${cipher}`,
     `--key-size=${keyBits}`,
-    `--pbkdf=${pbkdf}`,
-    ...(pbkdf === "argon2id" ? [`--pbkdf-memory=${pbkdfMemoryKib}`] : []),
+    ...derivationOf(settings),
     ...(sectorBytes === undefined ? [] : [`--sector-size=${sectorBytes}`]),
     `--label=${newLabel}`,
     "--key-file=-",
@@ -314,7 +319,7 @@ async function open(
   const changed = await cryptsetup(
     host,
     ctx,
-    ["luksChangeKey", "--batch-mode", `--pbkdf=${settings.pbkdf}`, ...memoryOf(settings), device.path],
+    ["luksChangeKey", "--batch-mode", ...derivationOf(settings), device.path],
     `${previous}\n${current}\n`,
   );
   if (changed.code !== 0) {
@@ -328,8 +333,10 @@ async function open(
   ctx.log.info("changed the passphrase of a volume", { device: device.path });
 }
 
-function memoryOf({ pbkdf, pbkdfMemoryKib }: LuksSettings): readonly string[] {
-  return pbkdf === "argon2id" ? [`--pbkdf-memory=${pbkdfMemoryKib}`] : [];
+/** How the key of a slot is to be made of its passphrase, in cryptsetup's words. */
+function derivationOf({ pbkdf, pbkdfMemoryKib, iterMs }: LuksSettings): readonly string[] {
+  const memory = pbkdf === "argon2id" ? [`--pbkdf-memory=${pbkdfMemoryKib}`] : [];
+  return [`--pbkdf=${pbkdf}`, ...memory, `--iter-time=${iterMs}`];
 }
 
 /** Runs cryptsetup to its end; the passphrase goes in by standard input. */
