@@ -110,6 +110,11 @@ for (
     ["a cluster that is a number", "clusters: [7]", /clusters\[0\] "7" is not a map of keys/],
     ["no name", `clusters: [{endpoints: "a:1"}]`, /clusters\[0\]\.name is missing/],
     ["a name with a blank", `clusters: [{name: a b, endpoints: "a:1"}]`, /clusters\[0\]\.name "a b" is not a name/],
+    [
+      "a name that YAML reads as a number",
+      `clusters: [{name: 5, endpoints: "a:1"}]`,
+      /clusters\[0\]\.name "5" is not a text, quotes make it one/,
+    ],
     ["no endpoints", "clusters: [{name: a}]", /clusters\[0\]\.endpoints is missing/],
     ["an empty list of endpoints", "clusters: [{name: a, endpoints: []}]", /clusters\[0\]\.endpoints is empty/],
     ["an endpoint without a port", `clusters: [{name: a, endpoints: "a"}]`, /endpoints "a" "a" is not host:port/],

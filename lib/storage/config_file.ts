@@ -6,7 +6,7 @@
  * place; a watch would have to know both. A new file that cannot be used leaves the old one in force.
  */
 import { parse } from "yaml";
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 
@@ -96,7 +96,7 @@ export function texts(problem: string) {
 }
 
 /** The name of one entry of a file, for messages. */
-export const entryName = z.string({ error: "is missing" })
+export const entryName = z.string({ error: "is not a text, quotes make it one" })
   .regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/, 'is not a name of 1 to 63 letters, digits, ".", "_", "-"');
 
 function describe(
