@@ -3,7 +3,7 @@
  * say of themselves, and what can be seen of them from outside.
  */
 import { join } from "node:path";
-import { z } from "zod";
+import * as z from "zod";
 import { sleep } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { hostNqn } from "../namespace.ts";
@@ -495,19 +495,21 @@ export class Running {
    * up.
    */
   async until<T>(what: string, signal: AbortSignal, look: () => Promise<T | undefined>): Promise<T> {
-    const giveUpAt = performance.now() + this.#patienceMs;
+    const began = performance.now();
     for (;;) {
       const ended = this.#status;
+      const passed = performance.now() - began;
       const found = await look();
       if (found !== undefined) return found;
-      if (ended !== undefined || performance.now() > giveUpAt) {
+      if (ended !== undefined || passed > this.#patienceMs) {
         const log = (await readText(this.log) ?? "").trimEnd().split("\n").slice(-5).join("\n");
         const fate = ended === undefined
           ? `it gave none for ${this.#patienceMs / 1000} s`
           : `it ended with status ${ended.code}`;
         throw new StatusError("UNAVAILABLE", `Cannot get ${what} from the ${this.name}: ${fate}\n${log}`);
       }
-      await sleep(5, signal);
+      // Where starting takes long, looking does too, and takes its time from the one who starts.
+      await sleep(Math.min(250, Math.max(5, passed / 20)), signal);
     }
   }
 

@@ -15,8 +15,9 @@ export interface Share {
 }
 
 export interface BootOptions {
-  /** What build_guest.sh made. */
+  /** What build_guest.sh made: the guest, and QEMU. */
   readonly imageDir: string;
+  readonly emulatorDir: string;
   /** Where this boot keeps its files: `console.log` has the kernel's messages. Must exist. */
   readonly runDir: string;
   /** Bash, run as root when the guest is up; the guest goes when it ends. */
@@ -34,6 +35,15 @@ export interface BootOptions {
 
 /** How a boot ended: the command's exit status, or why there is none. */
 export type Ended = { readonly status: number } | { readonly problem: string };
+
+/** QEMU with libraries and firmware of its own release. */
+function emulator(directory: string): readonly string[] {
+  const usr = join(directory, "root/usr");
+  return [
+    ...[join(usr, "lib64/ld-linux-x86-64.so.2"), "--library-path", join(usr, "lib/x86_64-linux-gnu")],
+    ...[join(usr, "bin/qemu-system-x86_64"), "-L", join(usr, "share/qemu"), "-L", join(usr, "share/seabios")],
+  ];
+}
 
 /** Boots a guest and waits until it is off. */
 export async function boot(options: BootOptions): Promise<Ended> {
@@ -62,7 +72,7 @@ export async function boot(options: BootOptions): Promise<Ended> {
     ...["-device", `virtio-blk-pci,drive=${id},serial=${id}`],
   ];
   const args = [
-    ...["--pdeathsig", "KILL", "qemu-system-x86_64"],
+    ...["--pdeathsig", "KILL", ...emulator(options.emulatorDir)],
     ...["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"],
     ...["-accel", "tcg,thread=multi,tb-size=512", "-machine", "q35,usb=off,vmport=off,smm=off", "-cpu", "Westmere"],
     ...["-smp", String(options.processors), "-m", String(options.memoryMib)],

@@ -1,26 +1,23 @@
 /**
- * Runs in the guest, as a bundle: the checks of one boot of some scenarios that start in the same way, one after the other.
+ * Runs in the guest, as a bundle: checks from a queue that guests share, until nothing is left in it.
  *
- *   deno run -A inside.js FILES BOOT NAMES      JSON list of files, number of the boot, JSON list of the checks to run
+ *   deno run -A inside.js QUEUE BOOT       a directory of the host's, see queue.ts; number of the boot
+ *   deno run -A inside.js --load FILE ...  only loads these bundles of scenarios, which fills Deno's cache
  */
+import { take } from "./queue.ts";
 import { modulesLoaded, read, World } from "./world.ts";
 import { type Check, type Report, reportMark, type Scenario } from "./scenario.ts";
 
-const [filesText = "[]", bootText = "0", namesText = "[]"] = Deno.args;
-const files: readonly string[] = JSON.parse(filesText);
-const scenarios: readonly Scenario[] = await Promise.all(files.map(async (file) => {
+async function scenarioOf(file: string): Promise<Scenario> {
   const { scenario }: { scenario: Scenario } = await import(new URL(`./${file}`, import.meta.url).href);
   return scenario;
-}));
-const start = scenarios[0]?.start;
-const names = new Set<string>(JSON.parse(namesText));
-const wanted = scenarios.flatMap(({ boots }) => boots[Number(bootText)] ?? []).filter(({ name }) => names.has(name));
+}
 
 // One line is one write, so that output of others does not get between.
 const report = (report: Report) => console.log(reportMark + JSON.stringify(report));
+const uptime = () => read("/proc/uptime")?.split(" ")[0];
 
 async function run({ name, limitSeconds = 300, run }: Check, world: World): Promise<boolean> {
-  report({ event: "begins", name });
   const limit = new AbortController();
   const started = performance.now();
   const late = new Promise<never>((_resolve, reject) => {
@@ -45,29 +42,52 @@ async function run({ name, limitSeconds = 300, run }: Check, world: World): Prom
   }
 }
 
-const uptime = () => read("/proc/uptime")?.split(" ")[0];
-const began = uptime();
-await modulesLoaded();
-const world = new World((name, text) => report({ event: "measured", name, text }));
-if (start !== undefined) {
+/** Has the world run that a scenario starts with; exits when there is none to be had. */
+async function prepare(world: World, { start }: Scenario, name: string): Promise<void> {
+  if (start === undefined ? world.isIdle : world.isStarted(start)) return;
+  const began = performance.now();
   try {
-    await world.start(start);
+    if (start === undefined) await world.stop();
+    else await world.start(start);
   } catch (error) {
-    console.log(await world.evidence());
-    console.log(error instanceof Error ? error.stack : error);
+    const problem = error instanceof Error ? error.stack ?? error.message : String(error);
+    const ms = Math.round(performance.now() - began);
+    report({ event: "failed", name, ms, problem: `${problem}\n${await world.evidence()}` });
     Deno.exit(3);
   }
+  const seconds = ((performance.now() - began) / 1000).toFixed(1);
+  report({ event: "measured", name: start === undefined ? "stopped in" : "started in", text: `${seconds} s` });
+}
+
+async function runQueue(queue: string, boot: number): Promise<boolean> {
+  const world = new World((name, text) => report({ event: "measured", name, text }));
+  report({ event: "measured", name: "booted", text: `${uptime()} s after the kernel's start` });
+  await modulesLoaded();
+  let failed = false;
+  for (let item = take(queue, undefined); item !== undefined; item = take(queue, item.group)) {
+    const { file, name } = item;
+    report({ event: "begins", name });
+    const scenario = await scenarioOf(file);
+    const check = scenario.boots[boot]?.find((check) => check.name === name);
+    if (check === undefined) throw new Error(`${file} has no check "${name}" in boot ${boot}`);
+    await prepare(world, scenario, name);
+    if (await run(check, world)) continue;
+    failed = true;
+    if (scenario.start !== undefined) await world.cleanUp();
+  }
+  const [, idle = "0"] = read("/proc/uptime")?.split(" ") ?? [];
   report({
     event: "measured",
-    name: "ready",
-    text: `${uptime()} s after the kernel's start; this program ran after ${began} s`,
+    name: "ends",
+    text: `${uptime()} s after the kernel's start, of which it was idle for ${idle} s`,
   });
+  return !failed;
 }
-let failed = false;
-for (const check of wanted) {
-  if (await run(check, world)) continue;
-  failed = true;
-  if (start !== undefined) await world.cleanUp();
+
+const [first = "", ...rest] = Deno.args;
+if (first === "--load") {
+  await Promise.all(rest.map(scenarioOf));
+} else {
+  // Without waiting for whatever hangs.
+  Deno.exit(await runQueue(first, Number(rest[0])) ? 0 : 1);
 }
-// Without waiting for whatever hangs.
-Deno.exit(failed ? 1 : 0);

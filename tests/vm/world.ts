@@ -13,18 +13,13 @@ import { hostNqn } from "../../lib/namespace.ts";
 import { CallError, type Channel } from "../../lib/rpc.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { enter } from "../support/image_root.ts";
+import { codeAt } from "./code.ts";
 
-/**
- * What starts the program: the bundle of main.ts that the host has made, without V8's compilers, which cost more than they
- * gain under emulation. From its second start on Deno has the bytecode in its cache, and takes two thirds of the time.
- */
-export const program: readonly string[] = [
-  Deno.execPath(),
-  "run",
-  "-A",
-  "--v8-flags=--jitless,--max-old-space-size=64",
-  "/program/main.js",
-];
+/** What the host has made ready: see code.ts. */
+const code = codeAt(Deno.env.get("LBCSI_VM_CODE") ?? "");
+
+/** What starts the program. */
+export const program: readonly string[] = [Deno.execPath(), ...code.program];
 
 /** How long a process may take to start; on a quiet machine it takes 5 s. */
 const patienceMs = 600_000;
@@ -57,12 +52,14 @@ export async function until<T>(
   look: () => T | undefined | false | Promise<T | undefined | false>,
   seconds = 20,
 ): Promise<T> {
-  const giveUpAt = performance.now() + seconds * 1000;
+  const began = performance.now();
   for (;;) {
+    const passedMs = performance.now() - began;
     const found = await look();
     if (found !== undefined && found !== false) return found;
-    if (performance.now() > giveUpAt) throw new Error(`not within ${seconds} s: ${what}`);
-    await new Promise((resolve) => setTimeout(resolve, 10));
+    if (passedMs > seconds * 1000) throw new Error(`not within ${seconds} s: ${what}`);
+    // Looking takes time from those who are waited for.
+    await new Promise((resolve) => setTimeout(resolve, Math.min(250, Math.max(10, passedMs / 20))));
   }
 }
 
@@ -84,21 +81,9 @@ export function names(directory: string): readonly string[] {
   }
 }
 
-/** Loads what the initiator, the target and file systems need, so that no check pays for it. */
+/** Loads what nearly all checks need, so that none of them pays for it. */
 export async function modulesLoaded(): Promise<void> {
-  await tool(
-    "modprobe",
-    "-a",
-    "nvme-tcp",
-    "nvmet",
-    "nvmet-tcp",
-    "loop",
-    "ext4",
-    "xfs",
-    "btrfs",
-    "dm-flakey",
-    "dm-crypt",
-  );
+  await tool("modprobe", "-a", "nvme-tcp", "nvmet", "nvmet-tcp", "loop", "ext4", "dm-mod");
 }
 
 // ---------------------------------------------------------------------------------------- the kernel, as it is
@@ -336,7 +321,9 @@ export class World {
   readonly home = Deno.makeTempDirSync({ dir: "/tmp", prefix: "world-" });
   rig = new Rig(this.home, program, program, "lightos", patienceMs);
   readonly #measured: (name: string, text: string) => void;
-  #options: StartOptions = {};
+  /** Of what runs; undefined: nothing does. */
+  #options: StartOptions | undefined;
+  #starts = 0;
   #volumes = 0;
   readonly #alive = new Set<Volume>();
 
@@ -353,14 +340,17 @@ export class World {
     return this.rig.secrets;
   }
 
-  /** Starts the cluster, the controller and the node. */
+  /** Starts a new cluster, the controller and the node; first it stops those that run. */
   async start(options: StartOptions): Promise<void> {
+    await this.stop();
     this.#options = options;
+    this.#starts++;
     const { backend = "lightos" } = options;
     if (backend !== this.rig.backend) this.rig = new Rig(this.home, program, program, backend, patienceMs);
     if (options.image === true) {
       // Not below /tmp, which the image sees.
-      const { words } = await enter("/image", "/run/image", ["/tmp"], { "/deno-bin": "/deno", "/program": "/program" });
+      const places = { "/deno-bin": "/deno", [code.directory]: code.directory };
+      const { words } = await enter("/image", "/run/image", ["/tmp"], places);
       const inside = [...words, "/deno/deno", ...program.slice(1)];
       this.rig = new Rig(this.home, inside, program, backend, patienceMs);
     }
@@ -369,9 +359,25 @@ export class World {
     await Promise.all([this.rig.startController(signal), this.startNode()]);
   }
 
+  /** Whether what runs was started with these options. */
+  isStarted(options: StartOptions): boolean {
+    return JSON.stringify(this.#options) === JSON.stringify(options);
+  }
+
+  get isIdle(): boolean {
+    return this.#options === undefined;
+  }
+
+  /** Ends whatever runs, in order. */
+  async stop(): Promise<void> {
+    if (this.#options === undefined) return;
+    this.#options = undefined;
+    await this.rig.stopAll();
+  }
+
   /** The cluster's memory and contents: not in memory, where sparse files cannot be zeroed in place. */
   get state(): string {
-    return this.#options.onDisk ? "/disk/cluster" : "/var/lib/cluster";
+    return this.#options?.onDisk ? "/disk/cluster" : `/var/lib/cluster${this.#starts}`;
   }
 
   /** The node's log and the controller's, as they are now. */
@@ -381,7 +387,7 @@ export class World {
 
   /** Starts the cluster, or a new one of the same state after the old one ended. */
   async startSimulator(): Promise<Running> {
-    const { simulator = [] } = this.#options;
+    const { simulator = [] } = this.#options ?? {};
     const servers = this.rig.backend === "lightos" ? ["--schemes", "grpc", "--servers", "2"] : [];
     const options = ["--state", this.state, ...servers, ...simulator];
     return await this.rig.startSimulator("nvmet", AbortSignal.timeout(patienceMs), options);
@@ -389,7 +395,7 @@ export class World {
 
   /** Starts the node, or a new one after the old one ended; `more` options of `lbcsi node` for this one only. */
   async startNode(more: readonly string[] = []): Promise<Running> {
-    const options = ["--attach", "direct", ...this.#options.node ?? [], ...more];
+    const options = ["--attach", "direct", ...this.#options?.node ?? [], ...more];
     return await this.rig.startNode(nodeId, AbortSignal.timeout(patienceMs), {}, options);
   }
 
@@ -426,7 +432,7 @@ export class World {
       secrets: this.secrets,
     });
     const { volumeId = "", volumeContext = {} } = volume ?? {};
-    const directory = join(this.#options.onDisk ? "/disk/volumes" : this.home, name);
+    const directory = join(this.#options?.onDisk ? "/disk/volumes" : this.home, name);
     const made = new Volume(this, volumeId, volumeContext, directory, capability);
     this.#alive.add(made);
     if (grant) await made.grant();

@@ -127,7 +127,7 @@ async function refusedByTheNode(world: World): Promise<void> {
   await volume.unstage();
   await volume.revoke();
   await volume.delete();
-  await world.rig.stopAll();
+  await world.stop();
 }
 
 const checks: readonly Check[] = [
@@ -301,7 +301,7 @@ const checks: readonly Check[] = [
       for (const log of [world.logOf("node"), world.logOf("controller"), await tool("dmesg")]) {
         for (const key of `${kept} ${textOf(keys)}`.split(" ")) assert(!log.includes(key.slice(10, 30)));
       }
-      await world.rig.stopAll();
+      await world.stop();
     },
   },
 ];

@@ -189,6 +189,7 @@ const checks: readonly Check[] = [
         n=$((n + 1)); printf 'block %010d' $n | dd of=${device} bs=4096 seek=$((n % 1000)) oflag=direct conv=sync status=none || exit 1
         dd if=${device} bs=4096 skip=$((n % 1000)) count=1 iflag=direct status=none | grep -aqF "block $(printf %010d $n)" || exit 2
         echo $n >${world.home}/count
+        sleep 0.1
       done`;
       const writer = new Deno.Command("sh", { args: ["-c", script], stderr: "inherit" }).spawn();
       const count = () => Number(read(`${world.home}/count`) ?? 0);

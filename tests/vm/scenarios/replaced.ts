@@ -4,10 +4,12 @@ import { join } from "node:path";
 import type { Scenario } from "../scenario.ts";
 import { capabilityOf, controllers, mountsBelow, read, tool, until, Volume, type World } from "../world.ts";
 
-/** Writes and syncs without end, and notes when each write was done. */
+/** Writes and syncs without end, and notes when each write was done; the emulated processor is for the others too. */
 function writer(path: string, notes: string): Deno.ChildProcess {
   const script = `
-    while dd if=/dev/zero of=$1 bs=4k count=1 conv=fsync,notrunc status=none; do cut -d' ' -f1 /proc/uptime; done >$2 2>&1
+    while dd if=/dev/zero of=$1 bs=4k count=1 conv=fsync,notrunc status=none; do
+      read -r now _ </proc/uptime; echo $now; sleep 0.1
+    done >$2 2>&1
     echo FAILED >>$2`;
   return new Deno.Command("sh", { args: ["-c", script, "writer", path, notes], stdin: "null" }).spawn();
 }

@@ -137,16 +137,20 @@ export const scenario = of([
     },
   },
   {
-    name: "nvmet: what a killed simulator leaves is taken away by the next one, what others have made is not",
+    name:
+      "nvmet: a simulator takes away what a killed one has left, and in the end everything of its own, but nothing else",
     async run(world) {
+      const theirs = {
+        subsystem: `${target}/subsystems/nqn.2014-08.org.example:theirs`,
+        host: `${target}/hosts/nqn.theirs`,
+        port: `${target}/ports/7`,
+      };
       const volume = await world.volume({ use: "block" }, false);
       await volume.grant("a.node");
       await world.rig.ask("GET", "/settled");
       await connect(world, hostA);
       await until("the device", () => devicesWith(volume.uuid)[0]);
-      await Deno.mkdir(`${target}/subsystems/nqn.2014-08.org.example:theirs`);
-      await Deno.mkdir(`${target}/hosts/nqn.theirs`);
-      await Deno.mkdir(`${target}/ports/7`);
+      for (const path of Object.values(theirs)) await Deno.mkdir(path);
       const before = names(`${target}/ports`);
 
       await world.rig.running("simulator")?.end("SIGKILL", 5000);
@@ -160,12 +164,7 @@ export const scenario = of([
       await disconnect(world);
       await volume.revoke("a.node");
       await volume.delete();
-    },
-  },
-  {
-    // The last one of its guest: there is no cluster after it.
-    name: "nvmet: a simulator that ends takes everything away, and refuses an address that somebody else has",
-    async run(world) {
+
       assert.equal(await world.rig.running("simulator")?.end("SIGTERM", 20_000), "exit 0");
       assert.deepEqual(names(`${target}/ports`), ["7"]);
       assert.deepEqual(names(`${target}/subsystems`), ["nqn.2014-08.org.example:theirs"]);
@@ -173,6 +172,7 @@ export const scenario = of([
       assert.deepEqual(names("/run/lbcsi-simulator"), []);
       assert.equal(await tool("losetup", "-l", "-n"), "");
 
+      // And it refuses an address that somebody else has.
       for (
         const [attribute, value] of Object.entries({
           trtype: "tcp",
@@ -181,12 +181,10 @@ export const scenario = of([
           trsvcid: "4420",
         })
       ) {
-        await Deno.writeTextFile(`${target}/ports/7/addr_${attribute}`, value);
+        await Deno.writeTextFile(`${theirs.port}/addr_${attribute}`, value);
       }
-      await Deno.symlink(
-        `${target}/subsystems/nqn.2014-08.org.example:theirs`,
-        `${target}/ports/7/subsystems/nqn.2014-08.org.example:theirs`,
-      );
+      const shown = `${theirs.port}/subsystems/nqn.2014-08.org.example:theirs`;
+      await Deno.symlink(theirs.subsystem, shown);
       const [deno = "", ...words] = program;
       const started = await run(deno, ...words, "simulate", "--data", "nvmet", "--state", "/var/lib/other");
 
@@ -195,6 +193,9 @@ export const scenario = of([
       assert.deepEqual(names(`${target}/ports`), ["7"]);
       assert.deepEqual(names(`${target}/subsystems`), ["nqn.2014-08.org.example:theirs"]);
       assert.deepEqual(names("/run/lbcsi-simulator"), []);
+      await Deno.remove(shown);
+      for (const path of Object.values(theirs)) await Deno.remove(path);
+      await world.stop();
     },
   },
 ]);
