@@ -1,4 +1,4 @@
-import type { z } from "zod";
+import type * as z from "zod";
 import { StatusError } from "./error.ts";
 
 export const logLevels = ["debug", "info", "warning", "error"] as const;

@@ -9,7 +9,7 @@
 import { Buffer } from "node:buffer";
 import { randomBytes } from "node:crypto";
 import { crc32 } from "node:zlib";
-import { z } from "zod";
+import * as z from "zod";
 import { type Secrets, Unprintable } from "./context.ts";
 
 /** Who proves to know a key: the host to the controller, or each to the other. */

@@ -1,4 +1,4 @@
-import { z } from "zod";
+import * as z from "zod";
 import { type AuthKind, authKinds } from "./dhchap.ts";
 import { StatusError } from "./error.ts";
 

@@ -5,7 +5,7 @@
  * The table of options is also the help text, so the two cannot differ.
  */
 import { parseArgs, type ParseArgsConfig } from "node:util";
-import { z } from "zod";
+import * as z from "zod";
 
 /** One option. `schema` reads the text given; it must accept `fallback`, or `undefined` where there is none. */
 export interface Option<S extends z.ZodType = z.ZodType> {

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { z } from "zod";
+import * as z from "zod";
 import { choicesOf } from "../lib/options.ts";
 import { completionScript, type Shell } from "../lib/shell/completion.ts";
 import { needs } from "./support/needs.ts";

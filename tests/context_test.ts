@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { inspect } from "node:util";
-import { z } from "zod";
+import * as z from "zod";
 import {
   backgroundContext,
   createLogger,

@@ -28,7 +28,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { z } from "zod";
+import * as z from "zod";
 import { type Backend, Rig } from "../lib/demo/rig.ts";
 import { messageOf } from "../lib/error.ts";
 import { CallError, type Channel } from "../lib/rpc.ts";

@@ -1,5 +1,5 @@
 import { deepStrictEqual, match, strictEqual, throws } from "node:assert/strict";
-import { z } from "zod";
+import * as z from "zod";
 import {
   absolutePath,
   describeOptions,

@@ -6,7 +6,7 @@
  */
 import { clone, type DescMessage, type DescMethod, hasOption, type Message, toJson } from "@bufbuild/protobuf";
 import { reflect } from "@bufbuild/protobuf/reflect";
-import { z } from "zod";
+import * as z from "zod";
 import type { Fields, Secrets } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
 import { type FsType, fsTypes } from "../host/filesystem.ts";

@@ -6,7 +6,7 @@
  * counts and a removed one too. A file that cannot be read (any more) leaves what it said last in force, for nobody asked
  * to disconnect anything.
  */
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { temporaryPrefix } from "../host/attach.ts";

@@ -8,7 +8,7 @@
  * another namespace after a reconnect: identity is read again before each step that relies on it.
  */
 import { createHash } from "node:crypto";
-import { z } from "zod";
+import * as z from "zod";
 import type { RequestContext } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
 import { formatAddress, isNodeHostNqn, parseAddress, type TransportAddress } from "../namespace.ts";

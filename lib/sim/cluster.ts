@@ -11,7 +11,7 @@
  * - Every change of an object, its state included, gives it a new ETag.
  * - Space is reserved: size times replicas, from creation until the volume is gone.
  */
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { readState, stateText, writeState } from "./state_file.ts";

@@ -34,7 +34,7 @@
  * | POST /paths/down, /up         | {server}                                                    | as a server that is switched off, on |
  * | POST /paths/ana               | {server, state}                                             | what a server says of its path: "optimized", "inaccessible" … |
  */
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import type { Scheme } from "../id.ts";

@@ -8,7 +8,7 @@
  */
 import { basename, join } from "node:path";
 import { isIP } from "node:net";
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 

@@ -27,7 +27,7 @@
  */
 import { createHash } from "node:crypto";
 import { basename, join } from "node:path";
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { parseAddress } from "../namespace.ts";

@@ -5,7 +5,7 @@
  * for what DAgent itself refuses, fields that vanish when they are zero, and a lock that is never let go of after a request
  * without `param` on some routes. Routes that harm are there and answer nothing good; `harmful` tells who called them.
  */
-import { z } from "zod";
+import * as z from "zod";
 import { type Logger, sleep } from "../context.ts";
 import { messageOf } from "../error.ts";
 import type { Faults } from "./faults.ts";

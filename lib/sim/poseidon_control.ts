@@ -13,7 +13,7 @@
  * | GET /harmful            |                                                                   | requests that would harm a real system |
  * | POST /dagent/stop, /start, /hang, /drop |                                                   | DAgent, and its connections |
  */
-import { z } from "zod";
+import * as z from "zod";
 import {
   type CallControl,
   callControl,

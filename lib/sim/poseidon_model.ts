@@ -8,7 +8,7 @@
  * - An array that is not mounted answers as if it had no volumes.
  * - Of an exported volume, hosts see something when its subsystem listens where this machine's target is.
  */
-import { z } from "zod";
+import * as z from "zod";
 import { StatusError } from "../error.ts";
 import { readState, stateText, writeState } from "./state_file.ts";
 import type { DataPlane } from "./data_plane.ts";

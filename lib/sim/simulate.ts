@@ -4,7 +4,7 @@
  * With a state directory it remembers everything: identity, ports, certificate, model and contents, so that one that is
  * started again there is the same cluster, with what was half done going on.
  */
-import { z } from "zod";
+import * as z from "zod";
 import { join } from "node:path";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";

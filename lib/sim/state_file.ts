@@ -1,5 +1,5 @@
 /** Files with which a simulator remembers itself. */
-import { z } from "zod";
+import * as z from "zod";
 import { messageOf, StatusError } from "../error.ts";
 
 /**

@@ -5,7 +5,7 @@
  * same: an opaque text in `authorization: Bearer`.
  */
 import { createHmac, timingSafeEqual } from "node:crypto";
-import { z } from "zod";
+import * as z from "zod";
 
 /** Who a call comes from. */
 export type Caller =

@@ -6,7 +6,7 @@ import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } fro
 import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { clearInterval, setInterval } from "node:timers";
-import { z } from "zod";
+import * as z from "zod";
 import { type Fields, type Logger, type RequestContext, type Secrets, sleep, timeLimit } from "../context.ts";
 import { type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";

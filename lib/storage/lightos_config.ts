@@ -23,7 +23,7 @@
  *
  * YAML or JSON. Secrets are named by their files and read at each use; when the file itself is: config_file.ts.
  */
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, isProjectName, parseEndpoints, type Scheme, schemes } from "../id.ts";

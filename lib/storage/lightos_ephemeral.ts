@@ -10,7 +10,7 @@
  * with the token of the cluster file, and a volume that this one does not see is removed on the spot, by the pod's.
  */
 import { Buffer } from "node:buffer";
-import { z } from "zod";
+import * as z from "zod";
 import { type RequestContext, Secrets } from "../context.ts";
 import { hasCode, isFinal, messageOf, StatusError } from "../error.ts";
 import { formatEndpoints, formatVolumeId } from "../id.ts";

@@ -1,5 +1,5 @@
 /** What a StorageClass may say of a LightOS volume, and how large a volume can be (facts: spec/lightos.md 3.1 and 9.3). */
-import { z } from "zod";
+import * as z from "zod";
 import { type AuthKind, authKinds } from "../dhchap.ts";
 import { StatusError } from "../error.ts";
 import { type Endpoint, isProjectName, parseEndpoints, type Scheme, schemes, type VolumeId } from "../id.ts";

@@ -6,7 +6,7 @@
  * volume have its ID and their secrets, and the driver remembers nothing. A class that says what these calls could not
  * know would make volumes that cannot be deleted, so it has to agree with what holds without it.
  */
-import { z } from "zod";
+import * as z from "zod";
 import { StatusError } from "../error.ts";
 import type { Trust } from "../rpc.ts";
 

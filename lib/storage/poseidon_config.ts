@@ -12,7 +12,7 @@
  *         idEndpoint: 198.51.100.1:3000       # what lists write into volume IDs; default: endpoint
  *         arrays: [POSArray]                  # what is listed and measured
  */
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { type Endpoint, formatEndpoint, isArrayName, parseEndpoints } from "../id.ts";
 import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, texts } from "./config_file.ts";

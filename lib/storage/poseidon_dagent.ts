@@ -11,7 +11,7 @@
  *
  * DAgent knows no TLS and no credentials: whoever reaches its port has every right. So nothing here is secret.
  */
-import { z } from "zod";
+import * as z from "zod";
 import { type Fields, type RequestContext, sleep, timeLimit, unlessAborted } from "../context.ts";
 import { messageOf, type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint } from "../id.ts";

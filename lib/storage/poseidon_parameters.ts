@@ -2,7 +2,7 @@
  * What a StorageClass for PoseidonOS may say (spec/pos.md section 2): the parameters of the vendor's driver under its
  * names, so that its users can move over, and limits of speed under PoseidonOS' own names and in its own units.
  */
-import { z } from "zod";
+import * as z from "zod";
 import { StatusError } from "../error.ts";
 import { type Endpoint, isArrayName, parseEndpoints } from "../id.ts";
 import { inBandAuthKey, parseAddress, type TransportAddress } from "../namespace.ts";

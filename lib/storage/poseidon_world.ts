@@ -5,7 +5,7 @@
  * not mounted; and a volume's own word of where it is exported is missing from lists. So volumes are looked up in the list
  * of an array that was mounted before and after, and exports in the list of subsystems.
  */
-import { z } from "zod";
+import * as z from "zod";
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { type Dagent, means } from "./poseidon_dagent.ts";
