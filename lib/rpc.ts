@@ -182,7 +182,11 @@ async function listenFor({ listen, log }: ServeOptions, accept: (connection: Dup
     await clearSocketPath(listen.path);
     let listener: UnixListener;
     try {
-      listener = listenUnix(listen.path, (connection) => accept(acceptAnyAuthority(connection)));
+      listener = listenUnix(
+        listen.path,
+        (connection) => accept(acceptAnyAuthority(connection)),
+        (error) => log.error("could not accept connections, tries again", { path: listen.path, error: error.message }),
+      );
     } catch (error) {
       throw refusal(error as Error);
     }

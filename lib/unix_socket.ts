@@ -21,18 +21,31 @@ const pauseMs = 100;
 /**
  * Listens at a path at which nothing is.
  *
+ * @param refused is told why connections cannot be accepted, once until one has been; they wait meanwhile
  * @throws Error of the operating system when nobody can listen there
  */
-export function listenUnix(path: string, accept: (connection: Duplex) => void): UnixListener {
+export function listenUnix(
+  path: string,
+  accept: (connection: Duplex) => void,
+  refused: (error: Error) => void,
+): UnixListener {
   const listener = Deno.listen({ transport: "unix", path });
   let closed = false;
   (async () => {
+    let failing = false;
     while (!closed) {
+      let connection: Deno.UnixConn;
       try {
-        accept(streamOf(await listener.accept()));
-      } catch {
-        if (!closed) await new Promise((resolve) => setTimeout(resolve, pauseMs));
+        connection = await listener.accept();
+        failing = false;
+      } catch (error) {
+        if (closed) return;
+        if (!failing) refused(error instanceof Error ? error : new Error(String(error)));
+        failing = true;
+        await new Promise((resolve) => setTimeout(resolve, pauseMs));
+        continue;
       }
+      accept(streamOf(connection));
     }
   })();
   return {

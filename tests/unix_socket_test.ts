@@ -22,7 +22,7 @@ async function withPair(body: (client: net.Socket, server: Duplex) => Promise<vo
   await withDirectory(async (directory) => {
     const path = join(directory, "pair.sock");
     const accepted = Promise.withResolvers<Duplex>();
-    const listener = listenUnix(path, accepted.resolve);
+    const listener = listenUnix(path, accepted.resolve, nothingRefused);
     const client = net.connect({ path, allowHalfOpen: true });
     const server = await accepted.promise;
     try {
@@ -54,6 +54,7 @@ async function echoed(path: string, bytes: Uint8Array): Promise<Uint8Array> {
   }
 }
 
+const nothingRefused = (error: Error) => assert.fail(error);
 const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
 
 Deno.test("a connection over a Unix socket carries 32 MiB each way at once, unchanged", async () => {
@@ -131,7 +132,7 @@ Deno.test("a Unix socket that nobody listens on any more is gone, and its connec
   await withDirectory(async (directory) => {
     const path = join(directory, "a.sock");
     const streams: Duplex[] = [];
-    const listener = listenUnix(path, (stream) => streams.push(stream.pipe(stream)));
+    const listener = listenUnix(path, (stream) => streams.push(stream.pipe(stream)), nothingRefused);
     assert.equal(await answers(path), true);
     const connection = await Deno.connect({ transport: "unix", path });
     await until("it is accepted", () => streams.length === 2);
@@ -197,8 +198,8 @@ for (const by of ["ours", "node:net"] as const) {
   });
 }
 
-Deno.test("a Unix socket is served again after the process had no descriptor left", async () => {
-  await withEcho('ulimit -n 60; exec "$0" "$@"', "ours", async (path) => {
+Deno.test("a Unix socket is served again after the process had no descriptor left, and says so meanwhile", async () => {
+  await withEcho('ulimit -n 60; exec "$0" "$@" 2>said', "ours", async (path, directory) => {
     const many = await Promise.all(
       Array.from({ length: 80 }, () => Deno.connect({ transport: "unix", path })),
     );
@@ -211,5 +212,9 @@ Deno.test("a Unix socket is served again after the process had no descriptor lef
     for (const connection of many) connection.close();
 
     assert.deepEqual(await echoed(path, new Uint8Array([9])), new Uint8Array([9]));
+    const said = (await Deno.readTextFile(join(directory, "said"))).split("\n").filter((line) => line !== "");
+    // Once, not at each try.
+    assert.match(said[0] ?? "", /^refused: Too many open files/);
+    assert.ok(said.length < 5, said.join("\n"));
   });
 });

@@ -9,6 +9,6 @@ Deno.addSignalListener("SIGTERM", () => Deno.exit());
 const [path = "", by] = Deno.args;
 const echo = (connection: Duplex) => connection.on("error", () => {}).pipe(connection);
 if (by === "node:net") net.createServer(echo).listen(path);
-else listenUnix(path, echo);
+else listenUnix(path, echo, (error) => console.error(`refused: ${error.message}`));
 await Deno.stdin.read(new Uint8Array(1));
 Deno.exit();
