@@ -42,6 +42,10 @@ const { values: options } = parseArgs({
 });
 
 const jobs = Number(options.jobs);
+if (!Number.isInteger(jobs) || jobs < 1) {
+  console.error(`--jobs "${options.jobs}": is not a whole number from 1 up`);
+  Deno.exit(2);
+}
 const processors = Math.min(mostProcessors, Math.max(1, Math.floor(navigator.hardwareConcurrency / jobs)));
 const folder = options.bench ? "bench" : "scenarios";
 /** What guests of one kind run. */
@@ -219,6 +223,9 @@ interface Run {
 /** A queue with guests on it. */
 interface Work {
   readonly queueDir: string;
+  readonly items: readonly Item[];
+  /** Names of checks of which guests have told how they ended. */
+  readonly told: Set<string>;
   readonly boot: number;
   readonly image: boolean;
   /** A disk that outlives the boot. */
@@ -240,6 +247,7 @@ async function bootFor(work: Work, run: Run): Promise<Counted & { begun: number 
   const give = (name: string, problem: string) => {
     failed++;
     current = undefined;
+    work.told.add(name);
     console.log(`FAILED ${name}\n${problem.replace(/^/gm, "    ")}`);
   };
   const onLine = (line: string) => {
@@ -254,6 +262,7 @@ async function bootFor(work: Work, run: Run): Promise<Counted & { begun: number 
     if (report.event === "passed") {
       passed++;
       current = undefined;
+      work.told.add(report.name);
       console.log(`ok ${report.name} (${(report.ms / 1000).toFixed(1)} s)`);
     }
     if (report.event === "failed") give(report.name, report.problem);
@@ -298,17 +307,18 @@ async function serve(work: Work, run: Run): Promise<Counted> {
   return { passed, failed };
 }
 
-/** Counts as failed what nobody has run. */
-async function leftOver(work: Work, why = work.ended): Promise<number> {
-  const left = await remaining(work.queueDir);
+/** Counts as failed what no guest has told of: nobody has begun it, or who had taken it died before it could say so. */
+function leftOver(work: Work, why = work.ended): number {
+  const left = work.items.filter(({ name }) => !work.told.has(name));
   for (const { name } of left) console.log(`FAILED ${name}\n    it was not run: ${why}`);
   return left.length;
 }
 
 async function workOn(plan: Plan, boot: number, directory: string, diskFile?: string): Promise<Work> {
   const queueDir = join(directory, `queue${boot}`);
-  await lay(queueDir, plan.boots[boot] ?? []);
-  return { queueDir, boot, image: plan.image, diskFile, starting: 0, ended: "" };
+  const items = plan.boots[boot] ?? [];
+  await lay(queueDir, items);
+  return { queueDir, items, told: new Set(), boot, image: plan.image, diskFile, starting: 0, ended: "" };
 }
 
 /** All boots of a plan that has a guest of its own. */
@@ -324,13 +334,13 @@ async function playOwn(plan: Plan, run: Run): Promise<Counted> {
   for (const boot of plan.boots.keys()) {
     const work = await workOn(plan, boot, directory, diskFile);
     if (failed > 0) {
-      failed += await leftOver(work, "an earlier boot failed");
+      failed += leftOver(work, "an earlier boot failed");
       continue;
     }
     if (plan.image) await run.rootReady;
     const counted = await serve(work, run);
     passed += counted.passed;
-    failed += counted.failed + await leftOver(work);
+    failed += counted.failed + leftOver(work);
   }
   return { passed, failed };
 }
@@ -381,7 +391,7 @@ const counts = await Promise.all(Array.from({ length: jobs }, async (_nothing, w
 const sum = (numbers: readonly number[]) => numbers.reduce((sum, number) => sum + number, 0);
 const passed = sum(counts.flat().map(({ passed }) => passed));
 const failed = sum(counts.flat().map(({ failed }) => failed)) +
-  (sharedWork === undefined ? 0 : await leftOver(sharedWork));
+  (sharedWork === undefined ? 0 : leftOver(sharedWork));
 if (options.keep) console.log(`The folder of this run: ${directory}`);
 else await Deno.remove(directory, { recursive: true });
 const seconds = Math.round((performance.now() - started) / 1000);
