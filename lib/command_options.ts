@@ -258,7 +258,7 @@ export const nodeOptions = {
     fallback: "2000",
     value: "MS",
     meaning:
-      "how long making the key of the passphrase is to take, at each opening too; short ones suit random passphrases",
+      "how long the key of a new volume takes to make of its passphrase, at each opening; 100 will do for random passphrases",
     schema: wholeNumber(10, 60_000),
   },
   "luks-sector-size": {
