@@ -119,6 +119,7 @@ const commands: Readonly<Record<string, Command>> = {
     const { volumeLimit } = await import("./lib/csi/limit.ts");
     const { nodeHandlers } = await import("./lib/csi/node.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
+    const { PendingAnswers } = await import("./lib/host/pending.ts");
     const { KeyedLock } = await import("./lib/lock.ts");
     const { service } = await import("./lib/rpc.ts");
     const { Node } = await import("./proto/gen/csi_pb.ts");
@@ -141,13 +142,15 @@ const commands: Readonly<Record<string, Command>> = {
     const defaultFsType = settings["default-fs"];
     const volumes = settings.config === undefined ? undefined : (await open()).ephemeral;
     const limit = volumeLimit(host, settings["max-volumes"], isSubsystemOf(settings.backend));
-    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit });
+    const pending = new PendingAnswers();
+    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit, pending });
     const handlers = nodeHandlers({
       host,
       attacher,
       locks,
       nodeId,
       inline,
+      pending,
       defaultFsType,
       maxVolumes: settings["max-volumes"],
       limit,

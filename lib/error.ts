@@ -52,3 +52,9 @@ export function hasCode(error: unknown, ...codes: readonly StatusCode[]): error 
 export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
+
+/** What the operating system calls a failure of a system call: `ENOSPC`; undefined for every other error. */
+export function systemCode(error: unknown): string | undefined {
+  const code = error instanceof Error && !(error instanceof StatusError) && "code" in error ? error.code : undefined;
+  return typeof code === "string" && /^E[A-Z0-9]+$/.test(code) ? code : undefined;
+}

@@ -30,7 +30,7 @@ import {
 } from "@bufbuild/protobuf";
 import { acceptAnyAuthority } from "./authority.ts";
 import { type Fields, type Logger, type RequestContext, requestContext } from "./context.ts";
-import { messageOf, type StatusCode, StatusError } from "./error.ts";
+import { messageOf, type StatusCode, StatusError, systemCode } from "./error.ts";
 import { answers, listenUnix, type UnixListener } from "./unix_socket.ts";
 
 // ---------------------------------------------------------------------------------------------------------- serving
@@ -422,6 +422,11 @@ function foreseen(method: DescMethod, log: Logger, error: unknown): StatusError 
   log.error("failed in an unforeseen way", {
     error: error instanceof Error ? error.stack ?? error.message : String(error),
   });
+  const code = systemCode(error);
+  if (code !== undefined) {
+    // What the machine refuses (descriptors, memory, a disk) it may grant later; it is no fault of the driver.
+    return new StatusError("UNAVAILABLE", `Cannot finish ${method.name}: ${messageOf(error)} (${code})`);
+  }
   return new StatusError(
     "INTERNAL",
     `Cannot finish ${method.name}: a fault in the driver, its log has the details; please report it`,

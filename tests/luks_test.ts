@@ -322,7 +322,8 @@ Deno.test({
     await Deno.writeTextFile(keyFile, passphrase);
     const open = () =>
       openMapper(machine.host, callContext(), device, {
-        passphrases: { current: passphrase, previous: undefined },
+        passphrases: () => ({ current: passphrase, previous: undefined }),
+        formats: true,
         settings: { ...defaultLuksSettings, pbkdf: "pbkdf2" },
         readOnly: false,
         shared: false,

@@ -33,6 +33,7 @@ function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeo
     ...(isEncrypted ? { "host-encryption-passphrase": "open sesame" } : {}),
     ...(isAuthenticated ? { "dhchap-key": key } : {}),
   };
+  const context = { ...publishContext(uuid), ...(isAuthenticated ? { "in-band-auth": "unidirectional" } : {}) };
   const stagingTargetPath = "/staging";
   const targetPath = "/pods/target";
   const acts: Record<Step, () => Promise<unknown>> = {
@@ -42,7 +43,7 @@ function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeo
         stagingTargetPath,
         volumeCapability,
         secrets,
-        publishContext: { ...publishContext(uuid), ...(isAuthenticated ? { "in-band-auth": "unidirectional" } : {}) },
+        publishContext: context,
       }),
     publish: () =>
       calls.publish({
@@ -50,6 +51,8 @@ function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeo
         stagingTargetPath,
         targetPath,
         volumeCapability,
+        secrets,
+        publishContext: context,
         readonly: kind.includes("read-only"),
       }),
     unpublish: () => calls.unpublish({ ...volume, targetPath }),
@@ -68,13 +71,19 @@ function machine(kind: typeof kinds[number]): FakeHost {
   return host;
 }
 
+function isFormat(command: string): boolean {
+  return command.startsWith("mkfs") || command.startsWith("cryptsetup luksFormat");
+}
+
 /** What the machine looks like, for comparison. */
 function state(host: FakeHost) {
   const mounts = host.mounts.map(({ path, isNode, readOnly }) => ({ path, isNode, readOnly }));
   const connected = { devices: host.devices.length, controllers: host.controllers.length };
   const encryption = host.remote.map(({ luks }) => luks === undefined ? undefined : [luks.label, luks.inner.content]);
   const content = host.remote.map((namespace) => namespace.content);
-  return { mounts, connected, leftovers: host.leftovers(), content, encryption };
+  // A device that comes back has another number.
+  const leftovers = host.leftovers().map((text) => text.replace(/nvme0n\d+/, "nvme0nX"));
+  return { mounts, connected, leftovers, content, encryption };
 }
 
 for (const strategy of strategies) {
@@ -140,6 +149,44 @@ for (const strategy of strategies) {
           await driver(host, strategy, kind).publish();
 
           assert.deepEqual(state(host), published, `after a kill ${when} call ${at}`);
+        }
+      }
+    });
+
+    Deno.test(`promise 25: publish (${strategy}, ${kind}) mends a volume whose device was lost and came back, killed at any point`, async () => {
+      /** The pod has gone after the loss of all paths, and the next one on this node is about to come. */
+      const broken = async () => {
+        const host = machine(kind);
+        const acts = driver(host, strategy, kind);
+        await acts.stage();
+        await acts.publish();
+        const published = state(host);
+        host.loseDevices();
+        if (strategy === "discovery-client") host.connect(subsystemNqn);
+        await acts.unpublish();
+        return { host, published };
+      };
+      const model = await broken();
+      const from = model.host.calls + 1;
+      const formats = model.host.commands.filter(isFormat).length;
+      await driver(model.host, strategy, kind).publish();
+      assert.deepEqual(state(model.host), model.published);
+      assert.equal(model.host.commands.filter(isFormat).length, formats);
+
+      for (let at = from; at <= model.host.calls; at++) {
+        for (const when of ["before", "after"] as const) {
+          const { host, published } = await broken();
+          host.cut = { at, when };
+          await driver(host, strategy, kind).publish().catch(() => {});
+          host.cut = undefined;
+          const acts = driver(host, strategy, kind);
+
+          await acts.publish();
+
+          assert.deepEqual(state(host), published, `after a kill ${when} call ${at}`);
+          await acts.unpublish();
+          await acts.unstage();
+          assert.deepEqual(host.leftovers(), [], `after a kill ${when} call ${at}`);
         }
       }
     });

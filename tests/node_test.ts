@@ -3,19 +3,17 @@ import { join } from "node:path";
 import type { Attacher } from "../lib/host/attach.ts";
 import { discoveryClient } from "../lib/host/attach.ts";
 import type { Host } from "../lib/host/host.ts";
-import { loopMachine } from "./support/loop_machine.ts";
+import { node, other, uuid } from "./support/loop_node.ts";
 import { needs } from "./support/needs.ts";
 import {
   blockCapability,
   callContext,
-  type Capability,
   mountCapability,
   nodeCalls,
   publishContext,
   rejects,
   volumeId,
 } from "./support/node_calls.ts";
-import { KeyedLock } from "../lib/lock.ts";
 import {
   NodeServiceCapability_RPC_Type as Rpc,
   VolumeCapability_AccessMode_Mode as Mode,
@@ -33,64 +31,6 @@ const growsMountedExt4 = (BigInt(
   `0x${/CapEff:\s*(\w+)/.exec(Deno.readTextFileSync("/proc/self/status"))?.[1] ?? "0"}`,
 ) & (1n << 24n)) !== 0n;
 if (!growsMountedExt4) console.warn("skipped, this machine has no CAP_SYS_RESOURCE: growing a mounted ext4");
-const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
-const other = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";
-
-/** A node with one namespace, a staging path, and the directory of a pod; all calls at hand. */
-async function node(options: { sizeMib?: number; attach?: Attacher; locks?: KeyedLock } = {}) {
-  const machine = await loopMachine();
-  try {
-    const namespace = await machine.addNamespace(uuid, (options.sizeMib ?? 64) * mib);
-    const discovery = join(machine.directory, "discovery.d");
-    await Deno.mkdir(discovery);
-    const staging = join(machine.directory, "globalmount");
-    await Deno.mkdir(staging);
-    const attacher = options.attach ??
-      discoveryClient({ host: machine.host, directory: discovery, hostNqn: "nqn.h:n1" });
-    const calls = nodeCalls({
-      host: machine.host,
-      attacher,
-      ...(options.locks === undefined ? {} : { locks: options.locks }),
-    });
-    const target = join(machine.directory, "pod1");
-    const stageRequest = (volumeCapability: Capability = mountCapability(), volumeContext = {}) => ({
-      volumeId: volumeId(uuid),
-      stagingTargetPath: staging,
-      publishContext: publishContext(uuid),
-      volumeCapability,
-      volumeContext,
-    });
-    const publishRequest = (
-      volumeCapability: Capability = mountCapability(),
-      readonly = false,
-      targetPath = target,
-    ) => ({
-      volumeId: volumeId(uuid),
-      stagingTargetPath: staging,
-      targetPath,
-      volumeCapability,
-      readonly,
-    });
-    const unstageRequest = { volumeId: volumeId(uuid), stagingTargetPath: staging };
-    const unpublishRequest = { volumeId: volumeId(uuid), targetPath: target };
-    return {
-      ...calls,
-      machine,
-      namespace,
-      staging,
-      target,
-      discovery,
-      stageRequest,
-      publishRequest,
-      unstageRequest,
-      unpublishRequest,
-      [Symbol.asyncDispose]: () => machine[Symbol.asyncDispose](),
-    };
-  } catch (error) {
-    await machine[Symbol.asyncDispose]();
-    throw error;
-  }
-}
 
 function nodeTest(name: string, fn: () => Promise<void>, skip = false): void {
   Deno.test({ name, ignore: ignore || skip, fn });
@@ -443,7 +383,7 @@ nodeTest("promise 4: NodeUnstageVolume lets go of no volume that is mounted in a
   await rejects(
     n.unstage(n.unstageRequest),
     "FAILED_PRECONDITION",
-    /its ext4 is still in use by a mount that this process cannot see$/,
+    /its ext4 is still in use by something that this process cannot see: a mount of another container, or a freeze/,
   );
   assert.deepEqual([...Deno.readDirSync(n.discovery)].map((entry) => entry.name), [uuid]);
   await Deno.remove(listed);
@@ -460,7 +400,7 @@ nodeTest("promise 17: a volume encrypted on the host is never published without 
     await rejects(
       n.publish({ ...n.publishRequest(capability), volumeId: encrypted }),
       "FAILED_PRECONDITION",
-      /this node has its encryption not open, it has to be staged first/,
+      /its encryption is not open on this node, and the call brings no passphrase; end every pod .* is staged again/,
     );
   }
 
@@ -632,7 +572,6 @@ nodeTest(
     const loop = n.namespace.loop.replace("/dev/", "");
     await Deno.writeTextFile(`/sys/fs/ext4/${loop}/trigger_fs_error`, "test\n");
     await assert.rejects(Deno.writeTextFile(join(n.staging, "x"), ""), /Read-only file system/);
-    await rejects(n.publish(n.publishRequest(capability)), "FAILED_PRECONDITION", /read-only|takes no writes/);
 
     await n.stage(n.stageRequest(capability));
 
@@ -840,16 +779,6 @@ nodeTest("promise 5: NodeUnpublishVolume leaves the mount of another volume alon
   assert.deepEqual(await n.machine.mounts(), [n.target]);
 });
 
-nodeTest("promise 6: NodePublishVolume never shows a plain directory of the root disk", async () => {
-  await using n = await node();
-  await n.stage(n.stageRequest());
-  await n.machine.tool("umount", n.staging);
-
-  await rejects(n.publish(n.publishRequest()), "FAILED_PRECONDITION", /nothing is mounted at the staging path/);
-
-  await assert.rejects(Deno.stat(n.target), Deno.errors.NotFound);
-});
-
 nodeTest("promise 6: NodePublishVolume refuses a staging mount of another device", async () => {
   await using n = await node();
   const stranger = await n.machine.addNamespace(other, 64 * mib);
@@ -861,16 +790,6 @@ nodeTest("promise 6: NodePublishVolume refuses a staging mount of another device
     "FAILED_PRECONDITION",
     /mounted at the staging path, which is not this volume/,
   );
-});
-
-nodeTest("promise 6: NodePublishVolume refuses a staging mount that has lost its device", async () => {
-  await using n = await node();
-  await n.stage(n.stageRequest());
-  await n.machine.hide(n.namespace);
-  await rejects(n.publish(n.publishRequest()), "FAILED_PRECONDITION", /this node has no block device of it/);
-  await n.machine.addNamespace(uuid, 64 * mib, { name: "nvme1n1" });
-
-  await rejects(n.publish(n.publishRequest()), "FAILED_PRECONDITION", /staging path has lost its device/);
 });
 
 nodeTest("promise 6: NodePublishVolume refuses a target with files of the root disk", async () => {

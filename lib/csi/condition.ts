@@ -6,12 +6,13 @@
  * answers or goes. So the answer comes after ten seconds at most, and a volume that has not answered since an earlier
  * question is asked nothing more.
  */
-import { type RequestContext, requestContext, timeLimit, unlessAborted } from "../context.ts";
+import { type RequestContext, requestContext } from "../context.ts";
 import { messageOf } from "../error.ts";
 import { readTroubleOf, writeTroubleOf } from "../host/filesystem.ts";
 import type { Host, Usage } from "../host/host.ts";
 import { describeMount, type Mount, mountsOf, mountTable } from "../host/mounts.ts";
 import { type BlockDevice, controllersOf } from "../host/nvme.ts";
+import { PendingAnswers } from "../host/pending.ts";
 import type { Trouble } from "../storage/backend.ts";
 
 /** How long a volume is waited for. */
@@ -35,10 +36,15 @@ export interface ConditionProbe {
   ofDevice(ctx: RequestContext, device: BlockDevice): Promise<Condition>;
 }
 
-/** @param longestMs how long a volume is waited for */
-export function conditionProbe(host: Host, longestMs: number = longestAnswerMs): ConditionProbe {
-  /** Since when volumes have owed an answer, by UUID. */
-  const unanswered = new Map<string, number>();
+export interface ConditionOptions {
+  /** Which volumes owe an answer, shared with the other calls of the node. */
+  readonly pending?: PendingAnswers;
+  /** How long a volume is waited for. */
+  readonly longestMs?: number;
+}
+
+export function conditionProbe(host: Host, options: ConditionOptions = {}): ConditionProbe {
+  const { pending = new PendingAnswers(), longestMs = longestAnswerMs } = options;
 
   /** What `question` finds out; it is given a signal that never aborts, so that it ends when the machine has answered. */
   async function ask(
@@ -47,28 +53,15 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
     what: string,
     question: (ctx: RequestContext) => Promise<Condition>,
   ): Promise<Condition> {
-    const silent = (since: number): Condition => ({
-      usage: undefined,
-      trouble: unusable(
-        "NotAnswering",
-        `${what} has not answered for ${Math.round((performance.now() - since) / 1000)} s`,
-      ),
-    });
-    const owedSince = unanswered.get(uuid);
-    if (owedSince !== undefined && performance.now() - owedSince >= longestMs) return silent(owedSince);
-    const started = performance.now();
-    if (owedSince === undefined) unanswered.set(uuid, started);
-    const answered = question(requestContext(new AbortController().signal, ctx.deadline, ctx.log)).finally(() => {
-      if (unanswered.get(uuid) === started) unanswered.delete(uuid);
-    });
-    using limit = timeLimit(ctx.signal, longestMs);
+    const asking = requestContext(new AbortController().signal, ctx.deadline, ctx.log);
     try {
-      return await unlessAborted(answered, limit.signal);
+      const answer = await pending.ask(uuid, () => question(asking), { signal: ctx.signal, longestMs });
+      if (answer.kind === "answered") return answer.value;
+      const trouble = unusable("NotAnswering", `${what} has not answered for ${Math.round(answer.ms / 1000)} s`);
+      return { usage: undefined, trouble };
     } catch (error) {
       ctx.signal.throwIfAborted();
-      if (error === limit.signal.reason) return silent(started);
-      const trouble = unusable("Unreadable", `${what} cannot be looked at (${messageOf(error)})`);
-      return { usage: undefined, trouble };
+      return { usage: undefined, trouble: unusable("Unreadable", `${what} cannot be looked at (${messageOf(error)})`) };
     }
   }
 

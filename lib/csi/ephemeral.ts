@@ -24,12 +24,16 @@ import {
   makeMountPoint,
   mountedSomewhere,
   mountsAt,
+  mountsElsewhere,
   mountsOf,
   mountTable,
+  onNodeDisk,
   refuseStuckUnmount,
+  removeMountPoint,
   takeDown,
 } from "../host/mounts.ts";
 import { allControllers, type BlockDevice, findDevice, refuseWithoutPath, waitForDevice } from "../host/nvme.ts";
+import { PendingAnswers } from "../host/pending.ts";
 import type { KeyedLock } from "../lock.ts";
 import { hostNqn, type RemoteNamespace } from "../namespace.ts";
 import type { EphemeralVolume, EphemeralVolumes } from "../storage/backend.ts";
@@ -56,6 +60,8 @@ export interface InlineOptions {
   readonly volumes: EphemeralVolumes | undefined;
   /** Shared with the node service. */
   readonly limit?: VolumeLimit;
+  /** Shared with the node service. */
+  readonly pending?: PendingAnswers;
 }
 
 /** Whether a volume ID is one that kubelet makes up for an inline volume. No ID of this driver has that form. */
@@ -104,6 +110,7 @@ interface Kept {
 
 export function inlineVolumes(options: InlineOptions): InlineVolumes {
   const { host, attacher, locks, nodeId, defaultFsType, volumes } = options;
+  const pending = options.pending ?? new PendingAnswers();
   const obstacle = () =>
     volumes === undefined
       ? "this node knows no cluster for them, start it with --config and a cluster file that has the key ephemeral"
@@ -142,7 +149,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       const target = await canonicalPath(host, given);
       if (target === undefined) throw refuse(`the directory of the target path "${given}" is missing`);
       const isMounted = mountsAt(await mountTable(host), target).length > 0;
-      const isRepeat = isMounted || await host.kindOf(target) !== "absent";
+      const isRepeat = isMounted || await onNodeDisk(host, target, "look at", () => host.kindOf(target)) !== "absent";
       using _counted = isMounted ? undefined : await options.limit?.admit(action, volumeId);
       if (!isMounted) await makeMountPoint(host, target, "directory", refuse);
       let namespace: RemoteNamespace;
@@ -157,7 +164,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
         });
       } catch (error) {
         // Then nothing is on the cluster either.
-        if (isFinal(error) && !isMounted) await host.removeEmpty(target);
+        if (isFinal(error) && !isMounted) await removeMountPoint(host, target);
         throw error;
       }
       const readOnly = request.readonly || isReaderOnly(access.mode) || flags.readOnly;
@@ -183,7 +190,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       // is no other, and its data has to get there before anything else, also when the cluster does not answer.
       const mounted = there === undefined ? undefined : await deviceUnder(host, there);
       if (path !== undefined) {
-        if (mounted !== undefined) await refuseStuckUnmount(host, mounted, path, action);
+        if (mounted !== undefined) await refuseStuckUnmount(host, call, { device: mounted, path, action, pending });
         await takeDown(host, call, path, mounted, action);
       }
       const problem = obstacle();
@@ -202,7 +209,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
         await letGo(ctx, action, uuid, volume);
         if (volume === undefined) ctx.log.warning("found no inline volume on any cluster that allows them");
       }
-      if (path !== undefined) await host.removeEmpty(path);
+      if (path !== undefined) await removeMountPoint(host, path);
     },
 
     async sweep(ctx) {
@@ -241,9 +248,10 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
     await attacher.attach(ctx, namespace);
     const device = await waitForDevice(host, ctx, uuid, { subsystemNqn, hint: attacher.hint });
     await refuseWithoutPath(host, device, action);
-    const mounts = await mountsOf(host, await mountTable(host), device);
+    const table = await mountTable(host);
+    const mounts = await mountsOf(host, table, device);
     // A directory of the volume that kubelet shows to a container (subPath) is not a target.
-    const other = mounts.find((mount) => mount.path !== target && mount.root === "/");
+    const other = mountsElsewhere(table, mounts, target).find((mount) => mount.root === "/");
     if (other !== undefined) {
       throw new StatusError(
         "FAILED_PRECONDITION",

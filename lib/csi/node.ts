@@ -15,25 +15,25 @@ import {
 } from "../../proto/gen/csi_pb.ts";
 import { type RequestContext, Secrets, sleep } from "../context.ts";
 import { StatusError } from "../error.ts";
-import type { Attacher } from "../host/attach.ts";
-import { refuseUnauthenticated } from "../host/authentication.ts";
-import { contentOf, ensureGrown, type FsType, fsTypes, mountVolume, troubleOf } from "../host/filesystem.ts";
-import type { Host } from "../host/host.ts";
-import { closeMapper, defaultLuksSettings, growMapper, type LuksSettings, markUsed, openMapper } from "../host/luks.ts";
+import { usersOf } from "../host/attach.ts";
+import { ensureGrown, fsTypes, troubleOf } from "../host/filesystem.ts";
+import { closeMapper, growMapper } from "../host/luks.ts";
 import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
 import {
   canonicalPath,
   describeMount,
-  foreignMountsOf,
+  isEmptyDirectory,
   makeMountPoint,
   type Mount,
-  mountAs,
-  mountedSomewhere,
   mountsAt,
+  mountsElsewhere,
   mountsOf,
   mountTable,
+  onNodeDisk,
+  refuseActiveFileSystem,
   refuseStuckUnmount,
   relationOf,
+  removeMountPoint,
   takeDown,
   unmount,
 } from "../host/mounts.ts";
@@ -44,22 +44,18 @@ import {
   recheckDevice,
   refuseWithoutPath,
   rescanNamespaces,
-  waitForDevice,
 } from "../host/nvme.ts";
+import { PendingAnswers } from "../host/pending.ts";
 import type { VolumeId } from "../id.ts";
 import type { KeyedLock } from "../lock.ts";
-import { fromPublishContext, hostNqn } from "../namespace.ts";
+import { fromPublishContext, hostNqn, type RemoteNamespace } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
-import type { Authentication } from "../storage/backend.ts";
-import { connectionKeys } from "./authentication.ts";
 import { conditionProbe } from "./condition.ts";
 import { inlineUuid, type InlineVolumes, inlineVolumes, isInlineId, refuseInline } from "./ephemeral.ts";
-import type { VolumeLimit } from "./limit.ts";
 import { nodeHealthHandlers } from "./node_health.ts";
 import {
   type Access,
   isReaderOnly,
-  isShared,
   longestVolumeId,
   mkfsOptionsKey,
   parseCapability,
@@ -67,32 +63,21 @@ import {
   requirePath,
   requireText,
 } from "./request.ts";
+import { refuseMounted, type StageRequest, stageVolume, type StagingOptions, type VolumeOnNode } from "./staging.ts";
 
-export interface NodeOptions {
-  readonly host: Host;
-  readonly attacher: Attacher;
+export interface NodeOptions extends StagingOptions {
   /** Shared with the attacher: `volume <uuid>` is taken here, `subsystem <nqn>` there. */
   readonly locks: KeyedLock;
-  readonly nodeId: string;
-  /** For a blank volume whose capability names no file system. */
-  readonly defaultFsType: FsType;
   /** How many volumes of this driver the node can hold; undefined: the orchestrator decides. */
   readonly maxVolumes?: number | undefined;
-  /** Keeps to that number, shared with the inline volumes. */
-  readonly limit?: VolumeLimit;
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
-  /**
-   * Where the keys of authenticated connections come from that no secret brings. The one thing for which a node asks the
-   * management API while it stages a volume; undefined: of nobody.
-   */
-  readonly authentication?: Authentication;
+  /** Which volumes owe an answer, shared with the inline volumes. */
+  readonly pending?: PendingAnswers;
   /** Inline volumes of pods; undefined: this node makes none, and says so. */
   readonly inline?: InlineVolumes;
   /** Whether volumes of this driver can grow. */
   readonly expansion?: boolean;
-  /** How volumes with host encryption are formatted and opened. */
-  readonly luks?: LuksSettings;
   /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
   readonly volumeHealth?: boolean;
 }
@@ -102,9 +87,10 @@ const announcedMs = 1000;
 
 /** The handlers of CSI's Node service. */
 export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
-  const { host, attacher, locks, parseId, luks = defaultLuksSettings } = options;
-  const inline = options.inline ?? inlineVolumes({ ...options, volumes: undefined });
-  const probe = conditionProbe(host);
+  const { host, attacher, locks, parseId } = options;
+  const pending = options.pending ?? new PendingAnswers();
+  const inline = options.inline ?? inlineVolumes({ ...options, pending, volumes: undefined });
+  const probe = conditionProbe(host, { pending });
 
   return {
     /** Makes the volume's device appear, and mounts its file system at the staging path (spec/csi.md 7.3). */
@@ -114,30 +100,22 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
       refuseInline(action, volumeId);
       const access = parseCapability(action, request.volumeCapability);
-      const namespace = fromPublishContext(request.publishContext);
       const mkfsOptions = request.volumeContext[mkfsOptionsKey] ?? "";
       if (access.type === "mount") {
         parseMountFlags(access.mountFlags);
         parseMkfsOptions(access.fsType ?? options.defaultFsType, mkfsOptions);
       }
       const id = parseId(volumeId);
-      if (namespace !== undefined && namespace.uuid !== id.uuid) {
-        throw new StatusError(
-          "INVALID_ARGUMENT",
-          `Cannot ${action} ${id.uuid}: the publish context is of namespace ${namespace.uuid}`,
-        );
-      }
+      const namespace = placeOf(action, id, request.publishContext);
       const secrets = new Secrets(request.secrets);
-      const passphrases = id.hostEncryption === undefined
-        ? undefined
-        : parsePassphrases(`${action} ${id.uuid}`, secrets);
+      if (id.hostEncryption !== undefined) parsePassphrases(`${action} ${id.uuid}`, secrets);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeStageVolume");
 
       const path = await canonicalPath(host, given);
       // What is mounted is not looked at: a file system that is shut down answers with an error (seen with xfs).
       const isMounted = path !== undefined && mountsAt(await mountTable(host), path).length > 0;
-      const kind = path === undefined ? "absent" : isMounted ? "directory" : await host.kindOf(path);
+      const kind = path === undefined ? "absent" : isMounted ? "directory" : await kindOnDisk(path);
       if (path === undefined || (kind !== "directory" && (access.type === "mount" || kind !== "absent"))) {
         throw new StatusError(
           "FAILED_PRECONDITION",
@@ -146,54 +124,16 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           }, the orchestrator has to make it`,
         );
       }
-      using _counted = await options.limit?.admit(`${action} ${id.uuid}`, id.uuid);
-      let device: BlockDevice;
-      if (namespace !== undefined) {
-        const { subsystemNqn, inBandAuth } = namespace;
-        const keys = await connectionKeys(ctx, `${action} ${id.uuid}`, volumeId, namespace, secrets, options);
-        await attacher.attach(ctx, namespace, keys);
-        device = await waitForDevice(host, ctx, id.uuid, { subsystemNqn, hint: attacher.hint });
-        if (inBandAuth !== undefined) {
-          await refuseUnauthenticated(host, subsystemNqn, inBandAuth, `${action} ${id.uuid}`);
-        }
-      } else {
-        device = await attachedBefore(id.uuid);
-      }
-      await refuseWithoutPath(host, device, `${action} ${id.uuid}`);
-      const readOnly = isReaderOnly(access.mode) ||
-        (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
-      if (passphrases !== undefined) {
-        device = await openMapper(host, ctx, device, {
-          passphrases,
-          settings: luks,
-          readOnly,
-          shared: isShared(access.mode),
-          stagingPath: path,
-          contentOf: async (device) => {
-            const { kind } = await contentOf(host, ctx, device, `${action} ${id.uuid}`);
-            return kind === "blank" || kind === "luks" ? kind : "other";
-          },
-        });
-      }
-      if (access.type === "block") {
-        const mounted = mountsAt(await mountTable(host), path).at(-1);
-        if (mounted !== undefined && await relationOf(host, mounted, device) === "ours") {
-          throw new StatusError(
-            "ALREADY_EXISTS",
-            `Cannot ${action} ${id.uuid} as a block device: ${describeMount(mounted)} is staged at "${path}"`,
-          );
-        }
-        await refuseMounted(device, `${action} ${id.uuid} as a block device`);
-        if (!readOnly) await markUsed(host, ctx, device, `${action} ${id.uuid}`);
-        return {};
-      }
-      await mountVolume(host, ctx, device, path, {
-        fsType: access.fsType,
-        defaultFsType: options.defaultFsType,
-        flags: access.mountFlags,
-        readOnly,
-        shared: isShared(access.mode),
+      await stageVolume(options, ctx, {
+        action,
+        volumeId,
+        id,
+        access,
+        namespace,
+        secrets,
+        path,
         mkfsOptions,
+        isRepair: false,
       });
       return {};
     },
@@ -210,10 +150,11 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeUnstageVolume");
 
+      const what = `${action} ${id.uuid}`;
       const device = await deviceOf(id);
       if (path !== undefined) {
-        if (device !== undefined) await refuseStuckUnmount(host, device, path, `${action} ${id.uuid}`);
-        await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
+        if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what, pending });
+        await takeDown(host, ctx, path, device, what);
       }
       if (device !== undefined) {
         const others = await mountsOf(host, await mountTable(host), device);
@@ -225,19 +166,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
             }, unpublish it there first`,
           );
         }
-        // What is in memory is written with the last unmount, and that one was not in this mount namespace.
-        const fsType = await mountedSomewhere(host, device);
-        if (fsType !== undefined) {
-          const places = await foreignMountsOf(host, device);
-          throw new StatusError(
-            "FAILED_PRECONDITION",
-            `Cannot ${action} ${id.uuid}: its ${fsType} is still in use by ${
-              places.length === 0 ? "a mount that this process cannot see" : places.join(", ")
-            }`,
-          );
-        }
+        await refuseActiveFileSystem(host, device, what);
       }
-      if (id.hostEncryption !== undefined) await closeMapper(host, ctx, id.uuid, `${action} ${id.uuid}`);
+      if (id.hostEncryption !== undefined) await closeMapper(host, ctx, id.uuid, what);
+      await refuseHeld(id.uuid, what);
       await attacher.detach(ctx, id.uuid);
       return {};
     },
@@ -262,22 +194,18 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       }
       const givenStaging = requirePath(action, "staging_target_path", request.stagingTargetPath);
       const id = parseId(volumeId);
+      const namespace = placeOf(action, id, request.publishContext);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodePublishVolume");
 
       const refuse = (problem: string) =>
         new StatusError("FAILED_PRECONDITION", `Cannot ${action} ${id.uuid}: ${problem}`);
-      const found = await deviceOf(id);
-      if (found === undefined) {
-        const what = id.hostEncryption === undefined ? "no block device of it" : "its encryption not open";
-        throw refuse(`this node has ${what}, it has to be staged first`);
-      }
-      const device = await recheckDevice(host, found, `${action} ${id.uuid}`);
-      await refuseWithoutPath(host, device, `${action} ${id.uuid}`);
       const target = await canonicalPath(host, givenTarget);
       if (target === undefined) throw refuse(`the directory of the target path "${givenTarget}" is missing`);
       const staging = await canonicalPath(host, givenStaging);
-      await refuseUnstaged(ctx, device, staging, access, refuse);
+      const secrets = new Secrets(request.secrets);
+      const wanted = { action, volumeId, id, access, namespace, secrets, mkfsOptions: "", isRepair: true } as const;
+      const device = await stagedDevice(ctx, wanted, staging, refuse);
 
       const table = await mountTable(host);
       const there = mountsAt(table, target).at(-1);
@@ -288,11 +216,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         if (relation === "our node") await setReadOnly(ctx, device, readOnly);
         return {};
       }
-      const others = (await mountsOf(host, table, device)).filter((mount) =>
-        mount.path !== staging && mount.path !== target
-      );
+      const others = mountsElsewhere(table, await mountsOf(host, table, device), staging, target);
       refuseSecondTarget(access, others, readOnly, refuse);
-      if (access.type === "block") await refuseMounted(device, `${action} ${id.uuid} as a block device`);
+      if (access.type === "block") await refuseMounted(host, device, `${action} ${id.uuid} as a block device`);
       // What is dead there shows the pod nothing but errors; what is foreign is refused.
       if (there !== undefined) await takeDown(host, ctx, target, device, `${action} ${id.uuid}`);
 
@@ -341,14 +267,15 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const table = await mountTable(host);
       const there = mountsAt(table, path).at(-1);
       if (device !== undefined && (device.readOnly || there?.options.includes("ro") === true)) {
-        const published = (await mountsOf(host, table, device)).filter((mount) => mount.path !== path);
+        const published = mountsElsewhere(table, await mountsOf(host, table, device), path);
         // Without a mount: a publish was cut off between the two.
         const isNode = there === undefined || await relationOf(host, there, device) === "our node";
         if (isNode && published.length === 0) await setReadOnly(ctx, device, false, there !== undefined);
       }
-      if (device !== undefined) await refuseStuckUnmount(host, device, path, `${action} ${id.uuid}`);
-      await takeDown(host, ctx, path, device, `${action} ${id.uuid}`);
-      await host.removeEmpty(path);
+      const what = `${action} ${id.uuid}`;
+      if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what, pending });
+      await takeDown(host, ctx, path, device, what);
+      await removeMountPoint(host, path);
       return {};
     },
 
@@ -447,20 +374,64 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     },
   };
 
+  function kindOnDisk(path: string) {
+    return onNodeDisk(host, path, "look at", () => host.kindOf(path));
+  }
+
   /** What this node reads and writes the volume through: its device, or its mapper, and never the device under that. */
   async function deviceOf({ uuid, hostEncryption }: VolumeOnNode): Promise<BlockDevice | undefined> {
     return await (hostEncryption === undefined ? findDevice(host, uuid) : findMapper(host, uuid));
   }
 
-  /** The device of a volume that was attached before this driver took over, without a publish context of ours. */
-  async function attachedBefore(uuid: string): Promise<BlockDevice> {
-    const device = await findDevice(host, uuid);
-    if (device !== undefined) return await recheckDevice(host, device, `stage the volume ${uuid}`);
-    throw new StatusError(
-      "FAILED_PRECONDITION",
-      `Cannot stage the volume ${uuid}: its publish context was made by another driver and the device is not here; delete ` +
-        `the VolumeAttachment of this volume and node, so that it is attached anew`,
-    );
+  /**
+   * What the volume is read and written through, after it was staged again if that was broken.
+   *
+   * @param staging where it was staged; undefined: the directory of that path is missing
+   */
+  async function stagedDevice(
+    ctx: RequestContext,
+    wanted: Omit<StageRequest, "path">,
+    staging: string | undefined,
+    refuse: (problem: string) => StatusError,
+  ): Promise<BlockDevice> {
+    const { id, access, namespace, action } = wanted;
+    const found = await deviceOf(id);
+    const isDead = found?.encrypts !== undefined && found.encrypts.beneath === undefined;
+    const device = found === undefined || isDead ? found : await recheckDevice(host, found, `${action} ${id.uuid}`);
+    if (device !== undefined) await refuseWithoutPath(host, device, `${action} ${id.uuid}`);
+    const problem = await stagingProblem(ctx, device, staging, access, refuse);
+    if (problem === undefined && device !== undefined) return device;
+    const isHere = (device !== undefined && !isDead) || await findDevice(host, id.uuid) !== undefined;
+    const reason = !isHere
+      ? "this node has no block device of it"
+      : device === undefined
+      ? "its encryption is not open"
+      : problem ?? "";
+    if (namespace === undefined && !isHere) {
+      throw refuse(`${reason}, it has to be staged first (the call brings no publish context of this driver)`);
+    }
+    const path = await stagingDirectory(staging, access, (problem) => refuse([reason, problem].join(", and ")));
+    ctx.log.warning("stages again what is broken", { path, error: reason });
+    return await stageVolume(options, ctx, { ...wanted, path });
+  }
+
+  /** The staging path, when a volume can be mounted there without hiding something. */
+  async function stagingDirectory(
+    staging: string | undefined,
+    access: Access,
+    refuse: (problem: string) => StatusError,
+  ): Promise<string> {
+    if (staging === undefined) throw refuse("the directory of the staging path is missing");
+    // What is mounted is not looked at, it may not answer.
+    if (access.type === "block" || mountsAt(await mountTable(host), staging).length > 0) return staging;
+    const kind = await kindOnDisk(staging);
+    if (kind !== "directory") {
+      throw refuse(`the staging path "${staging}" is ${kind === "absent" ? "missing" : "not a directory"}`);
+    }
+    if (!await isEmptyDirectory(host, staging)) {
+      throw refuse(`the staging path "${staging}" holds files of the node's own disk`);
+    }
+    return staging;
   }
 
   /** The ID of a volume to let go of; undefined when it is not ours and nothing is mounted at the path: nothing to do. */
@@ -473,45 +444,46 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     }
   }
 
-  /** Throws unless the volume is staged: a bind mount of a plain directory would put the pod's files on the root disk. */
-  async function refuseUnstaged(
+  /**
+   * Why the volume has to be staged again before a pod can have it, or undefined: a bind mount of a plain directory would
+   * put the pod's files on the root disk. Throws where staging it again would be wrong.
+   */
+  async function stagingProblem(
     ctx: RequestContext,
-    device: BlockDevice,
+    device: BlockDevice | undefined,
     staging: string | undefined,
     access: Access,
     refuse: (problem: string) => StatusError,
-  ): Promise<void> {
+  ): Promise<string | undefined> {
     const mounted = staging === undefined ? undefined : mountsAt(await mountTable(host), staging).at(-1);
     const relation = mounted === undefined ? undefined : await relationOf(host, mounted, device);
+    if (device?.encrypts !== undefined && device.encrypts.beneath === undefined) {
+      return "its encryption is of a device that has gone";
+    }
     if (access.type === "block") {
       if (relation === "ours") throw refuse(`it is staged at "${staging}" as a file system, not as a block device`);
-      return;
+      return undefined;
     }
-    if (mounted === undefined) throw refuse(`nothing is mounted at the staging path, it has to be staged again`);
-    if (relation === "dead") {
-      throw refuse(`${describeMount(mounted)} at the staging path has lost its device, it has to be staged again`);
-    }
-    if (relation !== "ours" || mounted.root !== "/") {
+    if (mounted === undefined) return "nothing is mounted at the staging path";
+    if (relation === "dead") return `${describeMount(mounted)} at the staging path has lost its device`;
+    if (device === undefined || relation !== "ours" || mounted.root !== "/") {
       throw refuse(`${describeMount(mounted)} is mounted at the staging path, which is not this volume`);
     }
     if (access.fsType !== undefined && access.fsType !== mounted.fsType) {
       throw refuse(`it is staged as ${mounted.fsType}, the request wants ${access.fsType}`);
     }
-    const trouble = await troubleOf(host, ctx, device, mounted, mounted.superOptions.includes("ro"));
-    if (trouble !== undefined) throw refuse(`${trouble}, it has to be staged again`);
-    if (mounted.superOptions.includes("ro") && !isReaderOnly(access.mode)) {
-      const asked = access.type === "mount" && parseMountFlags(access.mountFlags).readOnly;
-      if (!asked) throw refuse(`${describeMount(mounted)} at the staging path is read-only`);
-    }
+    const readOnly = isReaderOnly(access.mode) || parseMountFlags(access.mountFlags).readOnly;
+    return await troubleOf(host, ctx, device, mounted, readOnly);
   }
 
-  /** Throws while a file system of the volume is mounted here: who writes to the device under it damages it. */
-  async function refuseMounted(device: BlockDevice, action: string): Promise<void> {
-    const mount = await mountAs(host, device, "ours");
-    if (mount === undefined) return;
+  /** Throws while a device on top of the namespace uses it, which an unmount does not end. */
+  async function refuseHeld(uuid: string, action: string): Promise<void> {
+    const device = await findDevice(host, uuid);
+    const users = device === undefined ? [] : await usersOf(host, device);
+    if (device === undefined || users.length === 0) return;
     throw new StatusError(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: ${describeMount(mount)} is mounted at "${mount.path}", which has to end first`,
+      `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}, which has to end first`,
     );
   }
 
@@ -639,13 +611,24 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   }
 }
 
-/** What of a volume ID is the node's business. */
-type VolumeOnNode = Pick<VolumeId, "uuid"> & Partial<Pick<VolumeId, "hostEncryption">>;
-
 type Shown =
   | { readonly kind: "mount"; readonly device: BlockDevice; readonly mount: Mount }
   | { readonly kind: "block"; readonly device: BlockDevice }
   | { readonly kind: "dead"; readonly mount: Mount };
+
+/** Where the volume's namespace is, by its publish context; undefined: another driver made that. */
+function placeOf(
+  action: string,
+  { uuid }: VolumeOnNode,
+  publishContext: Readonly<Record<string, string>>,
+): RemoteNamespace | undefined {
+  const namespace = fromPublishContext(publishContext);
+  if (namespace === undefined || namespace.uuid === uuid) return namespace;
+  throw new StatusError(
+    "INVALID_ARGUMENT",
+    `Cannot ${action} ${uuid}: the publish context is of namespace ${namespace.uuid}`,
+  );
+}
 
 /** Throws when the volume is published at this target in another way than is asked for. */
 function refuseOtherPublish(

@@ -131,6 +131,12 @@ const passphrasesSchema = z.object({
   "host-encryption-passphrase-previous": passphrase.optional(),
 });
 
+/** Whether the secrets of a call hold a passphrase at all, good or bad. */
+export function hasPassphrase(secrets: Secrets): boolean {
+  const key = "host-encryption-passphrase";
+  return secrets.parse(z.object({ [key]: z.string().optional() }))[key] !== undefined;
+}
+
 /** What opens an encrypted volume; throws INVALID_ARGUMENT that names the key and shows no value. */
 export function parsePassphrases(action: string, secrets: Secrets): Passphrases {
   try {

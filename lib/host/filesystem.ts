@@ -27,6 +27,7 @@ import {
   mountAs,
   mountedSomewhere,
   mountsAt,
+  mountsElsewhere,
   mountsOf,
   mountTable,
   processesAt,
@@ -87,8 +88,8 @@ export async function mountVolume(
     // What resize2fs has just left out at the end, it leaves out again.
     const leastBytes = now.sizeBytes > device.sizeBytes ? stepBytes : unusableBytes;
     if (now.sizeBytes - fsBytes < leastBytes) return;
-    const mounts = await mountsOf(host, await mountTable(host), device);
-    if (mounts.some((mount) => mount.path !== path)) {
+    const table = await mountTable(host);
+    if (mountsElsewhere(table, await mountsOf(host, table, device), path).length > 0) {
       ctx.log.warning("leaves a mounted ext4 smaller than its device, the right CAP_SYS_RESOURCE is missing", {
         device: device.path,
         path,
@@ -279,7 +280,8 @@ async function refuseWhileUsedElsewhere(
   action: string,
   trouble: string,
 ): Promise<void> {
-  const others = (await mountsOf(host, await mountTable(host), device)).filter((mount) => mount.path !== path);
+  const table = await mountTable(host);
+  const others = mountsElsewhere(table, await mountsOf(host, table, device), path);
   if (others.length === 0) return;
   // Mounted again beside them, it would be the same broken file system.
   throw new StatusError(

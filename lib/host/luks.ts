@@ -17,7 +17,7 @@ import * as z from "zod";
 import { type RequestContext, unlessAborted } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
-import { mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
+import { mountsElsewhere, mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
 import { type BlockDevice, describeDevice, findMapper, mapperName, recheckDevice } from "./nvme.ts";
 
 /** How new volumes are encrypted, and how mappers are opened. What exists tells its own cipher. */
@@ -65,12 +65,15 @@ const usedLabel = "lbcsi";
 
 /** Where and how a volume is to be opened. */
 export interface OpenWish {
-  readonly passphrases: Passphrases;
+  /** Asked for when the volume is not open; throws when there are none. */
+  readonly passphrases: () => Passphrases;
   readonly settings: LuksSettings;
   /** Nobody writes: nothing is formatted, and the mapper refuses writes. */
   readonly readOnly: boolean;
   /** Other hosts may have it open: nothing is formatted, and no passphrase changed. */
   readonly shared: boolean;
+  /** Whether a blank device is encrypted. */
+  readonly formats: boolean;
   /** Where it may be mounted with a device that has gone; such a mount is taken down. */
   readonly stagingPath: string;
   /** What the device holds, as filesystem.ts finds out before anything is formatted. */
@@ -99,10 +102,11 @@ export async function openMapper(
       // It may have been opened when the volume was smaller.
       return wish.readOnly ? there : await growMapper(host, ctx, there, action);
     }
+    // Without a passphrase it could not be opened again.
+    wish.passphrases();
     ctx.log.warning("closes the encryption of a device that has gone", { device: there.path, path: wish.stagingPath });
-    const elsewhere = (await mountsOf(host, await mountTable(host), there)).filter(({ path }) =>
-      path !== wish.stagingPath
-    );
+    const table = await mountTable(host);
+    const elsewhere = mountsElsewhere(table, await mountsOf(host, table, there), wish.stagingPath);
     if (elsewhere.length > 0) {
       throw refuse(
         `${there.path} is of a device that has gone, and still mounted at ${
@@ -114,11 +118,13 @@ export async function openMapper(
     await closeMapper(host, ctx, device.uuid, action);
   }
 
+  const passphrases = wish.passphrases();
   const content = await wish.contentOf(device);
   if (content === "other") throw refuse(`${device.path} holds a file system in the clear, it is left alone`);
   const isHalfMade = content === "luks" && await isWithoutKeys(host, ctx, device);
   if (content === "blank" || isHalfMade) {
     const state = isHalfMade ? "holds an encryption that was never finished" : "is blank";
+    if (!wish.formats) throw refuse(`${device.path} ${state}, the volume has to be staged first`);
     if (wish.readOnly || wish.shared) {
       throw refuse(
         `${device.path} ${state}, and with read-only or shared access nothing is made; stage it for writing once`,
@@ -132,13 +138,13 @@ export async function openMapper(
       }
       ctx.log.warning("encrypts anew what was never finished", { device: device.path });
     }
-    await luksFormat(host, ctx, device, wish, action);
+    await luksFormat(host, ctx, device, { ...wish, passphrases }, action);
   }
   if (await hasAes(host) === false) {
     ctx.log.warning("encrypts without AES instructions of the processor, which is slow", { device: device.path });
   }
   await recheckDevice(host, device, action);
-  await open(host, ctx, device, wish, action);
+  await open(host, ctx, device, { ...wish, passphrases }, action);
   const opened = await findMapper(host, device.uuid);
   if (opened?.encrypts?.beneath?.number !== device.number) {
     throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${mapperName(device.uuid)} was opened and is not there`);
@@ -241,11 +247,13 @@ export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDev
   if (marked.code !== 0) throw failed(action, "UNAVAILABLE", "config", marked);
 }
 
+type OpenParameters = Pick<OpenWish, "settings" | "readOnly" | "shared"> & { readonly passphrases: Passphrases };
+
 async function luksFormat(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  { passphrases, settings }: OpenWish,
+  { passphrases, settings }: OpenParameters,
   action: string,
 ): Promise<void> {
   const { cipher, keyBits, sectorBytes } = settings;
@@ -271,7 +279,7 @@ async function open(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  { passphrases, settings, readOnly, shared }: OpenWish,
+  { passphrases, settings, readOnly, shared }: OpenParameters,
   action: string,
 ): Promise<void> {
   const args = [

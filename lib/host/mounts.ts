@@ -6,9 +6,10 @@
  * `dev/block/<major:minor>` is gone.
  */
 import type { RequestContext } from "../context.ts";
-import { StatusError } from "../error.ts";
+import { messageOf, StatusError, systemCode } from "../error.ts";
 import type { Host } from "./host.ts";
 import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered, refuseWithoutPath } from "./nvme.ts";
+import type { PendingAnswers } from "./pending.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
 export interface Mount {
@@ -17,6 +18,11 @@ export interface Mount {
   /** What of the file system is mounted: `/`, a directory, or a device node of devtmpfs. */
   readonly root: string;
   readonly path: string;
+  /**
+   * The directory or file under the mount, whatever path leads to it: the file system that shows it and where in that. Two
+   * mounts with one place are one mount seen twice, as where a bind mount shows kubelet's directory at a second path.
+   */
+  readonly place: string;
   /** Options of this mount alone. */
   readonly options: readonly string[];
   /** `shared:5`: what is mounted below it shows in other mount namespaces too; `master:1`: theirs shows here. */
@@ -29,13 +35,13 @@ export interface Mount {
 
 /** The lines of a mountinfo text, oldest first; lines that cannot be read are left out. */
 export function parseMountTable(text: string): readonly Mount[] {
-  return text.split("\n").flatMap((line) => {
+  const lines = text.split("\n").flatMap((line) => {
     const [before, after] = split(line, " - ");
-    const [, , number, root, path, options, ...propagation] = before.split(" ");
+    const [id, parent, number, root, path, options, ...propagation] = before.split(" ");
     const [fsType, source, superOptions] = after.split(" ");
     if (number === undefined || root === undefined || path === undefined || options === undefined) return [];
     if (fsType === undefined || source === undefined) return [];
-    return [{
+    const mount = {
       number,
       root: unescapeField(root),
       path: unescapeField(path),
@@ -44,8 +50,21 @@ export function parseMountTable(text: string): readonly Mount[] {
       fsType,
       source: unescapeField(source),
       superOptions: unescapeField(superOptions ?? "").split(","),
-    }];
+    };
+    return [{ id, parent, mount }];
   });
+  const byId = new Map(lines.map(({ id, mount }) => [id, mount]));
+  return lines.map(({ parent, mount }) => {
+    const above = byId.get(parent);
+    // The parent of the process' root is not in the table.
+    return { ...mount, place: above === undefined ? mount.path : placeBelow(above, mount.path) };
+  });
+}
+
+/** The place of `path`, which is at or below the path of `mount`: see Mount. */
+function placeBelow(mount: Omit<Mount, "place">, path: string): string {
+  const rest = path.slice(mount.path === "/" ? 0 : mount.path.length);
+  return `${mount.number} ${mount.root === "/" ? "" : mount.root}${rest}`;
 }
 
 function split(text: string, separator: string): readonly [string, string] {
@@ -73,13 +92,47 @@ export function mountsAt(table: readonly Mount[], path: string): readonly Mount[
 }
 
 /**
+ * The mounts among `mounts` that are at none of these paths. What a path shows is left out wherever else it is seen too: a
+ * mount that propagated to a second view of the same directory is no second use of the volume.
+ *
+ * @param paths free of symbolic links; undefined: none
+ */
+export function mountsElsewhere(
+  table: readonly Mount[],
+  mounts: readonly Mount[],
+  ...paths: readonly (string | undefined)[]
+): readonly Mount[] {
+  const places = new Set(paths.flatMap((path) => path === undefined ? [] : placesAt(table, path)));
+  return mounts.filter((mount) => !paths.includes(mount.path) && !places.has(mount.place));
+}
+
+/** The places of all that is mounted at `path`, and of the directory or file there when that is nothing. */
+function placesAt(table: readonly Mount[], path: string): readonly string[] {
+  const places = mountsAt(table, path).map((mount) => mount.place);
+  const above = mountAbove(table, path);
+  return above === undefined ? places : [...places, placeBelow(above, path)];
+}
+
+/** The mount that the directory of `path` is in. */
+function mountAbove(table: readonly Mount[], path: string): Mount | undefined {
+  const parent = path.slice(0, path.lastIndexOf("/") + 1);
+  const isAbove = (mount: Mount) => parent.startsWith(mount.path === "/" ? "/" : `${mount.path}/`);
+  return table.filter(isAbove).reduce<Mount | undefined>(
+    // Of two at one path, the later one is on top.
+    (best, mount) => best === undefined || mount.path.length >= best.path.length ? mount : best,
+    undefined,
+  );
+}
+
+/**
  * `path` as the mount table writes it: its directory without symbolic links. Undefined when the directory is missing. The
  * last part is not looked at, for it may be the root of a file system that does not answer.
  */
 export async function canonicalPath(host: Host, path: string): Promise<string | undefined> {
   const trimmed = path.replace(/\/+$/, "");
   const slash = trimmed.lastIndexOf("/");
-  const parent = await host.realPath(slash <= 0 ? "/" : trimmed.slice(0, slash));
+  const directory = slash <= 0 ? "/" : trimmed.slice(0, slash);
+  const parent = await onNodeDisk(host, directory, "look at", () => host.realPath(directory));
   if (parent === undefined) return undefined;
   return `${parent === "/" ? "" : parent}/${trimmed.slice(slash + 1)}`;
 }
@@ -189,23 +242,75 @@ export async function mountedSomewhere(host: Host, { name }: BlockDevice): Promi
   return undefined;
 }
 
+// A healthy file system takes a write in milliseconds; a busy one in some hundred.
+const longestWriteMs = 2000;
+
+/** An unmount that is about to come. */
+export interface ComingUnmount {
+  readonly device: BlockDevice;
+  /** Free of symbolic links. */
+  readonly path: string;
+  /** What cannot be done when it must not come: `unstage the volume 0f2c…`. */
+  readonly action: string;
+  readonly pending: PendingAnswers;
+}
+
 /**
- * Throws UNAVAILABLE when the unmount at `path` would write to a device that no path leads to: umount(8) would then hang in
- * the kernel, and the volume would be held by it. A repeat goes on when the paths, or the last of the device, are gone: a
- * dead mount is taken down at once.
+ * Throws UNAVAILABLE when the unmount at `path` would be the last of its file system and would not end well: without a path
+ * to the device, umount(8) would hang in the kernel, and the volume would be held by it; a frozen file system would stay in
+ * the kernel, without a mount by which somebody could thaw it. A repeat goes on when that has passed, or the last of the
+ * device is gone: a dead mount is taken down at once.
  */
 export async function refuseStuckUnmount(
   host: Host,
-  device: BlockDevice,
-  path: string,
-  action: string,
+  ctx: RequestContext,
+  { device, path, action, pending }: ComingUnmount,
 ): Promise<void> {
-  const mounts = await mountsOf(host, await mountTable(host), device);
+  const table = await mountTable(host);
+  const mounts = await mountsOf(host, table, device);
   const here = mounts.find((mount) => mount.path === path);
   // Only the last unmount of a file system writes.
   if (here === undefined || here.superOptions.includes("ro") || here.fsType === "devtmpfs") return;
-  if (mounts.filter((mount) => mount.fsType === here.fsType).length > 1) return;
+  if (mountsElsewhere(table, mounts, path).some((mount) => mount.fsType === here.fsType)) return;
   await refuseWithoutPath(host, device, action);
+  if (here.options.includes("ro")) return;
+  // The kernel shows nowhere that a file system is frozen; what tells is that a write waits.
+  const write = async () => {
+    try {
+      await host.tryWrite(path);
+    } catch {
+      // Full, broken or shut down: it has answered.
+    }
+  };
+  const answer = await pending.ask(device.uuid, write, { signal: ctx.signal, longestMs: longestWriteMs });
+  if (answer.kind === "answered") return;
+  throw new StatusError(
+    "UNAVAILABLE",
+    `Cannot ${action}: ${describeMount(here)} at "${path}" has taken no write for ${
+      Math.round(answer.ms / 1000)
+    } s, it is ` +
+      `frozen or its storage does not answer; if a backup has left it frozen, thaw it on this node: ` +
+      `fsfreeze --unfreeze ${path}`,
+  );
+}
+
+/**
+ * Throws FAILED_PRECONDITION while the kernel has the file system of `device` active although this mount table has no mount
+ * of it: what is in memory is written with the last unmount, and that one was not here.
+ */
+export async function refuseActiveFileSystem(host: Host, device: BlockDevice, action: string): Promise<void> {
+  const fsType = await mountedSomewhere(host, device);
+  if (fsType === undefined) return;
+  const places = await foreignMountsOf(host, device);
+  throw new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot ${action}: its ${fsType} is still in use by ${
+      places.length > 0
+        ? places.join(", ")
+        : `something that this process cannot see: a mount of another container, or a freeze that outlived its mounts; in ` +
+          `that case mount ${device.path} somewhere on this node, thaw it (fsfreeze --unfreeze) and unmount it`
+    }`,
+  );
 }
 
 /**
@@ -251,15 +356,67 @@ export async function makeMountPoint(
   wanted: "file" | "directory",
   refuse: (problem: string) => StatusError,
 ): Promise<void> {
-  const kind = await host.kindOf(path);
+  const kind = await onNodeDisk(host, path, "look at", () => host.kindOf(path));
   if (kind === "absent") {
-    await (wanted === "file" ? host.makeFile(path) : host.makeDirectory(path));
-    return;
+    const make = () => wanted === "file" ? host.makeFile(path) : host.makeDirectory(path);
+    return await onNodeDisk(host, path, `make the ${wanted}`, make);
   }
   if (kind !== wanted) throw refuse(`the target path "${path}" is there already and is not a ${wanted}`);
-  if (wanted === "directory" && (await host.list(path) ?? []).length > 0) {
+  if (wanted === "directory" && !await isEmptyDirectory(host, path)) {
     throw refuse(`the target path "${path}" is not a mount point but holds files of the node's own disk`);
   }
+}
+
+/** Removes the empty file or directory that makeMountPoint made; gone already: done. */
+export async function removeMountPoint(host: Host, path: string): Promise<void> {
+  await onNodeDisk(host, path, "remove", () => host.removeEmpty(path));
+}
+
+/** Whether nothing is in a directory on the node's own disk; a missing one is empty. */
+export async function isEmptyDirectory(host: Host, path: string): Promise<boolean> {
+  return (await onNodeDisk(host, path, "list", () => host.list(path)) ?? []).length === 0;
+}
+
+/**
+ * Does a step with a path on the node's own disk, that of kubelet. What this disk answers is nobody's bug: a full or broken
+ * one is UNAVAILABLE with the path and the disk, a name that is too long INVALID_ARGUMENT.
+ */
+export async function onNodeDisk<T>(host: Host, path: string, verb: string, step: () => Promise<T>): Promise<T> {
+  try {
+    return await step();
+  } catch (error) {
+    const code = systemCode(error);
+    if (code === undefined) throw error;
+    const known = diskProblems[code];
+    if (code === "ENAMETOOLONG") {
+      throw new StatusError("INVALID_ARGUMENT", `Cannot ${verb} "${path}": ${known}`, { cause: error });
+    }
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${verb} "${path}", on this node's own disk (${await diskOf(host, path)}): ${
+        known ?? messageOf(error)
+      } (${code})`,
+      { cause: error },
+    );
+  }
+}
+
+const diskProblems: Readonly<Record<string, string>> = {
+  ENOSPC: "no space or no inode is left there",
+  EDQUOT: "the quota there is used up",
+  EROFS: "it is read-only",
+  EACCES: "access is denied to the driver",
+  EPERM: "the driver is not permitted to",
+  EIO: "the disk answers with an error",
+  ELOOP: "too many symbolic links are in it",
+  ENAMETOOLONG: "a part of it, or the whole, is too long",
+  ENOTDIR: "a part of it is not a directory",
+};
+
+/** `tmpfs at "/x"`: the mount that holds a path, as far as the mount table tells. */
+async function diskOf(host: Host, path: string): Promise<string> {
+  const above = mountAbove(await mountTable(host), path);
+  return above === undefined ? "unknown" : `${above.fsType} at "${above.path}"`;
 }
 
 /** `ext4 of /dev/nvme0n1 (259:1)`. */

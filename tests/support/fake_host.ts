@@ -140,6 +140,12 @@ export class FakeHost implements Host {
     }
   }
 
+  /** The kernel gives up all connections and their devices; what is mounted or open on them stays. */
+  loseDevices(): void {
+    this.controllers.splice(0);
+    this.devices.splice(0);
+  }
+
   /** Adds a connection under the first free name. */
   addController(controller: Omit<Controller, "name">): void {
     for (let n = 0;; n++) {
