@@ -11,69 +11,17 @@ import {
 } from "../lib/host/filesystem.ts";
 import { parseMkfsOptions, parseMountFlags } from "../lib/host/mkfs_options.ts";
 import { canonicalPath, mountsElsewhere, parseMountTable } from "../lib/host/mounts.ts";
-import { type BlockDevice, findDevice } from "../lib/host/nvme.ts";
+import { findDevice } from "../lib/host/nvme.ts";
 import type { StatusCode } from "../lib/error.ts";
 import { StatusError } from "../lib/error.ts";
 import { FakeHost, type FakeNamespace } from "./support/fake_host.ts";
-import { type LoopMachine, loopMachine, type LoopNamespace, subsystemNqn } from "./support/loop_machine.ts";
+import { assertSame, copyOf, type Disk, mib, uuid, wish, withDisk, write } from "./support/disk.ts";
+import { subsystemNqn } from "./support/loop_machine.ts";
 import { needs } from "./support/needs.ts";
 import { callContext, rejects } from "./support/node_calls.ts";
 
-const mib = 1 << 20;
-const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 const other = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";
-const wish: MountWish = {
-  fsType: undefined,
-  defaultFsType: "ext4",
-  flags: [],
-  readOnly: false,
-  shared: false,
-  mkfsOptions: "",
-};
 const ignore = !needs("root", "loop", "mkfs.ext4");
-
-interface Disk {
-  readonly machine: LoopMachine;
-  readonly namespace: LoopNamespace;
-  readonly path: string;
-  readonly device: () => Promise<BlockDevice>;
-  readonly mount: (wish: MountWish) => Promise<unknown>;
-}
-
-async function withDisk(sizeMib: number, act: (disk: Disk) => Promise<void>): Promise<void> {
-  await using machine = await loopMachine();
-  const namespace = await machine.addNamespace(uuid, sizeMib * mib);
-  const path = join(machine.directory, "staging");
-  await Deno.mkdir(path);
-  const device = async () => {
-    const found = await findDevice(machine.host, uuid, subsystemNqn);
-    assert(found);
-    return found;
-  };
-  const mount = async (wish: MountWish) => mountVolume(machine.host, callContext(), await device(), path, wish);
-  await act({ machine, namespace, path, device, mount });
-}
-
-async function write(path: string, offsetBytes: number, bytes: Uint8Array): Promise<void> {
-  using file = await Deno.open(path, { write: true });
-  await file.seek(offsetBytes, Deno.SeekMode.Start);
-  for (let at = 0; at < bytes.length;) at += await file.write(bytes.subarray(at));
-  await file.sync();
-}
-
-/** A copy of the file behind a device, to compare with `assertSame` later. */
-async function copyOf({ machine, namespace }: Disk): Promise<string> {
-  const copy = join(machine.directory, "before");
-  await machine.tool("sync", namespace.path);
-  await machine.tool("cp", "--sparse=always", namespace.file, copy);
-  return copy;
-}
-
-async function assertSame({ machine, namespace }: Disk, copy: string): Promise<void> {
-  await machine.tool("sync", namespace.path);
-  // Fails, naming the first byte, when one differs.
-  await machine.tool("cmp", copy, namespace.file);
-}
 
 const garbage = new TextEncoder().encode("data that no tool knows");
 

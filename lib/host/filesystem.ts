@@ -36,6 +36,7 @@ import {
   unmount,
 } from "./mounts.ts";
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
+import { hasKnownMagic, hasLuksHeader, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
 
 /** The file systems that a volume can be given. */
 export const fsTypes = ["ext4", "xfs", "btrfs"] as const;
@@ -352,52 +353,126 @@ export async function contentOf(
     return { kind: "unfinished" };
   }
 
-  const probed = await host.run(
-    "blkid",
-    ["-p", "-s", "TYPE", "-s", "PTTYPE", "-o", "export", now.path],
-    { signal: ctx.signal, onAbort: "kill", log: ctx.log },
-  );
-  const facts = new Map(
-    probed.stdout.split("\n").map((line) => {
-      const equals = line.indexOf("=");
-      return [line.slice(0, equals), line.slice(equals + 1)] as const;
-    }),
-  );
-  const type = facts.get("TYPE");
-  const partitions = facts.get("PTTYPE");
-  if (probed.code === 8) throw refuse(`${now.path} has signatures of more than one kind, it is left alone`);
-  if (probed.code !== 0 && probed.code !== 2) {
-    throw new StatusError(
-      "UNAVAILABLE",
-      `Cannot ${action}: blkid cannot tell what ${now.path} holds (exit ${probed.code}: ${probed.stderr.trim()})`,
-    );
-  }
-  if (partitions !== undefined) throw refuse(`${now.path} holds a partition table (${partitions}), it is left alone`);
-  const fsType = fsTypes.find((fsType) => fsType === type);
-  if (type === "crypto_LUKS") return { kind: "luks" };
-  if (type !== undefined && fsType === undefined) {
-    throw refuse(`${now.path} holds ${type}, which is none of ${fsTypes.join(", ")}; it is left alone`);
-  }
   const read = readerOf(host, ctx, now, action);
-  if (await isUnfinished(read, now)) return { kind: "unfinished" };
-  if (fsType !== undefined) {
-    const size = await sizeFromSuperBlock(read, fsType);
-    if (size === undefined) throw refuse(`the super block of ${fsType} on ${now.path} makes no sense`);
+  const isKnown = await hasKnownMagic(read, now.sizeBytes);
+  const mountable = isKnown ? await mountableType(host, ctx, now, read, action) : undefined;
+  if (mountable !== "crypto_LUKS" && await isUnfinished(read, now)) return { kind: "unfinished" };
+  const type = mountable ?? await typeOfAnything(host, ctx, now, action);
+  if (type === "crypto_LUKS") return { kind: "luks" };
+  if (type !== undefined) {
+    const size = await sizeFromSuperBlock(read, type);
+    if (size === undefined) throw refuse(`the super block of ${type} on ${now.path} makes no sense`);
     if (size.fsBytes > now.sizeBytes) {
       throw refuse(
-        `${fsType} on ${now.path} has ${size.fsBytes} bytes, but the device only ${now.sizeBytes}: it has shrunk, and the ` +
+        `${type} on ${now.path} has ${size.fsBytes} bytes, but the device only ${now.sizeBytes}: it has shrunk, and the ` +
           `volume has to get its size back`,
       );
     }
-    return { kind: "filesystem", fsType, isSmaller: now.sizeBytes - size.fsBytes >= size.stepBytes };
+    return { kind: "filesystem", fsType: type, isSmaller: now.sizeBytes - size.fsBytes >= size.stepBytes };
   }
-  if (probed.code === 0) throw refuse(`blkid finds something on ${now.path} that it does not name, it is left alone`);
   if (now.encrypts !== undefined) {
     // What was never written shows as noise. Only the mark of a new volume could tell, and it is gone.
     throw refuse(`${now.path} holds no file system, and may have been used without one; it is left alone`);
   }
   await proveBlank(read, now, refuse);
   return { kind: "blank" };
+}
+
+/**
+ * What of the things that we can open is on the device; undefined: none.
+ *
+ * Only these are asked for. Asked for everything, blkid takes a block near the end of the device for a member of a RAID, of
+ * DRBD or of ZFS, and that block can be part of a tenant's file. It also prefers a second LUKS header, which can be a file
+ * as well, to the file system around it.
+ *
+ * @throws StatusError FAILED_PRECONDITION when there are several and none is provably the real one, or a partition table
+ */
+async function mountableType(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  read: Reader,
+  action: string,
+): Promise<FsType | "crypto_LUKS" | undefined> {
+  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
+  const probe = (types: readonly string[]) => probeSignatures(host, ctx, device, ["-n", types.join(",")], action);
+  const found = await probe([...fsTypes, "crypto_LUKS"]);
+  if (found.partitions !== undefined) {
+    throw refuse(`${device.path} holds a partition table (${found.partitions}), it is left alone`);
+  }
+  const isClear = found.type === "crypto_LUKS" ? await hasLuksHeader(read) : !found.isAmbiguous;
+  if (isClear) return found.type === "crypto_LUKS" ? "crypto_LUKS" : fsTypes.find((fsType) => fsType === found.type);
+  const owner = await owningFileSystem(read, device.sizeBytes);
+  // blkid tells ext4 from its predecessors, and checks checksums.
+  if (owner !== undefined && (await probe([owner])).type === owner) return owner;
+  throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
+}
+
+/**
+ * Asks blkid for everything, on a device that has nothing which we know at its first place. It answers LUKS where only the
+ * second header is left, which cryptsetup repairs; undefined: nothing.
+ *
+ * @throws StatusError FAILED_PRECONDITION for anything else, naming it
+ */
+async function typeOfAnything(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  action: string,
+): Promise<FsType | "crypto_LUKS" | undefined> {
+  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
+  const { type, partitions, isAmbiguous, isNothing } = await probeSignatures(host, ctx, device, [], action);
+  if (isAmbiguous) throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
+  if (partitions !== undefined) {
+    throw refuse(`${device.path} holds a partition table (${partitions}), it is left alone`);
+  }
+  const fsType = fsTypes.find((fsType) => fsType === type);
+  if (fsType !== undefined || type === "crypto_LUKS") return fsType ?? "crypto_LUKS";
+  if (type !== undefined) {
+    throw refuse(`${device.path} holds ${type}, which is none of ${fsTypes.join(", ")}; it is left alone`);
+  }
+  if (!isNothing) throw refuse(`blkid finds something on ${device.path} that it does not name, it is left alone`);
+  return undefined;
+}
+
+interface Signatures {
+  readonly type: string | undefined;
+  /** The kind of a partition table. */
+  readonly partitions: string | undefined;
+  readonly isAmbiguous: boolean;
+  /** blkid finds nothing, or cannot read the device: it answers the same for both. */
+  readonly isNothing: boolean;
+}
+
+/** Asks `blkid -p`; throws UNAVAILABLE for an answer that is none. */
+async function probeSignatures(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  filter: readonly string[],
+  action: string,
+): Promise<Signatures> {
+  const args = ["-p", ...filter, "-s", "TYPE", "-s", "PTTYPE", "-o", "export", device.path];
+  const probed = await host.run("blkid", args, { signal: ctx.signal, onAbort: "kill", log: ctx.log });
+  // blkid(8): 2 is "nothing found", 8 "ambivalent".
+  if (probed.code !== 0 && probed.code !== 2 && probed.code !== 8) {
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${action}: blkid cannot tell what ${device.path} holds (exit ${probed.code}: ${probed.stderr.trim()})`,
+    );
+  }
+  const facts = new Map(
+    probed.stdout.split("\n").map((line) => {
+      const equals = line.indexOf("=");
+      return [line.slice(0, equals), line.slice(equals + 1)] as const;
+    }),
+  );
+  return {
+    type: facts.get("TYPE"),
+    partitions: facts.get("PTTYPE"),
+    isAmbiguous: probed.code === 8,
+    isNothing: probed.code === 2,
+  };
 }
 
 type Reader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
@@ -471,20 +546,11 @@ async function isUnfinished(read: Reader, device: BlockDevice): Promise<boolean>
   if (device.sizeBytes < 1n << 20n) return false;
   // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.
   const xfs = await read(0n, 4096);
-  const xfsMagic = ascii(xfs, 0, 4);
+  const xfsMagic = textAt(xfs, 0, 4);
   if ((xfsMagic === "XFSB" || xfsMagic === "\0\0\0\0") && uuidAt(xfs, 32) === ours && xfs[126] === 1) return true;
   // btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at 32, magic at 64 of the super block.
   const btrfs = await read(65536n, 4096);
-  return uuidAt(btrfs, 32) === ours && ascii(btrfs, 64, 8) === "!BHRfS_M";
-}
-
-function ascii(bytes: Uint8Array, at: number, length: number): string {
-  return String.fromCharCode(...bytes.subarray(at, at + length));
-}
-
-function uuidAt(bytes: Uint8Array, at: number): string {
-  const hex = bytes.subarray(at, at + 16).toHex();
-  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
+  return uuidAt(btrfs, 32) === ours && textAt(btrfs, 64, 8) === "!BHRfS_M";
 }
 
 // ---------------------------------------------------------------------------------------------------- making, checking

@@ -8,6 +8,7 @@
  */
 import { type RequestContext, timeLimit } from "../context.ts";
 import { messageOf } from "../error.ts";
+import { fsTypes } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { type Mount, mountsOf, mountTable, relationOf } from "../host/mounts.ts";
 import {
@@ -193,12 +194,16 @@ async function probe(
   if (!paths.some(isLivePath)) return undefined;
   using limit = timeLimit(ctx.signal, probeMs);
   try {
-    const { stdout } = await host.run("blkid", ["-p", "-s", "TYPE", "-o", "value", device.path], {
-      signal: limit.signal,
-      onAbort: "kill",
-      log: ctx.log,
-    });
-    return stdout.trim() === "" ? undefined : stdout.trim();
+    // What can be mounted first: asked for everything, blkid takes the content of files for members of a RAID.
+    for (const filter of [["-n", fsTypes.join(",")], ["-n", "crypto_LUKS"], []]) {
+      const { stdout } = await host.run("blkid", ["-p", ...filter, "-s", "TYPE", "-o", "value", device.path], {
+        signal: limit.signal,
+        onAbort: "kill",
+        log: ctx.log,
+      });
+      if (stdout.trim() !== "") return stdout.trim();
+    }
+    return undefined;
   } catch (error) {
     ctx.signal.throwIfAborted();
     ctx.log.debug("could not tell the file system", { device: device.path, error: messageOf(error) });

@@ -1,0 +1,89 @@
+/**
+ * Reads super blocks: which of two file systems on one device is the real one, and what a file system needs of a kernel.
+ *
+ * The places of fields are those of the kernel's own headers: fs/ext4/ext4.h (little endian, super block at byte 1024),
+ * fs/xfs/libxfs/xfs_format.h (big endian, at byte 0) and include/uapi/linux/btrfs_tree.h (little endian, at 64 KiB).
+ */
+
+/** Reads bytes of one device; throws when it cannot. */
+export type DeviceReader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
+
+/** Whether a magic number of ext4, xfs, btrfs or LUKS is at its first place. Only then can one of them be opened. */
+export async function hasKnownMagic(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
+  const head = new Uint8Array(68 << 10);
+  head.set(await read(0n, Number(sizeBytes < BigInt(head.length) ? sizeBytes : BigInt(head.length))));
+  const isExt4 = head[1024 + 0x38] === 0x53 && head[1024 + 0x39] === 0xef;
+  const isBtrfs = textAt(head, (64 << 10) + 64, 8) === "_BHRfS_M";
+  return isExt4 || isBtrfs || textAt(head, 0, 4) === "XFSB" || textAt(head, 0, 6) === "LUKS\xba\xbe";
+}
+
+/** A LUKS header at its first place. Its second place lies where a file system keeps its files. */
+export async function hasLuksHeader(read: DeviceReader): Promise<boolean> {
+  return textAt(await read(0n, 4096), 0, 6) === "LUKS\xba\xbe";
+}
+
+/**
+ * The file system that owns a device on which signatures of several are found; undefined when that cannot be told.
+ *
+ * A file of an ext4 or xfs can lie where btrfs has its super block (64 KiB) or LUKS its second header (16 KiB to 4 MiB),
+ * and its content is the tenant's. So a super block of ext4 or xfs that the rest of the file system agrees with wins over
+ * both; a head without a body, as a partial copy leaves it, wins over nothing. Nothing that a file contains can make an
+ * ext4 or xfs: their super blocks are where no file lies.
+ */
+export async function owningFileSystem(read: DeviceReader, sizeBytes: bigint): Promise<"ext4" | "xfs" | undefined> {
+  if (await hasLuksHeader(read)) return undefined;
+  const ext4 = await isWholeExt4(read, sizeBytes);
+  const xfs = await isWholeXfs(read, sizeBytes);
+  if (ext4 === xfs) return undefined;
+  return ext4 ? "ext4" : "xfs";
+}
+
+/** Whether there is a super block of ext4, and its root directory is where the super block leads to. */
+async function isWholeExt4(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
+  const superBlock = new DataView((await read(0n, 4096)).slice(1024).buffer);
+  if (superBlock.getUint16(0x38, true) !== 0xef53) return false;
+  const logBlockSize = superBlock.getUint32(0x18, true);
+  if (logBlockSize > 6) return false;
+  const blockBytes = 1024n << BigInt(logBlockSize);
+  const has64bit = (superBlock.getUint32(0x60, true) & 0x80) !== 0;
+  const inodeBytes = superBlock.getUint32(0x4c, true) === 0 ? 128 : superBlock.getUint16(0x58, true);
+  const firstBlock = BigInt(superBlock.getUint32(0x14, true));
+  // The first group descriptor has the place of the inode table. Inode 2, the second of them, is the root directory.
+  const group = view(await read((firstBlock + 1n) * blockBytes, 64));
+  const high = has64bit ? BigInt(group.getUint32(0x28, true)) << 32n : 0n;
+  const root = (high | BigInt(group.getUint32(8, true))) * blockBytes + BigInt(inodeBytes);
+  if (root < 2048n || root + 128n > sizeBytes) return false;
+  const inode = view(await read(root, 128));
+  return (inode.getUint16(0, true) & 0xf000) === 0x4000 && inode.getUint16(0x1a, true) >= 2;
+}
+
+/** Whether there is a super block of xfs, its other two headers follow, and the last allocation group has a copy of it. */
+async function isWholeXfs(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
+  const head = await read(0n, 4096);
+  if (textAt(head, 0, 4) !== "XFSB") return false;
+  const superBlock = view(head);
+  const [blockBytes, groupBlocks, groups] = [4, 84, 88].map((at) => BigInt(superBlock.getUint32(at)));
+  const sectorBytes = BigInt(superBlock.getUint16(102));
+  if (blockBytes === undefined || groupBlocks === undefined || groups === undefined || groups === 0n) return false;
+  const last = blockBytes * groupBlocks * (groups - 1n);
+  if (sectorBytes < 512n || last + 4n * sectorBytes > sizeBytes) return false;
+  if (textAt(await read(last + sectorBytes, 512), 0, 4) !== "XAGF") return false;
+  if (textAt(await read(2n * sectorBytes, 512), 0, 4) !== "XAGI") return false;
+  const copy = await read(last, 512);
+  return textAt(copy, 0, 4) === "XFSB" && uuidAt(copy, 32) === uuidAt(head, 32);
+}
+
+/** `length` bytes as text, one character each. */
+export function textAt(bytes: Uint8Array, at: number, length: number): string {
+  return String.fromCharCode(...bytes.subarray(at, at + length));
+}
+
+/** The UUID in 16 bytes. */
+export function uuidAt(bytes: Uint8Array, at: number): string {
+  const hex = bytes.subarray(at, at + 16).toHex();
+  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
+}
+
+function view(bytes: Uint8Array): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
