@@ -33,6 +33,7 @@ import {
   keysInUse,
 } from "./authentication.ts";
 import type { Host } from "./host.ts";
+import { loopDevicesOn } from "./loop_devices.ts";
 import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
 import {
   addressOf,
@@ -49,6 +50,7 @@ import {
   isUsable,
   nameUuid,
 } from "./nvme.ts";
+import { holdersOfDevice } from "./users.ts";
 
 export interface Attacher {
   /** What to look at when an attached namespace does not show up as a device; ends the error that says so. */
@@ -388,9 +390,12 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
 
 /** What holds a device on this machine, in words for an error message: devices on top of it, and mounts. */
 export async function usersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
-  const holders = await host.list(`${host.roots.sysfs}/class/block/${device.name}/holders`) ?? [];
   const mounts = await mountsOf(host, await mountTable(host), device);
-  return [...holders, ...mounts.map((mount) => `the mount at "${mount.path}"`)];
+  return [
+    ...await holdersOfDevice(host, device),
+    ...await loopDevicesOn(host, device.path),
+    ...mounts.map((mount) => `the mount at "${mount.path}"`),
+  ];
 }
 
 /**

@@ -58,6 +58,8 @@ export async function loopMachine(): Promise<LoopMachine> {
     await Deno.mkdir(join(sysfs, path), { recursive: true });
   }
   await Deno.mkdir(dev);
+  // Its loop devices are those of the machine below.
+  await Deno.symlink("/sys/block", join(sysfs, "block"));
   const commands: string[] = [];
   const linux = linuxHost({ log: createLogger("error"), sysfsRoot: sysfs, devRoot: dev });
   const host: Host = {

@@ -1,0 +1,56 @@
+/**
+ * Loop devices on a volume's device node. Kubelet opens one on the target of each raw block volume and keeps it until the
+ * pod has ended (Kubernetes, pkg/volume/util/volumepathhandler); until then the target is busy, and neither a mount nor a
+ * process says by whom.
+ */
+import type { Host } from "./host.ts";
+import { type Mount, mountsAt, mountTable } from "./mounts.ts";
+
+/**
+ * Names (`loop5`, sorted) of the loop devices whose backing file is `path`, or the device node that is bound there, whatever
+ * path that node was opened by. Empty: none, or sysfs shows no loop devices.
+ *
+ * Paths are compared as the kernel writes them (sysfs, `block/loop5/loop/backing_file`). A backing file is never looked at
+ * by itself, for it can be on a file system that does not answer.
+ *
+ * @param path free of symbolic links: a target path, or a device node
+ */
+export async function loopDevicesOn(host: Host, path: string): Promise<readonly string[]> {
+  const places = await placesOf(host, path);
+  const found: string[] = [];
+  for (const name of await host.list(`${host.roots.sysfs}/block`) ?? []) {
+    if (!/^loop\d+$/.test(name)) continue;
+    const text = await host.readText(`${host.roots.sysfs}/block/${name}/loop/backing_file`);
+    // The kernel appends this when the node is gone: the device went, and the loop device still holds it.
+    const file = text?.replace(/\n$/, "");
+    if (file !== undefined && (places.has(file) || places.has(file.replace(/ \(deleted\)$/, "")))) found.push(name);
+  }
+  return found.sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+}
+
+/** `path`, and every other path on this machine that leads to the same device node. */
+async function placesOf(host: Host, path: string): Promise<ReadonlySet<string>> {
+  const places = new Set([path]);
+  const table = await mountTable(host);
+  const bound = mountsAt(table, path).at(-1);
+  if (bound !== undefined) {
+    for (const mount of table) if (isSamePlace(mount, bound)) places.add(mount.path);
+  }
+  const node = bound === undefined ? path : `${host.roots.dev}/${nameIn(bound.root)}`;
+  const number = await host.blockNumber(node);
+  if (number === undefined || number !== await host.blockNumber(path)) return places;
+  places.add(node);
+  for (const mount of table) {
+    if (nameIn(mount.root) === nameIn(node) && await host.blockNumber(mount.path) === number) places.add(mount.path);
+  }
+  return places;
+}
+
+function isSamePlace(a: Mount, b: Mount): boolean {
+  return a.number === b.number && a.root === b.root;
+}
+
+/** `nvme0n1` of `/nvme0n1`, which mountinfo ends with `//deleted` when the node is gone. */
+function nameIn(root: string): string {
+  return root.replace(/\/\/deleted$/, "").replace(/^.*\//, "");
+}
