@@ -175,14 +175,55 @@ Deno.test("direct.attach without any connection answers UNAVAILABLE with each ad
   );
 });
 
-Deno.test("direct.attach does not take a connection of another host NQN for its own", async () => {
+for (const comparesHosts of [false, true]) {
+  Deno.test(`direct.attach connects beside another host NQN, with an nvme-cli that ${comparesHosts ? "" : "does not "}compare hosts`, async () => {
+    const { host, attacher } = directHost();
+    host.nvmeCliComparesHosts = comparesHosts;
+    host.connect(nqn, "nqn.other", "192.0.2.1");
+    host.connect(nqn, "nqn.other", "192.0.2.2");
+
+    await attacher.attach(callContext(), namespace);
+    await attacher.attach(callContext(), namespace);
+
+    assert.deepEqual(host.controllers.map(({ hostNqn, hostId, traddr }) => [hostNqn, hostId, traddr]), [
+      ["nqn.other", "", "192.0.2.1"],
+      ["nqn.other", "", "192.0.2.2"],
+      [hostNqn, hostId, "192.0.2.1"],
+      [hostNqn, hostId, "192.0.2.2"],
+    ]);
+    await attacher.detach(callContext(), uuid);
+    assert.deepEqual(host.controllers.map(({ hostNqn }) => hostNqn), ["nqn.other", "nqn.other"]);
+  });
+}
+
+Deno.test("direct.attach names the other host NQN at the address when the kernel refuses a connection beside it", async () => {
   const { host, attacher } = directHost();
   host.connect(nqn, "nqn.other", "192.0.2.1");
   host.connect(nqn, "nqn.other", "192.0.2.2");
+  for (const address of ["192.0.2.1", "192.0.2.2"]) {
+    host.answers.set(`connect ${address}`, { stderr: "Operation already in progress (os error 114)" });
+  }
 
   const attached = attacher.attach(callContext(), namespace);
 
-  await rejects(attached, "UNAVAILABLE", /nvme0 is connected there as host nqn.other, disconnect it first/);
+  await rejects(
+    attached,
+    "UNAVAILABLE",
+    /nvme0 is connected there as host nqn.other, disconnect it first \(Operation already in progress/,
+  );
+});
+
+Deno.test("direct.attach connects to an address where an own connection is dead or being deleted, whatever nvme-cli says", async () => {
+  for (const state of ["dead", "deleting", "deleting (no IO)"]) {
+    const { host, attacher } = directHost();
+    await attacher.attach(callContext(), namespace);
+    for (const controller of host.controllers) controller.state = state;
+
+    await attacher.attach(callContext(), namespace);
+
+    const live = host.controllers.filter((controller) => controller.state === "live");
+    assert.deepEqual(live.map(({ traddr }) => traddr), ["192.0.2.1", "192.0.2.2"], state);
+  }
 });
 
 Deno.test("direct.attach without an I/O controller answers FAILED_PRECONDITION", async () => {

@@ -656,20 +656,39 @@ Deno.test("the daemon makes a lost discovery connection anew and reads its log p
   assert.deepEqual(did(), [connect("192.0.2.1:8009", discoveryNqn), connect("192.0.2.3:4420")]);
 });
 
-Deno.test("the daemon says that an address is taken by another host NQN", async () => {
-  const { make, told, did, host, lines } = machine();
-  host.connect(nqn, "nqn.2014-08.org.nvmexpress:uuid:1", "192.0.2.2");
-  await told(uuid, entry());
+Deno.test("the daemon connects beside another host NQN, and names it when the kernel refuses that", async () => {
+  const theirs = "nqn.2014-08.org.nvmexpress:uuid:1";
+  for (const refuses of [false, true]) {
+    const { make, told, host, lines, connected } = machine();
+    host.connect(nqn, theirs, "192.0.2.2");
+    host.addController({
+      subsystemNqn: discoveryNqn,
+      hostNqn: theirs,
+      hostId: "",
+      traddr: "192.0.2.1",
+      trsvcid: "8009",
+      state: "live",
+    });
+    if (refuses) host.answers.set("connect 192.0.2.2", { stderr: "Operation already in progress (os error 114)" });
+    await told(uuid, entry());
 
-  await make().settle();
+    await make().settle();
 
-  assert.deepEqual(did(), [connect("192.0.2.1:8009", discoveryNqn), connect("192.0.2.1:4420")]);
-  assert.ok(
-    lines.some(({ error, address }) =>
-      address === "192.0.2.2:4420" &&
-      error === "nvme0 is connected there as host nqn.2014-08.org.nvmexpress:uuid:1, disconnect it first"
-    ),
-  );
+    const ours = host.controllers.filter(({ hostNqn }) => hostNqn === us).map(({ traddr, trsvcid }) =>
+      `${traddr}:${trsvcid}`
+    );
+    assert.deepEqual(ours.sort(), ["192.0.2.1:4420", "192.0.2.1:8009", ...(refuses ? [] : ["192.0.2.2:4420"])]);
+    assert.equal(connected().length, ours.length + 2);
+    assert.deepEqual(
+      lines.filter(({ level }) => level === "warning").map(({ address, error }) => `${address}: ${error}`),
+      refuses
+        ? [
+          `192.0.2.2:4420: nvme0 is connected there as host ${theirs}, disconnect it first ` +
+          "(Operation already in progress (os error 114))",
+        ]
+        : [],
+    );
+  }
 });
 
 Deno.test("the daemon keeps one of several equal discovery connections", async () => {

@@ -80,13 +80,15 @@ const wellFiles: Readonly<Record<string, string>> = {
 interface Change {
   /** Files that are there besides, or have another text, in which ROOT is the machine's directory; undefined: the file and its directory are not there. */
   readonly files?: Readonly<Record<string, string | undefined>>;
+  /** What the kernel answers to who opens a file, as to a user without rights (root may open all of this machine). */
+  readonly refusals?: Readonly<Record<string, string>>;
   /** What tools print; undefined: it is not installed. */
   readonly tools?: Readonly<Record<string, string | undefined>>;
   readonly options?: Partial<MachineOptions>;
 }
 
 /** A machine in a directory of its own, with real programs. */
-async function machine({ files, tools, options }: Change = {}) {
+async function machine({ files, refusals = {}, tools, options }: Change = {}) {
   const root = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-doctor-" }));
   for (const [path, text] of Object.entries({ ...wellFiles, ...files })) {
     if (text === undefined) continue;
@@ -107,7 +109,14 @@ async function machine({ files, tools, options }: Change = {}) {
     devRoot: `${root}/dev`,
     procRoot: `${root}/proc`,
   });
-  const host: Host = { ...linux, run: (program, args, run) => linux.run(`${root}/bin/${program}`, args, run) };
+  const host: Host = {
+    ...linux,
+    run: (program, args, run) => linux.run(`${root}/bin/${program}`, args, run),
+    readText(path) {
+      const refusal = refusals[path.slice(root.length + 1)];
+      return refusal === undefined ? linux.readText(path) : Promise.reject(new Error(refusal));
+    },
+  };
   const all: MachineOptions = {
     host,
     nodeId,
@@ -198,6 +207,15 @@ const troubles: readonly (readonly [what: string, change: Change, name: string, 
     "NVMe/TCP",
     "problem",
     /nvme_tcp is loaded, but \S+\/dev\/nvme-fabrics is missing$/,
+  ],
+  [
+    "a process that may not open nvme-fabrics",
+    {
+      refusals: { "dev/nvme-fabrics": "Permission denied (os error 13)" },
+    },
+    "NVMe/TCP",
+    "problem",
+    /^this process may not open \S+\/dev\/nvme-fabrics \(Permission denied \(os error 13\)\)$/,
   ],
   [
     "native multipath is off",

@@ -361,12 +361,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       const fields = { address: formatAddress(address) };
       start(`connect ${key}`, "could not connect to a discovery controller", fields, async (ctx) => {
         const wish = { address, subsystemNqn: discoveryNqn, hostNqn, hostId };
-        const problem = await connectController(host, ctx, { ...wish, keepAliveSeconds: discoveryKeepAliveSeconds });
-        if (problem !== undefined) return problem;
-        const found = (await allControllers(host)).filter((other) => other.isDiscovery && isAt(other, address));
-        const other = found.find((other) => other.hostNqn !== hostNqn);
-        if (found.some((other) => other.hostNqn === hostNqn) || other === undefined) return undefined;
-        return `${other.name} is connected there as host ${other.hostNqn}, disconnect it first`;
+        return await connectController(host, ctx, { ...wish, keepAliveSeconds: discoveryKeepAliveSeconds });
       });
       return;
     }
@@ -404,16 +399,11 @@ export function discoveryDaemon(options: ClientOptions): Client {
     const fields = { subsystem: subsystemNqn, address: formatAddress(address) };
     const key = `connect ${hostNqn} ${subsystemNqn} ${fields.address}`;
     const here = controllers.filter((controller) =>
-      controller.subsystemNqn === subsystemNqn && isAt(controller, address) && isUsable(controller)
+      controller.subsystemNqn === subsystemNqn && controller.hostNqn === hostNqn && isAt(controller, address) &&
+      isUsable(controller)
     );
-    const there = here.find(({ name }) => !outdated.has(name));
-    if (there !== undefined) {
-      const foreign = there.hostNqn === hostNqn
-        ? undefined
-        : `${there.name} is connected there as host ${there.hostNqn}, disconnect it first`;
-      if (foreign !== undefined || !running.has(key)) {
-        say(key, foreign, "cannot connect", fields);
-      }
+    if (here.some(({ name }) => !outdated.has(name))) {
+      if (!running.has(key)) say(key, undefined);
       return;
     }
     const { keys } = options;

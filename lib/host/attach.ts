@@ -207,16 +207,13 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
     keys: DhchapKeys | undefined,
     isStrict: boolean,
   ): Promise<readonly (ConnectProblem | undefined)[]> {
-    const connected = (await controllersOf(host, subsystemNqn)).filter(isUsable);
+    // Another host NQN may be connected to the same address: the kernel tells them apart, and each has its own access.
+    const connected = (await controllersOf(host, subsystemNqn)).filter((controller) =>
+      controller.hostNqn === hostNqn && isUsable(controller)
+    );
     return await Promise.all(wanted.map(async (address) => {
       const other = (problem: string) => ({ problem: `${formatAddress(address)}: ${problem}`, isAboutKeys: false });
-      const here = connected.filter((controller) => isAt(controller, address));
-      const [foreign] = here.filter((controller) => controller.hostNqn !== hostNqn);
-      const ours = here.filter((controller) => controller.hostNqn === hostNqn);
-      if (ours.length === 0 && foreign !== undefined) {
-        // The kernel allows one connection per address and NQN, whatever the host NQN.
-        return other(`${foreign.name} is connected there as host ${foreign.hostNqn}, disconnect it first`);
-      }
+      const ours = connected.filter((controller) => isAt(controller, address));
       const wish = { address, subsystemNqn, hostNqn, hostId, ...tuning };
       if (keys === undefined) {
         if (ours.length > 0) return undefined;

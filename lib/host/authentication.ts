@@ -14,6 +14,7 @@ import { type RequestContext, sleep } from "../context.ts";
 import { type AuthKind, DhchapKey, type DhchapKeys, type GivenKeys } from "../dhchap.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { formatAddress } from "../namespace.ts";
+import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
 import type { Host } from "./host.ts";
 import {
   allControllers,
@@ -32,6 +33,7 @@ export async function authenticationObstacle(host: Host, kind: AuthKind): Promis
   try {
     options = await host.readText(path);
   } catch (error) {
+    if ([1, 13].includes(kernelErrorNumber(error) ?? 0)) return describeConnectFailure(messageOf(error), "");
     // Before 5.17 it answers EINVAL until something is connected.
     return `the kernel does not tell which options of connections it knows (${path}: ${messageOf(error)}), ${needed}`;
   }
@@ -78,51 +80,32 @@ export interface AuthenticatedWish extends ConnectWish {
 export async function connectAuthenticated(
   host: Host,
   ctx: RequestContext,
-  { address, subsystemNqn, hostNqn, hostId, keys, beside = false, ...tuning }: AuthenticatedWish,
+  { keys, beside = false, ...wish }: AuthenticatedWish,
 ): Promise<ConnectProblem | undefined> {
-  const options = {
-    nqn: subsystemNqn,
-    transport: "tcp",
-    traddr: address.traddr,
-    trsvcid: address.trsvcid,
-    hostnqn: hostNqn,
-    hostid: hostId,
-    ctrl_loss_tmo: tuning.controllerLossSeconds,
-    reconnect_delay: tuning.reconnectDelaySeconds,
-    keep_alive_tmo: tuning.keepAliveSeconds,
-    fast_io_fail_tmo: tuning.fastIoFailSeconds,
-    nr_io_queues: tuning.ioQueues,
-    queue_size: tuning.queueSize,
-    dhchap_secret: keys.host.reveal(),
-    dhchap_ctrl_secret: keys.controller?.reveal(),
-  };
-  const words = Object.entries(options).flatMap(([name, value]) => value === undefined ? [] : [`${name}=${value}`]);
-  if (words.some((word) => /[,\s]/.test(word))) {
-    return {
-      problem: `"${subsystemNqn}" holds a comma or a blank, which the kernel does not take`,
-      isAboutKeys: false,
-    };
-  }
-  if (beside) words.push("duplicate_connect");
   ctx.signal.throwIfAborted();
   const started = performance.now();
   let failure: unknown;
-  let answer = "";
+  let name: string | undefined;
   try {
-    answer = await host.exchange(`${host.roots.dev}/nvme-fabrics`, words.join(","));
+    name = await connectByKernel(host, wish, {
+      dhchapSecret: keys.host.reveal(),
+      dhchapControllerSecret: keys.controller?.reveal(),
+      duplicate: beside,
+    });
   } catch (error) {
     failure = error;
   }
   const facts = {
-    subsystem: subsystemNqn,
-    address: formatAddress(address),
+    subsystem: wish.subsystemNqn,
+    address: formatAddress(wish.address),
     ms: Math.round(performance.now() - started),
   };
   if (failure === undefined) ctx.log.info("connected with a key", facts);
   else ctx.log.warning("could not connect with a key", { ...facts, error: messageOf(failure) });
   ctx.signal.throwIfAborted();
-  if (failure !== undefined) return problemOf(failure, hostNqn, keys);
-  const made = await controllerIn(host, answer);
+  if (failure !== undefined) return problemOf(failure, wish.hostNqn, keys);
+  // Undefined when it is gone, or was not named.
+  const made = (await allControllers(host)).find((controller) => controller.name === name);
   if (made === undefined || await hasKeys(host, made, keys)) return undefined;
   await disconnectController(host, ctx, made);
   return {
@@ -131,18 +114,12 @@ export async function connectAuthenticated(
   };
 }
 
-/** The connection that the kernel's answer names; undefined when it is gone, or was not named. */
-async function controllerIn(host: Host, answer: string): Promise<NvmeController | undefined> {
-  const instance = /\binstance=(\d+)/.exec(answer)?.[1];
-  return (await allControllers(host)).find(({ name }) => name === `nvme${instance}`);
-}
-
-/** The kernel's answer in words. Its numbers are those of x86, ARM, RISC-V, POWER and s390. */
+/** The kernel's answer in words. */
 function problemOf(error: unknown, hostNqn: string, keys: DhchapKeys): ConnectProblem {
   const text = messageOf(error);
   const both = keys.controller !== undefined;
   const check = `see that host NQN ${hostNqn} has the same key${both ? "s" : ""} on the cluster as here`;
-  switch (Number(/os error (\d+)/.exec(text)?.[1])) {
+  switch (kernelErrorNumber(error)) {
     case 129: // EKEYREJECTED
       return {
         problem: `the key was refused${both ? ", or the controller's own is another one than here" : ""}; ${check}`,
@@ -159,19 +136,13 @@ function problemOf(error: unknown, hostNqn: string, keys: DhchapKeys): ConnectPr
           `${check}, the kernel log (dmesg) tells which`,
         isAboutKeys: false,
       };
-    case 111:
-      return { problem: "refused, nothing listens there", isAboutKeys: false };
-    case 101:
-    case 110:
-    case 113:
-      return { problem: `no way there (${text})`, isAboutKeys: false };
     case 114:
     case 115:
       return { problem: "another connection was made there in between, by another program", isAboutKeys: false };
     case 22:
       return { problem: `the kernel does not take these settings of a connection (${text})`, isAboutKeys: false };
     default:
-      return { problem: text, isAboutKeys: false };
+      return { problem: describeConnectFailure(text, hostNqn), isAboutKeys: false };
   }
 }
 

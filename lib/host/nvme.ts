@@ -12,7 +12,8 @@ import * as z from "zod";
 import type { RequestContext } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
 import { formatAddress, isNodeHostNqn, parseAddress, type TransportAddress } from "../namespace.ts";
-import type { Host } from "./host.ts";
+import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
+import type { CommandResult, Host } from "./host.ts";
 
 /** The subsystem NQN that every discovery controller answers to, by the NVMe base specification. */
 export const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
@@ -61,15 +62,40 @@ export async function findDevice(host: Host, uuid: string, subsystemNqn?: string
     subsystemNqn === undefined || device.subsystemNqn === subsystemNqn
   );
   if (found.length > 1) {
+    const isOneSubsystem = new Set(found.map((device) => device.subsystemNqn)).size === 1;
+    const obstacle = isOneSubsystem ? await multipathObstacle(host) : undefined;
+    const devices = found.map(describeDevice).join(" and ");
     throw new StatusError(
       "FAILED_PRECONDITION",
-      `Cannot tell which block device is namespace ${uuid}: ${
-        found.map(describeDevice).join(" and ")
-      } both claim it, ` +
-        `one subsystem has to be disconnected`,
+      obstacle === undefined
+        ? `Cannot tell which block device is namespace ${uuid}: ${devices} both claim it, one subsystem has to be disconnected`
+        : `Cannot tell which block device is namespace ${uuid}: ${devices} both claim it, for each path is a device of its ` +
+          `own here: ${obstacle.found}, ${obstacle.needed} is needed`,
     );
   }
   return found[0];
+}
+
+/**
+ * Why this kernel shows each path to a namespace as a device of its own, and what is needed instead; undefined: it has native
+ * multipath, or sysfs does not tell.
+ */
+export async function multipathObstacle(
+  host: Host,
+): Promise<{ readonly found: string; readonly needed: string } | undefined> {
+  const text = (await host.readText(`${host.roots.sysfs}/module/nvme_core/parameters/multipath`))?.trim();
+  if (text === "Y") return undefined;
+  if (text !== undefined) {
+    return {
+      found: `native NVMe multipath is off (nvme_core.multipath=${text})`,
+      needed: "nvme_core.multipath=Y on the kernel's command line",
+    };
+  }
+  if (await host.kindOf(`${host.roots.sysfs}/module/nvme_core`) === "absent") return undefined;
+  return {
+    found: "this kernel was built without native NVMe multipath (CONFIG_NVME_MULTIPATH)",
+    needed: "a kernel with it",
+  };
 }
 
 /** Name of the volume's mapper, the incumbent driver's. */
@@ -383,7 +409,7 @@ export async function rescanNamespaces(host: Host, ctx: RequestContext, subsyste
         log: ctx.log,
       });
       if (result.code === 0) return;
-      ctx.log.warning("could not rescan", { device: path, exit: result.code, error: result.stderr.trim() });
+      ctx.log.warning("could not rescan", { device: path, exit: result.code, error: wordsOf(result) });
     } catch (error) {
       ctx.signal.throwIfAborted();
       ctx.log.warning("could not rescan", { device: path, error: messageOf(error) });
@@ -415,15 +441,21 @@ export interface ConnectWish extends ConnectionTuning {
 }
 
 /**
- * `nvme connect` to one I/O controller, or with discoveryNqn to a discovery controller, which then stays connected.
- * Connected already: done. Answers undefined, or why it failed, in words for an error message. nvme-cli exits 1 for all
- * reasons; its words are those of 2.3 and 2.13, which spell them differently.
+ * Connects to one I/O controller, or with discoveryNqn to a discovery controller, which then stays connected. Connected
+ * already under these host names: done. Connections of other host NQNs to the same address do not count, and stay.
+ *
+ * It is `nvme connect`, and the kernel itself where nvme-cli takes another connection for this one, or does not say why it
+ * failed (fabrics.ts).
+ *
+ * @returns undefined, or why it failed, in words for an error message
+ * @throws StatusError FAILED_PRECONDITION when nvme-cli is missing; `ctx.signal.reason` when that has aborted
  */
 export async function connectController(
   host: Host,
   ctx: RequestContext,
-  { address, subsystemNqn, hostNqn, hostId, ...tuning }: ConnectWish,
+  wish: ConnectWish,
 ): Promise<string | undefined> {
+  const { address, subsystemNqn, hostNqn, hostId, ...tuning } = wish;
   const settings = {
     "ctrl-loss-tmo": tuning.controllerLossSeconds,
     "reconnect-delay": tuning.reconnectDelaySeconds,
@@ -442,27 +474,63 @@ export async function connectController(
     `--hostid=${hostId}`,
     ...Object.entries(settings).flatMap(([name, value]) => value === undefined ? [] : [`--${name}=${value}`]),
   ], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
-  const text = result.stderr.trim().replace(/\s*\n\s*/g, "; ");
   if (result.code === 0) {
     if (tuning.fastIoFailSeconds !== undefined) {
       await setFastIoFail(host, ctx, subsystemNqn, hostNqn, address, tuning.fastIoFailSeconds);
     }
     return undefined;
   }
-  if (/already connected|already in progress/i.test(text)) return undefined;
-  if (/connection refused/i.test(text)) return "refused, nothing listens there";
-  // The second wording is that of nvme-cli 2.13, which takes it for a key of TLS.
-  if (/required key not available|pre-shared TLS key/i.test(text)) {
-    return `in-band authentication (DH-HMAC-CHAP) is demanded there, and no key is given (in-band-auth)`;
+  const text = wordsOf(result);
+  if (/already connected|already in progress/i.test(text)) return await connectBeside(host, ctx, wish);
+  // All that nvme-cli 2.11 to 2.16 say of most of the kernel's answers.
+  if (/failed to write to nvme-fabrics device$/i.test(text) && !/\/nvme-fabrics: \S/.test(text)) {
+    const answer = await connectUnlessConnected(host, ctx, wish);
+    if (answer === undefined) return undefined;
+    // Without the device, nvme-cli knows more than the kernel.
+    if (answer.number !== undefined && answer.number !== 2) return describeConnectFailure(answer.text, hostNqn);
+    return `${text}; the kernel log (dmesg) tells why`;
   }
-  if (/timed out|no route to host|network is unreachable/i.test(text)) return `no way there (${text})`;
-  if (/fabrics/i.test(text) && /no such file|failed to open/i.test(text)) {
-    return `${text}; the kernel module nvme_tcp is not loaded`;
+  return text === "" ? `nvme connect exits ${result.code}` : describeConnectFailure(text, hostNqn);
+}
+
+/** After nvme-cli has found a connection: done if it is ours and works, otherwise the kernel is asked for one beside it. */
+async function connectBeside(host: Host, ctx: RequestContext, wish: ConnectWish): Promise<string | undefined> {
+  const there = (await controllersOf(host, wish.subsystemNqn)).filter((controller) => isAt(controller, wish.address));
+  const isOurs = (controller: NvmeController) => controller.hostNqn === wish.hostNqn;
+  const other = there.find((controller) => !isOurs(controller)) ?? there[0];
+  // None at all: it came in between, and goes or shows soon.
+  if (other === undefined || there.some((controller) => isOurs(controller) && isUsable(controller))) return undefined;
+  const answer = await connectUnlessConnected(host, ctx, wish);
+  if (answer === undefined) return undefined;
+  const reason = describeConnectFailure(answer.text, wish.hostNqn);
+  return isOurs(other)
+    ? `${other.name} is ${other.state} there, and no other connection could be made beside it (${reason})`
+    : `${other.name} is connected there as host ${other.hostNqn}, disconnect it first (${reason})`;
+}
+
+/** One connection by the kernel itself; undefined: it is there. */
+async function connectUnlessConnected(
+  host: Host,
+  ctx: RequestContext,
+  wish: ConnectWish,
+): Promise<{ readonly text: string; readonly number: number | undefined } | undefined> {
+  ctx.signal.throwIfAborted();
+  const facts = { subsystem: wish.subsystemNqn, address: formatAddress(wish.address) };
+  try {
+    const name = await connectByKernel(host, wish);
+    ctx.log.info("connected without nvme-cli", { ...facts, ...(name === undefined ? {} : { name }) });
+    return undefined;
+  } catch (error) {
+    const text = messageOf(error);
+    ctx.log.info("could not connect without nvme-cli", { ...facts, error: text });
+    return { text, number: kernelErrorNumber(error) };
   }
-  if (/input\/output error|failed to write to nvme-fabrics device/i.test(text)) {
-    return `not allowed: the subsystem is unknown there or has no access for host NQN ${hostNqn}`;
-  }
-  return text === "" ? `nvme connect exits ${result.code}` : text;
+}
+
+/** What a tool says about its failure, in one line; nvme-cli 2.13 says some of it on its standard output. */
+function wordsOf({ stdout, stderr }: CommandResult): string {
+  const text = stderr.trim() === "" ? stdout : stderr;
+  return text.trim().replace(/\s*\n\s*/g, "; ").slice(0, 1000);
 }
 
 /** nvme-cli 2.3 has no option for it, sysfs has. At best effort: the connection is there and works without. */
@@ -496,22 +564,29 @@ export async function disconnectController(
   controller: NvmeController,
 ): Promise<void> {
   // Names are used anew, and a disconnect of the one before can have taken a minute.
-  const now = await readController(host, controller.name);
-  const address = addressOf(controller);
-  if (now?.subsystemNqn !== controller.subsystemNqn || now.hostNqn !== controller.hostNqn) return;
-  if (address !== undefined && !isAt(now, address)) return;
+  if (!isSame(await readController(host, controller.name), controller)) return;
   const result = await host.run("nvme", ["disconnect", `--device=${controller.name}`], {
     signal: ctx.signal,
     onAbort: "finish",
     log: ctx.log,
   });
-  if (result.code === 0) return;
+  // nvme-cli 2.3 to 2.16 exit with 0 also when the kernel refused, and say so.
+  if (result.code === 0 && !/failed to disconnect/i.test(result.stderr)) return;
+  // It was gone before nvme-cli came to it.
+  if (!isSame(await readController(host, controller.name), controller)) return;
   throw new StatusError(
     "UNAVAILABLE",
     `Cannot disconnect ${controller.name} from ${controller.subsystemNqn}: ${
-      result.stderr.trim() || `nvme exits ${result.code}`
+      wordsOf(result) || `nvme exits ${result.code}`
     }`,
   );
+}
+
+/** Whether what a name stands for now is still this connection. */
+function isSame(now: NvmeController | undefined, controller: NvmeController): boolean {
+  const address = addressOf(controller);
+  return now !== undefined && now.subsystemNqn === controller.subsystemNqn && now.hostNqn === controller.hostNqn &&
+    (address === undefined || isAt(now, address));
 }
 
 /** What a discovery controller tells. */
@@ -553,8 +628,7 @@ export async function readDiscoveryLog(
     log: ctx.log,
   });
   if (result.code !== 0) {
-    const text = result.stderr.trim().replace(/\s*\n\s*/g, "; ");
-    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${text === "" ? `nvme exits ${result.code}` : text}`);
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${wordsOf(result) || `nvme exits ${result.code}`}`);
   }
   let json: unknown;
   try {

@@ -4,8 +4,10 @@
  */
 import { type Check, checked, reasonOf } from "../check.ts";
 import { type RequestContext, timeLimit } from "../context.ts";
+import { messageOf } from "../error.ts";
 import { hostIdOf } from "../host/attach.ts";
 import { authenticationObstacle } from "../host/authentication.ts";
+import { kernelErrorNumber } from "../host/fabrics.ts";
 import type { FsType } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { hasAes } from "../host/luks.ts";
@@ -100,6 +102,14 @@ async function nvmeTcp(host: Host): Promise<Finding> {
   const { sysfs, dev } = host.roots;
   const isLoaded = await host.kindOf(`${sysfs}/module/nvme_tcp`) !== "absent";
   const hasDevice = await host.kindOf(`${dev}/nvme-fabrics`) !== "absent";
+  const refused = hasDevice ? await openRefusal(host, `${dev}/nvme-fabrics`) : undefined;
+  if (refused !== undefined) {
+    return {
+      verdict: "problem",
+      found: `this process may not open ${dev}/nvme-fabrics (${refused})`,
+      advice: "run it as root; in a container a privileged one; see what SELinux or AppArmor forbids (kernel log)",
+    };
+  }
   if (isLoaded && hasDevice) return { verdict: "ok", found: `nvme_tcp is loaded, ${dev}/nvme-fabrics is there` };
   const found = isLoaded
     ? `nvme_tcp is loaded, but ${dev}/nvme-fabrics is missing`
@@ -108,6 +118,16 @@ async function nvmeTcp(host: Host): Promise<Finding> {
     ? `in a container: mount the host's /dev there`
     : "modprobe nvme_tcp on the host, and a file in /etc/modules-load.d so that it is loaded at each start";
   return { verdict: "problem", found, advice };
+}
+
+/** Why this process may not open a file; undefined: it may, or what goes wrong is something else. */
+async function openRefusal(host: Host, path: string): Promise<string | undefined> {
+  try {
+    await host.readText(path);
+  } catch (error) {
+    if ([1, 13].includes(kernelErrorNumber(error) ?? 0)) return messageOf(error);
+  }
+  return undefined;
 }
 
 async function multipath(host: Host): Promise<Finding> {
@@ -122,7 +142,8 @@ async function multipath(host: Host): Promise<Finding> {
     found: text === undefined ? "this kernel was built without it (CONFIG_NVME_MULTIPATH)" : "off",
     advice: text === undefined
       ? "use a kernel that has it: without, each path of a volume is a device of its own"
-      : "nvme_core.multipath=Y on the kernel's command line: without, each path of a volume is a device of its own",
+      : `nvme_core.multipath=Y on the kernel's command line (it is ${text} now): without, each path of a volume is a ` +
+        `device of its own`,
   };
 }
 
@@ -323,6 +344,8 @@ async function encryption(
 async function inBandAuthentication(host: Host): Promise<Finding> {
   const fabrics = `${host.roots.dev}/nvme-fabrics`;
   if (await host.kindOf(fabrics) === "absent") return { verdict: "not checked", found: `${fabrics} is missing` };
+  const refused = await openRefusal(host, fabrics);
+  if (refused !== undefined) return { verdict: "not checked", found: `${fabrics} cannot be opened (${refused})` };
   const obstacle = await authenticationObstacle(host, "bidirectional");
   if (obstacle === undefined) return { verdict: "ok", found: "the kernel knows DH-HMAC-CHAP" };
   return {

@@ -100,6 +100,8 @@ export class FakeHost implements Host {
   showsSymbols = true;
   /** Whether the kernel shows one device for all paths. */
   multipath = true;
+  /** Whether nvme-cli tells hosts apart before it asks the kernel, as since 2.8. */
+  nvmeCliComparesHosts = false;
   /** Whether a Discovery-Client connects what its directory asks for. */
   playsDiscoveryClient = true;
   /** What it connects with. */
@@ -326,24 +328,30 @@ export class FakeHost implements Host {
       const refuse = (words: string, number: number) => {
         throw new Error(`${words} (os error ${number})`);
       };
-      if (!this.authenticates) refuse("Invalid argument", 22);
+      if (!this.authenticates && options.has("dhchap_secret")) refuse("Invalid argument", 22);
       const [nqn, traddr, trsvcid] = [value("nqn"), value("traddr"), value("trsvcid")];
       const there = this.controllers.some((controller) =>
-        controller.subsystemNqn === nqn && controller.traddr === traddr && controller.trsvcid === trsvcid
+        controller.subsystemNqn === nqn && controller.traddr === traddr && controller.trsvcid === trsvcid &&
+        controller.hostNqn === value("hostnqn") && !/^(deleting|dead)/.test(controller.state)
       );
       if (there && !options.has("duplicate_connect")) refuse("Operation already in progress", 114);
       const answer = this.answers.get(`connect ${traddr}`)?.stderr;
       if (answer !== undefined) throw new Error(answer);
-      if (!this.remote.some((namespace) => namespace.subsystemNqn === nqn)) refuse("Input/output error", 5);
+      if (nqn !== discoveryNqn && !this.remote.some((namespace) => namespace.subsystemNqn === nqn)) {
+        refuse("Input/output error", 5);
+      }
+      if (nqn === discoveryNqn && !this.logPages.has(`${traddr}:${trsvcid}`)) refuse("Connection refused", 111);
       const keys = { host: value("dhchap_secret"), controller: options.get("dhchap_ctrl_secret") };
       const demanded = this.demands.get(nqn);
+      if (demanded !== undefined && keys.host === "") refuse("Required key not available", 126);
       if (demanded !== undefined && demanded.host !== keys.host) refuse("Key was rejected by service", 129);
       // The controller proves itself only where it demands a key.
       if (demanded !== undefined && keys.controller !== undefined && demanded.controller !== keys.controller) {
         refuse("Key was rejected by service", 129);
       }
       const [hostNqn, hostId] = [value("hostnqn"), value("hostid")];
-      this.addController({ subsystemNqn: nqn, hostNqn, hostId, traddr, trsvcid, state: "live", keys });
+      const used = keys.host === "" ? {} : { keys };
+      this.addController({ subsystemNqn: nqn, hostNqn, hostId, traddr, trsvcid, state: "live", ...used });
       this.#scan(nqn);
       return `instance=${this.controllers.at(-1)?.name.slice("nvme".length)},cntlid=1\n`;
     });
@@ -610,7 +618,8 @@ export class FakeHost implements Host {
         const traddr = value("traddr");
         const trsvcid = value("trsvcid");
         const there = this.controllers.some((controller) =>
-          controller.subsystemNqn === nqn && controller.traddr === traddr && controller.trsvcid === trsvcid
+          controller.subsystemNqn === nqn && controller.traddr === traddr && controller.trsvcid === trsvcid &&
+          (!this.nvmeCliComparesHosts || controller.hostNqn === value("hostnqn"))
         );
         if (there) return { code: 1, stderr: "already connected\n" };
         if (nqn === discoveryNqn) {
@@ -627,7 +636,11 @@ export class FakeHost implements Host {
         if (!this.remote.some((namespace) => namespace.subsystemNqn === nqn)) {
           return { code: 1, stderr: "Failed to write to /dev/nvme-fabrics: Input/output error\n" };
         }
-        this.connect(nqn, value("hostnqn"), traddr, trsvcid, value("hostid"));
+        const [hostNqn, hostId] = [value("hostnqn"), value("hostid")];
+        if (this.nvmeCliComparesHosts) {
+          this.addController({ subsystemNqn: nqn, hostNqn, hostId, traddr, trsvcid, state: "live" });
+        }
+        this.connect(nqn, hostNqn, traddr, trsvcid, hostId);
         return {};
       }
       case "discover": {
