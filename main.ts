@@ -115,6 +115,7 @@ const commands: Readonly<Record<string, Command>> = {
       (settings["node-id"].endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
     if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
     if (settings.backend === "poseidon") refusePoseidon(settings);
+    else if (settings.attach !== "direct") refuseMistypedDirectory(settings["discovery-dir"]);
     const { inlineVolumes, sweepUntilSettled } = await import("./lib/csi/ephemeral.ts");
     const { volumeLimit } = await import("./lib/csi/limit.ts");
     const { nodeHandlers } = await import("./lib/csi/node.ts");
@@ -299,6 +300,7 @@ const commands: Readonly<Record<string, Command>> = {
         "--dhchap-key-file: with --attach=discovery-client the daemon has the keys, not this command",
       );
     }
+    refuseMistypedDirectory(settings["discovery-dir"]);
     return await atShell("attach the volume", settings, async (ctx) => {
       const place = { addresses: address, discovery };
       await using work = await volumeWork(
@@ -331,20 +333,23 @@ const commands: Readonly<Record<string, Command>> = {
   detach: command(
     "undo lbcsi attach",
     volumeOptions,
-    async (settings) =>
-      await atShell("detach the volume", settings, async (ctx) => {
+    async (settings) => {
+      refuseMistypedDirectory(settings["discovery-dir"]);
+      return await atShell("detach the volume", settings, async (ctx) => {
         await using work = await volumeWork(settings, ctx.log, { addresses: [], discovery: [] });
         const { detachVolume } = await import("./lib/shell/attach.ts");
         await detachVolume(ctx, work.machine, work.wanted, settings.mount);
-      }),
+      });
+    },
     detachText,
   ),
 
   list: command(
     "show the volumes on this machine, their paths and mounts",
     listOptions,
-    async (settings) =>
-      await atShell("list volumes", { ...settings, timeout: 60 }, async (ctx) => {
+    async (settings) => {
+      refuseMistypedDirectory(settings["discovery-dir"]);
+      return await atShell("list volumes", { ...settings, timeout: 60 }, async (ctx) => {
         const { linuxHost } = await import("./lib/host/host.ts");
         const { listAsJson, listAsText, listVolumes } = await import("./lib/shell/list.ts");
         const listed = await listVolumes(ctx, {
@@ -357,7 +362,8 @@ const commands: Readonly<Record<string, Command>> = {
           throw new StatusError("NOT_FOUND", `Cannot list volume ${settings.uuid}: it is not on this machine`);
         }
         console.log(settings.json ? listAsJson(listed) : listAsText(listed));
-      }),
+      });
+    },
     listText,
   ),
 
@@ -383,6 +389,10 @@ const commands: Readonly<Record<string, Command>> = {
     "keep this machine connected to what the files of a directory name, as the cluster moves",
     discoveryOptions,
     async (settings) => {
+      refuseMissingDirectory(
+        settings["discovery-dir"],
+        "make it (mkdir -p), or give the one that the node service writes to",
+      );
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
       const { discoveryDaemon } = await import("./lib/discovery/client.ts");
       const { linuxHost } = await import("./lib/host/host.ts");
@@ -836,6 +846,34 @@ function refuseOutOfReach(
       : [`--${option} "${path}": this executable was built without the right to ${name} there`]
   );
   if (problems.length > 0) throw new UsageError(problems.join("\n"));
+}
+
+/**
+ * Throws UsageError when `path` is not a directory. Nothing makes it: a directory that nobody else knows is watched, or
+ * written to, in vain.
+ */
+function refuseMissingDirectory(path: string, advice: string): void {
+  let problem = "there is no such directory";
+  try {
+    if (statSync(path).isDirectory()) return;
+    problem = "it is not a directory";
+  } catch (error) {
+    if (!hasErrno(error, "ENOENT")) problem = messageOf(error);
+  }
+  throw new UsageError(`--discovery-dir "${path}": ${problem}, ${advice}`);
+}
+
+/**
+ * The same for commands that need the directory only where there is a Discovery-Client. The default may be missing: without
+ * the daemon nobody makes it, and with it it may come later.
+ */
+function refuseMistypedDirectory(path: string): void {
+  if (path === nodeOptions["discovery-dir"].fallback) return;
+  refuseMissingDirectory(path, "give the one that the Discovery-Client watches");
+}
+
+function hasErrno(error: unknown, code: string): boolean {
+  return (error as { code?: unknown } | undefined)?.code === code;
 }
 
 /** Whether volumes of a storage system can grow, for the processes that do not open it. */

@@ -406,7 +406,7 @@ const lossSeconds = z.string().regex(/^(?:-1|\d{1,9})$/, "is not a whole number 
 export const discoveryOptions = {
   "discovery-dir": {
     ...nodeOptions["discovery-dir"],
-    meaning: "directory whose files say what to connect; made if missing",
+    meaning: "directory whose files say what to connect; it has to exist",
   },
   poll: {
     env: ["LB_CSI_DISCOVERY_POLL"],

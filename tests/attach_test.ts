@@ -97,6 +97,27 @@ Deno.test("discoveryClient.attach without the daemon's directory says what to in
   });
 });
 
+Deno.test("discoveryClient.attach writes into a directory that is a symbolic link", async () => {
+  await withDirectory(async (_, directory) => {
+    await Deno.mkdir(join(directory, "real"));
+    await Deno.symlink("real", join(directory, "link"));
+    const host = linuxHost({ log: createLogger("error") });
+    const attacher = discoveryClient({ host, directory: join(directory, "link"), hostNqn });
+
+    await attacher.attach(callContext(), namespace);
+    assert.equal(await Deno.readTextFile(join(directory, "real", uuid)), discoveryFile(namespace, hostNqn));
+    await attacher.detach(callContext(), uuid);
+
+    assert.deepEqual([...Deno.readDirSync(join(directory, "real"))], []);
+    await Deno.symlink("nowhere", join(directory, "dangling"));
+    await rejects(
+      discoveryClient({ host, directory: join(directory, "dangling"), hostNqn }).attach(callContext(), namespace),
+      "FAILED_PRECONDITION",
+      /dangling is missing, the LightOS Discovery-Client has to be installed/,
+    );
+  });
+});
+
 Deno.test("discoveryClient.attach without a discovery controller answers FAILED_PRECONDITION", async () => {
   await withDirectory(async (attacher) => {
     const attached = attacher.attach(callContext(), { ...namespace, discovery: [] });

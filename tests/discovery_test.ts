@@ -196,6 +196,84 @@ Deno.test("discoveryInput knows nothing new while the directory is missing", asy
   assert.deepEqual(lines, ["cannot read its directory", "took up a file", "cannot read its directory"]);
 });
 
+/** The directory of a ConfigMap, as kubelet shows it, and the changes that it makes. */
+async function configMap() {
+  const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-input-" }));
+  let version = 0;
+  return {
+    directory,
+    /** Shows other files, in kubelet's order: a new directory, one rename of the link, then links that come and go. */
+    async show(files: Readonly<Record<string, string>>) {
+      const now = `..2026_11_30_${++version}`;
+      await Deno.mkdir(join(directory, now));
+      for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, now, name), text);
+      await Deno.symlink(now, join(directory, "..data_tmp"));
+      await Deno.rename(join(directory, "..data_tmp"), join(directory, "..data"));
+      for (const name of Object.keys(files)) {
+        await Deno.symlink(`..data/${name}`, join(directory, name)).catch(() => {});
+      }
+      for (const { name } of Deno.readDirSync(directory)) {
+        if (!name.startsWith("..") && !(name in files)) await Deno.remove(join(directory, name));
+      }
+      if (version > 1) await Deno.remove(join(directory, `..2026_11_30_${version - 1}`), { recursive: true });
+    },
+    [Symbol.asyncDispose]: () => Deno.remove(directory, { recursive: true }),
+  };
+}
+
+Deno.test("discoveryInput reads the files of a ConfigMap through their links, follows its changes, and each file once", async () => {
+  await using map = await configMap();
+  const lines: string[] = [];
+  const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line).event));
+  const input = discoveryInput(linuxHost({ log: createLogger("error") }), map.directory, log);
+  const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
+
+  await map.show({ a: entry("192.0.2.1"), b: entry("192.0.2.2") });
+  assert.deepEqual(await addresses(), ["192.0.2.1", "192.0.2.2"]);
+  await map.show({ a: entry("192.0.2.9"), c: entry("192.0.2.3") });
+  assert.deepEqual(await addresses(), ["192.0.2.9", "192.0.2.3"]);
+  await map.show({});
+  assert.deepEqual(await addresses(), []);
+
+  assert.deepEqual(lines, [
+    ...["took up a file", "took up a file"],
+    ...["took up a file", "took up a file", "dropped a file that was removed"],
+    ...["dropped a file that was removed", "dropped a file that was removed"],
+  ]);
+});
+
+Deno.test("discoveryInput passes over links to what is no file, and keeps what a link said that leads nowhere now", async () => {
+  const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-input-" }));
+  const lines: string[] = [];
+  const log = createLogger("warning", "json", (line) => {
+    const { event, error, path } = JSON.parse(line);
+    lines.push(`${path.slice(directory.length + 1)}: ${event}: ${error}`);
+  });
+  await Deno.mkdir(join(directory, "real"));
+  await Deno.mkdir(join(directory, "elsewhere"));
+  await Deno.writeTextFile(join(directory, "elsewhere", "x"), entry("192.0.2.1"));
+  await Deno.symlink("real", join(directory, "link"));
+  const at = (name: string) => join(directory, "link", name);
+  await Deno.symlink("../elsewhere", at("directory"));
+  await Deno.symlink("/dev/zero", at("device"));
+  await Deno.symlink("loop", at("loop"));
+  await Deno.symlink("../elsewhere/x", at("x"));
+  const input = discoveryInput(linuxHost({ log: createLogger("error") }), join(directory, "link"), log);
+  const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
+
+  assert.deepEqual(await addresses(), ["192.0.2.1"]);
+  await Deno.remove(join(directory, "elsewhere", "x"));
+  for (let turn = 0; turn < 3; turn++) assert.deepEqual(await addresses(), ["192.0.2.1"]);
+  await Deno.remove(at("x"));
+  assert.deepEqual(await addresses(), []);
+
+  assert.deepEqual(lines.map((line) => line.replace(/(?<=loop: could not read a file: ).*/, "…")), [
+    "link/loop: could not read a file: …",
+    "link/x: could not read a file: it is a symbolic link that leads nowhere",
+  ]);
+  await Deno.remove(directory, { recursive: true });
+});
+
 // --------------------------------------------------------------------------------------------------- the log page
 
 Deno.test("readDiscoveryLog answers I/O controllers and referrals over TCP", async () => {
@@ -764,9 +842,51 @@ Deno.test("run ends when it is told to, waits for a command that changes somethi
 
 // --------------------------------------------------------------------------------------------------------- the program
 
-Deno.test("lbcsi discovery-client makes its directory, says what is missing, and ends with 0 on SIGTERM", async () => {
+const main = fileURLToPath(new URL("../main.ts", import.meta.url));
+
+for (const command of ["discovery-client", "node", "attach", "detach", "list"]) {
+  Deno.test(`lbcsi ${command} with a mistyped --discovery-dir ends with 2, says what to do, and makes nothing`, async () => {
+    const directory = await Deno.makeTempDir({ prefix: "lbcsi-discovery-" });
+    const path = join(directory, "discovery.b");
+    await Deno.writeTextFile(join(directory, "file"), "");
+    const words: Record<string, readonly string[]> = {
+      node: ["--node-id", "n1.node", "--endpoint", `unix://${directory}/csi.sock`],
+      attach: ["--node-id", "n1.node", "--uuid", uuid, "--nqn", nqn, "--address", "192.0.2.1"],
+      detach: ["--node-id", "n1.node", "--uuid", uuid, "--nqn", nqn],
+    };
+    const run = async (given: string) => {
+      const { code, stderr } = await new Deno.Command(Deno.execPath(), {
+        args: ["run", "-A", "--no-check", main, command, "--discovery-dir", given, ...words[command] ?? []],
+        stdin: "null",
+        env: { NO_COLOR: "1" },
+      }).output();
+      return { code, err: new TextDecoder().decode(stderr) };
+    };
+
+    for (
+      const [given, problem] of [[path, "there is no such directory"], [
+        join(directory, "file"),
+        "it is not a directory",
+      ]]
+    ) {
+      const { code, err } = await run(given ?? "");
+
+      assert.equal(code, 2, err);
+      const advice = command === "discovery-client" ? "make it (mkdir -p), or give" : "give";
+      assert.ok(
+        err.startsWith(`lbcsi ${command}: --discovery-dir "${given}": ${problem}, ${advice} the one that the `),
+        err,
+      );
+    }
+    assert.deepEqual([...Deno.readDirSync(directory)].map(({ name }) => name), ["file"]);
+    await Deno.remove(directory, { recursive: true });
+  });
+}
+
+Deno.test("lbcsi discovery-client follows a linked directory, says what is missing, and ends with 0 on SIGTERM", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-discovery-" });
-  const main = fileURLToPath(new URL("../main.ts", import.meta.url));
+  await Deno.mkdir(join(directory, "real"));
+  await Deno.symlink("real", join(directory, "in"));
   const roots = [
     "--discovery-dir",
     join(directory, "in"),

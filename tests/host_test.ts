@@ -14,6 +14,14 @@ function quietHost(): Host {
   return linuxHost({ log: createLogger("error") });
 }
 
+function isFile(path: string): boolean {
+  try {
+    return Deno.statSync(path).isFile;
+  } catch {
+    return false;
+  }
+}
+
 async function inDirectory(act: (directory: string) => Promise<void>): Promise<void> {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-host-" });
   try {
@@ -69,6 +77,27 @@ Deno.test("Host.run of a missing program answers FAILED_PRECONDITION with the pa
     "FAILED_PRECONDITION",
     /Cannot run .*mkfs.xfs: it is not installed, the package xfsprogs is needed/,
   );
+});
+
+Deno.test({
+  name: "Host.run of a program that is installed and not in PATH says so",
+  ignore: !needs("blkid") ||
+    !["/usr/local/sbin", "/usr/sbin", "/sbin"].some((directory) => isFile(`${directory}/blkid`)),
+  async fn() {
+    const path = Deno.env.get("PATH") ?? "";
+    Deno.env.set("PATH", "/nowhere:/usr/games");
+    try {
+      const run = quietHost().run("blkid", [], { signal: new AbortController().signal, onAbort: "finish" });
+
+      await rejects(
+        run,
+        "FAILED_PRECONDITION",
+        /Cannot run blkid: it is in \/\S*sbin, which is not in PATH \(\/nowhere:\/usr\/games\)/,
+      );
+    } finally {
+      Deno.env.set("PATH", path);
+    }
+  },
 });
 
 Deno.test("Host.run with a signal that has aborted starts nothing", async () => {

@@ -394,6 +394,7 @@ Deno.test("lbcsi-controller has the right to serve metrics", async () => {
 Deno.test("lbcsi discovery-client serves metrics of its own", async () => {
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-metrics-" }));
   const places = ["--discovery-dir", `${home}/discovery.d`, "--sysfs", `${home}/sys`, "--dev", `${home}/dev`];
+  await Deno.mkdir(`${home}/discovery.d`);
   const [deno = "", ...words] = program;
   const child = new Deno.Command(deno, {
     args: [...words, "discovery-client", ...places],

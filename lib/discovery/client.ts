@@ -31,7 +31,7 @@ import {
   hasKeys,
   hasMultipath,
 } from "../host/authentication.ts";
-import type { Host } from "../host/host.ts";
+import { type Host, kindBehind } from "../host/host.ts";
 import {
   addressOf,
   allControllers,
@@ -52,7 +52,7 @@ import { discoveryInput, type Entry, isIpAddress } from "./input.ts";
 
 export interface ClientOptions {
   readonly host: Host;
-  /** The watched directory; made when it is missing. */
+  /** The watched directory, or a link to it. It is never made: while it is missing, what the files said last counts. */
   readonly directory: string;
   readonly log: Logger;
   /** How often a log page is read that nothing is known to have changed. */
@@ -278,14 +278,6 @@ export function discoveryDaemon(options: ClientOptions): Client {
   // ----------------------------------------------------------------------------------------------------------- a look
 
   async function look(): Promise<void> {
-    if (await host.kindOf(directory) === "absent") {
-      try {
-        await host.makeDirectory(directory);
-        say(directory, undefined);
-      } catch (error) {
-        say(directory, messageOf(error), "cannot make its directory", { path: directory });
-      }
-    }
     entries = await input.read() ?? entries;
     managed = await readManaged();
     const pairs = pairsOf(entries);
@@ -551,7 +543,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       let watched = false;
       using watches = new DisposableStack();
       while (!signal.aborted) {
-        if (!watched && await host.kindOf(directory) === "directory") {
+        if (!watched && await kindBehind(host, directory) === "directory") {
           watches.use(host.watch(directory, () => wake?.()));
           watched = true;
         }

@@ -5,12 +5,15 @@
  * Where that daemon is careless this one is not: it goes by what is in the directory now, not by events, so a changed file
  * counts and a removed one too. A file that cannot be read (any more) leaves what it said last in force, for nobody asked
  * to disconnect anything.
+ *
+ * Symbolic links are followed, for Kubernetes shows the files of a ConfigMap as such: `c1` leads to `..data/c1`, and `..data`
+ * to the directory of the version that counts, whose name begins with two dots too. Entries that begin so are passed over.
  */
 import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { temporaryPrefix } from "../host/attach.ts";
-import type { Host } from "../host/host.ts";
+import { type Host, kindBehind } from "../host/host.ts";
 import { formatAddress, parseAddress } from "../namespace.ts";
 
 /** One line of a file: connect as this host to this subsystem, which that discovery controller knows. */
@@ -144,17 +147,29 @@ export function discoveryInput(
   now: () => number = () => performance.now(),
 ): Input {
   const files = new Map<string, File>();
+  /** Why files cannot be read now, by name. */
+  const unreadable = new Map<string, string>();
   let trouble: string | undefined;
 
   async function look(name: string): Promise<boolean> {
     const path = `${directory}/${name}`;
     const known = files.get(name);
     let text: string | undefined;
+    let problem: string | undefined;
     try {
-      if (await host.kindOf(path) !== "file") return false;
-      text = await host.readText(path);
+      const kind = await kindBehind(host, path);
+      if (kind === "file") text = await host.readText(path);
+      else if (kind !== "absent" || await host.kindOf(path) !== "symlink") return false;
+      else problem = "it is a symbolic link that leads nowhere";
     } catch (error) {
-      log.warning("could not read a file", { path, error: messageOf(error) });
+      problem = messageOf(error);
+    }
+    if (problem !== unreadable.get(name) && problem !== undefined) {
+      log.warning("could not read a file", { path, error: problem });
+    }
+    if (problem === undefined) unreadable.delete(name);
+    else {
+      unreadable.set(name, problem);
       return true;
     }
     if (text === undefined) return false;
@@ -196,9 +211,10 @@ export function discoveryInput(
       }
       trouble = problem;
       if (names === undefined) return undefined;
-      const wanted = names.filter((name) => !name.startsWith(temporaryPrefix));
+      const wanted = names.filter((name) => !name.startsWith(temporaryPrefix) && !name.startsWith(".."));
       const there = new Set<string>();
       for (const name of wanted) if (await look(name)) there.add(name);
+      for (const name of unreadable.keys()) if (!there.has(name)) unreadable.delete(name);
       for (const name of files.keys()) {
         if (there.has(name)) continue;
         files.delete(name);

@@ -32,7 +32,7 @@ import {
   hasMultipath,
   keysInUse,
 } from "./authentication.ts";
-import type { Host } from "./host.ts";
+import { type Host, kindBehind } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
 import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
 import {
@@ -124,7 +124,7 @@ export function discoveryClient({ host, directory, hostNqn }: DiscoveryClientOpt
       }
       const path = fileOf(namespace.uuid);
       const text = discoveryFile(namespace, hostNqn);
-      const kind = await host.kindOf(directory);
+      const kind = await kindBehind(host, directory);
       if (kind !== "directory") {
         throw refuse(
           `${directory} is ${kind === "absent" ? "missing" : "not a directory"}, ` +

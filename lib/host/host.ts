@@ -108,6 +108,14 @@ export interface Host {
   watch(directory: string, changed: () => void): Disposable;
 }
 
+/** What `path` names, symbolic links followed; `absent` also for a link that leads nowhere. */
+export async function kindBehind(host: Pick<Host, "kindOf" | "realPath">, path: string): Promise<Kind> {
+  const kind = await host.kindOf(path);
+  if (kind !== "symlink") return kind;
+  const real = await host.realPath(path);
+  return real === undefined ? "absent" : await host.kindOf(real);
+}
+
 export interface LinuxHostOptions {
   readonly log: Logger;
   readonly metrics?: Metrics | undefined;
@@ -385,11 +393,27 @@ function spawn(program: string, args: readonly string[], withInput: boolean): De
     const wanted = packages[basename(program)];
     throw new StatusError(
       "FAILED_PRECONDITION",
-      `Cannot run ${program}: ${error instanceof Deno.errors.NotFound ? "it is not installed" : messageOf(error)}` +
+      `Cannot run ${program}: ${error instanceof Deno.errors.NotFound ? absenceOf(program) : messageOf(error)}` +
         (wanted === undefined ? "" : `, the package ${wanted} is needed on this node`),
       { cause: error },
     );
   }
+}
+
+/** Where distributions keep what only root can use; not in PATH of ordinary users, nor after `su` without `-`. */
+const systemDirectories = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/** Why a program was not found. */
+function absenceOf(program: string): string {
+  const directory = program.includes("/") ? undefined : systemDirectories.find((directory) => {
+    try {
+      return Deno.statSync(`${directory}/${program}`).isFile;
+    } catch {
+      return false;
+    }
+  });
+  if (directory === undefined) return "it is not installed";
+  return `it is in ${directory}, which is not in PATH (${Deno.env.get("PATH") ?? ""})`;
 }
 
 /** Ends the whole process group: SIGTERM, then SIGKILL. Undefined when even that does not end it. */

@@ -9,7 +9,7 @@ import { hostIdOf } from "../host/attach.ts";
 import { authenticationObstacle } from "../host/authentication.ts";
 import { kernelErrorNumber } from "../host/fabrics.ts";
 import type { FsType } from "../host/filesystem.ts";
-import type { Host } from "../host/host.ts";
+import { type Host, kindBehind } from "../host/host.ts";
 import { hasAes } from "../host/luks.ts";
 import { describeMount, type Mount, mountTable, relationOf, volumesInUse } from "../host/mounts.ts";
 import {
@@ -401,7 +401,7 @@ function mountOver(table: readonly Mount[], path: string): Mount | undefined {
 }
 
 async function discoveryClient({ host, discoveryDirectory: directory }: MachineOptions): Promise<Finding> {
-  const kind = await host.kindOf(directory);
+  const kind = await kindBehind(host, directory);
   if (kind !== "directory") {
     return {
       verdict: "problem",
