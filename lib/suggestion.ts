@@ -1,0 +1,59 @@
+/** The known word that a person most likely meant: "did you mean". */
+
+/**
+ * The word of `known` that `word` was most likely meant to be: the one with the fewest slips of the keyboard (a character
+ * added, left out, replaced, or swapped with its neighbour), at most one slip for each three characters, and at least one.
+ * Case and the separators "-", "_" and "." do not count. Undefined when none is close.
+ */
+export function closest(word: string, known: readonly string[]): string | undefined {
+  const plain = plainForm(word);
+  let best: string | undefined;
+  let fewest = Math.max(1, Math.floor(plain.length / 3)) + 1;
+  for (const candidate of known) {
+    const slips = distance(plain, plainForm(candidate));
+    if (slips >= fewest) continue;
+    best = candidate;
+    fewest = slips;
+  }
+  return best;
+}
+
+/** `, did you mean "replica-count"?`, to follow an unknown word in a message; empty when no known word is close. */
+export function suggestion(word: string, known: readonly string[]): string {
+  const meant = closest(word, known);
+  return meant === undefined ? "" : `, did you mean "${meant}"?`;
+}
+
+/** Longer words are cut: their comparison would cost the square of their length, and no known word is that long. */
+const longestWord = 100;
+
+function plainForm(word: string): string {
+  return word.slice(0, longestWord).toLowerCase().replace(/[-_.]/g, "");
+}
+
+/** The Damerau-Levenshtein distance in its restricted form: a swapped pair is not changed again. */
+function distance(a: string, b: string): number {
+  let beforePrevious: number[] = [];
+  let previous = Array.from({ length: b.length + 1 }, (_, column) => column);
+  for (let row = 1; row <= a.length; row++) {
+    const current = [row];
+    for (let column = 1; column <= b.length; column++) {
+      const isSame = a[row - 1] === b[column - 1];
+      let slips = Math.min(
+        at(previous, column) + 1,
+        at(current, column - 1) + 1,
+        at(previous, column - 1) + (isSame ? 0 : 1),
+      );
+      if (row > 1 && column > 1 && a[row - 1] === b[column - 2] && a[row - 2] === b[column - 1]) {
+        slips = Math.min(slips, at(beforePrevious, column - 2) + 1);
+      }
+      current.push(slips);
+    }
+    [beforePrevious, previous] = [previous, current];
+  }
+  return at(previous, b.length);
+}
+
+function at(numbers: readonly number[], index: number): number {
+  return numbers[index] ?? Infinity;
+}

@@ -1,0 +1,37 @@
+import { equal } from "node:assert/strict";
+import { closest, suggestion } from "../lib/suggestion.ts";
+
+const known = ["mgmt-endpoint", "mgmt-scheme", "replica-count", "compression", "project-name", "mkfs-options"];
+
+Deno.test("the closest known word: a slip of the keyboard is found", () => {
+  for (
+    const [word, meant] of [
+      ["replica-counts", "replica-count"],
+      ["replica_count", "replica-count"],
+      ["replicaCount", "replica-count"],
+      ["mgmt-endpiont", "mgmt-endpoint"],
+      ["mgmt-endpoints", "mgmt-endpoint"],
+      ["MGMT-SCHEME", "mgmt-scheme"],
+      ["compresion", "compression"],
+      ["mkfs-option", "mkfs-options"],
+    ] as const
+  ) {
+    equal(closest(word, known), meant, word);
+  }
+});
+
+Deno.test("the closest known word: a word that is like none has none", () => {
+  for (const word of ["", "x", "reclaim-policy", "fsType", "m".repeat(10_000)]) {
+    equal(closest(word, known), undefined, word);
+  }
+  equal(closest("anything", []), undefined);
+});
+
+Deno.test("the closest known word: of two that are close, the closer one", () => {
+  equal(closest("qos-policy-nam", ["qos-policy-uuid", "qos-policy-name"]), "qos-policy-name");
+});
+
+Deno.test("a suggestion reads on from the unknown word, and is empty without one", () => {
+  equal(suggestion("replica-cuont", known), ', did you mean "replica-count"?');
+  equal(suggestion("zzz", known), "");
+});
