@@ -206,7 +206,16 @@ for (
     ["an unknown file system", {
       volumeCapabilities: [{ ...writer, accessType: { case: "mount" as const, value: { fsType: "zfs" } } }],
     }, /file system "zfs"/],
-    ["topology", { accessibilityRequirements: {} }, /accessibility_requirements is given/],
+    [
+      "a topology to be in",
+      { accessibilityRequirements: { requisite: [{}, { segments: { zone: "a" } }] } },
+      /accessibility_requirements asks for "zone" "a", but every node reaches every volume/,
+    ],
+    [
+      "a topology to prefer",
+      { accessibilityRequirements: { preferred: [{ segments: { zone: "a" } }] } },
+      /accessibility_requirements asks for "zone" "a"/,
+    ],
     ["a content source without a type", { volumeContentSource: {} }, /is neither a snapshot nor a volume/],
     ["a content source without an ID", {
       volumeContentSource: { type: { case: "snapshot" as const, value: {} } },
@@ -229,6 +238,25 @@ for (
       answers("INVALID_ARGUMENT", message),
     );
     strictEqual(env.simulator.control.callsInAll(), 0);
+  });
+}
+
+for (
+  const [what, accessibilityRequirements] of [
+    ["nothing in it", {}],
+    ["empty topologies", { requisite: [{ segments: {} }], preferred: [{ segments: {} }, {}] }],
+  ] as const
+) {
+  Deno.test(`CreateVolume with accessibility_requirements that have ${what} asks for nothing, and is served`, async () => {
+    await using env = await start();
+
+    const { volume } = await env.call(
+      Controller.method.createVolume,
+      env.creation({ accessibilityRequirements } as unknown as Creation),
+    );
+
+    strictEqual(volume?.capacityBytes, gib);
+    deepStrictEqual(volume?.accessibleTopology, []);
   });
 }
 

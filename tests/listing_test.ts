@@ -599,11 +599,10 @@ const badCapacityWishes: readonly (readonly [what: string, request: CapacityWish
   ["an unknown parameter", { parameters: { "replica-cout": "3" } }, /"replica-cout" unknown/],
   ["parameters without endpoints", { parameters: { "replica-count": "3" } }, /"mgmt-endpoint" is missing/],
   [
-    "a capability without access type",
-    { volumeCapabilities: [{ accessMode: { mode: Mode.SINGLE_NODE_WRITER } }] },
-    /neither mount nor block/,
+    "topology",
+    { accessibleTopology: { segments: { zone: "a" } } },
+    /accessible_topology asks for "zone" "a", but every node reaches every volume/,
   ],
-  ["topology", { accessibleTopology: { segments: { zone: "a" } } }, /accessible_topology is given/],
 ];
 
 for (const [what, request, message] of badCapacityWishes) {
@@ -614,6 +613,48 @@ for (const [what, request, message] of badCapacityWishes) {
       env.call(method.getCapacity, request),
       answers("INVALID_ARGUMENT", /^Cannot measure the capacity: /, message),
     );
+  });
+}
+
+const mount = { case: "mount" as const, value: {} };
+const emptyTopology = { segments: {} };
+const adviceOfCapacity: readonly (readonly [what: string, request: CapacityWish, expected: bigint])[] = [
+  ["a topology without segments, as csi-provisioner 5 sends it", { accessibleTopology: emptyTopology }, free],
+  [
+    "access mode UNKNOWN, as csi-provisioner 3.6 sends it",
+    {
+      volumeCapabilities: [{ accessType: mount, accessMode: { mode: Mode.UNKNOWN } }],
+      accessibleTopology: emptyTopology,
+    },
+    free,
+  ],
+  ["a capability with nothing in it", { volumeCapabilities: [{}] }, free],
+  ["a capability without access type", { volumeCapabilities: [{ accessMode: writer.accessMode }] }, free],
+  [
+    "a file system that no node has",
+    {
+      volumeCapabilities: [{
+        accessType: { case: "mount", value: { fsType: "zfs" } },
+        accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+      }],
+    },
+    0n,
+  ],
+  [
+    "a file system that two nodes write to",
+    { volumeCapabilities: [writer, { accessType: mount, accessMode: { mode: Mode.MULTI_NODE_MULTI_WRITER } }] },
+    0n,
+  ],
+];
+
+for (const [what, request, expected] of adviceOfCapacity) {
+  Deno.test(`GetCapacity with ${what} answers ${expected === 0n ? "that there is none" : "what is free"}`, async () => {
+    await using env = await startCapacity();
+    const { parameters = {} } = creation(env.simulator, "x");
+
+    const { availableCapacity } = await env.call(method.getCapacity, { parameters, ...request });
+
+    strictEqual(availableCapacity, expected);
   });
 }
 

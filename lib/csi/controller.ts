@@ -21,11 +21,13 @@ import {
 } from "../../proto/gen/csi_pb.ts";
 import {
   type Access,
+  assertNoTopology,
   isShared,
   longestVolumeId,
   mkfsOptionsKey,
   parseCapability,
   requireText,
+  statedCapability,
   withoutOrchestratorKeys,
 } from "./request.ts";
 import { healthHandlers } from "./health.ts";
@@ -68,12 +70,8 @@ export function controllerHandlers(
       }
       const accesses = request.volumeCapabilities.map((capability) => parseCapability(action, capability));
       for (const access of accesses) refuseSharing(action, backend, access);
-      if (request.accessibilityRequirements !== undefined) {
-        throw new StatusError(
-          "INVALID_ARGUMENT",
-          `Cannot ${action}: accessibility_requirements is given, but every node reaches every volume of this driver`,
-        );
-      }
+      const { requisite = [], preferred = [] } = request.accessibilityRequirements ?? {};
+      assertNoTopology(action, "accessibility_requirements", [...requisite, ...preferred]);
       const source = parseContentSource(action, request.volumeContentSource);
       if (source !== undefined && snapshots === undefined) {
         throw new StatusError(
@@ -167,7 +165,8 @@ export function controllerHandlers(
         if (request.capacityRange === undefined) {
           throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range is missing`);
         }
-        if (request.volumeCapability !== undefined) parseCapability(action, request.volumeCapability);
+        const capability = statedCapability(request.volumeCapability);
+        if (capability !== undefined) parseCapability(action, capability);
         using _held = hold("ControllerExpandVolume", volumeId);
         const secrets = new Secrets(request.secrets);
         const { capacityBytes } = await expansion.expandVolume(call, secrets, volumeId, request.capacityRange);

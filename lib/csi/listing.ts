@@ -4,12 +4,21 @@
  * None of them changes anything, so none holds a volume: an attach may go on while the lists are read.
  */
 import { Secrets } from "../context.ts";
-import { StatusError } from "../error.ts";
+import { hasCode, StatusError } from "../error.ts";
 import { nodeIdOf } from "../namespace.ts";
 import type { Handlers } from "../rpc.ts";
 import type { Listing, StorageBackend, Volume } from "../storage/backend.ts";
-import type { Controller } from "../../proto/gen/csi_pb.ts";
-import { longestVolumeId, mkfsOptionsKey, parseCapability, requireText, withoutOrchestratorKeys } from "./request.ts";
+import type { Controller, VolumeCapability } from "../../proto/gen/csi_pb.ts";
+import {
+  assertNoTopology,
+  isShared,
+  longestVolumeId,
+  mkfsOptionsKey,
+  parseCapability,
+  requireText,
+  statedCapability,
+  withoutOrchestratorKeys,
+} from "./request.ts";
 import { toMessage } from "./snapshot.ts";
 
 /** ListVolumes, ControllerGetVolume and, where there are any, ListSnapshots, for a backend that has clusters of its own. */
@@ -57,9 +66,13 @@ function listSnapshotsHandler(list: NonNullable<Listing["listSnapshots"]>) {
 }
 
 /** GetCapacity, which answers UNIMPLEMENTED while the backend has no part for it. */
-export function capacityHandlers(backend: Pick<StorageBackend, "capacity">) {
+export function capacityHandlers(backend: Pick<StorageBackend, "capacity" | "oneHostOnly">) {
   return {
-    /** CSI specification, "GetCapacity". The largest volume is what is left: no other bound is known. */
+    /**
+     * CSI specification, "GetCapacity". The largest volume is what is left: no other bound is known. Capabilities are advice:
+     * there is no space for volumes that CreateVolume would refuse, and what is not given asks for nothing. After an error,
+     * csi-provisioner publishes nothing, and pods whose volumes bind late then pend for ever.
+     */
     async getCapacity(request, call) {
       const action = "measure the capacity";
       const { capacity } = backend;
@@ -69,19 +82,31 @@ export function capacityHandlers(backend: Pick<StorageBackend, "capacity">) {
           "Cannot serve GetCapacity: the controller has no credentials of its own now, and this call brings none",
         );
       }
-      for (const capability of request.volumeCapabilities) parseCapability(action, capability);
-      if (request.accessibleTopology !== undefined) {
-        throw new StatusError(
-          "INVALID_ARGUMENT",
-          `Cannot ${action}: accessible_topology is given, but every node reaches every volume of this driver`,
-        );
-      }
+      const topology = request.accessibleTopology;
+      assertNoTopology(action, "accessible_topology", topology === undefined ? [] : [topology]);
       // What is for the node does not take space.
       const { [mkfsOptionsKey]: _, ...parameters } = withoutOrchestratorKeys(request.parameters);
       const { availableBytes, minimumVolumeBytes } = await capacity.getCapacity(call, parameters);
-      return { availableCapacity: availableBytes, minimumVolumeSize: minimumVolumeBytes };
+      const isPossible = request.volumeCapabilities.every((capability) => isServed(action, backend, capability));
+      return { availableCapacity: isPossible ? availableBytes : 0n, minimumVolumeSize: minimumVolumeBytes };
     },
   } satisfies Handlers<typeof Controller>;
+}
+
+/** Whether CreateVolume would take a capability. */
+function isServed(
+  action: string,
+  backend: Pick<StorageBackend, "oneHostOnly">,
+  capability: VolumeCapability,
+): boolean {
+  if (statedCapability(capability) === undefined) return true;
+  try {
+    const { mode } = parseCapability(action, capability);
+    return backend.oneHostOnly === undefined || !isShared(mode);
+  } catch (error) {
+    if (!hasCode(error, "INVALID_ARGUMENT")) throw error;
+    return false;
+  }
 }
 
 /** The page that a request asks for; throws INVALID_ARGUMENT for a negative number of entries. */

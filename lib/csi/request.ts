@@ -13,7 +13,7 @@ import { type FsType, fsTypes } from "../host/filesystem.ts";
 import type { Passphrases } from "../host/luks.ts";
 import { uuidInId } from "../id.ts";
 import { csi_secret, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
-import type { VolumeCapability } from "../../proto/gen/csi_pb.ts";
+import type { Topology, VolumeCapability } from "../../proto/gen/csi_pb.ts";
 
 /** How a volume is to be used: `VolumeCapability`, checked. */
 export type Access = MountAccess | BlockAccess;
@@ -80,6 +80,31 @@ export function isShared(mode: Mode): boolean {
 /** Whether nobody writes through this access mode. */
 export function isReaderOnly(mode: Mode): boolean {
   return mode === Mode.SINGLE_NODE_READER_ONLY || mode === Mode.MULTI_NODE_READER_ONLY;
+}
+
+/**
+ * A capability that asks for something; undefined for one whose access type or access mode is not given. For calls that take
+ * capabilities as advice: csi-provisioner 3.6 asks for the capacity with access mode UNKNOWN.
+ */
+export function statedCapability(capability: VolumeCapability | undefined): VolumeCapability | undefined {
+  const mode = capability?.accessMode?.mode ?? Mode.UNKNOWN;
+  return capability?.accessType.case === undefined || mode === Mode.UNKNOWN ? undefined : capability;
+}
+
+/**
+ * Throws INVALID_ARGUMENT when one of `topologies` names a segment: every node reaches every volume, and no segment has a
+ * meaning. A topology without segments asks for nothing; csi-provisioner sends one for a driver without topology.
+ *
+ * @param field the field of the request that has them: `accessible_topology`
+ */
+export function assertNoTopology(action: string, field: string, topologies: readonly Topology[]): void {
+  const segments = topologies.flatMap(({ segments }) => Object.entries(segments));
+  if (segments.length === 0) return;
+  const named = [...new Set(segments.map(([key, value]) => `"${key}" "${value}"`))].join(", ");
+  throw new StatusError(
+    "INVALID_ARGUMENT",
+    `Cannot ${action}: ${field} asks for ${named}, but every node reaches every volume of this driver; leave topology out`,
+  );
 }
 
 /** The value of a required text field; throws INVALID_ARGUMENT when it is empty or has more than `longest` bytes. */
