@@ -84,11 +84,11 @@ const commands: Readonly<Record<string, Command>> = {
     async (settings) => {
       refuseOutOfReach(settings);
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "controller" });
-      const { controllerHandlers } = await import("./lib/csi/controller.ts");
+      const { controllerHandlers, nodeServiceOfController } = await import("./lib/csi/controller.ts");
       const { snapshotMetadataHandlers } = await import("./lib/csi/snapshot_metadata.ts");
       const { KeyedLock } = await import("./lib/lock.ts");
       const { service } = await import("./lib/rpc.ts");
-      const { Controller, SnapshotMetadata } = await import("./proto/gen/csi_pb.ts");
+      const { Controller, Node, SnapshotMetadata } = await import("./proto/gen/csi_pb.ts");
       const metrics = await serveMetrics(settings, "controller", settings.backend, log);
       await using backend = settings.backend === "poseidon"
         ? await openPoseidon(settings, log, metrics)
@@ -100,7 +100,7 @@ const commands: Readonly<Record<string, Command>> = {
         nodeIdSuffix: settings["node-id-suffix"],
         volumeHealth: settings["csi-1.13"],
       });
-      const services = [service(Controller, handlers)];
+      const services = [service(Controller, handlers), service(Node, nodeServiceOfController)];
       if (settings["snapshot-metadata"] && backend.changedBlocks !== undefined) {
         services.push(service(SnapshotMetadata, snapshotMetadataHandlers(backend.changedBlocks)));
       }

@@ -10,12 +10,13 @@ import { fileURLToPath } from "node:url";
 /** The root of the repository, with a slash at its end. */
 export const root = fileURLToPath(new URL("../", import.meta.url));
 
-/** Paths of all documents from the root: the README and those of this directory. */
-export const documentPaths: readonly string[] = [
-  "README.md",
-  ...[...Deno.readDirSync(`${root}docs`)].map(({ name }) => `docs/${name}`).filter((path) => path.endsWith(".md"))
-    .sort(),
-];
+/** Paths of all documents from the root: the README, those of this directory and of its `reference`. */
+export const documentPaths: readonly string[] = ["README.md", ...documentsIn("docs"), ...documentsIn("docs/reference")];
+
+function documentsIn(directory: string): readonly string[] {
+  return [...Deno.readDirSync(root + directory)].map(({ name }) => `${directory}/${name}`)
+    .filter((path) => path.endsWith(".md")).sort();
+}
 
 /** A fenced block of a document. */
 export interface Block {

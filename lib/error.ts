@@ -4,7 +4,8 @@
  * Which code for what: "who acts" is the guide. INVALID_ARGUMENT is for the author of a manifest, FAILED_PRECONDITION
  * and RESOURCE_EXHAUSTED are for an operator, ABORTED and UNAVAILABLE are retried by the orchestrator, INTERNAL is a bug
  * of ours. Callers treat every code but CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED and UNAVAILABLE as
- * final: one outside this set may be used only when nothing is going on any more and nothing was left behind.
+ * final: one outside this set may be used only when nothing is going on any more and nothing was left behind. For
+ * csi-provisioner RESOURCE_EXHAUSTED is final too. What callers do after each code is in docs/reference/csi.md.
  */
 
 /** The names of the gRPC status codes that an answer of ours may carry. */

@@ -1,3 +1,4 @@
+import { timeLimit } from "./context.ts";
 import { StatusError } from "./error.ts";
 
 interface Held {
@@ -53,6 +54,20 @@ export class KeyedLock {
       held.queue.push(turn);
     });
     return this.#hold(key, holder, this.#held.get(key)?.queue ?? []);
+  }
+
+  /**
+   * Takes `key` once all earlier callers have released it, within `waitMs`; then throws the ABORTED of `take`. Rejects with
+   * `signal.reason` when that comes first. For calls that many nodes make for one volume at the same moment.
+   */
+  async takeWithin(waitMs: number, key: string, holder: string, signal: AbortSignal): Promise<Disposable> {
+    using limit = timeLimit(signal, waitMs);
+    try {
+      return await this.wait(key, holder, limit.signal);
+    } catch {
+      signal.throwIfAborted();
+      return this.take(key, holder);
+    }
   }
 
   #hold(key: string, holder: string, queue: Array<() => void>): Disposable {

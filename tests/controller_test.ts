@@ -14,9 +14,11 @@ import {
   ControllerServiceCapability_RPC_Type as Rpc,
   type CreateVolumeRequestSchema,
   Identity,
+  Node,
   VolumeCapability_AccessMode_Mode as Mode,
   type VolumeCapabilitySchema,
 } from "../proto/gen/csi_pb.ts";
+import { startController } from "./support/controller_service.ts";
 import { startSimulator } from "./support/simulator.ts";
 
 const gib = 1n << 30n;
@@ -468,6 +470,119 @@ Deno.test("ControllerExpandVolume never shrinks: a smaller size is done, a limit
 
   strictEqual((await grow(2n * gib)).capacityBytes, 3n * gib);
   await rejects(grow(gib, 2n * gib), answers("OUT_OF_RANGE", /has 3221225472 bytes, above limit_bytes 2147483648/));
+});
+
+Deno.test("ControllerExpandVolume on a full cluster answers OUT_OF_RANGE, after which Kubernetes takes a smaller size", async () => {
+  await using env = await start();
+  const { secrets } = env;
+  const volumeId = await env.create("pvc-1");
+  const grow = (requiredBytes: bigint) =>
+    env.call(Controller.method.controllerExpandVolume, { volumeId, secrets, capacityRange: { requiredBytes } });
+
+  await rejects(
+    grow(1n << 50n),
+    answers(
+      "OUT_OF_RANGE",
+      /^Cannot expand volume .* are free.*; ask for less, .* claim, or make room on the cluster$/,
+    ),
+  );
+
+  strictEqual((await grow(2n * gib)).capacityBytes, 2n * gib);
+});
+
+type Environment = Awaited<ReturnType<typeof start>>;
+const callsOnFullCluster: readonly (readonly [
+  what: string,
+  rpc: string,
+  code: StatusCode,
+  message: RegExp,
+  call: (env: Environment, volumeId: string) => Promise<unknown>,
+])[] = [
+  [
+    "CreateSnapshot",
+    "CreateSnapshot",
+    "FAILED_PRECONDITION",
+    /^Cannot .*the cluster is full.*; make room on the cluster, or delete the snapshot that was asked for$/,
+    (env, sourceVolumeId) =>
+      env.call(Controller.method.createSnapshot, { sourceVolumeId, name: "s1", secrets: env.secrets }),
+  ],
+  [
+    "ControllerModifyVolume",
+    "UpdateVolume",
+    "FAILED_PRECONDITION",
+    /^Cannot .*the cluster is full.*; make room on the cluster, or choose another class$/,
+    (env, volumeId) =>
+      env.call(Controller.method.controllerModifyVolume, {
+        volumeId,
+        mutableParameters: { "qos-policy-name": "p" },
+        secrets: env.secrets,
+      }),
+  ],
+  [
+    "ControllerPublishVolume",
+    "UpdateVolume",
+    "UNAVAILABLE",
+    /^Cannot .*the cluster is full.*; this is no limit of the node$/,
+    (env, volumeId) =>
+      env.call(Controller.method.controllerPublishVolume, {
+        volumeId,
+        nodeId: "a.node",
+        volumeCapability: writer,
+        secrets: env.secrets,
+      }),
+  ],
+  [
+    "CreateVolume",
+    "CreateVolume",
+    "RESOURCE_EXHAUSTED",
+    /^Cannot .*the cluster is full/,
+    (env) => env.call(Controller.method.createVolume, env.creation({ name: "pvc-2" })),
+  ],
+];
+
+for (const [what, rpc, code, message, call] of callsOnFullCluster) {
+  Deno.test(`${what} on a full cluster answers ${code}, so that what was asked for can be taken back`, async () => {
+    await using env = await start();
+    const { control } = env.simulator;
+    const volumeId = await env.create("pvc-1");
+    control.addPolicy({ name: "p", description: "", limit: { kind: "iops", read: 256, write: 256 } });
+    control.fail({ rpc, code: "RESOURCE_EXHAUSTED", message: "the cluster is full" });
+
+    await rejects(call(env, volumeId), answers(code, message));
+  });
+}
+
+Deno.test("a node attaches a shared volume while another is being attached: it waits, and both have it", async () => {
+  await using env = await start();
+  const { secrets } = env;
+  const { control } = env.simulator;
+  const volumeId = await env.create("pvc-1");
+  const publish = (nodeId: string) =>
+    env.call(Controller.method.controllerPublishVolume, { volumeId, nodeId, volumeCapability: sharedBlock, secrets });
+  control.fail({ rpc: "UpdateVolume", hold: true });
+
+  const first = publish("a.node");
+  await untilCalled(control, "UpdateVolume");
+  const others = [publish("b.node"), publish("c.node")];
+  await rejects(
+    publish("a.node"),
+    answers("ABORTED", /for volume .* and node "a.node": ControllerPublishVolume has been running for \d+ s/),
+  );
+  control.releaseHeld();
+
+  await Promise.all([first, ...others]);
+  const uuid = control.cluster.volumes[0]?.uuid;
+  for (const node of ["a.node", "b.node", "c.node"]) deepStrictEqual(control.visible(hostNqn(node)), [uuid]);
+});
+
+Deno.test("the controller answers csi-resizer's question for node capabilities with none, and serves no other node call", async () => {
+  await using controller = await startController({});
+
+  deepStrictEqual((await controller.call(Node.method.nodeGetCapabilities, {})).capabilities, []);
+  await rejects(
+    controller.call(Node.method.nodeGetInfo, {}),
+    answers("UNIMPLEMENTED", /Cannot serve NodeGetInfo/),
+  );
 });
 
 Deno.test("ControllerExpandVolume of an absent volume answers NOT_FOUND", async () => {

@@ -195,3 +195,42 @@ Deno.test("KeyedLock keeps its promises through 300 random takes, waits, release
   assert.equal(served + failures.length, 300);
   for (const key of ["k0", "k1", "k2"]) locks.take(key, "afterwards")[Symbol.dispose]();
 });
+
+Deno.test("KeyedLock.takeWithin waits for a call that ends in time, in turn with others", async () => {
+  const locks = new KeyedLock();
+  const order: string[] = [];
+  const first = locks.take("volume v1", "ControllerPublishVolume");
+  const calls = ["b", "c"].map(async (name) => {
+    using _held = await locks.takeWithin(60_000, "volume v1", "ControllerPublishVolume", never);
+    order.push(name);
+    await settle();
+  });
+
+  await settle();
+  assert.deepEqual(order, []);
+  first[Symbol.dispose]();
+  await Promise.all(calls);
+
+  assert.deepEqual(order, ["b", "c"]);
+});
+
+Deno.test("promise 9: KeyedLock.takeWithin tells after its time which call runs", async () => {
+  const locks = new KeyedLock();
+  using _held = locks.take("volume v1", "ControllerExpandVolume");
+
+  await assert.rejects(locks.takeWithin(1, "volume v1", "ControllerPublishVolume", never), {
+    code: "ABORTED",
+    message: /^Cannot start ControllerPublishVolume for volume v1: ControllerExpandVolume has been running for \d+ s/,
+  });
+});
+
+Deno.test("KeyedLock.takeWithin rejects with the caller's reason when the caller is gone first", async () => {
+  const locks = new KeyedLock();
+  using _held = locks.take("volume v1", "ControllerExpandVolume");
+  const gone = new Error("gone");
+  const caller = new AbortController();
+  const call = locks.takeWithin(60_000, "volume v1", "ControllerPublishVolume", caller.signal);
+  caller.abort(gone);
+
+  await assert.rejects(call, (error) => error === gone);
+});

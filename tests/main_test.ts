@@ -157,6 +157,11 @@ Deno.test("lbcsi controller --backend poseidon calls DAgent and no proxy", async
     }, { signal: AbortSignal.timeout(10_000) });
 
     strictEqual(volume?.capacityBytes, 1n << 20n);
+    // csi-resizer ends unless it gets an answer without capabilities from the controller.
+    const { capabilities } = await channel.call(Node.method.nodeGetCapabilities, {}, {
+      signal: AbortSignal.timeout(5000),
+    });
+    deepStrictEqual(capabilities, []);
     process.kill("SIGTERM");
     strictEqual((await process.output()).code, 0);
   } finally {

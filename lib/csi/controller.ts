@@ -17,6 +17,7 @@ import {
   type Controller,
   type ControllerGetCapabilitiesResponseSchema,
   ControllerServiceCapability_RPC_Type as Rpc,
+  type Node,
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../../proto/gen/csi_pb.ts";
 import {
@@ -30,6 +31,7 @@ import {
   statedCapability,
   withoutOrchestratorKeys,
 } from "./request.ts";
+import { whenFull } from "./full_cluster.ts";
 import { healthHandlers } from "./health.ts";
 import { capacityHandlers, listingHandlers } from "./listing.ts";
 import { modifyHandlers, withMutable } from "./modify.ts";
@@ -49,6 +51,12 @@ export interface ControllerOptions {
   readonly volumeHealth?: boolean;
 }
 
+/**
+ * How long attaching and detaching wait for another call for the volume, in milliseconds. csi-attacher has ten workers by
+ * default, and each of them waits here.
+ */
+const longestWaitMs = 10_000;
+
 /** The Controller service over `backend`. What it does not announce answers UNIMPLEMENTED. */
 export function controllerHandlers(
   { backend, locks, defaultFsType, nodeIdSuffix, volumeHealth = false }: ControllerOptions,
@@ -56,6 +64,12 @@ export function controllerHandlers(
   const { snapshots, expansion, listing, modification } = backend;
   /** Takes the volume for this call, or throws ABORTED; the caller disposes it when the work has ended. */
   const hold = (rpc: string, volumeId: string) => locks.take(`volume ${backend.uuidOf(volumeId)}`, rpc);
+  /** The same, but waits for calls that are about to end: other nodes that attach or detach a shared volume at the moment. */
+  const holdSoon = (rpc: string, volumeId: string, signal: AbortSignal) =>
+    locks.takeWithin(longestWaitMs, `volume ${backend.uuidOf(volumeId)}`, rpc, signal);
+  /** Comes before `holdSoon`: a repetition for the same node is told at once what runs. */
+  const holdNode = (rpc: string, volumeId: string, nodeId: string) =>
+    locks.take(`volume ${backend.uuidOf(volumeId)} and node "${nodeId}"`, rpc);
 
   return {
     controllerGetCapabilities: () => Promise.resolve({ capabilities: controllerCapabilities(backend, volumeHealth) }),
@@ -134,12 +148,18 @@ export function controllerHandlers(
         );
       }
       requireOurNode(action, nodeId, nodeIdSuffix);
-      using _held = hold("ControllerPublishVolume", volumeId);
-      const namespace = await backend.grantAccess(call, new Secrets(request.secrets), volumeId, {
-        hostNqn: hostNqn(nodeId),
-        shared: isShared(access.mode),
-        volumeContext: withoutOrchestratorKeys(request.volumeContext),
-      });
+      using _node = holdNode("ControllerPublishVolume", volumeId, nodeId);
+      using _held = await holdSoon("ControllerPublishVolume", volumeId, call.signal);
+      const namespace = await whenFull(
+        "UNAVAILABLE",
+        "; this is no limit of the node",
+        () =>
+          backend.grantAccess(call, new Secrets(request.secrets), volumeId, {
+            hostNqn: hostNqn(nodeId),
+            shared: isShared(access.mode),
+            volumeContext: withoutOrchestratorKeys(request.volumeContext),
+          }),
+      );
       return { publishContext: toPublishContext(namespace) };
     },
 
@@ -148,7 +168,8 @@ export function controllerHandlers(
       const volumeId = requireText("unpublish a volume", "volume_id", request.volumeId, longestVolumeId);
       const host = request.nodeId === "" ? undefined : hostNqn(request.nodeId);
       try {
-        using _held = hold("ControllerUnpublishVolume", volumeId);
+        using _node = holdNode("ControllerUnpublishVolume", volumeId, request.nodeId);
+        using _held = await holdSoon("ControllerUnpublishVolume", volumeId, call.signal);
         await backend.revokeAccess(call, new Secrets(request.secrets), volumeId, host);
       } catch (error) {
         if (!hasCode(error, "NOT_FOUND")) throw error;
@@ -169,7 +190,12 @@ export function controllerHandlers(
         if (capability !== undefined) parseCapability(action, capability);
         using _held = hold("ControllerExpandVolume", volumeId);
         const secrets = new Secrets(request.secrets);
-        const { capacityBytes } = await expansion.expandVolume(call, secrets, volumeId, request.capacityRange);
+        const range = request.capacityRange;
+        const { capacityBytes } = await whenFull(
+          "OUT_OF_RANGE",
+          "; ask for less, in Kubernetes by a smaller size in the claim, or make room on the cluster",
+          () => expansion.expandVolume(call, secrets, volumeId, range),
+        );
         // For block devices too: the node sees to it that the kernel shows the new size, and answers what it measured.
         return { capacityBytes, nodeExpansionRequired: true };
       },
@@ -208,6 +234,14 @@ export function controllerHandlers(
     },
   };
 }
+
+/**
+ * The Node service of a controller: no capabilities, and every other call answers UNIMPLEMENTED. For csi-resizer, which
+ * asks the socket that it has whether nodes can grow volumes when the controller cannot, and ends when nobody answers.
+ */
+export const nodeServiceOfController: Handlers<typeof Node> = {
+  nodeGetCapabilities: () => Promise.resolve({ capabilities: [] }),
+};
 
 type Capabilities = NonNullable<MessageInitShape<typeof ControllerGetCapabilitiesResponseSchema>["capabilities"]>;
 

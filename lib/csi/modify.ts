@@ -4,6 +4,7 @@ import { StatusError } from "../error.ts";
 import type { Handlers } from "../rpc.ts";
 import type { Modification } from "../storage/backend.ts";
 import type { Controller } from "../../proto/gen/csi_pb.ts";
+import { whenFull } from "./full_cluster.ts";
 import { longestVolumeId, requireText, withoutOrchestratorKeys } from "./request.ts";
 
 /** @param hold takes a volume for a call, or throws ABORTED */
@@ -20,7 +21,11 @@ export function modifyHandlers(modification: Modification, hold: (rpc: string, v
       // Bad parameters are told before an unknown volume is.
       modification.merge(action, {}, mutable);
       using _held = hold("ControllerModifyVolume", volumeId);
-      await modification.modifyVolume(call, new Secrets(request.secrets), volumeId, mutable);
+      await whenFull(
+        "FAILED_PRECONDITION",
+        "; make room on the cluster, or choose another class",
+        () => modification.modifyVolume(call, new Secrets(request.secrets), volumeId, mutable),
+      );
       return {};
     },
   } satisfies Handlers<typeof Controller>;

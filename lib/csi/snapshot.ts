@@ -11,6 +11,7 @@ import type { KeyedLock } from "../lock.ts";
 import type { Handlers } from "../rpc.ts";
 import type { ContentSource, Snapshot, Snapshots } from "../storage/backend.ts";
 import type { Controller, VolumeContentSource } from "../../proto/gen/csi_pb.ts";
+import { whenFull } from "./full_cluster.ts";
 import { longestVolumeId, requireText, withoutOrchestratorKeys } from "./request.ts";
 
 /** The calls of the Controller service that are about snapshots, except ListSnapshots. */
@@ -34,11 +35,16 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
         );
       }
       using _held = locks.take(`snapshot name "${name}"`, "CreateSnapshot");
-      const snapshot = await snapshots.createSnapshot(call, new Secrets(request.secrets), {
-        name,
-        sourceVolumeId,
-        madeFor: madeFor(request.parameters),
-      });
+      const snapshot = await whenFull(
+        "FAILED_PRECONDITION",
+        "; make room on the cluster, or delete the snapshot that was asked for",
+        () =>
+          snapshots.createSnapshot(call, new Secrets(request.secrets), {
+            name,
+            sourceVolumeId,
+            madeFor: madeFor(request.parameters),
+          }),
+      );
       // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.
       return { snapshot: { ...toMessage(snapshot), sourceVolumeId } };
     },

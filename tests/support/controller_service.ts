@@ -1,6 +1,6 @@
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { match, ok, strictEqual } from "node:assert/strict";
-import { controllerHandlers } from "../../lib/csi/controller.ts";
+import { controllerHandlers, nodeServiceOfController } from "../../lib/csi/controller.ts";
 import { describeRequest, redactRequest } from "../../lib/csi/request.ts";
 import { createLogger, type Logger } from "../../lib/context.ts";
 import type { StatusCode } from "../../lib/error.ts";
@@ -10,7 +10,7 @@ import type { StorageBackend } from "../../lib/storage/backend.ts";
 import { lightosBackend } from "../../lib/storage/lightos.ts";
 import type { LightosOptions } from "../../lib/storage/lightos_cluster.ts";
 import { knownClusters } from "../../lib/storage/lightos_config.ts";
-import { Controller } from "../../proto/gen/csi_pb.ts";
+import { Controller, Node } from "../../proto/gen/csi_pb.ts";
 
 /** What the controller of a test is told. */
 export interface ControllerSettings {
@@ -60,7 +60,7 @@ export async function startController(
   });
   const server = await serve({
     listen: { path },
-    services: [service(Controller, handlers)],
+    services: [service(Controller, handlers), service(Node, nodeServiceOfController)],
     log,
     describe: describeRequest,
     redact: redactRequest,

@@ -42,7 +42,10 @@
 {{- define "lbcsi.resizer" -}}
 {{- if .Values.enableExpandVolume }}
 {{- if eq .Values.backend "lightos" }}true
-{{- /* PoseidonOS cannot grow volumes, only change them, and older resizers end without the former. */}}
+{{- /*
+PoseidonOS cannot grow volumes, only change them. Resizers before 2.0 end without growth; later ones ask the controller for
+the capabilities of nodes, and it answers with none.
+*/}}
 {{- else if include "lbcsi.since" (list . "1.34") }}true{{ end }}
 {{- end }}
 {{- end }}
