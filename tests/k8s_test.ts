@@ -152,6 +152,7 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     kubeletRootDir: { to: "/data/kubelet" },
     controllerServiceAccountName: { to: "other-ctrl" },
     nodeServiceAccountName: { to: "other-node" },
+    vendorRbacNames: { to: true },
     controllerKind: { to: "StatefulSet" },
     controllerReplicas: { to: 3 },
     controllerPriorityClassName: { to: "other" },
@@ -334,6 +335,7 @@ const refused: readonly (readonly [ChartName, Values, RegExp, number?])[] = [
   ["lb-csi-plugin", { backend: "poseidon", jwtSecret: [{ name: "a" }] }, /jwtSecret, .* are for LightOS/],
   ["lb-csi-plugin", { backend: "poseidon", clusters: inline }, /clusters is for LightOS/],
   ["lb-csi-plugin", { backend: "poseidon", inlineVolumes: true }, /inlineVolumes is for LightOS/],
+  ["lb-csi-plugin", { backend: "poseidon", vendorRbacNames: true }, /vendorRbacNames is for LightOS/],
   ["lb-csi-plugin", { systems: [{ name: "a", endpoint: "192.0.2.1:3000" }] }, /systems is for PoseidonOS/],
   ["lb-csi-plugin", { inlineVolumes: true }, /inlineVolumes needs one of clusters to have the key ephemeral/],
   ["lb-csi-workload-examples", { attributes: { enabled: true } }, /attributes needs Kubernetes 1\.31/, 30],
@@ -472,16 +474,16 @@ Deno.test("names, node IDs and paths are those of the vendor's driver, so that v
     assert.deepEqual(names("CSIDriver"), ["csi.lightbitslabs.com"]);
     assert.deepEqual(names("ServiceAccount"), ["lb-csi-ctrl-sa", "lb-csi-node-sa"]);
     assert.deepEqual(names("ClusterRole"), [
-      "external-attacher-runner",
-      "external-provisioner-runner",
-      "external-snapshotter-runner",
-      "lb-csi-external-resizer-runner-role",
+      "lb-csi-attacher-role",
+      "lb-csi-provisioner-role",
+      "lb-csi-resizer-role",
+      "lb-csi-snapshotter-role",
     ]);
     assert.deepEqual(names("ClusterRoleBinding"), [
-      "csi-attacher-role",
-      "csi-provisioner-role",
-      "csi-resizer-role",
-      "csi-snapshotter-role",
+      "lb-csi-attacher-binding",
+      "lb-csi-provisioner-binding",
+      "lb-csi-resizer-binding",
+      "lb-csi-snapshotter-binding",
     ]);
     assert.equal(controller?.kind, minor >= 25 ? "Deployment" : "StatefulSet");
     assert.equal(controller.metadata.name, "lb-csi-controller");
@@ -508,6 +510,51 @@ Deno.test("names, node IDs and paths are those of the vendor's driver, so that v
     ]);
     assert.ok(pod?.containers[1]?.args?.includes(`--kubelet-registration-path=${plugin}/csi.sock`));
   }
+});
+
+/** The kinds of objects whose names all drivers of a cluster, or of a Kubernetes namespace, share. */
+const rbacKinds = ["ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"];
+
+Deno.test("roles and bindings have names of this driver's own, which no other CSI driver can take", () => {
+  for (const path of pluginFiles) {
+    const prefix = path.startsWith("lb-csi") ? "lb-csi-" : "poscsi-";
+    const rights = objectsOf(read(path)).filter(({ kind }) => rbacKinds.includes(kind));
+
+    assert.ok(rights.length >= 4);
+    assert.deepEqual(rights.filter(({ metadata }) => !metadata.name.startsWith(prefix)), [], path);
+  }
+});
+
+Deno.test({
+  name: "with vendorRbacNames, roles and bindings have the names of the vendor's driver, each with the same rules",
+  ignore: !go,
+  fn: async () => {
+    const requests = [{}, { vendorRbacNames: true }].map((values) =>
+      requestFor("lb-csi-plugin", 37, { ...values, enableHealthMonitor: true })
+    );
+    const rendered = await unlessGoLacks(() => render(requests));
+    if (rendered === undefined) return;
+    const [own = [], vendors = []] = rendered.map((one) =>
+      objectsOf(textOf(one)).filter(({ kind }) => rbacKinds.includes(kind))
+    );
+    const names = (kind: string) => vendors.filter((one) => one.kind === kind).map(({ metadata }) => metadata.name);
+
+    assert.deepEqual(names("ClusterRole"), [
+      "external-provisioner-runner",
+      "external-attacher-runner",
+      "lb-csi-external-resizer-runner-role",
+      "external-snapshotter-runner",
+      "lb-csi-health-monitor-role",
+    ]);
+    assert.deepEqual(names("RoleBinding"), [
+      "csi-provisioner-role-cfg",
+      "csi-attacher-role-cfg",
+      "csi-resizer-role-cfg",
+      "external-snapshotter-leaderelection",
+      "lb-csi-health-monitor-cfg",
+    ]);
+    assert.deepEqual(vendors.map(({ rules }) => rules), own.map(({ rules }) => rules));
+  },
 });
 
 Deno.test("PoseidonOS gets a driver of its own, with one controller, beside the one for LightOS", () => {

@@ -286,7 +286,11 @@ the token.
 
 {{/* Rights of a sidecar: dict of root, name, rules and, where it needs more in its own namespace, leaderRules. */}}
 {{- define "lbcsi.rights" -}}
-{{- $names := get (include "lbcsi.backend" .root | fromYaml).rights .name }}
+{{- $backend := include "lbcsi.backend" .root | fromYaml }}
+{{- $names := get $backend.rights .name }}
+{{- if .root.Values.vendorRbacNames }}
+{{- $names = get ($backend.vendorRights | default dict) .name | default $names }}
+{{- end }}
 {{- $role := index $names 0 }}
 {{- $leaderRole := index $names 2 }}
 ---
