@@ -44,10 +44,7 @@ const deployments = {
         "project-name": "default",
       },
       secrets: { jwt },
-      announces: [
-        ...["EXPAND_VOLUME", "CREATE_DELETE_SNAPSHOT", "CLONE_VOLUME", "GET_SNAPSHOT"],
-        ...(clusterFile ? ["LIST_SNAPSHOTS"] : []),
-      ],
+      announces: ["EXPAND_VOLUME", "CREATE_DELETE_SNAPSHOT", "CLONE_VOLUME", "GET_SNAPSHOT", "LIST_SNAPSHOTS"],
       sharesVolumes: true,
       leftovers: () => sim.control.leftovers(),
       async [Symbol.asyncDispose]() {

@@ -138,6 +138,7 @@ Deno.test("ControllerGetCapabilities announces what is served", async () => {
     "CREATE_DELETE_SNAPSHOT",
     "CLONE_VOLUME",
     "GET_SNAPSHOT",
+    "LIST_SNAPSHOTS",
     "MODIFY_VOLUME",
   ]);
 });
@@ -146,7 +147,6 @@ for (
   const method of [
     Controller.method.listVolumes,
     Controller.method.getCapacity,
-    Controller.method.listSnapshots,
     Controller.method.controllerGetVolume,
   ]
 ) {

@@ -494,6 +494,33 @@ Deno.test("ListSnapshots by ID reaches a cluster that the file does not name, wi
   await rejects(env.snapshots({ snapshotId }), answers("UNAUTHENTICATED", /JWT: none was given/));
 });
 
+Deno.test("ListSnapshots without a cluster file finds imported snapshots by their IDs, and takes no garbage for one", async () => {
+  await using simulator = await startSimulator();
+  await using controller = await startController({});
+  const secrets = { jwt: simulator.addresses.jwt };
+  const { volume } = await controller.call(method.createVolume, creation(simulator, "one"));
+  const sourceVolumeId = volume?.volumeId ?? "";
+  const { snapshot } = await controller.call(method.createSnapshot, { name: "s1", sourceVolumeId, secrets });
+  const snapshotId = snapshot?.snapshotId ?? "";
+  const idsOf = async (request: { snapshotId?: string; sourceVolumeId?: string }) =>
+    (await controller.call(method.listSnapshots, { ...request, secrets })).entries.map(({ snapshot }) =>
+      snapshot?.snapshotId
+    );
+  const absent = snapshotId.replace(parseVolumeId(snapshotId).uuid, crypto.randomUUID());
+
+  const { capabilities } = await controller.call(method.controllerGetCapabilities, {});
+
+  ok(capabilities.some(({ type }) => type.case === "rpc" && type.value.type === Rpc.LIST_SNAPSHOTS));
+  deepStrictEqual(await idsOf({ snapshotId }), [snapshotId]);
+  deepStrictEqual(await idsOf({ sourceVolumeId }), [snapshotId]);
+  deepStrictEqual(await idsOf({ snapshotId: absent }), []);
+  deepStrictEqual(await idsOf({ snapshotId: "garbage" }), []);
+  await rejects(
+    controller.call(method.listSnapshots, { secrets }),
+    answers("FAILED_PRECONDITION", /^Cannot list snapshots: without a cluster file .* give snapshot_id or /),
+  );
+});
+
 Deno.test("ListSnapshots shows no snapshot before it is cut for good", async () => {
   await using env = await start();
   const volumeId = await env.create("one");
@@ -676,7 +703,7 @@ Deno.test("GetCapacity with a token of the process' own and no cluster file meas
   const { availableCapacity } = await controller.call(method.getCapacity, { parameters });
 
   const names = capabilities.map(({ type }) => type.case === "rpc" ? Rpc[type.value.type] : "");
-  deepStrictEqual(names.filter((name) => /GET_CAPACITY|LIST|GET_VOLUME/.test(name)), ["GET_CAPACITY"]);
+  deepStrictEqual(names.filter((name) => /GET_CAPACITY|LIST_VOLUMES|GET_VOLUME/.test(name)), ["GET_CAPACITY"]);
   strictEqual(availableCapacity, free);
   await rejects(controller.call(method.getCapacity, {}), answers("INVALID_ARGUMENT", /"mgmt-endpoint" is missing/));
 });

@@ -250,10 +250,11 @@ function controllerCapabilities(backend: StorageBackend, volumeHealth: boolean):
   const { snapshots, expansion, listing, capacity, modification } = backend;
   const announced = [Rpc.CREATE_DELETE_VOLUME, Rpc.PUBLISH_UNPUBLISH_VOLUME, Rpc.SINGLE_NODE_MULTI_WRITER];
   if (expansion !== undefined) announced.push(Rpc.EXPAND_VOLUME);
-  if (snapshots !== undefined) announced.push(Rpc.CREATE_DELETE_SNAPSHOT, Rpc.CLONE_VOLUME, Rpc.GET_SNAPSHOT);
+  if (snapshots !== undefined) {
+    announced.push(Rpc.CREATE_DELETE_SNAPSHOT, Rpc.CLONE_VOLUME, Rpc.GET_SNAPSHOT, Rpc.LIST_SNAPSHOTS);
+  }
   if (listing !== undefined) {
     announced.push(Rpc.LIST_VOLUMES, Rpc.LIST_VOLUMES_PUBLISHED_NODES, Rpc.GET_VOLUME, Rpc.VOLUME_CONDITION);
-    if (listing.listSnapshots !== undefined) announced.push(Rpc.LIST_SNAPSHOTS);
   }
   if (capacity !== undefined) announced.push(Rpc.GET_CAPACITY);
   if (modification !== undefined) announced.push(Rpc.MODIFY_VOLUME);

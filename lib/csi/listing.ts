@@ -19,9 +19,8 @@ import {
   statedCapability,
   withoutOrchestratorKeys,
 } from "./request.ts";
-import { toMessage } from "./snapshot.ts";
 
-/** ListVolumes, ControllerGetVolume and, where there are any, ListSnapshots, for a backend that has clusters of its own. */
+/** ListVolumes and ControllerGetVolume, for a backend that has clusters of its own. */
 export function listingHandlers(backend: StorageBackend, listing: Listing) {
   return {
     /** CSI specification, "ListVolumes". */
@@ -36,31 +35,6 @@ export function listingHandlers(backend: StorageBackend, listing: Listing) {
       const { volume, status } = describeVolume(await backend.getVolume(call, new Secrets(), volumeId));
       // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.
       return { volume: { ...volume, volumeId }, status };
-    },
-
-    ...(listing.listSnapshots === undefined ? {} : listSnapshotsHandler(listing.listSnapshots)),
-  } satisfies Handlers<typeof Controller>;
-}
-
-function listSnapshotsHandler(list: NonNullable<Listing["listSnapshots"]>) {
-  return {
-    /** CSI specification, "ListSnapshots". */
-    async listSnapshots(request, call) {
-      const wanted = pageWanted("list snapshots", request);
-      const snapshotId = optional("snapshot_id", request.snapshotId);
-      const sourceVolumeId = optional("source_volume_id", request.sourceVolumeId);
-      const filter = { snapshotId, sourceVolumeId };
-      const { entries, nextToken } = await list(call, new Secrets(request.secrets), filter, wanted);
-      return {
-        entries: entries.map((snapshot) => ({
-          snapshot: toMessage({
-            ...snapshot,
-            id: snapshotId ?? snapshot.id,
-            sourceVolumeId: sourceVolumeId ?? snapshot.sourceVolumeId,
-          }),
-        })),
-        nextToken,
-      };
     },
   } satisfies Handlers<typeof Controller>;
 }
@@ -114,10 +88,6 @@ export function pageWanted(action: string, request: { readonly maxEntries: numbe
   const { maxEntries, startingToken } = request;
   if (maxEntries >= 0) return { maxEntries, startingToken };
   throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: max_entries ${maxEntries} is negative`);
-}
-
-function optional(field: string, value: string): string | undefined {
-  return value === "" ? undefined : requireText("list snapshots", field, value, longestVolumeId);
 }
 
 function describeVolume({ id, capacityBytes, hosts, trouble }: Volume) {

@@ -12,9 +12,10 @@ import type { Handlers } from "../rpc.ts";
 import type { ContentSource, Snapshot, Snapshots } from "../storage/backend.ts";
 import type { Controller, VolumeContentSource } from "../../proto/gen/csi_pb.ts";
 import { whenFull } from "./full_cluster.ts";
+import { pageWanted } from "./listing.ts";
 import { longestVolumeId, requireText, withoutOrchestratorKeys } from "./request.ts";
 
-/** The calls of the Controller service that are about snapshots, except ListSnapshots. */
+/** The calls of the Controller service that are about snapshots. */
 export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
   return {
     /** CSI specification, "CreateSnapshot". Answers when volumes can be made from the snapshot. */
@@ -68,11 +69,35 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
       const snapshotId = requireText("read a snapshot", "snapshot_id", request.snapshotId, longestVolumeId);
       return { snapshot: toMessage(await snapshots.getSnapshot(call, new Secrets(request.secrets), snapshotId)) };
     },
+
+    /** CSI specification, "ListSnapshots". */
+    async listSnapshots(request, call) {
+      const wanted = pageWanted("list snapshots", request);
+      const snapshotId = optionalId("snapshot_id", request.snapshotId);
+      const sourceVolumeId = optionalId("source_volume_id", request.sourceVolumeId);
+      const filter = { snapshotId, sourceVolumeId };
+      const { entries, nextToken } = await snapshots.listSnapshots(call, new Secrets(request.secrets), filter, wanted);
+      return {
+        entries: entries.map((snapshot) => ({
+          // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.
+          snapshot: toMessage({
+            ...snapshot,
+            id: snapshotId ?? snapshot.id,
+            sourceVolumeId: sourceVolumeId ?? snapshot.sourceVolumeId,
+          }),
+        })),
+        nextToken,
+      };
+    },
   } satisfies Handlers<typeof Controller>;
 }
 
+function optionalId(field: string, value: string): string | undefined {
+  return value === "" ? undefined : requireText("list snapshots", field, value, longestVolumeId);
+}
+
 /** A snapshot in CSI's words. */
-export function toMessage({ id, sourceVolumeId, sizeBytes, createdAt, ready }: Snapshot) {
+function toMessage({ id, sourceVolumeId, sizeBytes, createdAt, ready }: Snapshot) {
   return {
     snapshotId: id,
     sourceVolumeId,

@@ -200,6 +200,22 @@ export interface Snapshots {
   deleteSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<void>;
   /** Absent: NOT_FOUND. Also one that is not ready. */
   getSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<Snapshot>;
+  /**
+   * Those that match every given filter and are ready, on any cluster that an ID leads to; an unknown ID matches nothing.
+   * Without a filter, those on the backend's own clusters, as `Listing` says; throws FAILED_PRECONDITION when it has none.
+   */
+  listSnapshots(
+    ctx: RequestContext,
+    secrets: Secrets,
+    filter: SnapshotFilter,
+    wanted: PageWanted,
+  ): Promise<Page<Snapshot>>;
+}
+
+/** Which snapshots are listed: CSI IDs of the snapshot, of its source; undefined: all. */
+export interface SnapshotFilter {
+  readonly snapshotId: string | undefined;
+  readonly sourceVolumeId: string | undefined;
 }
 
 /** Which part of a list is wanted. */
@@ -226,16 +242,6 @@ export interface Listing {
   listVolumes(ctx: RequestContext, wanted: PageWanted): Promise<Page<Volume>>;
   /** Those that are in trouble. */
   listTroubled(ctx: RequestContext, secrets: Secrets, wanted: PageWanted): Promise<Page<Volume>>;
-  /**
-   * Those that match every given filter, on any cluster that an ID leads to; an unknown ID matches nothing. Absent: the
-   * backend has no snapshots.
-   */
-  listSnapshots?(
-    ctx: RequestContext,
-    secrets: Secrets,
-    filter: { readonly snapshotId: string | undefined; readonly sourceVolumeId: string | undefined },
-    wanted: PageWanted,
-  ): Promise<Page<Snapshot>>;
 }
 
 /** The backend can tell how much space is left. */

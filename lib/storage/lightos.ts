@@ -23,7 +23,7 @@ import { lightosBlocks } from "./lightos_blocks.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
 import { lightosEphemeral } from "./lightos_ephemeral.ts";
 import { ensureTrusted, trustedKeys } from "./lightos_hosts.ts";
-import { lightosCapacity, lightosListing } from "./lightos_listing.ts";
+import { lightosCapacity, lightosListing, lightosSnapshotList } from "./lightos_listing.ts";
 import { lightosModification, qosPolicyLike } from "./lightos_modify.ts";
 import {
   checkRange,
@@ -67,10 +67,14 @@ export function lightosBackend(options: LightosOptions): StorageBackend & { read
   const clusters = new ClusterPool(options);
   const locks = new KeyedLock();
   const idOf = (volumeId: string) => parseVolumeId(volumeId);
-  const snapshots = lightosSnapshots(clusters);
   const known = options.clusters;
+  const eachSnapshot = lightosSnapshots(clusters);
+  const snapshots = {
+    ...eachSnapshot,
+    listSnapshots: lightosSnapshotList(clusters, known, eachSnapshot.getSnapshot),
+  };
   // Both are for calls without secrets. Space is asked for with parameters that name a cluster, so a token is enough.
-  const listing = known === undefined ? {} : { listing: lightosListing(clusters, known, snapshots) };
+  const listing = known === undefined ? {} : { listing: lightosListing(clusters, known) };
   const capacity = lightosCapacity(clusters, known, parseCapacityParameters);
   const backend: ReturnType<typeof lightosBackend> = {
     name: "lightos",

@@ -36,50 +36,69 @@ const longestPage = 1000;
 export const longestAnswer = 2000;
 
 /** Lists of what is on the clusters of the file. */
-export function lightosListing(clusters: ClusterPool, known: KnownClusters, snapshots: Snapshots): Listing {
-  const places = (secrets = new Secrets()) =>
-    known.all().flatMap((cluster) => placesOf(cluster, clusters.open(secrets, cluster.endpoints, cluster.scheme)));
+export function lightosListing(clusters: ClusterPool, known: KnownClusters): Listing {
   return {
-    listVolumes: (ctx, wanted) => page(ctx, "list volumes", places(), wanted, volumesIn),
+    listVolumes: (ctx, wanted) => page(ctx, "list volumes", placesIn(clusters, known), wanted, volumesIn),
     listTroubled: (ctx, secrets, wanted) =>
-      page(ctx, "list volumes in trouble", places(secrets), wanted, troubledVolumesIn),
-    async listSnapshots(ctx, secrets, { snapshotId, sourceVolumeId }, wanted) {
-      const source = sourceVolumeId === undefined ? undefined : parsed(sourceVolumeId);
-      if (snapshotId !== undefined) {
-        if (wanted.startingToken !== "") throw badToken("list snapshots", wanted.startingToken);
-        const found = await oneSnapshot(ctx, secrets, snapshots, snapshotId);
-        const isWanted = found !== undefined && found.ready &&
-          (sourceVolumeId === undefined || parsed(found.sourceVolumeId)?.uuid === source?.uuid);
-        return { entries: isWanted ? [found] : [], nextToken: "" };
-      }
-      if (sourceVolumeId === undefined) return await page(ctx, "list snapshots", places(), wanted, snapshotsIn);
-      if (source === undefined) return { entries: [], nextToken: "" };
-      const { endpoints, scheme, project = "" } = source;
-      const place: Place = {
-        key: `${formatEndpoints(endpoints)} ${project} ${source.uuid}`,
-        cluster: clusters.open(secrets, endpoints, scheme),
-        project,
-        idEndpoints: endpoints,
-        scheme,
-      };
-      return await page(ctx, "list snapshots", [place], wanted, {
-        read: snapshotsIn.read,
-        entry: (place, snapshot) =>
-          snapshot.sourceVolumeUUID.toLowerCase() === source.uuid ? snapshotsIn.entry(place, snapshot) : undefined,
-      });
-    },
+      page(ctx, "list volumes in trouble", placesIn(clusters, known, secrets), wanted, troubledVolumesIn),
   };
 }
 
-/** A snapshot by its ID; undefined when there is none, or the ID is not one of this driver. */
-async function oneSnapshot(
-  ctx: RequestContext,
-  secrets: Secrets,
-  snapshots: Snapshots,
-  snapshotId: string,
-): Promise<Snapshot | undefined> {
+function placesIn(clusters: ClusterPool, known: KnownClusters, secrets = new Secrets()): readonly Place[] {
+  return known.all().flatMap((cluster) => placesOf(cluster, clusters.open(secrets, cluster.endpoints, cluster.scheme)));
+}
+
+/**
+ * ListSnapshots. An ID leads to its cluster, so only a list without one needs `known`: csi-snapshotter asks for imported
+ * snapshots by their IDs, and takes any handle for a snapshot when nobody answers.
+ */
+export function lightosSnapshotList(
+  clusters: ClusterPool,
+  known: KnownClusters | undefined,
+  getSnapshot: Snapshots["getSnapshot"],
+): Snapshots["listSnapshots"] {
+  const action = "list snapshots";
+  return async (ctx, secrets, { snapshotId, sourceVolumeId }, wanted) => {
+    const source = sourceVolumeId === undefined ? undefined : parsed(sourceVolumeId);
+    if (snapshotId !== undefined) {
+      if (wanted.startingToken !== "") throw badToken(action, wanted.startingToken);
+      const found = await unlessNotFound(getSnapshot(ctx, secrets, snapshotId));
+      const isWanted = found !== undefined && found.ready &&
+        (sourceVolumeId === undefined || parsed(found.sourceVolumeId)?.uuid === source?.uuid);
+      return { entries: isWanted ? [found] : [], nextToken: "" };
+    }
+    if (sourceVolumeId === undefined) {
+      if (known !== undefined) return await page(ctx, action, placesIn(clusters, known), wanted, snapshotsIn);
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        `Cannot ${action}: without a cluster file (--config) the controller knows no cluster; give snapshot_id or ` +
+          `source_volume_id, or a cluster file`,
+      );
+    }
+    if (source === undefined) return { entries: [], nextToken: "" };
+    return await page(ctx, action, [placeOfSource(clusters, secrets, source)], wanted, {
+      read: snapshotsIn.read,
+      entry: (place, snapshot) =>
+        snapshot.sourceVolumeUUID.toLowerCase() === source.uuid ? snapshotsIn.entry(place, snapshot) : undefined,
+    });
+  };
+}
+
+function placeOfSource(clusters: ClusterPool, secrets: Secrets, source: VolumeId): Place {
+  const { endpoints, scheme, project = "" } = source;
+  return {
+    key: `${formatEndpoints(endpoints)} ${project} ${source.uuid}`,
+    cluster: clusters.open(secrets, endpoints, scheme),
+    project,
+    idEndpoints: endpoints,
+    scheme,
+  };
+}
+
+/** Undefined when there is none, or the ID is not one of this driver. */
+async function unlessNotFound(snapshot: Promise<Snapshot>): Promise<Snapshot | undefined> {
   try {
-    return await snapshots.getSnapshot(ctx, secrets, snapshotId);
+    return await snapshot;
   } catch (error) {
     if (hasCode(error, "NOT_FOUND")) return undefined;
     throw error;

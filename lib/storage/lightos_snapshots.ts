@@ -31,7 +31,7 @@ import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.
 import { growingDelays, pause, readVolume, settled, surelyNotDone, unknownState } from "./lightos_volumes.ts";
 
 /** The snapshots of the LightOS backend. A snapshot ID has the form of a volume ID, with the snapshot's UUID. */
-export function lightosSnapshots(clusters: ClusterPool): Snapshots {
+export function lightosSnapshots(clusters: ClusterPool): Omit<Snapshots, "listSnapshots"> {
   return {
     uuidOf: (snapshotId) => parseVolumeId(snapshotId, "snapshot").uuid,
     async createSnapshot(ctx, secrets, { name, sourceVolumeId, madeFor }) {
