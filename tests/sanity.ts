@@ -3,6 +3,7 @@
  * simulator's loop data plane behind them: once for file systems, once for raw block volumes, and again.
  *
  * usage: deno task test:sanity [--backend lightos|poseidon] [--repeat COUNT] [--keep]
+ * With LB_CSI_1_13=true and LB_CSI_SNAPSHOT_METADATA=true it tests what these announce too.
  *
  * Needs root, loop devices and `go` (it installs csi-sanity into a directory of its own). Exit status 1 when a test fails,
  * or is skipped although its capability is announced.
@@ -15,7 +16,7 @@ import { Controller, ControllerServiceCapability_RPC_Type as Rpc, Identity } fro
 import { fetching } from "./support/go.ts";
 import { needs } from "./support/needs.ts";
 
-const sanityPackage = "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v5.5.0";
+const sanityPackage = "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v5.6.0";
 const gib = 1n << 30n;
 const mutablePolicy = "sanity-policy";
 const { values: settings } = parseArgs({

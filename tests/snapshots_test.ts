@@ -165,6 +165,22 @@ Deno.test("a snapshot's life, every call twice", async () => {
   await rejects(env.call(getSnapshot, { snapshotId }), answers("NOT_FOUND", /Cannot read snapshot/));
 });
 
+Deno.test("CreateSnapshot takes accessibility_requirements that ask for nothing, and refuses those that name a segment", async () => {
+  await using env = await start();
+  const sourceVolumeId = await env.volume("v");
+  const request = { name: "s", sourceVolumeId, secrets: { jwt: env.simulator.addresses.jwt } };
+
+  await rejects(
+    env.call(createSnapshot, { ...request, accessibilityRequirements: { requisite: [{ segments: { zone: "a" } }] } }),
+    answers("INVALID_ARGUMENT", /^Cannot create snapshot "s": accessibility_requirements asks for "zone" "a", but /),
+  );
+  deepStrictEqual(env.kept(), []);
+  for (const accessibilityRequirements of [{}, { requisite: [{ segments: {} }], preferred: [{}] }]) {
+    const { snapshot } = await env.call(createSnapshot, { ...request, accessibilityRequirements });
+    deepStrictEqual(snapshot?.accessibleTopology, []);
+  }
+});
+
 Deno.test("CreateSnapshot repeats the text of source_volume_id, whatever its form", async () => {
   await using env = await start();
   const uuid = uuidOf(await env.volume("v"));

@@ -13,7 +13,7 @@ import type { ContentSource, Snapshot, Snapshots } from "../storage/backend.ts";
 import type { Controller, VolumeContentSource } from "../../proto/gen/csi_pb.ts";
 import { whenFull } from "./full_cluster.ts";
 import { pageWanted } from "./listing.ts";
-import { longestVolumeId, requireText, withoutOrchestratorKeys } from "./request.ts";
+import { assertNoTopology, longestVolumeId, requireText, withoutOrchestratorKeys } from "./request.ts";
 
 /** The calls of the Controller service that are about snapshots. */
 export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
@@ -24,6 +24,8 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
       const name = requireText(action, "name", request.name);
       const sourceVolumeId = requireText(action, "source_volume_id", request.sourceVolumeId, longestVolumeId);
       refuseControlCharacters(`create snapshot "${name}"`, name);
+      const { requisite = [], preferred = [] } = request.accessibilityRequirements ?? {};
+      assertNoTopology(`create snapshot "${name}"`, "accessibility_requirements", [...requisite, ...preferred]);
       const unknown = Object.keys(withoutOrchestratorKeys(request.parameters)).filter((key) =>
         !key.startsWith("snapshot.storage.kubernetes.io/")
       );
