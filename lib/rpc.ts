@@ -6,7 +6,7 @@
  * which names what was slow still arrives; the handler goes on until its work has really ended, and holds its locks
  * until then.
  */
-import "./goaway.ts";
+import { wasCalmedSince } from "./goaway.ts";
 import grpc from "@grpc/grpc-js";
 import { createHash, X509Certificate } from "node:crypto";
 import { chmodSync, lstatSync, mkdirSync, statSync, unlinkSync } from "node:fs";
@@ -502,8 +502,14 @@ export class CallError extends Error {
   override readonly name = "CallError";
   /** gRPC's name of the code, `UNKNOWN` and `DATA_LOSS` included. */
   readonly code: StatusCode | "UNKNOWN" | "DATA_LOSS";
-  /** Who says so: the server, or our side because the connection could not be made or was lost during the call. */
-  readonly origin: "server" | "not connected" | "connection lost";
+  /**
+   * Who says so. `server`: the server, in the status of its answer. All others are our side, with code UNAVAILABLE, or
+   * DEADLINE_EXCEEDED after the deadline of the call; whether the server has done it is unknown, but for the first:
+   * - `not connected`: the request was not sent.
+   * - `too large`: an answer came that is larger than we take.
+   * - `no answer`: the connection was lost, or what came is not a gRPC answer (the error page of a proxy, for example).
+   */
+  readonly origin: "server" | "not connected" | "too large" | "no answer";
 
   constructor(code: CallError["code"], details: string, origin: CallError["origin"]) {
     super(details);
@@ -539,6 +545,9 @@ export interface CallOptions {
   readonly connectTimeoutMs?: number;
 }
 
+/** The longest message that is taken as an answer. A heap of 64 MiB, as the shipped executable has, can hold it. */
+const longestAnswerBytes = 16 << 20;
+
 /** A connection to one gRPC server, made on the first call and again after a loss. */
 export class Channel implements Disposable {
   readonly address: string;
@@ -558,7 +567,7 @@ export class Channel implements Disposable {
       "grpc.keepalive_timeout_ms": 10_000,
       "grpc.initial_reconnect_backoff_ms": 1000,
       "grpc.max_reconnect_backoff_ms": 7000,
-      "grpc.max_receive_message_length": 64 << 20,
+      "grpc.max_receive_message_length": longestAnswerBytes,
       ...(options.tls === undefined ? {} : tlsNameOptions(nameOf(options.address, options.tls))),
     });
   }
@@ -578,7 +587,8 @@ export class Channel implements Disposable {
     await this.#connected(options);
     const definition = methodDefinition(method);
     return await new Promise((resolve, reject) => {
-      let headersCame = false;
+      let headers: grpc.Metadata | undefined;
+      const started = performance.now();
       const pending = this.#client.makeUnaryRequest(
         definition.path,
         definition.requestSerialize,
@@ -588,11 +598,16 @@ export class Channel implements Disposable {
         options.deadline === undefined ? {} : { deadline: options.deadline },
         (error, response) => {
           options.signal.removeEventListener("abort", giveUp);
-          if (error !== null) reject(options.signal.aborted ? options.signal.reason : callError(error, headersCame));
-          else resolve(response as MessageShape<O>);
+          if (error !== null) {
+            reject(
+              options.signal.aborted
+                ? options.signal.reason
+                : callError(error, headers, wasCalmedSince(this.address, started)),
+            );
+          } else resolve(response as MessageShape<O>);
         },
       );
-      pending.on("metadata", () => headersCame = true);
+      pending.on("metadata", (metadata: grpc.Metadata) => headers = metadata);
       const giveUp = () => pending.cancel();
       options.signal.addEventListener("abort", giveUp, { once: true });
     });
@@ -615,14 +630,19 @@ export class Channel implements Disposable {
       metadata(options),
       options.deadline === undefined ? {} : { deadline: options.deadline },
     );
-    let headersCame = false;
-    pending.on("metadata", () => headersCame = true);
+    let headers: grpc.Metadata | undefined;
+    const started = performance.now();
+    pending.on("metadata", (metadata: grpc.Metadata) => headers = metadata);
     const giveUp = () => pending.cancel();
     options.signal.addEventListener("abort", giveUp, { once: true });
     try {
       for await (const message of pending) yield message as MessageShape<O>;
     } catch (error) {
-      throw options.signal.aborted ? options.signal.reason : callError(error as grpc.ServiceError, headersCame);
+      throw options.signal.aborted ? options.signal.reason : callError(
+        error as grpc.ServiceError,
+        headers,
+        wasCalmedSince(this.address, started),
+      );
     } finally {
       options.signal.removeEventListener("abort", giveUp);
       pending.cancel();
@@ -664,19 +684,65 @@ function metadata(options: CallOptions): grpc.Metadata {
   return metadata;
 }
 
-function callError(error: grpc.ServiceError, headersCame: boolean): CallError {
+/** So grpc-js words a stream that was ended with ENHANCE_YOUR_CALM. */
+const calmedDetails = "Bandwidth exhausted or memory limit exceeded";
+
+/** What grpc-js leaves out of the metadata that it makes of a server's headers or trailers. */
+interface SentStatus {
+  readonly http: number | undefined;
+  /** The one of gRPC. */
+  readonly grpc: number | undefined;
+}
+
+/** The codes that grpc-js makes up by itself (for HTTP errors, lost connections, unreadable answers) look like sent ones. */
+const sentStatus = new WeakMap<grpc.Metadata, SentStatus>();
+const readHeaders = grpc.Metadata.fromHttp2Headers;
+grpc.Metadata.fromHttp2Headers = (headers) => {
+  const metadata = readHeaders.call(grpc.Metadata, headers);
+  const numberOf = (value: unknown) => value === undefined ? undefined : Number(value);
+  sentStatus.set(metadata, { http: numberOf(headers[":status"]), grpc: numberOf(headers["grpc-status"]) });
+  return metadata;
+};
+
+/**
+ * @param headers what the answer began with; undefined: nothing came
+ * @param isCalmed the server has ended a connection with ENHANCE_YOUR_CALM since the call began
+ */
+function callError(error: grpc.ServiceError, headers: grpc.Metadata | undefined, isCalmed: boolean): CallError {
   const code = (grpc.status[error.code] ?? "UNKNOWN") as CallError["code"];
-  const details = error.details || error.message;
-  // An answer of the server comes with headers, or with trailers that carry at least a content-type; what grpc-js makes up
-  // for a lost connection has none. It words a failure before the request was handed to a connection like this.
-  const answered = headersCame || error.metadata?.get("content-type").length > 0;
-  const origin = answered ? "server" : /^No connection established/.test(details) ? "not connected" : "connection lost";
-  // grpc-js calls it INTERNAL when the socket breaks under its hands ("write EPIPE"): a lost connection like any other.
-  const broken = origin === "connection lost" && /^Received RST_STREAM .* internal client error/.test(details);
-  // Of its long words for a failed connection, only what the system said is of use to a reader.
-  const reason = /Last error: (?:Error: )?(.+?)\. Resolution note/s.exec(details)?.[1];
-  const words = origin === "not connected" && reason !== undefined ? reason : details;
-  return new CallError(broken ? "UNAVAILABLE" : code, words, origin);
+  // Of an answer that it cannot decompress, grpc-js says nothing.
+  const details = error.details || (error.code === undefined ? "an answer that cannot be read" : error.message);
+  const sent = error.metadata === undefined ? undefined : sentStatus.get(error.metadata);
+  if (sent?.grpc !== undefined && sent.grpc === error.code) return new CallError(code, details, "server");
+  const ourCode = code === "DEADLINE_EXCEEDED" ? code : "UNAVAILABLE";
+  if (/^No connection established/.test(details)) {
+    // Of its long words for a failed connection, only what the system said is of use to a reader.
+    const reason = /Last error: (?:Error: )?(.+?)\. Resolution note/s.exec(details)?.[1] ?? details;
+    // It adds the time to some of them: each message would be another event in Kubernetes.
+    return new CallError(ourCode, reason.replace(/ \(\d{4}-\d\d-\d\dT[\d:.]+Z\)/g, ""), "not connected");
+  }
+  const contentType = headers?.get("content-type")[0]?.toString() ?? "";
+  const isGrpc = headers === undefined || contentType.startsWith("application/grpc");
+  if (isGrpc && /^Received message larger than max/.test(details)) {
+    return new CallError(ourCode, `an answer of more than ${longestAnswerBytes >> 20} MiB`, "too large");
+  }
+  const httpStatus = (headers === undefined ? sent : sentStatus.get(headers))?.http ?? 200;
+  const words = isCalmed || details === calmedDetails
+    ? "the server, or a proxy in between, ended the connection with ENHANCE_YOUR_CALM: too many pings or too much traffic"
+    : wordsWithoutAnswer(details, httpStatus, isGrpc ? undefined : contentType);
+  return new CallError(ourCode, words, "no answer");
+}
+
+/** @param contentType undefined: that of gRPC, or nothing came */
+function wordsWithoutAnswer(details: string, httpStatus: number, contentType: string | undefined): string {
+  if (httpStatus !== 200) {
+    return `HTTP status ${httpStatus} instead of a gRPC answer, as a proxy or load balancer in between sends it`;
+  }
+  if (contentType !== undefined) {
+    const type = /^[\w.+-]+\/[\w.+-]+/.exec(contentType)?.[0];
+    return `${type === undefined ? "something" : `content of type ${type}`} instead of a gRPC answer`;
+  }
+  return details;
 }
 
 function credentials({ address, tls: trust }: ChannelOptions): grpc.ChannelCredentials {

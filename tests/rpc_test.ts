@@ -16,6 +16,7 @@ import {
 } from "../lib/rpc.ts";
 import { type Certificate, selfSigned } from "../lib/sim/certificate.ts";
 import { Identity, type ProbeResponse, SnapshotMetadata } from "../proto/gen/csi_pb.ts";
+import { answerHttp2, type Http2Answer } from "./support/http2_answers.ts";
 import { frame, frames, preface, RawClient } from "./support/raw_http2.ts";
 
 type IdentityHandlers = Handlers<typeof Identity>;
@@ -407,7 +408,7 @@ Deno.test("a connection that breaks aborts the handler's signal with CANCELLED",
   await withServer({ probe: handler }, async ({ channel, dropConnections }) => {
     const running = assert.rejects(
       probe(channel),
-      (error) => error instanceof CallError && error.origin === "connection lost",
+      (error) => error instanceof CallError && error.origin === "no answer",
     );
     await until(() => started, "the call starts");
 
@@ -705,6 +706,103 @@ Deno.test("Channel connects again after a lost connection", async () => {
   });
 });
 
+const page = "<!DOCTYPE html><html><h1>Bad Gateway</h1></html>";
+const html = (status: number, body: string): Http2Answer => ({
+  headers: { ":status": status, "content-type": "text/html" },
+  body,
+});
+const grpcHeaders = { ":status": 200, "content-type": "application/grpc" };
+const emptyAnswer = new Uint8Array(5);
+
+for (
+  const [what, answer, words] of [
+    ...[400, 401, 403, 404, 429, 500, 502, 503, 504].flatMap((status) => [
+      [`HTTP status ${status} with a page`, html(status, page), `HTTP status ${status}`] as const,
+      [`HTTP status ${status} without a body`, html(status, ""), `HTTP status ${status}`] as const,
+    ]),
+    ["a page with HTTP status 200", html(200, page), "content of type text/html"],
+    ["a short page with HTTP status 200", html(200, "no"), "content of type text/html"],
+    ["a page without a type", { headers: { ":status": 200 }, body: page }, "something instead of a gRPC answer"],
+    ["headers alone", { headers: grpcHeaders }, ""],
+    ["a message without a status", { headers: grpcHeaders, body: emptyAnswer }, ""],
+    ["trailers without a status", { headers: grpcHeaders, body: emptyAnswer, trailers: { "x-more": "1" } }, ""],
+    ["a status that is no number", { headers: grpcHeaders, trailers: { "grpc-status": "bad" } }, ""],
+    ["status OK without a message", { headers: grpcHeaders, trailers: { "grpc-status": "0" } }, ""],
+    ["a message of another schema", {
+      headers: grpcHeaders,
+      body: Uint8Array.of(0, 0, 0, 0, 2, 0xff, 0xff),
+      trailers: { "grpc-status": "0" },
+    }, ""],
+    ["a compression that nobody asked for", {
+      headers: { ...grpcHeaders, "grpc-encoding": "snappy" },
+      body: Uint8Array.of(1, 0, 0, 0, 1, 7),
+      trailers: { "grpc-status": "0" },
+    }, ""],
+    ["a compressed message that is none", {
+      headers: { ...grpcHeaders, "grpc-encoding": "gzip" },
+      body: Uint8Array.of(1, 0, 0, 0, 1, 7),
+      trailers: { "grpc-status": "0" },
+    }, ""],
+    ...[1, 2, 7, 8, 11, 12].map((code) => [`RST_STREAM ${code}`, { headers: grpcHeaders, end: code }, ""] as const),
+    ["GOAWAY because of too many pings", { headers: grpcHeaders, end: "too many pings" }, "too many pings"],
+    ["HTTP status 503 in headers alone", { ...html(503, ""), end: "headers" }, "HTTP status 503"],
+    ["a connection that ends after the headers", { headers: grpcHeaders, end: "lost connection" }, ""],
+    ["a connection that ends within the message", {
+      headers: grpcHeaders,
+      body: Uint8Array.of(0, 0, 0, 0, 9, 1),
+      end: "lost connection",
+    }, ""],
+  ] as [string, Http2Answer, string][]
+) {
+  Deno.test(`promise 30: Channel does not take ${what} for the server's answer`, async () => {
+    await using server = await answerHttp2(() => answer);
+    using channel = new Channel({ address: server.address });
+
+    await assert.rejects(probe(channel, { signal: patient() }), (error) => {
+      assert.ok(error instanceof CallError, String(error));
+      assert.deepEqual([error.code, error.origin], ["UNAVAILABLE", "no answer"], error.message);
+      assert.ok(error.message.includes(words), error.message);
+      return true;
+    });
+  });
+}
+
+Deno.test("Channel tells an answer that is larger than it takes from a page", async () => {
+  const head = Uint8Array.of(0, 0x40, 0, 0, 0);
+  await using server = await answerHttp2(() => ({ headers: grpcHeaders, body: head }));
+  using channel = new Channel({ address: server.address });
+
+  await assert.rejects(probe(channel), (error) => {
+    assert.ok(error instanceof CallError, String(error));
+    assert.deepEqual([error.code, error.origin], ["UNAVAILABLE", "too large"]);
+    assert.equal(error.message, "an answer of more than 16 MiB");
+    return true;
+  });
+});
+
+for (
+  const [what, answer] of [
+    ["in trailers", { headers: grpcHeaders, trailers: { "grpc-status": "8", "grpc-message": "full" } }],
+    ["after a message", {
+      headers: grpcHeaders,
+      body: emptyAnswer,
+      trailers: { "grpc-status": "8", "grpc-message": "full" },
+    }],
+    ["in headers alone", { headers: { ...grpcHeaders, "grpc-status": "8", "grpc-message": "full" }, end: "headers" }],
+  ] as [string, Http2Answer][]
+) {
+  Deno.test(`Channel takes a status ${what} for the server's answer`, async () => {
+    await using server = await answerHttp2(() => answer);
+    using channel = new Channel({ address: server.address });
+
+    await assert.rejects(probe(channel), (error) => {
+      assert.ok(error instanceof CallError, String(error));
+      assert.deepEqual([error.code, error.origin, error.message], ["RESOURCE_EXHAUSTED", "server", "full"]);
+      return true;
+    });
+  });
+}
+
 Deno.test("Channel says that it is not connected when nobody listens", async () => {
   const free = net.createServer();
   await new Promise<void>((resolve) => free.listen(0, "127.0.0.1", resolve));
@@ -742,7 +840,7 @@ Deno.test("Channel gives up after connectTimeoutMs on a server that accepts and 
       assert.ok(error instanceof CallError);
       // TCP stands, HTTP/2 may count as connected: then the deadline ends it, and the request may have been received.
       assert.match(error.code, /^(UNAVAILABLE|DEADLINE_EXCEEDED)$/);
-      assert.equal(error.origin, error.code === "UNAVAILABLE" ? "not connected" : "connection lost");
+      assert.equal(error.origin, error.code === "UNAVAILABLE" ? "not connected" : "no answer");
       return true;
     });
     assert.ok(performance.now() - begun < 5000);

@@ -58,7 +58,7 @@ Deno.test("a fault that drops the connection after the effect loses the answer a
 
   await assert.rejects(client.create("v1"), (error: unknown) => {
     assert.ok(error instanceof CallError);
-    assert.deepEqual([error.code, error.origin], ["UNAVAILABLE", "connection lost"]);
+    assert.deepEqual([error.code, error.origin], ["UNAVAILABLE", "no answer"]);
     return true;
   });
   assert.equal(sim.control.leftovers().volumes.length, 1);
