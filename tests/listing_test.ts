@@ -794,5 +794,6 @@ function behaviour() {
     failCreations: 0,
     nameShowsDead: false,
     snapshotWaitsForClones: false,
+    nameCheckedLast: false,
   };
 }

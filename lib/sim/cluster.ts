@@ -172,6 +172,8 @@ export interface Behaviour {
   nameShowsDead: boolean;
   /** A deleted snapshot stays Deleting while clones of it live, as on LightOS 2. */
   snapshotWaitsForClones: boolean;
+  /** CreateVolume checks everything else, space too, before it looks whether the name is taken. */
+  nameCheckedLast: boolean;
 }
 
 /** The behaviour of a small, idle cluster. */
@@ -184,6 +186,7 @@ export const defaultBehaviour: Behaviour = {
   failCreations: 0,
   nameShowsDead: false,
   snapshotWaitsForClones: false,
+  nameCheckedLast: false,
 };
 
 export interface ClusterOptions {
@@ -317,10 +320,7 @@ export class Cluster implements AsyncDisposable {
     const action = `create volume "${wish.name}"`;
     this.#checkProject(action, wish.project);
     checkName(action, wish.name);
-    const namesake = this.#liveVolume(wish.project, wish.name);
-    if (namesake !== undefined) {
-      throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: volume ${namesake.uuid} has this name`);
-    }
+    if (!this.behaviour.nameCheckedLast) this.#checkNameIsFree(action, wish);
     const source = this.#sourceSnapshot(action, wish);
     const sizeBytes = wish.size === "" && source !== undefined ? source.sizeBytes : parseSize(action, wish.size);
     if (source !== undefined && sizeBytes < source.sizeBytes) {
@@ -333,6 +333,7 @@ export class Cluster implements AsyncDisposable {
       throw invalid(action, `sector size ${wish.sectorSizeBytes} is not 512 or 4096`);
     }
     const labels = wish.labels.length === 0 && source !== undefined ? source.labels : checkLabels(action, wish.labels);
+    if (this.behaviour.nameCheckedLast) this.#checkNameIsFree(action, wish);
     const doomed = this.behaviour.failCreations > 0;
     if (doomed) this.behaviour.failCreations--;
     const held = this.behaviour.holdCreations;
@@ -370,6 +371,12 @@ export class Cluster implements AsyncDisposable {
       this.#resumeVolume(volume);
     }
     return volume;
+  }
+
+  #checkNameIsFree(action: string, { project, name }: VolumeWish): void {
+    const namesake = this.#liveVolume(project, name);
+    if (namesake === undefined) return;
+    throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: volume ${namesake.uuid} has this name`);
   }
 
   /** The volume, or NOT_FOUND. By name a live volume comes first, then a Deleting one, then a Failed one. */
