@@ -783,8 +783,9 @@ Deno.test("promise 18: a clone after a failed attempt is made from a snapshot of
   const { volumeId } = await sources(env);
   env.control.behave({ failCreations: 0 });
   const wish = { volumeContentSource: fromVolume(volumeId), capacityRange: {} };
-  env.control.fail({ rpc: "CreateVolume", code: "UNAVAILABLE" });
+  env.control.fail({ rpc: "CreateVolume", count: 0, code: "UNAVAILABLE" });
   await rejects(env.create("copy", wish), answers("UNAVAILABLE", /told to fail/));
+  env.control.clearFaults();
   const [stale] = env.cluster.snapshots.filter(({ name }) => name.startsWith("lbcsi-clone-"));
   ok(stale);
 

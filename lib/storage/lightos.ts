@@ -13,7 +13,7 @@
  */
 import type { Logger, RequestContext } from "../context.ts";
 import { type AuthKind, givenKeys } from "../dhchap.ts";
-import { hasCode, messageOf, StatusError } from "../error.ts";
+import { hasCode, isFinal, messageOf, StatusError } from "../error.ts";
 import { parseVolumeId, type VolumeId } from "../id.ts";
 import { KeyedLock } from "../lock.ts";
 import { inBandAuthKey, nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../namespace.ts";
@@ -49,6 +49,7 @@ import {
 import { refuseOtherTrust } from "./lightos_trust.ts";
 import {
   aclOf,
+  afterRefusal,
   anybody,
   changeVolume,
   growingDelays,
@@ -209,11 +210,15 @@ async function createVolume(
         });
         isOurs = true;
       } catch (error) {
-        if (!(error instanceof LightosError) || surelyNotDone.has(error.code)) throw error;
-        found = await findByName(ctx, cluster, action, wanted.name, projectName);
+        if (!(error instanceof LightosError)) throw error;
+        // It was not sent, and will be repeated.
+        if (!error.outcomeUnknown && !isFinal(error) && error.code !== "RESOURCE_EXHAUSTED") throw error;
+        // Whatever the refusal: an earlier call for this name may have made the volume, and clusters do not all look for
+        // the name before they look for space. A volume that is refused and there would belong to nobody.
+        found = await afterRefusal(action, error, () => findByName(ctx, cluster, action, wanted.name, projectName));
         if (found === undefined) {
           // Nobody has the name. Where the cluster said so a moment ago, or the answer was lost, trying again is right.
-          if (error.code !== "ALREADY_EXISTS" && !error.outcomeUnknown) throw error;
+          if (!isWorthAnother(error)) throw error;
           await pause(ctx, delays, action, messageOf(error));
           continue;
         }
@@ -264,6 +269,12 @@ async function createVolume(
       `Cannot ${action}: volume ${created.UUID} has that name and differs: ${differences.join("; ")}`,
     );
   }
+}
+
+/** Whether to send a creation again whose volume is not there after all. */
+function isWorthAnother({ code, outcomeUnknown, elsewhere }: LightosError): boolean {
+  // A server that said by itself that it cannot may still be right when there is no other one to ask.
+  return code === "ALREADY_EXISTS" || (outcomeUnknown && (code !== "UNAVAILABLE" || elsewhere));
 }
 
 /** The living volume of this name: neither one that is being deleted nor the husk of a failed creation. */

@@ -11,7 +11,7 @@ import { type Fields, type Logger, type RequestContext, type Secrets, sleep, tim
 import { type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";
 import { countManagementCall, type Metrics, type Sample } from "../metrics.ts";
-import { CallError, Channel, type Trust } from "../rpc.ts";
+import { CallError, type CallOptions, Channel, type Trust } from "../rpc.ts";
 import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { resolveTrust, trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
@@ -35,12 +35,23 @@ export interface LightosOptions {
 
 /** A StatusError for what the management API answered, or for its silence. */
 export class LightosError extends StatusError {
-  /** The request may have been carried out although no answer came. */
+  /** The request may have been carried out although no answer came, or a bad one. */
   readonly outcomeUnknown: boolean;
+  /** Another management endpoint can be asked at once: this one is left alone for a while. */
+  readonly elsewhere: boolean;
+  /** The answer was larger than we take: less has to be asked for. */
+  readonly isTooLarge: boolean;
 
-  constructor(code: StatusCode, message: string, outcomeUnknown: boolean, options?: ErrorOptions) {
+  constructor(
+    code: StatusCode,
+    message: string,
+    outcomeUnknown: boolean,
+    options: ErrorOptions & { readonly elsewhere?: boolean; readonly isTooLarge?: boolean } = {},
+  ) {
     super(code, message, options);
     this.outcomeUnknown = outcomeUnknown;
+    this.elsewhere = options.elsewhere ?? false;
+    this.isTooLarge = options.isTooLarge ?? false;
   }
 }
 
@@ -251,8 +262,41 @@ interface Member {
   lastFailure: string;
 }
 
+/** One call of the management API, at whichever member. */
+interface ApiCall<I extends DescMessage, O extends DescMessage> {
+  readonly ctx: RequestContext;
+  readonly action: string;
+  readonly method: DescMethodUnary<I, O>;
+  readonly request: MessageInitShape<I>;
+  readonly headers: Readonly<Record<string, string>>;
+  readonly credentials: Credentials;
+}
+
+/** What came of an attempt at one member. */
+type Attempt<T> =
+  | { readonly kind: "answer"; readonly answer: T }
+  /** The cluster refuses the call; any member would. */
+  | { readonly kind: "refusal"; readonly error: LightosError }
+  /** The member answers that it cannot. Another member may be asked. */
+  | { readonly kind: "ill"; readonly error: LightosError; readonly details: string }
+  /** The member cannot be reached, or is silent. Another member may be asked. */
+  | { readonly kind: "gone" };
+
 const apiVersion = "v2.0";
 const infoMs = 60_000;
+/** How long a member is waited for that gives no sign of life, while there are others. */
+const silenceMs = 3000;
+/** How long to wait before a cluster is asked once more all of whose members say that they cannot. */
+const secondLookMs = 250;
+/** Codes with which a server says that it cannot answer now, and nothing of the request. */
+const illCodes: ReadonlySet<string> = new Set<CallError["code"]>([
+  "CANCELLED",
+  "DATA_LOSS",
+  "DEADLINE_EXCEEDED",
+  "INTERNAL",
+  "UNAVAILABLE",
+  "UNKNOWN",
+]);
 /** Methods that change nothing, so that they can be sent again after a lost answer. */
 const reads: ReadonlySet<string> = new Set([
   "GetVersion",
@@ -270,6 +314,9 @@ const reads: ReadonlySet<string> = new Set([
 /**
  * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s, growing
  * to 5 s), so a dead one costs one connect attempt per period and not one per call; meanwhile the others serve.
+ *
+ * So is a member that answers and is ill. But what all members say about a request may be about the request: reads put a
+ * member to rest only when another one has answered better.
  */
 class Connections implements Disposable {
   readonly #options: LightosOptions;
@@ -346,30 +393,53 @@ class Connections implements Disposable {
     this.#running++;
     try {
       const authorization = credentials.jwt === undefined ? {} : { authorization: `Bearer ${credentials.jwt}` };
-      const allHeaders = { ...headers, ...authorization };
-      const tried = new Set<Member>();
-      for (;;) {
-        const member = this.#next(tried);
-        if (member !== undefined) {
-          tried.add(member);
-          const othersLeft = tried.size < this.#members.length;
-          const answer = await this.#try(ctx, action, member, method, request, allHeaders, credentials, othersLeft);
-          if (answer !== undefined) return answer;
-          continue;
-        }
-        const resting = this.#members.filter((member) => !tried.has(member));
-        if (resting.length === 0) throw this.#allFailed("UNAVAILABLE", action);
-        // What is left failed a moment ago, in another call: wait for the first that may be tried again.
-        const next = Math.min(...resting.map((member) => member.retryAt));
-        try {
-          await sleep(Math.max(1, next - performance.now()), ctx.signal);
-        } catch {
-          throw this.#allFailed(codeOf(ctx.signal), action);
-        }
-      }
+      const call = { ctx, action, method, request, headers: { ...headers, ...authorization }, credentials };
+      return await this.#callAny(call);
     } finally {
       this.#running--;
       this.#lastUse = performance.now();
+    }
+  }
+
+  /** One call at the members by turns, until one of them answers it or refuses it. */
+  async #callAny<I extends DescMessage, O extends DescMessage>(call: ApiCall<I, O>): Promise<MessageShape<O>> {
+    const { ctx, action } = call;
+    const tried = new Set<Member>();
+    const ill: { readonly member: Member; readonly details: string }[] = [];
+    let illness: LightosError | undefined;
+    let looks = 1;
+    for (;;) {
+      const member = this.#next(tried);
+      if (member !== undefined) {
+        tried.add(member);
+        const attempt = await this.#try(call, member, tried.size < this.#members.length);
+        if (attempt.kind === "ill") {
+          illness = attempt.error;
+          ill.push({ member, details: attempt.details });
+        } else if (attempt.kind !== "gone") {
+          for (const { member, details } of ill) this.#restIll(member, details);
+          if (attempt.kind === "refusal") throw attempt.error;
+          return attempt.answer;
+        }
+        continue;
+      }
+      const resting = this.#members.filter((member) => !tried.has(member));
+      if (resting.length === 0) {
+        // A bad answer mostly passes at once. Of changes, the caller looks what has come of them.
+        const isWorthAnother = illness?.code === "UNAVAILABLE" && reads.has(call.method.name) && looks++ === 1;
+        if (!isWorthAnother) throw illness ?? this.#allFailed("UNAVAILABLE", action);
+        await sleep(secondLookMs, ctx.signal).catch(() => Promise.reject(illness));
+        tried.clear();
+        ill.length = 0;
+        continue;
+      }
+      // What is left failed a moment ago, in another call: wait for the first that may be tried again.
+      const next = Math.min(...resting.map((member) => member.retryAt));
+      try {
+        await sleep(Math.max(1, next - performance.now()), ctx.signal);
+      } catch {
+        throw illness ?? this.#allFailed(codeOf(ctx.signal), action);
+      }
     }
   }
 
@@ -386,25 +456,27 @@ class Connections implements Disposable {
     return ready.find((member) => member === this.#current) ?? ready[0];
   }
 
-  /** One attempt at one member; undefined when it failed in a way that lets another member be asked. */
+  /**
+   * One attempt at one member.
+   *
+   * @throws LightosError for a change of which nobody knows whether it was made; StatusError when the member is none of a
+   *   LightOS that we know
+   */
   async #try<I extends DescMessage, O extends DescMessage>(
-    ctx: RequestContext,
-    action: string,
+    call: ApiCall<I, O>,
     member: Member,
-    method: DescMethodUnary<I, O>,
-    request: MessageInitShape<I>,
-    headers: Readonly<Record<string, string>>,
-    credentials: Credentials,
-    othersLeft: boolean,
-  ): Promise<MessageShape<O> | undefined> {
+    hasOthers: boolean,
+  ): Promise<Attempt<MessageShape<O>>> {
+    const { ctx, action, method, request, headers } = call;
     const address = formatEndpoint(member.endpoint);
+    const isRead = reads.has(method.name);
     const leftMs = Math.max(1, ctx.deadline.getTime() - Date.now());
     // A server that accepted the connection and went silent must not use up the time of the others.
-    const attemptMs = Math.max(1000, othersLeft ? leftMs / 2 : leftMs);
-    using limit = timeLimit(ctx.signal, attemptMs);
-    const options = { signal: limit.signal, headers, connectTimeoutMs: Math.min(3000, attemptMs) };
+    const patienceMs = hasOthers ? Math.min(silenceMs, Math.max(1000, leftMs / 2)) : Math.max(1000, leftMs);
+    using limit = timeLimit(ctx.signal, patienceMs);
+    const connectTimeoutMs = Math.min(silenceMs, patienceMs);
     const started = performance.now();
-    const channelUsed = member.channel ??= this.#connect(address);
+    const channel = member.channel ??= this.#connect(address);
     const note = (code: string, fields: Fields = {}) => {
       const ms = elapsed(started);
       countManagementCall(this.#options.metrics, address, method.name, code, ms);
@@ -412,43 +484,77 @@ class Connections implements Disposable {
     };
     let sent = false;
     try {
-      if (!member.checked) await this.#checkVersion(action, member, channelUsed, options);
+      const options = { signal: limit.signal, headers, connectTimeoutMs };
+      if (!member.checked) await this.#checkVersion(action, member, channel, options);
       sent = true;
-      const response = await channelUsed.call(method, request, options);
+      const answer = hasOthers && !isRead
+        ? await callUnlessSilent(channel, method, request, { ...options, signal: ctx.signal }, patienceMs)
+        : await channel.call(method, request, options);
       note("OK");
       member.failures = 0;
       this.#current = member;
-      return response;
+      return { kind: "answer", answer };
     } catch (error) {
       if (error instanceof StatusError && !ctx.signal.aborted) {
         note(error.code, { error: error.message });
         throw error;
       }
-      const outcomeUnknown = sent && !reads.has(method.name);
+      const mayBeDone = sent && !isRead;
       if (ctx.signal.aborted) {
         note(codeOf(ctx.signal));
+        // A connection that is not there yet may have been lost by the time of the next call.
+        if (!member.checked) this.#drop(member, channel);
         const message = `Cannot ${action} in time: LightOS at ${address} has not answered ${method.name} after ${
           elapsed(started)
         } ms`;
-        throw new LightosError(codeOf(ctx.signal), message, outcomeUnknown, { cause: ctx.signal.reason });
+        throw new LightosError(codeOf(ctx.signal), message, mayBeDone, { cause: ctx.signal.reason });
       }
       if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
-      const details = error instanceof CallError ? error.message : `no answer within ${Math.round(attemptMs)} ms`;
-      const code = error instanceof CallError ? error.code : "UNAVAILABLE";
-      note(code, { error: details });
-      if (error instanceof CallError && error.origin === "server") {
+      const failure = error instanceof CallError
+        ? new CallError(error.code, withoutToken(error.message, call.credentials), error.origin)
+        : new CallError("UNAVAILABLE", `no answer within ${Math.round(patienceMs)} ms`, "no answer");
+      note(failure.code, { error: failure.message });
+      return this.#failed(call, member, channel, { failure, mayBeDone });
+    }
+  }
+
+  /** What an attempt that failed means for its member and for the call. */
+  #failed<I extends DescMessage, O extends DescMessage>(
+    { action, method, credentials }: ApiCall<I, O>,
+    member: Member,
+    channel: Channel,
+    { failure, mayBeDone }: { readonly failure: CallError; readonly mayBeDone: boolean },
+  ): Exclude<Attempt<MessageShape<O>>, { kind: "answer" }> {
+    const address = formatEndpoint(member.endpoint);
+    const details = failure.message;
+    if (failure.origin === "too large") {
+      const message = `Cannot ${action}: LightOS at ${address} answered ${method.name} with ${details}`;
+      throw new LightosError("UNAVAILABLE", message, mayBeDone, { isTooLarge: true });
+    }
+    if (failure.origin === "server") {
+      const error = answered(action, address, method.name, failure, credentials, mayBeDone);
+      if (!illCodes.has(failure.code)) {
         member.failures = 0;
         this.#current = member;
-        throw answered(action, address, method.name, error, credentials);
+        return { kind: "refusal", error };
       }
-      this.#rest(member, channelUsed, details);
-      if (!outcomeUnknown || (error instanceof CallError && error.origin === "not connected")) return undefined;
-      throw new LightosError(
-        "UNAVAILABLE",
-        `Cannot ${action}: the connection to LightOS at ${address} was lost during ${method.name} (${details})`,
-        true,
-      );
+      const ill = `${failure.code}: ${details}`;
+      member.lastFailure = ill;
+      if (!mayBeDone) return { kind: "ill", error, details: ill };
+      const elsewhere = this.#isAnotherReady(member);
+      if (elsewhere) this.#restIll(member, ill);
+      throw new LightosError(error.code, error.message, true, { elsewhere });
     }
+    this.#rest(member, channel, details);
+    if (!mayBeDone || failure.origin === "not connected") return { kind: "gone" };
+    const message = `Cannot ${action}: LightOS at ${address} gave no answer to ${method.name} (${details}), ` +
+      `which may have been carried out`;
+    throw new LightosError("UNAVAILABLE", message, true, { elsewhere: this.#isAnotherReady(member) });
+  }
+
+  #isAnotherReady(member: Member): boolean {
+    const now = performance.now();
+    return this.#members.some((other) => other !== member && other.retryAt <= now);
   }
 
   #connect(address: string): Channel {
@@ -484,18 +590,38 @@ class Connections implements Disposable {
   #rest(member: Member, channel: Channel, failure: string): void {
     // Of several calls that fail together on one connection, the first counts.
     if (member.channel !== channel) return;
-    member.failures++;
-    member.lastFailure = failure;
-    member.checked = false;
-    member.retryAt = performance.now() + Math.min(1000 * 1.5 ** (member.failures - 1), 5000);
-    if (this.#current === member) this.#current = undefined;
-    // A new channel begins without the half-dead connection of the old one, which lets its running calls end.
-    channel[Symbol.dispose]();
-    member.channel = undefined;
+    this.#leaveAlone(member, failure);
+    this.#drop(member, channel);
     this.#options.log.warning("lost a management endpoint", {
       address: formatEndpoint(member.endpoint),
       error: failure,
     });
+  }
+
+  /** For a member that answers and cannot do what it is asked for: its connection stays. */
+  #restIll(member: Member, failure: string): void {
+    // Of several calls that fail together, the first counts.
+    if (member.retryAt > performance.now()) return;
+    this.#leaveAlone(member, failure);
+    this.#options.log.warning("leaves an ill management endpoint alone", {
+      address: formatEndpoint(member.endpoint),
+      error: failure,
+    });
+  }
+
+  #leaveAlone(member: Member, failure: string): void {
+    member.failures++;
+    member.lastFailure = failure;
+    member.retryAt = performance.now() + Math.min(1000 * 1.5 ** (member.failures - 1), 5000);
+    if (this.#current === member) this.#current = undefined;
+  }
+
+  /** A new channel begins without the half-dead connection of the old one, which lets its running calls end. */
+  #drop(member: Member, channel: Channel): void {
+    if (member.channel !== channel) return;
+    channel[Symbol.dispose]();
+    member.channel = undefined;
+    member.checked = false;
   }
 
   [Symbol.dispose](): void {
@@ -507,20 +633,66 @@ function newMember(endpoint: Endpoint): Member {
   return { endpoint, channel: undefined, checked: false, retryAt: 0, failures: 0, lastFailure: "not tried" };
 }
 
+/**
+ * Sends a change and waits for its answer as long as the server gives signs of life: a change may take its time, and a
+ * server that has gone silent must not use up the time of the others.
+ *
+ * @param patienceMs how long the server may give no sign of life
+ * @throws what `Channel.call` throws; DOMException when the server is silent
+ */
+async function callUnlessSilent<I extends DescMessage, O extends DescMessage>(
+  channel: Channel,
+  method: DescMethodUnary<I, O>,
+  request: MessageInitShape<I>,
+  options: CallOptions,
+  patienceMs: number,
+): Promise<MessageShape<O>> {
+  const { signal } = options;
+  const stop = new AbortController();
+  const follow = () => stop.abort(signal.reason);
+  if (signal.aborted) follow();
+  else signal.addEventListener("abort", follow, { once: true });
+  const watch = async () => {
+    for (;;) {
+      await sleep(patienceMs / 2, stop.signal);
+      using limit = timeLimit(stop.signal, patienceMs / 2);
+      try {
+        await channel.call(DurosAPI.method.getVersion, {}, { ...options, signal: limit.signal });
+      } catch (error) {
+        stop.signal.throwIfAborted();
+        // Any answer is a sign of life. When the connection is lost, the change says so itself.
+        if (!(error instanceof CallError)) stop.abort(new DOMException("no sign of life", "TimeoutError"));
+      }
+    }
+  };
+  watch().catch(() => {});
+  try {
+    return await channel.call(method, request, { ...options, signal: stop.signal });
+  } finally {
+    signal.removeEventListener("abort", follow);
+    stop.abort();
+  }
+}
+
+/** What a server said, without the token that it may have repeated. */
+function withoutToken(text: string, { jwt }: Credentials): string {
+  return jwt === undefined ? text : text.replaceAll(jwt, "[token]");
+}
+
+/** @param mayBeDone it was a change, so that a server which broke off in the middle may have made it */
 function answered(
   action: string,
   address: string,
   method: string,
   { code, message: details }: CallError,
   credentials: Credentials,
+  mayBeDone: boolean,
 ): LightosError {
   const isRefused = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED";
   const token = isRefused ? `; JWT: ${credentials.source}${lifeOf(credentials)}` : "";
   const message = `Cannot ${action}: LightOS at ${address} answered ${method} with ${code}: ${details}${token}`;
   const known = code === "UNKNOWN" || code === "DATA_LOSS" ? "INTERNAL" : code;
-  // These say that the server broke off in the middle, not that it refused.
-  const open = ["INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED"].includes(known) && !reads.has(method);
-  return new LightosError(known, message, open);
+  return new LightosError(known, message, mayBeDone && illCodes.has(code));
 }
 
 /** When a token ends, for messages: whoever reads "UNAUTHENTICATED" wants to know. Nothing else of it is told. */

@@ -28,7 +28,15 @@ import {
 } from "../../proto/gen/lightos_pb.ts";
 import type { ContentSource, Snapshot, Snapshots, VolumeWanted } from "./backend.ts";
 import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.ts";
-import { growingDelays, pause, readVolume, settled, surelyNotDone, unknownState } from "./lightos_volumes.ts";
+import {
+  afterRefusal,
+  growingDelays,
+  pause,
+  readVolume,
+  settled,
+  surelyNotDone,
+  unknownState,
+} from "./lightos_volumes.ts";
 
 /** The snapshots of the LightOS backend. A snapshot ID has the form of a volume ID, with the snapshot's UUID. */
 export function lightosSnapshots(clusters: ClusterPool): Omit<Snapshots, "listSnapshots"> {
@@ -375,7 +383,17 @@ async function takeSnapshot(
           projectName,
         });
       } catch (error) {
-        if (!(error instanceof LightosError) || surelyNotDone.has(error.code)) throw error;
+        if (!(error instanceof LightosError)) throw error;
+        if (surelyNotDone.has(error.code)) {
+          // It did not make one now; an earlier request may have, that reached the cluster after the look.
+          const earlier = await afterRefusal(
+            action,
+            error,
+            () => findByName(ctx, cluster, action, name, projectName),
+          );
+          if (earlier === undefined) throw error;
+          continue;
+        }
         if (error.code === "FAILED_PRECONDITION") {
           // The source is in between states, or on its way out. In a steady state it is something else.
           const { state } = await readVolume(ctx, cluster, action, source);

@@ -222,6 +222,29 @@ export function* growingDelays(): Generator<number, never> {
   for (let ms = 100;; ms = Math.min(ms * 1.5, 2000)) yield ms;
 }
 
+/**
+ * What is found by `look` after the cluster has refused to make something of a name.
+ *
+ * @throws the refusal when the token is refused here too; UNAVAILABLE, which is not final, when nobody can tell whether it is there
+ */
+export async function afterRefusal<T>(action: string, refusal: LightosError, look: () => Promise<T>): Promise<T> {
+  try {
+    return await look();
+  } catch (error) {
+    if (!(error instanceof StatusError)) throw error;
+    if (["ABORTED", "DEADLINE_EXCEEDED", "CANCELLED"].includes(error.code)) throw error;
+    if (error.code === refusal.code) throw refusal;
+    const words = error.message.replace(`Cannot ${action}: `, "");
+    throw new StatusError(
+      "UNAVAILABLE",
+      `${refusal.message}; and whether it is there already cannot be seen: ${words}`,
+      {
+        cause: error,
+      },
+    );
+  }
+}
+
 /** Codes that the cluster gives before it begins anything. */
 export const surelyNotDone: ReadonlySet<StatusCode> = new Set(
   [

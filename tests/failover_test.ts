@@ -1,0 +1,297 @@
+/** What the controller does when a management endpoint of LightOS is ill, silent, or not LightOS at all. */
+import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import { createLogger, type RequestContext, requestContext, Secrets } from "../lib/context.ts";
+import { type StatusCode, StatusError } from "../lib/error.ts";
+import { Metrics } from "../lib/metrics.ts";
+import { hostNqn } from "../lib/namespace.ts";
+import type { VolumeWanted } from "../lib/storage/backend.ts";
+import { lightosBackend } from "../lib/storage/lightos.ts";
+import { VersionSchema } from "../proto/gen/lightos_pb.ts";
+import { answerHttp2, grpcAnswer, type Http2Answer, page } from "./support/http2_answers.ts";
+import { startSimulator } from "./support/simulator.ts";
+
+const gib = 1n << 30n;
+const none = new Secrets();
+const host = hostNqn("a.node");
+
+function within(ms: number): RequestContext {
+  const aborted = new AbortController();
+  const timer = setTimeout(() => aborted.abort(new StatusError("DEADLINE_EXCEEDED", "too slow")), ms);
+  Deno.unrefTimer(timer);
+  return requestContext(aborted.signal, new Date(Date.now() + ms), createLogger("error", "json", () => {}));
+}
+
+function refuses(code: StatusCode, ...messages: RegExp[]) {
+  return (error: unknown) => {
+    ok(error instanceof StatusError, String(error));
+    strictEqual(error.code, code, error.message);
+    for (const message of messages) match(error.message, message);
+    return true;
+  };
+}
+
+/** A cluster of some servers, and a backend that has seen none of them. */
+async function start(servers: number, more: readonly string[] = []) {
+  const simulator = await startSimulator({ servers });
+  const parts = new AsyncDisposableStack();
+  parts.use(simulator);
+  const metrics = new Metrics();
+  const lines: string[] = [];
+  const open = (endpoints: readonly string[]) => {
+    const backend = parts.use(lightosBackend({
+      log: createLogger("warning", "json", (line) => lines.push(line)),
+      globalJwt: () => simulator.addresses.jwt,
+      globalJwtPath: "/etc/lb-csi/jwt",
+      ca: undefined,
+      verifyTls: true,
+      userAgent: "lbcsi/test",
+      metrics,
+    }));
+    const wanted = (name: string, changes: Partial<VolumeWanted> = {}): VolumeWanted => ({
+      name,
+      requiredBytes: gib,
+      limitBytes: 0n,
+      parameters: {
+        "mgmt-endpoint": endpoints.join(","),
+        "mgmt-scheme": "grpc",
+        "replica-count": "1",
+        "project-name": "default",
+      },
+      ...changes,
+    });
+    return { backend, wanted };
+  };
+  const endpoints = [...simulator.addresses.grpc].sort();
+  return {
+    simulator,
+    metrics,
+    lines,
+    endpoints,
+    open,
+    ...open([...more, ...endpoints]),
+    volumes: () => simulator.control.cluster.listVolumes({ project: "default", showAll: true }).map(({ uuid }) => uuid),
+    [Symbol.asyncDispose]: () => parts.disposeAsync(),
+  };
+}
+
+/** An address that sorts before all others, so that it is asked first. */
+const first = (address: string) => address.replace("127.0.0.1", "0.0.0.0");
+
+// -------------------------------------------------------------------------------------------------- not LightOS at all
+
+for (const status of [200, 401, 404, 429, 502, 503, 504]) {
+  Deno.test(`promise 12: an endpoint that answers each call with a page of HTTP status ${status} is passed over`, async () => {
+    await using bad = await answerHttp2(() => page(status));
+    await using env = await start(1, [first(bad.address)]);
+
+    const { id, uuid } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+    await env.backend.grantAccess(within(5000), none, id, { hostNqn: host, shared: false });
+
+    deepStrictEqual(env.volumes(), [uuid]);
+    strictEqual(bad.paths.length, 1, "it is left alone afterwards");
+  });
+}
+
+const version = grpcAnswer(VersionSchema, { apiVersion: "v2.0" });
+const ownAnswers: readonly (readonly [string, Http2Answer])[] = [
+  ["a page of HTTP status 504", page(504)],
+  ["a page of HTTP status 403", page(403)],
+  ["nothing but headers", { headers: { ":status": 200, "content-type": "application/grpc" } }],
+  ["a lost connection", { headers: { ":status": 200, "content-type": "application/grpc" }, end: "lost connection" }],
+];
+
+for (const [what, answer] of ownAnswers) {
+  Deno.test(`promise 30: a volume that was made is found although ${what} came as the answer`, async () => {
+    await using env = await start(1);
+    const behind = env.open(env.endpoints);
+    // A balancer that hands the request on, and then loses the answer.
+    await using balancer = await answerHttp2(async (path) => {
+      if (path.endsWith("/GetVersion")) return version;
+      if (path.endsWith("/CreateVolume")) {
+        await behind.backend.createVolume(within(5000), none, behind.wanted("pvc-1"));
+      }
+      return answer;
+    });
+    const { backend, wanted } = env.open([first(balancer.address), ...env.endpoints]);
+
+    const { uuid } = await backend.createVolume(within(8000), none, wanted("pvc-1"));
+
+    deepStrictEqual(env.volumes(), [uuid]);
+  });
+
+  Deno.test(`promise 30: with no other endpoint, ${what} as the answer is UNAVAILABLE and not final`, async () => {
+    await using balancer = await answerHttp2((path) => path.endsWith("/GetVersion") ? version : answer);
+    await using env = await start(1);
+    const { backend, wanted } = env.open([balancer.address]);
+
+    await rejects(backend.createVolume(within(3000), none, wanted("pvc-1")), (error: unknown) => {
+      ok(error instanceof StatusError);
+      ok(["UNAVAILABLE", "DEADLINE_EXCEEDED"].includes(error.code), `${error.code}: ${error.message}`);
+      return true;
+    });
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------- ill and silent
+
+for (const code of ["UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED"] as const) {
+  for (const rpc of ["*", "CreateVolume", "ListVolumes", "GetVolume", "UpdateVolume"]) {
+    Deno.test(`promise 12: one of three endpoints that answers ${rpc} with ${code} is left alone, and calls succeed`, async () => {
+      await using env = await start(3);
+      const [ill = ""] = env.endpoints;
+      env.simulator.control.fail({ rpc, count: 0, code, message: "this server has no quorum", endpoint: ill });
+
+      const { id, uuid } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+      strictEqual((await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"))).id, id);
+      await env.backend.grantAccess(within(5000), none, id, { hostNqn: host, shared: false });
+      await env.backend.getVolume(within(5000), none, id);
+
+      deepStrictEqual(env.volumes(), [uuid]);
+    });
+  }
+}
+
+Deno.test("promise 12: an ill endpoint costs one attempt, is named once in the log, and shows in the metrics", async () => {
+  await using env = await start(3);
+  const [ill = ""] = env.endpoints;
+  env.simulator.control.fail({ rpc: "*", count: 0, code: "UNAVAILABLE", message: "no quorum", endpoint: ill });
+
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  for (let i = 0; i < 10; i++) await env.backend.getVolume(within(5000), none, id);
+
+  const asked = Object.values(env.simulator.control.calls()).map(({ endpoints }) => endpoints[ill] ?? 0);
+  strictEqual(asked.reduce((sum, calls) => sum + calls, 0), 1);
+  const named = env.lines.map((line) => JSON.parse(line)).filter(({ address }) => address === ill);
+  deepStrictEqual(named.map(({ event, error }) => [event, error]), [
+    ["leaves an ill management endpoint alone", "UNAVAILABLE: no quorum"],
+  ]);
+  match(await env.metrics.text(), new RegExp(`lbcsi_mgmt_endpoint_failures\\{endpoint="${ill}"\\} 1\\n`));
+});
+
+Deno.test("what every endpoint answers is the answer, and puts none of them to rest", async () => {
+  await using env = await start(3);
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  env.simulator.control.fail({ rpc: "GetVolume", count: 0, code: "INTERNAL", message: "cannot read it" });
+
+  await rejects(
+    env.backend.getVolume(within(5000), none, id),
+    refuses("INTERNAL", /^Cannot read volume .* answered GetVolume with INTERNAL: cannot read it$/),
+  );
+
+  match(await env.metrics.text(), /lbcsi_mgmt_endpoint_resting/);
+  ok(!/lbcsi_mgmt_endpoint_resting\{.*\} 1/.test(await env.metrics.text()));
+});
+
+Deno.test("a refusal that is about the request is not carried to another endpoint", async () => {
+  await using env = await start(3);
+  env.simulator.control.fail({ rpc: "CreateVolume", count: 0, code: "RESOURCE_EXHAUSTED", message: "full" });
+
+  await rejects(
+    env.backend.createVolume(within(5000), none, env.wanted("pvc-1")),
+    refuses("RESOURCE_EXHAUSTED", /: full$/),
+  );
+
+  strictEqual(env.simulator.control.calls()["CreateVolume"]?.total, 1);
+});
+
+Deno.test("one UNAVAILABLE of the only endpoint to a read passes unnoticed", async () => {
+  await using env = await start(1);
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  env.simulator.control.fail({ rpc: "GetVolume", count: 1, code: "UNAVAILABLE", message: "just a moment" });
+
+  strictEqual((await env.backend.getVolume(within(5000), none, id)).id, id);
+
+  env.simulator.control.fail({ rpc: "GetVolume", count: 0, code: "UNAVAILABLE", message: "no quorum" });
+  await rejects(env.backend.getVolume(within(5000), none, id), refuses("UNAVAILABLE", /no quorum/));
+});
+
+for (
+  const [what, call] of [
+    ["a read", (env: Awaited<ReturnType<typeof start>>, id: string) => env.backend.getVolume(within(30_000), none, id)],
+    [
+      "a change",
+      (env: Awaited<ReturnType<typeof start>>) => env.backend.createVolume(within(30_000), none, env.wanted("pvc-2")),
+    ],
+  ] as const
+) {
+  Deno.test(`promise 12: an endpoint that goes silent while it is in use costs ${what} about 3 seconds, not half of its time`, async () => {
+    await using env = await start(3);
+    const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+    const [address = ""] = env.endpoints;
+    await env.simulator.control.hangEndpoints({ address });
+    const begun = performance.now();
+
+    await call(env, id);
+
+    const ms = performance.now() - begun;
+    // Half of the caller's time would be 15 s.
+    ok(ms < 8000, `${ms} ms`);
+    await env.simulator.control.stopEndpoints({ address });
+  });
+}
+
+Deno.test("a change that takes longer than an endpoint may be silent is waited for, and sent once", async () => {
+  await using env = await start(2);
+  env.simulator.control.fail({ rpc: "CreateVolume", count: 1, delayMs: 4000 });
+
+  const { uuid } = await env.backend.createVolume(within(20_000), none, env.wanted("pvc-1"));
+
+  deepStrictEqual(env.volumes(), [uuid]);
+  strictEqual(env.simulator.control.calls()["CreateVolume"]?.total, 1);
+});
+
+// --------------------------------------------------------------------------------------------- repeats find their volume
+
+for (
+  const code of ["RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION", "NOT_FOUND"] as const
+) {
+  Deno.test(`promise 18: CreateVolume whose repeat the cluster refuses with ${code} answers the volume that is there`, async () => {
+    await using env = await start(1);
+    const made = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+    env.simulator.control.fail({ rpc: "CreateVolume", count: 0, code, message: "refused" });
+
+    const again = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+
+    deepStrictEqual(again, made);
+    await rejects(env.backend.createVolume(within(5000), none, env.wanted("pvc-2")), refuses(code, /refused/));
+  });
+
+  Deno.test(`promise 18: CreateVolume that the cluster refuses with ${code} is not final while nobody can look`, async () => {
+    await using env = await start(1);
+    env.simulator.control.fail({ rpc: "CreateVolume", count: 0, code, message: "refused" });
+    env.simulator.control.fail({ rpc: "ListVolumes", count: 0, code: "UNAVAILABLE", message: "no quorum" });
+
+    await rejects(
+      env.backend.createVolume(within(5000), none, env.wanted("pvc-1")),
+      refuses("UNAVAILABLE", /: refused; and whether it is there already cannot be seen: .*no quorum$/),
+    );
+  });
+
+  Deno.test(`promise 18: CreateSnapshot whose repeat the cluster refuses with ${code} answers the snapshot that is there`, async () => {
+    await using env = await start(1);
+    const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+    const { snapshots } = env.backend;
+    ok(snapshots);
+    // The first request reaches the cluster after it was looked for; the answer is lost.
+    env.simulator.control.fail({ rpc: "CreateSnapshot", count: 1, code, message: "refused", when: "after" });
+
+    const taken = await snapshots.createSnapshot(within(5000), none, { name: "s", sourceVolumeId: id });
+
+    strictEqual(env.simulator.control.cluster.snapshots.filter(({ name }) => name === "s").length, 1);
+    strictEqual((await snapshots.getSnapshot(within(5000), none, taken.id)).id, taken.id);
+  });
+}
+
+Deno.test("promise 18: CreateVolume repeated on a full cluster that looks for space first answers the volume that is there", async () => {
+  await using env = await start(1);
+  env.simulator.control.behave({ nameCheckedLast: true });
+  const { capacityBytes } = env.simulator.control.cluster;
+  const most = env.wanted("pvc-1", { requiredBytes: capacityBytes / gib * gib });
+  const made = await env.backend.createVolume(within(5000), none, most);
+
+  deepStrictEqual(await env.backend.createVolume(within(5000), none, most), made);
+  await rejects(
+    env.backend.createVolume(within(5000), none, { ...most, name: "pvc-2" }),
+    refuses("RESOURCE_EXHAUSTED"),
+  );
+});
