@@ -45,6 +45,8 @@ export function means(error: unknown, ...meanings: readonly Meaning[]): error is
 const longestChangeMs = 400_000;
 
 const basePath = "/api/ibofos/v1";
+/** The longest answer that is read: 256 volumes have some 100 KiB. */
+const longestAnswerBytes = 8 << 20;
 
 const envelopeSchema = z.object({
   result: z.object({
@@ -254,7 +256,7 @@ export class Dagent {
         signal,
       });
       status = response.status;
-      text = await response.text();
+      text = await readText(response, longestAnswerBytes);
     } catch (error) {
       const reason = reasonOf(error);
       note({ code: "UNAVAILABLE", error: reason });
@@ -273,20 +275,25 @@ export class Dagent {
         { cause: error },
       );
     }
-    const refuse = (meaning: Meaning, words: string, code?: StatusCode) => {
+    const refuse = (meaning: Meaning, words: string) => {
       note({ code: String(status), error: words });
       return new PoseidonError(
         meaning,
         `Cannot ${action}: PoseidonOS at ${this.address} answered ${what} with ${words}`,
-        code === undefined ? {} : { code },
       );
     };
     const envelope = envelopeSchema.safeParse(parseJson(text));
     if (!envelope.success) {
-      // A proxy in between, a DAgent that panicked (500), or something that is no DAgent at all (404).
+      // A proxy in between, a DAgent that panicked (500), an answer that was cut off, or something that is no DAgent at
+      // all (404). Whichever it is, it does not tell what PoseidonOS has done.
       const words = `HTTP status ${status} and no envelope of DAgent`;
-      if (status >= 500) throw refuse("no answer from PoseidonOS", words);
-      throw refuse("unknown", `${words}: there is no DAgent of a known version at this address`, "FAILED_PRECONDITION");
+      const isServerError = status >= 500;
+      throw refuse(
+        "no answer from PoseidonOS",
+        isServerError
+          ? words
+          : `${words}: a proxy in between, or there is no DAgent of a known version at this address`,
+      );
     }
     const { result, info } = envelope.data;
     if (info !== undefined && info.version !== "") this.#version = info.version;
@@ -331,6 +338,20 @@ function once(text: string): ReadableStream<Uint8Array> {
       controller.close();
     },
   });
+}
+
+/** The body of an answer; throws when it is longer than `mostBytes`. */
+async function readText(response: Response, mostBytes: number): Promise<string> {
+  const decoder = new TextDecoder();
+  let text = "";
+  let bytes = 0;
+  for await (const part of response.body ?? []) {
+    bytes += part.length;
+    // Leaving the loop ends the connection.
+    if (bytes > mostBytes) throw new Error(`its answer has more than ${mostBytes >> 20} MiB`);
+    text += decoder.decode(part, { stream: true });
+  }
+  return text + decoder.decode();
 }
 
 function parseJson(text: string): unknown {

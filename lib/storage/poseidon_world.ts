@@ -8,6 +8,7 @@
 import * as z from "zod";
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
+import { isPoseidonVolumeName, isUuid } from "../id.ts";
 import { type Dagent, means } from "./poseidon_dagent.ts";
 import type { Trouble } from "./backend.ts";
 
@@ -121,7 +122,25 @@ export async function readVolumes(
         `version 0.11 or later is needed`,
     );
   }
+  refuseBadVolumes(dagent, action, arrayName, volumes);
   return { array, volumes };
+}
+
+/** Throws INTERNAL for volumes that cannot be told apart, or whose names and UUIDs would not be those of an ID. */
+function refuseBadVolumes(dagent: Dagent, action: string, arrayName: string, volumes: readonly PoseidonVolume[]): void {
+  const refuse = (problem: string) =>
+    new StatusError(
+      "INTERNAL",
+      `Cannot ${action}: PoseidonOS at ${dagent.address} lists on array "${arrayName}" ${problem}`,
+    );
+  const seen = new Map<string, string>();
+  for (const { name, uuid } of volumes) {
+    if (!isPoseidonVolumeName(name)) throw refuse(`volume ${JSON.stringify(name)}, which is not the name of a volume`);
+    if (!isUuid(uuid)) throw refuse(`volume "${name}" with ${JSON.stringify(uuid)}, which is not a UUID`);
+    const other = seen.get(uuid);
+    if (other !== undefined) throw refuse(`volumes "${other}" and "${name}" with the same UUID ${uuid}`);
+    seen.set(uuid, name);
+  }
 }
 
 export async function readSubsystems(
