@@ -52,13 +52,21 @@ function isIpv6(text: string): boolean {
 /** StorageClass parameter, key of the volume context and of the publish context: how connections are authenticated. */
 export const inBandAuthKey = "in-band-auth";
 
+/** An NQN without what would part it in two on its way: in a Discovery-Client's file, or in the kernel's list of options. */
+const nqnPattern = /^nqn\.[^\s,#=\p{Cc}]+$/u;
+const longestNqn = 223;
+
+/** Whether `text` can be the NQN of a subsystem. */
+export function isNqn(text: string): boolean {
+  return text.length <= longestNqn && nqnPattern.test(text);
+}
+
 // The publish context is stored in VolumeAttachment objects, so its keys are an interface between two versions of this
 // driver. `format` tells "made by us" from "made by another driver" (which leaves the map empty) and names the version.
 const publishContextSchema = z.object({
   format: z.literal("lbcsi/1"),
   uuid: z.uuid(),
-  // Without what would part it in two on its way: in a Discovery-Client's file, or in the kernel's list of options.
-  "subsystem-nqn": z.string().max(223).regex(/^nqn\.[^\s,#=\p{Cc}]+$/u, "is not an NQN"),
+  "subsystem-nqn": z.string().max(longestNqn).regex(nqnPattern, "is not an NQN"),
   addresses: z.string(),
   discovery: z.string(),
   // The kind alone: who may read VolumeAttachments may read this map, so no key is ever in it.

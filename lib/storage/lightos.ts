@@ -234,6 +234,7 @@ async function createVolume(
       ({ UUID, projectName }) => cluster.call(ctx, action, DurosAPI.method.getVolume, { UUID, projectName }),
     );
     if (created === undefined) continue;
+    refuseMisfit(cluster, action, wanted, leastBytes, { created, isOurs: isOurs && origin === undefined });
     const differences = differencesOf(created, wanted, parameters, leastBytes);
     if (!isOurs) {
       const difference = origin === undefined
@@ -268,6 +269,31 @@ async function createVolume(
       "ALREADY_EXISTS",
       `Cannot ${action}: volume ${created.UUID} has that name and differs: ${differences.join("; ")}`,
     );
+  }
+}
+
+/**
+ * Throws INTERNAL for a volume that cannot be the one that LightOS has made for this name.
+ *
+ * @param isOurs it was made just now and empty, so that its size is not another request's or its source's
+ */
+function refuseMisfit(
+  cluster: Cluster,
+  action: string,
+  { name, limitBytes }: VolumeWanted,
+  leastBytes: bigint,
+  { created, isOurs }: { readonly created: LightosVolume; readonly isOurs: boolean },
+): void {
+  const refuse = (problem: string) =>
+    new StatusError(
+      "INTERNAL",
+      `Cannot ${action}: LightOS at ${cluster.lastAddress} shows the new volume ${created.UUID} with ${problem}`,
+    );
+  if (created.name !== name) throw refuse(`name ${JSON.stringify(created.name)}`);
+  if (!isOurs) return;
+  if (created.size < leastBytes) throw refuse(`${created.size} bytes, asked are ${leastBytes}`);
+  if (limitBytes !== 0n && created.size > limitBytes) {
+    throw refuse(`${created.size} bytes, asked are at most ${limitBytes}`);
   }
 }
 

@@ -13,6 +13,7 @@ import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Sc
 import { countManagementCall, type Metrics, type Sample } from "../metrics.ts";
 import { CallError, type CallOptions, Channel, type Trust } from "../rpc.ts";
 import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
+import { misfit } from "./lightos_answers.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { resolveTrust, trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
 
@@ -224,15 +225,25 @@ export class Cluster {
     return this.#connections.lastAddress;
   }
 
-  /** See Connections.call. */
-  call<I extends DescMessage, O extends DescMessage>(
+  /**
+   * See Connections.call.
+   *
+   * @throws StatusError INTERNAL, too, when the answer does not fit the request
+   */
+  async call<I extends DescMessage, O extends DescMessage>(
     ctx: RequestContext,
     action: string,
     method: DescMethodUnary<I, O>,
     request: MessageInitShape<I>,
     headers: Readonly<Record<string, string>> = {},
   ): Promise<MessageShape<O>> {
-    return this.#connections.call(ctx, action, method, request, headers, this.#credentials);
+    const answer = await this.#connections.call(ctx, action, method, request, headers, this.#credentials);
+    const problem = misfit(method.name, request, answer);
+    if (problem === undefined) return answer;
+    throw new StatusError(
+      "INTERNAL",
+      `Cannot ${action}: LightOS at ${this.lastAddress} answered ${method.name} with ${problem}`,
+    );
   }
 
   /** What the cluster says of itself, at most a minute old. */

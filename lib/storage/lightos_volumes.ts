@@ -231,8 +231,8 @@ export async function afterRefusal<T>(action: string, refusal: LightosError, loo
   try {
     return await look();
   } catch (error) {
-    if (!(error instanceof StatusError)) throw error;
-    if (["ABORTED", "DEADLINE_EXCEEDED", "CANCELLED"].includes(error.code)) throw error;
+    if (!(error instanceof LightosError)) throw error;
+    if (error.code === "DEADLINE_EXCEEDED" || error.code === "CANCELLED") throw error;
     if (error.code === refusal.code) throw refusal;
     const words = error.message.replace(`Cannot ${action}: `, "");
     throw new StatusError(
