@@ -4,6 +4,7 @@
  */
 import "./lib/goaway.ts";
 import { readFileSync, statSync } from "node:fs";
+import { dirname } from "node:path";
 import * as z from "zod";
 import config from "./deno.json" with { type: "json" };
 import type { Check } from "./lib/check.ts";
@@ -120,7 +121,6 @@ const commands: Readonly<Record<string, Command>> = {
     const { volumeLimit } = await import("./lib/csi/limit.ts");
     const { nodeHandlers } = await import("./lib/csi/node.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
-    const { PendingAnswers } = await import("./lib/host/pending.ts");
     const { KeyedLock } = await import("./lib/lock.ts");
     const { service } = await import("./lib/rpc.ts");
     const { Node } = await import("./proto/gen/csi_pb.ts");
@@ -143,15 +143,13 @@ const commands: Readonly<Record<string, Command>> = {
     const defaultFsType = settings["default-fs"];
     const volumes = settings.config === undefined ? undefined : (await open()).ephemeral;
     const limit = volumeLimit(host, settings["max-volumes"], isSubsystemOf(settings.backend));
-    const pending = new PendingAnswers();
-    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit, pending });
+    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit });
     const handlers = nodeHandlers({
       host,
       attacher,
       locks,
       nodeId,
       inline,
-      pending,
       defaultFsType,
       maxVolumes: settings["max-volumes"],
       limit,
@@ -519,16 +517,18 @@ async function serveCsi(
 ): Promise<number> {
   const { serve, service } = await import("./lib/rpc.ts");
   const { identityHandlers } = await import("./lib/csi/identity.ts");
+  const { servingCheck } = await import("./lib/serving.ts");
   const { describeRequest, redactRequest } = await import("./lib/csi/request.ts");
   const { Identity } = await import("./proto/gen/csi_pb.ts");
   const stopped = untilStopped();
   const path = settings.endpoint;
   const snapshotMetadata = settings["snapshot-metadata"];
   const { backend } = settings;
+  const isServing = servingCheck(() => Deno.realPath(dirname(path)));
   const identity = { name: driverNames[backend], version, expansion: grows(backend), snapshotMetadata };
   const server = await serve({
     listen: { path },
-    services: [service(Identity, identityHandlers(identity)), ...services],
+    services: [service(Identity, identityHandlers(identity, isServing)), ...services],
     log,
     describe: describeRequest,
     redact: redactRequest,

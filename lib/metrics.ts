@@ -54,6 +54,12 @@ export const families = {
   lbcsi_volumes_attached: { type: "gauge", labels: [], help: "Volumes that the node is connected to" },
   lbcsi_volumes_in_use: { type: "gauge", labels: [], help: "Those of them that are mounted or encrypted" },
   lbcsi_volumes_without_path: { type: "gauge", labels: [], help: "Those of them that no live path leads to" },
+  lbcsi_volumes_not_answering: {
+    type: "gauge",
+    labels: [],
+    help: "Volumes that have not answered the driver; they are asked nothing more until they do",
+  },
+  lbcsi_longest_unanswered_seconds: { type: "gauge", labels: [], help: "Since when the first of them has not" },
   lbcsi_volumes_limit: { type: "gauge", labels: [], help: "How many the node may have; 0: not limited by the driver" },
   lbcsi_nvme_connections: {
     type: "gauge",

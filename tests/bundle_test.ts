@@ -2,6 +2,7 @@
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import config from "../deno.json" with { type: "json" };
+import { makeJs } from "../k8s/image/js.ts";
 import { fate } from "./support/goaway.ts";
 
 const root = fileURLToPath(new URL("../", import.meta.url));
@@ -47,6 +48,32 @@ Deno.test("the bundle loads the simulator for those alone who simulate", async (
     match(main, /import\("\.\/simulate-[A-Z0-9]+\.js"\)/);
     ok(main.length < 100_000, `main.js has ${main.length} characters`);
   });
+});
+
+Deno.test("the bundle reads a volume while 40 others block: workers get their program as text", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-bundle-" });
+  try {
+    await makeJs(`${directory}/js`, "test", "tests/support/blocked_reads.ts");
+    const pipes = Array.from({ length: 40 }, (_, n) => `${directory}/pipe${n}`);
+    ok((await new Deno.Command("mkfifo", { args: pipes }).output()).success);
+    await Deno.writeTextFile(`${directory}/file`, "healthy");
+
+    const { stdout } = await new Deno.Command(Deno.execPath(), {
+      args: [
+        "run",
+        "-A",
+        "--no-config",
+        "--v8-flags=--lite-mode",
+        `${directory}/js/blocked_reads.js`,
+        `${directory}/file`,
+        ...pipes,
+      ],
+    }).output();
+
+    strictEqual(new TextDecoder().decode(stdout), "healthy true\n");
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
 });
 
 async function scripts(directory: string, suffix: string): Promise<string[]> {

@@ -222,7 +222,7 @@ conditionTest("a volume that does not answer is reported in time, and asked noth
       await held.promise;
       return await host.usage(path);
     },
-  }, { longestMs: 100 });
+  }, 100);
 
   const answers = [];
   for (let round = 0; round < 3; round++) answers.push(await probe.ofMount(callContext(), device, mount));

@@ -501,7 +501,7 @@ nodeTest("NodeGetVolumeHealth of a volume that does not answer tells so instead 
   const volumeId = await n.published();
   const { nodeGetVolumeHealth } = nodeHealthHandlers({
     host: n.host,
-    probe: conditionProbe({ ...n.host, usage: () => new Promise(() => {}) }, { longestMs: 100 }),
+    probe: conditionProbe({ ...n.host, usage: () => new Promise(() => {}) }, 100),
     hostNqn: hostNqn(nodeId),
     parseId: parseVolumeId,
   });

@@ -55,6 +55,8 @@ const places: readonly (readonly [what: RegExp, where: readonly string[]])[] = [
 const mayUseDeno = [
   "main.ts",
   "lib/host/host.ts",
+  "lib/host/volume_operations.ts",
+  "lib/host/volume_threads.ts",
   "lib/context.ts",
   "lib/unix_socket.ts",
   "lib/sim/",

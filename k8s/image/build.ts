@@ -17,11 +17,9 @@
  * the one target that it is made for. It has to be of the version of Deno which compiles.
  */
 import { join, resolve } from "node:path";
-import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { makeJs, must, Refusal, root, run } from "./js.ts";
 import { controllerPermissions } from "./permissions.ts";
-
-const root = fileURLToPath(new URL("../../", import.meta.url));
 
 /**
  * The only one that compiles what is shipped. Others cannot serve gRPC (before 2.7.14), leak (before 2.9.4), or were not
@@ -44,48 +42,10 @@ const executables: Readonly<Record<string, readonly string[]>> = {
   "lbcsi-controller": controllerPermissions,
 };
 
-/** A reason not to go on, worded for who builds. */
-class Refusal extends Error {}
-
-async function run(cwd: string, args: readonly string[]): Promise<{ readonly code: number; readonly said: string }> {
-  const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-    args: [...args],
-    cwd,
-    env: { NO_COLOR: "1" },
-    stdin: "null",
-  }).output();
-  return { code, said: new TextDecoder().decode(stderr) + new TextDecoder().decode(stdout) };
-}
-
-async function must(action: string, cwd: string, ...args: readonly string[]): Promise<string> {
-  const { code, said } = await run(cwd, args);
-  if (code !== 0) throw new Refusal(`Cannot ${action}: exit ${code}\n${said}`);
-  return said;
-}
-
 /** What git says, in the words of the program. */
 async function commitOfCheckout(): Promise<string> {
   const said = await must("ask main.ts for its commit", root, "run", "-A", "--no-check", "main.ts", "version");
   return /\(commit ([^,]+),/.exec(said)?.[1] ?? "unknown";
-}
-
-/**
- * Bundles main.ts into a directory, which is emptied before. Chunks stay apart, so that a node never loads a simulator.
- *
- * Names and blanks go, syntax stays: `deno bundle --minify` drops the disposal of `using` declarations.
- */
-async function makeJs(directory: string, commit: string): Promise<void> {
-  await Deno.remove(directory, { recursive: true }).catch((error) => {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-  });
-  await must("bundle", root, "bundle", "--quiet", "--code-splitting", "--outdir", directory, "main.ts");
-  const files = [...Deno.readDirSync(directory)].map(({ name }) => join(directory, name));
-  await must(
-    ...["make the bundle smaller", root, "run", "-A", "npm:esbuild@0.25.5", ...files] as const,
-    ...["--minify-whitespace", "--minify-identifiers", "--format=esm", "--target=esnext"],
-    ...[`--define:LBCSI_COMMIT=${JSON.stringify(commit)}`],
-    ...[`--outdir=${directory}`, "--allow-overwrite", "--log-level=warning"],
-  );
 }
 
 async function targetOf(base: string): Promise<Target> {
@@ -147,7 +107,7 @@ async function main(): Promise<void> {
     if (!/^[\w.-]{1,64}$/.test(text)) throw new Refusal(`Cannot write the commit "${text}" down: it is none`);
     return text;
   };
-  if (options.js !== undefined) return await makeJs(resolve(options.js), await commit());
+  if (options.js !== undefined) return await makeJs(resolve(options.js), await commit(), "main.ts");
   if (Deno.version.deno !== testedDeno && !options["any-deno"]) {
     throw new Refusal(
       `Cannot build with Deno ${Deno.version.deno}: the driver is tested with ${testedDeno}, use ` +
@@ -162,7 +122,7 @@ async function main(): Promise<void> {
     }
   }
   const js = resolve(options.from ?? join(options.out, "js"));
-  if (options.from === undefined) await makeJs(js, await commit());
+  if (options.from === undefined) await makeJs(js, await commit(), "main.ts");
   for (const target of targets) await compile(js, target, join(resolve(options.out), target));
 }
 

@@ -9,10 +9,10 @@
 import { type RequestContext, requestContext } from "../context.ts";
 import { messageOf } from "../error.ts";
 import { readTroubleOf, writeTroubleOf } from "../host/filesystem.ts";
-import type { Host, Usage } from "../host/host.ts";
+import type { Host } from "../host/host.ts";
 import { describeMount, type Mount, mountsOf, mountTable } from "../host/mounts.ts";
 import { type BlockDevice, controllersOf } from "../host/nvme.ts";
-import { PendingAnswers } from "../host/pending.ts";
+import type { Usage } from "../host/volume_operations.ts";
 import type { Trouble } from "../storage/backend.ts";
 
 /** How long a volume is waited for. */
@@ -36,16 +36,8 @@ export interface ConditionProbe {
   ofDevice(ctx: RequestContext, device: BlockDevice): Promise<Condition>;
 }
 
-export interface ConditionOptions {
-  /** Which volumes owe an answer, shared with the other calls of the node. */
-  readonly pending?: PendingAnswers;
-  /** How long a volume is waited for. */
-  readonly longestMs?: number;
-}
-
-export function conditionProbe(host: Host, options: ConditionOptions = {}): ConditionProbe {
-  const { pending = new PendingAnswers(), longestMs = longestAnswerMs } = options;
-
+/** @param longestMs how long a volume is waited for */
+export function conditionProbe(host: Host, longestMs: number = longestAnswerMs): ConditionProbe {
   /** What `question` finds out; it is given a signal that never aborts, so that it ends when the machine has answered. */
   async function ask(
     ctx: RequestContext,
@@ -55,9 +47,11 @@ export function conditionProbe(host: Host, options: ConditionOptions = {}): Cond
   ): Promise<Condition> {
     const asking = requestContext(new AbortController().signal, ctx.deadline, ctx.log);
     try {
-      const answer = await pending.ask(uuid, () => question(asking), { signal: ctx.signal, longestMs });
+      const asked = { volume: uuid, what: `a look at ${what}`, signal: ctx.signal, longestMs };
+      const answer = await host.pending.ask(asked, () => question(asking));
       if (answer.kind === "answered") return answer.value;
-      const trouble = unusable("NotAnswering", `${what} has not answered for ${Math.round(answer.ms / 1000)} s`);
+      const seconds = Math.round(answer.owed.ms / 1000);
+      const trouble = unusable("NotAnswering", `${what} has not answered for ${seconds} s`);
       return { usage: undefined, trouble };
     } catch (error) {
       ctx.signal.throwIfAborted();
@@ -89,7 +83,7 @@ export function conditionProbe(host: Host, options: ConditionOptions = {}): Cond
         const unreadable = await readTroubleOf(host, asking, device, writable ?? mount);
         if (unreadable !== undefined) return { usage, trouble: unusable("Unreadable", unreadable) };
         // A volume for writing that takes no writes is of no use to its pods.
-        const readOnly = writable === undefined ? undefined : await writeTroubleOf(host, asking, writable);
+        const readOnly = writable === undefined ? undefined : await writeTroubleOf(host, asking, device, writable);
         return { usage, trouble: readOnly === undefined ? undefined : unusable("ReadOnly", readOnly) };
       }),
     ofDeadMount: (ctx, uuid, mount) =>

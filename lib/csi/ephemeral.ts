@@ -33,7 +33,6 @@ import {
   takeDown,
 } from "../host/mounts.ts";
 import { allControllers, type BlockDevice, findDevice, refuseWithoutPath, waitForDevice } from "../host/nvme.ts";
-import { PendingAnswers } from "../host/pending.ts";
 import type { KeyedLock } from "../lock.ts";
 import { hostNqn, type RemoteNamespace } from "../namespace.ts";
 import type { EphemeralVolume, EphemeralVolumes } from "../storage/backend.ts";
@@ -60,8 +59,6 @@ export interface InlineOptions {
   readonly volumes: EphemeralVolumes | undefined;
   /** Shared with the node service. */
   readonly limit?: VolumeLimit;
-  /** Shared with the node service. */
-  readonly pending?: PendingAnswers;
 }
 
 /** Whether a volume ID is one that kubelet makes up for an inline volume. No ID of this driver has that form. */
@@ -110,7 +107,6 @@ interface Kept {
 
 export function inlineVolumes(options: InlineOptions): InlineVolumes {
   const { host, attacher, locks, nodeId, defaultFsType, volumes } = options;
-  const pending = options.pending ?? new PendingAnswers();
   const obstacle = () =>
     volumes === undefined
       ? "this node knows no cluster for them, start it with --config and a cluster file that has the key ephemeral"
@@ -190,7 +186,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       // is no other, and its data has to get there before anything else, also when the cluster does not answer.
       const mounted = there === undefined ? undefined : await deviceUnder(host, there);
       if (path !== undefined) {
-        if (mounted !== undefined) await refuseStuckUnmount(host, call, { device: mounted, path, action, pending });
+        if (mounted !== undefined) await refuseStuckUnmount(host, call, { device: mounted, path, action });
         await takeDown(host, call, path, mounted, action);
       }
       const problem = obstacle();

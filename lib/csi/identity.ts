@@ -1,4 +1,5 @@
 import type { MessageInitShape } from "@bufbuild/protobuf";
+import { StatusError } from "../error.ts";
 import type { Handlers } from "../rpc.ts";
 import {
   type GetPluginCapabilitiesResponseSchema,
@@ -22,13 +23,24 @@ export interface DriverIdentity {
  * The Identity service (CSI specification, "Identity Service RPC").
  *
  * Probe answers for this process alone: its callers restart the driver when it fails, and a lost storage cluster is not
- * mended by that.
+ * mended by that. A process without a free thread is.
+ *
+ * @param isServing whether calls can be served
  */
-export function identityHandlers(identity: DriverIdentity): Handlers<typeof Identity> {
+export function identityHandlers(
+  identity: DriverIdentity,
+  isServing: () => Promise<boolean> = () => Promise.resolve(true),
+): Handlers<typeof Identity> {
   return {
     getPluginInfo: () => Promise.resolve({ name: identity.name, vendorVersion: identity.version }),
     getPluginCapabilities: () => Promise.resolve({ capabilities: pluginCapabilities(identity) }),
-    probe: () => Promise.resolve({ ready: true }),
+    async probe() {
+      if (await isServing()) return { ready: true };
+      throw new StatusError(
+        "FAILED_PRECONDITION",
+        "Cannot serve: no file operation of this process ends any more, it has to be restarted",
+      );
+    },
   };
 }
 

@@ -14,7 +14,7 @@ import {
   VolumeUsage_Unit as Unit,
 } from "../../proto/gen/csi_pb.ts";
 import { type RequestContext, Secrets, sleep } from "../context.ts";
-import { StatusError } from "../error.ts";
+import { hasCode, StatusError } from "../error.ts";
 import { usersOf } from "../host/attach.ts";
 import { ensureGrown, fsTypes, troubleOf } from "../host/filesystem.ts";
 import { closeMapper, growMapper } from "../host/luks.ts";
@@ -45,7 +45,6 @@ import {
   refuseWithoutPath,
   rescanNamespaces,
 } from "../host/nvme.ts";
-import { PendingAnswers } from "../host/pending.ts";
 import type { VolumeId } from "../id.ts";
 import type { KeyedLock } from "../lock.ts";
 import { fromPublishContext, hostNqn, type RemoteNamespace } from "../namespace.ts";
@@ -72,8 +71,6 @@ export interface NodeOptions extends StagingOptions {
   readonly maxVolumes?: number | undefined;
   /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
-  /** Which volumes owe an answer, shared with the inline volumes. */
-  readonly pending?: PendingAnswers;
   /** Inline volumes of pods; undefined: this node makes none, and says so. */
   readonly inline?: InlineVolumes;
   /** Whether volumes of this driver can grow. */
@@ -88,9 +85,8 @@ const announcedMs = 1000;
 /** The handlers of CSI's Node service. */
 export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   const { host, attacher, locks, parseId } = options;
-  const pending = options.pending ?? new PendingAnswers();
-  const inline = options.inline ?? inlineVolumes({ ...options, pending, volumes: undefined });
-  const probe = conditionProbe(host, { pending });
+  const inline = options.inline ?? inlineVolumes({ ...options, volumes: undefined });
+  const probe = conditionProbe(host);
 
   return {
     /** Makes the volume's device appear, and mounts its file system at the staging path (spec/csi.md 7.3). */
@@ -111,6 +107,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       if (id.hostEncryption !== undefined) parsePassphrases(`${action} ${id.uuid}`, secrets);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeStageVolume");
+      host.pending.assertNothingOwed(id.uuid, `${action} ${id.uuid}`);
 
       const path = await canonicalPath(host, given);
       // What is mounted is not looked at: a file system that is shut down answers with an error (seen with xfs).
@@ -153,8 +150,8 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const what = `${action} ${id.uuid}`;
       const device = await deviceOf(id);
       if (path !== undefined) {
-        if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what, pending });
-        await takeDown(host, ctx, path, device, what);
+        if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what });
+        await takeDownUnlessOwed(ctx, path, device, id.uuid, what);
       }
       if (device !== undefined) {
         const others = await mountsOf(host, await mountTable(host), device);
@@ -197,6 +194,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const namespace = placeOf(action, id, request.publishContext);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodePublishVolume");
+      host.pending.assertNothingOwed(id.uuid, `${action} ${id.uuid}`);
 
       const refuse = (problem: string) =>
         new StatusError("FAILED_PRECONDITION", `Cannot ${action} ${id.uuid}: ${problem}`);
@@ -273,8 +271,8 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         if (isNode && published.length === 0) await setReadOnly(ctx, device, false, there !== undefined);
       }
       const what = `${action} ${id.uuid}`;
-      if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what, pending });
-      await takeDown(host, ctx, path, device, what);
+      if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what });
+      await takeDownUnlessOwed(ctx, path, device, id.uuid, what);
       await removeMountPoint(host, path);
       return {};
     },
@@ -310,6 +308,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const id = parseId(volumeId);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeExpandVolume");
+      host.pending.assertNothingOwed(id.uuid, `${action} ${id.uuid}`);
 
       const shown = await showing(`${action} ${id.uuid}`, id, given);
       if (shown.kind === "dead") {
@@ -474,6 +473,22 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     }
     const readOnly = isReaderOnly(access.mode) || parseMountFlags(access.mountFlags).readOnly;
     return await troubleOf(host, ctx, device, mounted, readOnly);
+  }
+
+  /** Unmounts what is at `path`. A question that the volume has not answered keeps its mount busy, and that passes. */
+  async function takeDownUnlessOwed(
+    ctx: RequestContext,
+    path: string,
+    device: BlockDevice | undefined,
+    uuid: string,
+    action: string,
+  ): Promise<void> {
+    try {
+      await takeDown(host, ctx, path, device, action);
+    } catch (error) {
+      if (hasCode(error, "FAILED_PRECONDITION")) host.pending.assertNothingOwed(uuid, action);
+      throw error;
+    }
   }
 
   /** Throws while a device on top of the namespace uses it, which an unmount does not end. */

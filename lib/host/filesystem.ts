@@ -16,7 +16,7 @@
  * are what a damaged file system looks like too.
  */
 import { Buffer } from "node:buffer";
-import { type RequestContext, unlessAborted } from "../context.ts";
+import type { RequestContext } from "../context.ts";
 import { isFinal, messageOf, StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { isNeverUsed, markUsed } from "./luks.ts";
@@ -224,10 +224,15 @@ export async function troubleOf(
   readOnly: boolean,
 ): Promise<string | undefined> {
   return await readTroubleOf(host, ctx, device, mount) ??
-    (readOnly ? undefined : await writeTroubleOf(host, ctx, mount));
+    (readOnly ? undefined : await writeTroubleOf(host, ctx, device, mount));
 }
 
-/** Why a mount of `device` cannot be read, or undefined. Throws the reason of `ctx.signal` and nothing else. */
+/**
+ * Why a mount of `device` cannot be read, or undefined. A volume that does not answer is not looked at as broken, for a
+ * mount that hangs must be left alone.
+ *
+ * @throws the reason of `ctx.signal`; StatusError UNAVAILABLE while the volume owes an answer
+ */
 export async function readTroubleOf(
   host: Host,
   ctx: RequestContext,
@@ -235,22 +240,29 @@ export async function readTroubleOf(
   mount: Mount,
 ): Promise<string | undefined> {
   const quote = `${describeMount(mount)} at "${mount.path}"`;
+  const answer = answersOf(host, ctx, device, `use ${quote}`);
   try {
-    if (await unlessAborted(host.list(mount.path), ctx.signal) === undefined) return `${quote} has no root directory`;
+    await answer(`a look at "${mount.path}"`, () => host.lookUp(mount.path));
     // Somewhere, so that the answer does not come from a cache.
     const blocks = device.sizeBytes / 4096n;
     if (blocks === 0n) return `${device.path} has no size`;
     const block = BigInt(Math.floor(Math.random() * Number(blocks)));
-    await unlessAborted(host.readBytes(device.path, block * 4096n, 4096), ctx.signal);
+    await answer(`a read of ${device.path}`, () => host.readBytes(device.path, block * 4096n, 4096));
   } catch (error) {
+    if (error instanceof StatusError) throw error;
     ctx.signal.throwIfAborted();
     return `${quote} cannot be read (${messageOf(error)})`;
   }
   return undefined;
 }
 
-/** Why a mount for writing takes no writes, or undefined. Throws the reason of `ctx.signal` and nothing else. */
-export async function writeTroubleOf(host: Host, ctx: RequestContext, mount: Mount): Promise<string | undefined> {
+/** Why a mount for writing takes no writes, or undefined. Throws as readTroubleOf does. */
+export async function writeTroubleOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  mount: Mount,
+): Promise<string | undefined> {
   const quote = `${describeMount(mount)} at "${mount.path}"`;
   const state = ["ro", "emergency_ro", "shutdown"].find((option) => mount.superOptions.includes(option));
   if (state !== undefined) {
@@ -258,8 +270,10 @@ export async function writeTroubleOf(host: Host, ctx: RequestContext, mount: Mou
   }
   if (mount.options.includes("ro")) return undefined;
   try {
-    await unlessAborted(host.tryWrite(mount.path), ctx.signal);
+    const answer = answersOf(host, ctx, device, `use ${quote}`);
+    await answer(`a write at "${mount.path}"`, () => host.tryWrite(mount.path));
   } catch (error) {
+    if (error instanceof StatusError) throw error;
     ctx.signal.throwIfAborted();
     // A full file system, or one without unnamed files, is not a broken one.
     if (/EROFS|EIO|ESHUTDOWN|EUCLEAN|ENODEV|ENXIO/.test(codeOf(error))) {
@@ -267,6 +281,12 @@ export async function writeTroubleOf(host: Host, ctx: RequestContext, mount: Mou
     }
   }
   return undefined;
+}
+
+/** Asks the volume of `device`, until the caller gives up; a volume that owes an answer is UNAVAILABLE (see pending.ts). */
+function answersOf(host: Host, ctx: RequestContext, { uuid }: BlockDevice, action: string) {
+  return <T>(what: string, question: () => Promise<T>): Promise<T> =>
+    host.pending.answer({ volume: uuid, what, signal: ctx.signal, action }, question);
 }
 
 function codeOf(error: unknown): string {
@@ -480,8 +500,10 @@ type Reader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
 function readerOf(host: Host, ctx: RequestContext, device: BlockDevice, action: string): Reader {
   return async (offsetBytes, lengthBytes) => {
     try {
-      return await unlessAborted(host.readBytes(device.path, offsetBytes, lengthBytes), ctx.signal);
+      const answer = answersOf(host, ctx, device, action);
+      return await answer(`a read of ${device.path}`, () => host.readBytes(device.path, offsetBytes, lengthBytes));
     } catch (error) {
+      if (error instanceof StatusError) throw error;
       ctx.signal.throwIfAborted();
       throw new StatusError(
         "UNAVAILABLE",
@@ -833,7 +855,8 @@ async function measure(
   }
   // ext4 keeps its super block where we read it. The others write theirs now and then, and statfs knows more.
   if (fsType === "ext4") return onDisk;
-  const usage = await unlessAborted(host.usage(path), ctx.signal);
+  const answer = answersOf(host, ctx, device, action);
+  const usage = await answer(`statfs of "${path}"`, () => host.usage(path));
   // statfs of xfs leaves out the journal, whose size never changes.
   const mounted = usage.totalBytes + (onDisk.journalBytes ?? 0n);
   return { ...onDisk, fsBytes: mounted > onDisk.fsBytes ? mounted : onDisk.fsBytes };

@@ -1,15 +1,17 @@
 /**
  * The Linux machine under the node service: all that the driver asks of it, low on purpose, so that the rooms above are
- * plain functions which a test can run against a make-believe machine. The only file of this room that uses `Deno`.
+ * plain functions which a test can run against a make-believe machine. Only this file, volume_operations.ts and
+ * volume_threads.ts use `Deno`.
  *
  * Paths are taken as given. Nothing here removes recursively, follows a device name to an identity, or knows NVMe.
  */
-import { constants, statfs } from "node:fs";
-import { open as openFile } from "node:fs/promises";
 import { basename } from "node:path";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import type { Metrics } from "../metrics.ts";
+import { PendingAnswers } from "./pending.ts";
+import type { VolumeOperations } from "./volume_operations.ts";
+import { VolumeThreads } from "./volume_threads.ts";
 
 /** What a command left behind. Output is cut at 1 MiB per stream. */
 export interface CommandResult {
@@ -36,16 +38,6 @@ export interface RunOptions {
 /** What a path names, without following a symbolic link at its end. */
 export type Kind = "absent" | "directory" | "file" | "block" | "symlink" | "other";
 
-/** Size and use of a mounted file system, as statfs(2) tells it. */
-export interface Usage {
-  readonly totalBytes: bigint;
-  readonly freeBytes: bigint;
-  /** For users without privileges. */
-  readonly availableBytes: bigint;
-  readonly totalInodes: bigint;
-  readonly freeInodes: bigint;
-}
-
 /** Where the kernel's directories are: a container can have the machine's at other places than `/sys`, `/dev`, `/proc`. */
 export interface Roots {
   readonly sysfs: string;
@@ -53,8 +45,10 @@ export interface Roots {
   readonly proc: string;
 }
 
-export interface Host {
+export interface Host extends VolumeOperations {
   readonly roots: Roots;
+  /** Which volumes owe an answer: one memory for all calls of a node. */
+  readonly pending: PendingAnswers;
   /**
    * Runs a command with `LC_ALL=C` in a process group of its own. A non-zero exit is an answer, not a failure.
    *
@@ -79,16 +73,10 @@ export interface Host {
    * @throws StatusError FAILED_PRECONDITION when something is in it, or it is neither
    */
   removeEmpty(path: string): Promise<void>;
-  /** Asks the file system at `path`; may take as long as the storage behind it. */
-  usage(path: string): Promise<Usage>;
   /** Names in a directory, sorted; undefined when it does not exist. */
   list(directory: string): Promise<readonly string[] | undefined>;
   /** A small text file; undefined when it does not exist. */
   readText(path: string): Promise<string | undefined>;
-  /** Exactly `lengthBytes` bytes; throws when there are fewer or one cannot be read. */
-  readBytes(path: string, offsetBytes: bigint, lengthBytes: number): Promise<Uint8Array>;
-  /** Opens an unnamed file in `directory`, which the kernel drops at once: throws what a write to that file system meets. */
-  tryWrite(directory: string): Promise<void>;
   /**
    * Makes or replaces a file (mode 0600) in one step: `temporary`, in the same directory, is written and renamed. What an
    * earlier process left there goes.
@@ -139,8 +127,10 @@ export function linuxHost(options: LinuxHostOptions): Host {
     proc: options.procRoot ?? "/proc",
   };
   const watchers = new Map<string, SharedWatcher>();
+  const threads = new VolumeThreads();
   return {
     roots,
+    pending: new PendingAnswers(),
     run: (program, args, run) => runCommand(program, args, run, run.log ?? options.log, options.metrics),
     async kindOf(path) {
       const found = await absentAsUndefined(Deno.lstat(path));
@@ -167,21 +157,10 @@ export function linuxHost(options: LinuxHostOptions): Host {
       (await Deno.open(path, { write: true, create: true, mode: 0o640 })).close();
     },
     removeEmpty,
-    usage: (path) =>
-      new Promise((resolve, reject) =>
-        statfs(path, { bigint: true }, (error, found) => {
-          if (error !== null) return reject(error);
-          // Deno's own types lack `frsize`, which statvfs(3) says is the unit of the block counts.
-          const unit = BigInt((found as { frsize?: bigint }).frsize || found.bsize);
-          resolve({
-            totalBytes: found.blocks * unit,
-            freeBytes: found.bfree * unit,
-            availableBytes: found.bavail * unit,
-            totalInodes: found.files,
-            freeInodes: found.ffree,
-          });
-        })
-      ),
+    readBytes: (path, offsetBytes, lengthBytes) => threads.run("readBytes", path, offsetBytes, lengthBytes),
+    lookUp: (directory) => threads.run("lookUp", directory),
+    tryWrite: (directory) => threads.run("tryWrite", directory),
+    usage: (path) => threads.run("usage", path),
     async list(directory) {
       // The kernel's own directories answer from memory, 100 times as fast without the detour over a thread.
       if (isKernelPath(roots, directory)) {
@@ -197,12 +176,6 @@ export function linuxHost(options: LinuxHostOptions): Host {
       absentAsUndefined(
         isKernelPath(roots, path) ? Promise.try(() => Deno.readTextFileSync(path)) : Deno.readTextFile(path),
       ),
-    readBytes,
-    async tryWrite(directory) {
-      // O_TMPFILE: no name, no trace, and yet the file system must start a transaction.
-      const unnamed = 0o20000000 | constants.O_DIRECTORY;
-      await (await openFile(directory, unnamed | constants.O_WRONLY, 0o600)).close();
-    },
     async replaceText(path, text, temporary) {
       await absentAsUndefined(Deno.remove(temporary));
       try {
@@ -279,24 +252,6 @@ async function removeEmpty(path: string): Promise<void> {
     const some = names.sort().slice(0, 3).map((name) => `"${name}"`).join(", ");
     throw refuse(`it holds ${some}${names.length > 3 ? ", …" : ""}, which are left alone`, error);
   }
-}
-
-async function readBytes(path: string, offsetBytes: bigint, lengthBytes: number): Promise<Uint8Array> {
-  const bytes = new Uint8Array(lengthBytes);
-  const file = await Deno.open(path, { read: true });
-  try {
-    await file.seek(offsetBytes, Deno.SeekMode.Start);
-    for (let at = 0; at < lengthBytes;) {
-      const count = await file.read(bytes.subarray(at));
-      if (count === null) {
-        throw new Error(`${path} ends at byte ${offsetBytes + BigInt(at)}, ${lengthBytes - at} more were expected`);
-      }
-      at += count;
-    }
-  } finally {
-    file.close();
-  }
-  return bytes;
 }
 
 // ---------------------------------------------------------------------------------------------------------- commands

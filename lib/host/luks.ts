@@ -14,7 +14,7 @@
  */
 import { Buffer } from "node:buffer";
 import * as z from "zod";
-import { type RequestContext, unlessAborted } from "../context.ts";
+import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { mountsElsewhere, mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
@@ -235,7 +235,12 @@ function parseJson(text: string): unknown {
 
 function readerOf(host: Host, ctx: RequestContext, device: BlockDevice) {
   return (offsetBytes: bigint, lengthBytes: number) =>
-    unlessAborted(host.readBytes(device.path, offsetBytes, lengthBytes), ctx.signal);
+    host.pending.answer({
+      volume: device.uuid,
+      what: `a read of ${device.path}`,
+      signal: ctx.signal,
+      action: `read the encryption of namespace ${device.uuid}`,
+    }, () => host.readBytes(device.path, offsetBytes, lengthBytes));
 }
 
 /** Writes down that from now on somebody may have used what is inside. Do it before anybody can. */

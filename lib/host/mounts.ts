@@ -9,7 +9,6 @@ import type { RequestContext } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
 import type { Host } from "./host.ts";
 import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered, refuseWithoutPath } from "./nvme.ts";
-import type { PendingAnswers } from "./pending.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
 export interface Mount {
@@ -252,7 +251,6 @@ export interface ComingUnmount {
   readonly path: string;
   /** What cannot be done when it must not come: `unstage the volume 0f2c…`. */
   readonly action: string;
-  readonly pending: PendingAnswers;
 }
 
 /**
@@ -264,7 +262,7 @@ export interface ComingUnmount {
 export async function refuseStuckUnmount(
   host: Host,
   ctx: RequestContext,
-  { device, path, action, pending }: ComingUnmount,
+  { device, path, action }: ComingUnmount,
 ): Promise<void> {
   const table = await mountTable(host);
   const mounts = await mountsOf(host, table, device);
@@ -282,15 +280,16 @@ export async function refuseStuckUnmount(
       // Full, broken or shut down: it has answered.
     }
   };
-  const answer = await pending.ask(device.uuid, write, { signal: ctx.signal, longestMs: longestWriteMs });
+  const asked = { volume: device.uuid, what: `a write at "${path}"`, signal: ctx.signal, longestMs: longestWriteMs };
+  const answer = await host.pending.ask(asked, write);
   if (answer.kind === "answered") return;
+  const { what, ms } = answer.owed;
   throw new StatusError(
     "UNAVAILABLE",
-    `Cannot ${action}: ${describeMount(here)} at "${path}" has taken no write for ${
-      Math.round(answer.ms / 1000)
-    } s, it is ` +
-      `frozen or its storage does not answer; if a backup has left it frozen, thaw it on this node: ` +
-      `fsfreeze --unfreeze ${path}`,
+    `Cannot ${action}: ${describeMount(here)} has not answered ${what} for ${
+      Math.round(ms / 1000)
+    } s, it is frozen or its ` +
+      `storage does not answer; if a backup has left it frozen, thaw it on this node: fsfreeze --unfreeze ${path}`,
   );
 }
 

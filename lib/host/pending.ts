@@ -1,47 +1,126 @@
 /**
- * Questions to volumes that may never be answered: a file system without a path, or a frozen one, keeps whoever asks in the
- * kernel, and what was asked cannot be taken back. It holds a thread of this process until the volume answers. So a volume
- * that has owed an answer for too long is asked nothing more until it has given it.
+ * What volumes owe an answer to. A file system without a path, or a frozen one, keeps whoever asks in the kernel, and what was
+ * asked cannot be taken back: it holds a thread until the volume answers, also after the call that asked has ended. So a
+ * volume that owes an answer is asked nothing more until it has given it. One memory serves all calls of a node: stage,
+ * publish, unpublish, unstage, expand and the statistics.
  */
 import { timeLimit, unlessAborted } from "../context.ts";
+import { hasCode, StatusError } from "../error.ts";
+
+/** What a volume has not answered. */
+export interface Owed {
+  /** `a read of /dev/nvme0n1`. */
+  readonly what: string;
+  /** For how long, in milliseconds. */
+  readonly ms: number;
+}
 
 export type Answer<T> =
   | { readonly kind: "answered"; readonly value: T }
-  /** The volume has not answered for so long, this question or an earlier one. */
-  | { readonly kind: "silent"; readonly ms: number };
+  /** This question or an earlier one was not answered. */
+  | { readonly kind: "silent"; readonly owed: Owed };
 
-/** Which volumes owe an answer: one memory for all calls of a node. */
+interface Question {
+  readonly what: string;
+  readonly began: number;
+  /** Whether the call that asked has ended. */
+  isAbandoned: boolean;
+}
+
+export interface AskOptions {
+  /** The volume's UUID. */
+  readonly volume: string;
+  /** What is asked, for messages: `a read of /dev/nvme0n1`. */
+  readonly what: string;
+  /** Ends the wait; its reason is thrown. */
+  readonly signal: AbortSignal;
+  /** Ends the wait too, with the answer `silent`; absent: never. */
+  readonly longestMs?: number;
+}
+
+/** After how long a question of a call that still waits keeps others from asking. */
+const patienceMs = 10_000;
+
+/** See the head of this file. */
 export class PendingAnswers {
-  /** When the oldest question was asked that is not answered yet, by volume. */
-  readonly #since = new Map<string, number>();
+  readonly #questions = new Map<string, Set<Question>>();
+
+  /** How many volumes owe an answer, and since when the longest has, in ms. For metrics. */
+  get debt(): { readonly volumes: number; readonly longestMs: number } {
+    const owed = [...this.#questions.keys()].map((volume) => this.owedBy(volume)).filter((owed) => owed !== undefined);
+    return { volumes: owed.length, longestMs: Math.max(0, ...owed.map(({ ms }) => ms)) };
+  }
+
+  /** What a volume owes, so that it must not be asked; undefined: nothing. */
+  owedBy(volume: string): Owed | undefined {
+    const now = performance.now();
+    for (const { what, began, isAbandoned } of this.#questions.get(volume) ?? []) {
+      if (isAbandoned || now - began >= patienceMs) return { what, ms: now - began };
+    }
+    return undefined;
+  }
+
+  /** Throws UNAVAILABLE while a volume owes an answer. */
+  assertNothingOwed(volume: string, action: string): void {
+    const owed = this.owedBy(volume);
+    if (owed !== undefined) throw owedError(action, owed);
+  }
 
   /**
-   * Asks a volume, and waits for `longestMs` at most. Rejects with the reason of `signal`, or with what `question` rejects
-   * with.
+   * Asks a volume that owes nothing. Rejects with the reason of `signal`, or with what `question` rejects with; the question
+   * goes on then.
    *
-   * @param volume its UUID
-   * @param question goes on after the wait has ended; gets no signal for that reason
+   * @param question gets no signal, for nothing ends it
    */
-  async ask<T>(
-    volume: string,
-    question: () => Promise<T>,
-    { signal, longestMs }: { readonly signal: AbortSignal; readonly longestMs: number },
-  ): Promise<Answer<T>> {
-    const owedSince = this.#since.get(volume);
-    const silent = (since: number) => ({ kind: "silent" as const, ms: performance.now() - since });
-    if (owedSince !== undefined && performance.now() - owedSince >= longestMs) return silent(owedSince);
-    const started = performance.now();
-    if (owedSince === undefined) this.#since.set(volume, started);
+  async ask<T>(options: AskOptions, question: () => Promise<T>): Promise<Answer<T>> {
+    const { volume, what, signal, longestMs = 2 ** 31 - 1 } = options;
+    signal.throwIfAborted();
+    const earlier = this.owedBy(volume);
+    if (earlier !== undefined) return { kind: "silent", owed: earlier };
+    const asked: Question = { what, began: performance.now(), isAbandoned: false };
+    const questions = this.#questions.get(volume) ?? new Set();
+    this.#questions.set(volume, questions.add(asked));
     const answered = question().finally(() => {
-      if (this.#since.get(volume) === started) this.#since.delete(volume);
+      questions.delete(asked);
+      if (questions.size === 0) this.#questions.delete(volume);
     });
     using limit = timeLimit(signal, longestMs);
     try {
       return { kind: "answered", value: await unlessAborted(answered, limit.signal) };
     } catch (error) {
+      if (!limit.signal.aborted || error !== limit.signal.reason) throw error;
+      asked.isAbandoned = true;
       signal.throwIfAborted();
-      if (error === limit.signal.reason) return silent(started);
-      throw error;
+      return { kind: "silent", owed: { what, ms: performance.now() - asked.began } };
     }
   }
+
+  /**
+   * The same, where nothing can be done without the answer.
+   *
+   * @throws StatusError UNAVAILABLE when the volume does not answer, naming what it owes and since when
+   */
+  async answer<T>(options: AskOptions & { readonly action: string }, question: () => Promise<T>): Promise<T> {
+    const { signal, action, volume } = options;
+    try {
+      const answer = await this.ask(options, question);
+      if (answer.kind === "answered") return answer.value;
+      throw owedError(action, answer.owed);
+    } catch (error) {
+      // The caller's deadline: what it waited for says more than that it is over.
+      const owed = signal.aborted && hasCode(error, "DEADLINE_EXCEEDED") ? this.owedBy(volume) : undefined;
+      throw owed === undefined ? error : owedError(action, owed, error);
+    }
+  }
+}
+
+function owedError(action: string, { what, ms }: Owed, cause?: unknown): StatusError {
+  return new StatusError(
+    "UNAVAILABLE",
+    `Cannot ${action}: the volume has not answered ${what} for ${
+      Math.round(ms / 1000)
+    } s, it is asked nothing more until it ` +
+      `does; restore the way to its storage, or thaw it (fsfreeze --unfreeze) if a backup has left it frozen`,
+    { cause },
+  );
 }

@@ -17,7 +17,6 @@ import { type FsType, mountVolume } from "../host/filesystem.ts";
 import type { Host } from "../host/host.ts";
 import { canonicalPath, mountsAt, mountTable, refuseStuckUnmount, takeDown } from "../host/mounts.ts";
 import { type BlockDevice, findDevice, recheckDevice, refuseWithoutPath, waitForDevice } from "../host/nvme.ts";
-import { PendingAnswers } from "../host/pending.ts";
 import type { RemoteNamespace } from "../namespace.ts";
 import type { StorageBackend } from "../storage/backend.ts";
 
@@ -169,7 +168,7 @@ export async function detachVolume(
   const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
   if (path !== undefined) {
     if (device !== undefined) {
-      await refuseStuckUnmount(host, volume, { device, path, action, pending: new PendingAnswers() });
+      await refuseStuckUnmount(host, volume, { device, path, action });
     }
     await takeDown(host, volume, path, device, action);
   }

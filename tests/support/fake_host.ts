@@ -7,6 +7,7 @@
  */
 import type { CommandResult, Host, Kind, Roots } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
+import { PendingAnswers } from "../../lib/host/pending.ts";
 import { StatusError } from "../../lib/error.ts";
 
 const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
@@ -72,6 +73,7 @@ export class CutOff extends Error {
 
 export class FakeHost implements Host {
   readonly roots: Roots = { sysfs: "/sys", dev: "/dev", proc: "/proc" };
+  readonly pending = new PendingAnswers();
   /** Commands run, each as one text. */
   readonly commands: string[] = [];
   /** Calls of any kind so far. */
@@ -291,6 +293,12 @@ export class FakeHost implements Host {
         view.setUint32(0x20, 32768, true);
       }
       return bytes;
+    });
+  }
+
+  lookUp(directory: string): Promise<void> {
+    return this.#call(() => {
+      if (!this.#directories.has(directory)) throw new Error("No such file or directory (os error 2)");
     });
   }
 

@@ -1,0 +1,187 @@
+/**
+ * Threads for operations that can block in the kernel. Deno has 32 threads for all file operations of a process, and one that
+ * blocks is not given back when the caller stops waiting: 32 reads of volumes that hang, and not even the path of a healthy
+ * volume can be resolved any more. So volumes get a part of these threads, and when that part is blocked, the threads of
+ * workers, each of which has 32 of its own (measured with Deno 2.9.5; a worker takes about 7 MiB).
+ */
+import { StatusError } from "../error.ts";
+import { type VolumeOperations, volumeOperations } from "./volume_operations.ts";
+
+/**
+ * A part of the process' own threads, so that the driver's own paths always have some: for operations that have just begun,
+ * and for those that are blocked.
+ */
+const ownThreads = 12;
+const mostBlocked = 8;
+const workerThreads = 28;
+const mostWorkers = 8;
+/** After how long an operation counts as blocked: healthy storage answers faster. */
+const blockedMs = 250;
+/** How long a worker is kept that has nothing to do. */
+const idleMs = 60_000;
+
+type Name = keyof VolumeOperations;
+type Arguments<N extends Name> = Parameters<VolumeOperations[N]>;
+type Result<N extends Name> = Awaited<ReturnType<VolumeOperations[N]>>;
+
+/** Runs operations on volumes; see the head of this file. */
+export class VolumeThreads {
+  /** When the operations on the process' own threads began, in ms. */
+  readonly #own = new Map<symbol, number>();
+  readonly #waiting: Array<() => void> = [];
+  readonly #workers: OperationWorker[] = [];
+  #operations: Promise<VolumeOperations> | undefined;
+
+  /** How many operations have not ended. */
+  get running(): number {
+    return this.#own.size + this.#workers.reduce((sum, worker) => sum + worker.running, 0);
+  }
+
+  /**
+   * @throws what the operation throws; StatusError UNAVAILABLE when so many operations are blocked that no other may be
+   *   begun
+   */
+  async run<N extends Name>(name: N, ...args: Arguments<N>): Promise<Result<N>> {
+    const thread = await this.#ownThread();
+    if (thread === undefined) return await this.#worker().run(name, args);
+    try {
+      const operations = await (this.#operations ??= volumeOperations());
+      return await call(operations, name, args);
+    } finally {
+      this.#own.delete(thread);
+      this.#waiting[0]?.();
+    }
+  }
+
+  /** Takes one of the process' own threads, now or in a moment; undefined: too many are blocked. */
+  async #ownThread(): Promise<symbol | undefined> {
+    for (;;) {
+      const now = performance.now();
+      const ages = [...this.#own.values()].map((began) => now - began);
+      const young = ages.filter((ms) => ms < blockedMs);
+      if (ages.length - young.length >= mostBlocked) return undefined;
+      if (young.length < ownThreads) break;
+      await this.#nextEnd(blockedMs - Math.max(...young));
+    }
+    const thread = Symbol();
+    this.#own.set(thread, performance.now());
+    return thread;
+  }
+
+  /** Resolves when an operation on an own thread ends, or after `ms`. */
+  #nextEnd(ms: number): Promise<void> {
+    return new Promise((resolve) => {
+      const done = () => {
+        clearTimeout(timer);
+        const at = this.#waiting.indexOf(done);
+        if (at >= 0) this.#waiting.splice(at, 1);
+        resolve();
+      };
+      const timer = setTimeout(done, Math.max(1, ms));
+      this.#waiting.push(done);
+    });
+  }
+
+  #worker(): OperationWorker {
+    const free = this.#workers.find((worker) => worker.running < workerThreads);
+    if (free !== undefined) return free;
+    if (this.#workers.length >= mostWorkers) {
+      throw new StatusError(
+        "UNAVAILABLE",
+        `Cannot ask the volume: ${this.running} operations on volumes have not ended, this node has no thread left for ` +
+          `another; restore the way to their storage, or thaw what is frozen`,
+      );
+    }
+    const worker = new OperationWorker(() => this.#workers.splice(this.#workers.indexOf(worker), 1));
+    this.#workers.push(worker);
+    return worker;
+  }
+}
+
+/** Calls an operation by its name. */
+async function call<N extends Name>(operations: VolumeOperations, name: N, args: Arguments<N>): Promise<Result<N>> {
+  const operation = operations[name] as (...args: Arguments<N>) => Promise<Result<N>>;
+  return await operation(...args);
+}
+
+/** What a worker answers to the operation with this number. */
+type Answer =
+  | { readonly id: number; readonly value: unknown }
+  | { readonly id: number; readonly message: string; readonly code: unknown };
+
+/** A worker that runs operations, several at once. Ends by itself when it has had nothing to do for a while. */
+class OperationWorker {
+  readonly #worker: Worker;
+  readonly #open = new Map<number, PromiseWithResolvers<unknown>>();
+  readonly #ended: () => void;
+  #count = 0;
+  #idle: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(ended: () => void) {
+    this.#ended = ended;
+    const program = `(${serve})(${volumeOperations})`;
+    const url = URL.createObjectURL(new Blob([program], { type: "text/javascript" }));
+    this.#worker = new Worker(url, { type: "module" });
+    URL.revokeObjectURL(url);
+    this.#worker.onmessage = ({ data }) => this.#answered(data as Answer);
+    this.#worker.onerror = (event) => {
+      event.preventDefault();
+      this.#end(new Error(`the worker for operations on volumes has ended (${event.message})`));
+    };
+  }
+
+  get running(): number {
+    return this.#open.size;
+  }
+
+  async run<N extends Name>(name: N, args: Arguments<N>): Promise<Result<N>> {
+    clearTimeout(this.#idle);
+    const id = ++this.#count;
+    const answer = Promise.withResolvers<unknown>();
+    this.#open.set(id, answer);
+    this.#worker.postMessage({ id, name, args });
+    return await answer.promise as Result<N>;
+  }
+
+  #answered(answer: Answer): void {
+    const open = this.#open.get(answer.id);
+    this.#open.delete(answer.id);
+    if ("message" in answer) {
+      open?.reject(Object.assign(new Error(answer.message), answer.code === undefined ? {} : { code: answer.code }));
+    } else {
+      open?.resolve(answer.value);
+    }
+    if (this.#open.size > 0) return;
+    this.#idle = setTimeout(() => this.#end(new Error("the worker has ended")), idleMs);
+    Deno.unrefTimer(this.#idle);
+  }
+
+  #end(reason: Error): void {
+    clearTimeout(this.#idle);
+    this.#ended();
+    for (const open of this.#open.values()) open.reject(reason);
+    this.#open.clear();
+    this.#worker.terminate();
+  }
+}
+
+/** The program of a worker. Its text is sent there, so it refers to nothing outside of itself. */
+function serve(makeOperations: () => Promise<VolumeOperations>): void {
+  const scope = globalThis as unknown as {
+    onmessage: (
+      event: { readonly data: { readonly id: number; readonly name: string; readonly args: unknown[] } },
+    ) => void;
+    postMessage: (answer: Answer) => void;
+  };
+  const made = makeOperations();
+  scope.onmessage = async ({ data: { id, name, args } }) => {
+    try {
+      const operations = await made as unknown as Record<string, (...args: unknown[]) => Promise<unknown>>;
+      const value = await operations[name]?.(...args);
+      scope.postMessage({ id, value });
+    } catch (error) {
+      const { message, code } = error as { message?: unknown; code?: unknown };
+      scope.postMessage({ id, message: String(message ?? error), code });
+    }
+  };
+}
