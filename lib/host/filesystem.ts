@@ -15,6 +15,7 @@
  * the device to be blank still; otherwise it is refused, for zeros in the right places and metadata of an unknown writer
  * are what a damaged file system looks like too.
  */
+import { reasonOf } from "./command_reason.ts";
 import { Buffer } from "node:buffer";
 import type { RequestContext } from "../context.ts";
 import { isFinal, messageOf, StatusError } from "../error.ts";
@@ -478,7 +479,9 @@ async function probeSignatures(
   if (probed.code !== 0 && probed.code !== 2 && probed.code !== 8) {
     throw new StatusError(
       "UNAVAILABLE",
-      `Cannot ${action}: blkid cannot tell what ${device.path} holds (exit ${probed.code}: ${probed.stderr.trim()})`,
+      `Cannot ${action}: blkid cannot tell what ${device.path} holds (exit ${probed.code}: ${
+        reasonOf("blkid", probed)
+      })`,
     );
   }
   const facts = new Map(
@@ -662,7 +665,7 @@ async function check(
     throw new StatusError(
       "FAILED_PRECONDITION",
       `Cannot ${action}: ext4 on ${device.path} has errors that e2fsck does not repair by itself, run e2fsck by hand ` +
-        `(${lastLine(checked)})`,
+        `(${reasonOf("e2fsck", checked)})`,
     );
   }
   throw failed(action, "e2fsck", checked);
@@ -763,15 +766,8 @@ async function changing(host: Host, ctx: RequestContext, program: string, args: 
 function failed(action: string, program: string, result: CommandResult): StatusError {
   return new StatusError(
     "FAILED_PRECONDITION",
-    `Cannot ${action}: ${program} failed with exit ${result.code} (${lastLine(result)})`,
+    `Cannot ${action}: ${program} failed with exit ${result.code} (${reasonOf(program, result)})`,
   );
-}
-
-function lastLine(result: CommandResult): string {
-  const text = [result.stdout, result.stderr].map((stream) => stream.trim()).filter((stream) => stream !== "").join(
-    "; ",
-  );
-  return text === "" ? "without a word" : text.replace(/\s+/g, " ").slice(-400);
 }
 
 // -------------------------------------------------------------------------------------------------------------- growth

@@ -16,6 +16,7 @@ import { Buffer } from "node:buffer";
 import * as z from "zod";
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
+import { reasonOf } from "./command_reason.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { mountsElsewhere, mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
 import { type BlockDevice, describeDevice, findMapper, mapperName, recheckDevice } from "./nvme.ts";
@@ -339,7 +340,7 @@ async function open(
     ctx.log.warning("could not change the passphrase of a volume", {
       device: device.path,
       exit: changed.code,
-      error: changed.stderr.trim(),
+      error: reasonOf("cryptsetup", changed),
     });
     return;
   }
@@ -373,12 +374,9 @@ function failed(
   command: string,
   result: CommandResult,
 ): StatusError {
-  const text = result.stderr.trim().replace(/\s+/g, " ").slice(-400);
   return new StatusError(
     code,
-    `Cannot ${action}: cryptsetup ${command} failed with exit ${result.code} (${
-      text === "" ? "without a word" : text
-    })`,
+    `Cannot ${action}: cryptsetup ${command} failed with exit ${result.code} (${reasonOf("cryptsetup", result)})`,
   );
 }
 
