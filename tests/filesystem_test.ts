@@ -8,6 +8,7 @@ import {
   fsTypes,
   mountVolume,
   type MountWish,
+  readTroubleOf,
 } from "../lib/host/filesystem.ts";
 import { parseMkfsOptions, parseMountFlags } from "../lib/host/mkfs_options.ts";
 import { canonicalPath, mountsElsewhere, parseMountTable } from "../lib/host/mounts.ts";
@@ -289,6 +290,34 @@ for (const fsType of ["xfs", "btrfs"] as const) {
       }),
   });
 }
+
+Deno.test({
+  name: "promise 29: readTroubleOf takes one look-up, however many names the root of the volume has",
+  ignore,
+  fn: () =>
+    withDisk(64, async ({ machine, mount, device, path }) => {
+      await mount(wish);
+      const mounted = parseMountTable(await Deno.readTextFile("/proc/self/mountinfo")).find((one) => one.path === path);
+      assert(mounted);
+      const looked: string[] = [];
+      const host = {
+        ...machine.host,
+        list: (directory: string) => Promise.reject(new Error(`lists ${directory}`)),
+        lookUp: (directory: string) => {
+          looked.push(directory);
+          return machine.host.lookUp(directory);
+        },
+      };
+
+      assert.equal(await readTroubleOf(host, callContext(), await device(), mounted), undefined);
+      assert.deepEqual(looked, [path]);
+      const broken = { ...host, lookUp: () => Promise.reject(new Error("Input/output error (os error 5)")) };
+      assert.match(
+        await readTroubleOf(broken, callContext(), await device(), mounted) ?? "",
+        /cannot be read \(Input\/output error/,
+      );
+    }),
+});
 
 Deno.test({
   name: "mountVolume makes no btrfs while a process that outlived the last driver has the device open",

@@ -213,8 +213,8 @@ export async function ensureFilesystem(
 }
 
 /**
- * What is wrong with a mount of `device`, or undefined: the file system must list its root, the device must answer a
- * read, and a mount for writing must take writes (the kernel makes a damaged file system read-only without a word in the
+ * What is wrong with a mount of `device`, or undefined: the file system must look up a name in its root, the device must
+ * answer a read, and a mount for writing must take writes (the kernel makes a damaged file system read-only without a word in the
  * mount table).
  */
 export async function troubleOf(
