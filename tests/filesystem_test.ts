@@ -10,7 +10,7 @@ import {
   type MountWish,
   readTroubleOf,
 } from "../lib/host/filesystem.ts";
-import { parseMkfsOptions, parseMountFlags } from "../lib/host/mkfs_options.ts";
+import { mountFlags, parseMkfsOptions, parseMountFlags } from "../lib/host/mkfs_options.ts";
 import { canonicalPath, mountsElsewhere, parseMountTable } from "../lib/host/mounts.ts";
 import { findDevice } from "../lib/host/nvme.ts";
 import type { StatusCode } from "../lib/error.ts";
@@ -271,25 +271,20 @@ Deno.test("promise 4: mountVolume leaves nothing mounted when the name goes to a
   assert.deepEqual(host.mounts, []);
 });
 
-for (const fsType of ["xfs", "btrfs"] as const) {
-  Deno.test({
-    name: `promise 8: mountVolume begins a ${fsType} anew that its own mkfs was killed at`,
-    ignore: ignore || !needs(`mkfs.${fsType}`),
-    fn: () =>
-      withDisk(320, async ({ machine, namespace, mount, path }) => {
-        await mount({ ...wish, fsType });
-        await machine.tool("umount", path);
-        // What such a kill leaves, see the head of filesystem.ts.
-        if (fsType === "xfs") await write(namespace.path, 126, new Uint8Array([1]));
-        else await write(namespace.path, 65536 + 64, new TextEncoder().encode("!BHRfS_M"));
-
-        await mount({ ...wish, fsType });
-
-        assert.equal(machine.commands.filter((program) => program === `mkfs.${fsType}`).length, 2);
-        await Deno.writeTextFile(join(path, "works"), "");
-      }),
-  });
-}
+Deno.test({
+  name: "mountVolume makes no btrfs while a process that outlived the last driver has the device open",
+  ignore: ignore || !needs("mkfs.btrfs"),
+  fn: () =>
+    withDisk(128, async ({ machine, namespace, mount }) => {
+      {
+        using _open = await Deno.open(namespace.path, { write: true });
+        const busy = new RegExp(`nvme0n1 is in use by process ${Deno.pid} \\(\\w+\\) with`);
+        await rejects(mount({ ...wish, fsType: "btrfs" }), "UNAVAILABLE", busy);
+        assert.deepEqual(machine.commands, ["blkid"]);
+      }
+      await mount({ ...wish, fsType: "btrfs" });
+    }),
+});
 
 Deno.test({
   name: "promise 29: readTroubleOf takes one look-up, however many names the root of the volume has",
@@ -316,21 +311,6 @@ Deno.test({
         await readTroubleOf(broken, callContext(), await device(), mounted) ?? "",
         /cannot be read \(Input\/output error/,
       );
-    }),
-});
-
-Deno.test({
-  name: "mountVolume makes no btrfs while a process that outlived the last driver has the device open",
-  ignore: ignore || !needs("mkfs.btrfs"),
-  fn: () =>
-    withDisk(128, async ({ machine, namespace, mount }) => {
-      {
-        using _open = await Deno.open(namespace.path, { write: true });
-        const busy = new RegExp(`nvme0n1 is in use by process ${Deno.pid} \\(\\w+\\) with`);
-        await rejects(mount({ ...wish, fsType: "btrfs" }), "UNAVAILABLE", busy);
-        assert.deepEqual(machine.commands, ["blkid"]);
-      }
-      await mount({ ...wish, fsType: "btrfs" });
     }),
 });
 
@@ -608,6 +588,9 @@ const goodOptions: readonly [FsType, string, readonly string[]][] = [
   ["xfs", "-i size=512 -l size=64m -m reflink=0", ["-i", "size=512", "-l", "size=64m", "-m", "reflink=0"]],
   ["btrfs", "-M -m single --csum xxhash", ["-M", "-m", "single", "--csum", "xxhash"]],
   ["btrfs", "--csum=sha256", ["--csum", "sha256"]],
+  ["ext4", "-O +quota,-resize_inode -e remount-ro", ["-O", "+quota,-resize_inode", "-e", "remount-ro"]],
+  ["xfs", "-m bigtime=0,inobtcount=0 -i nrext64=0", ["-m", "bigtime=0,inobtcount=0", "-i", "nrext64=0"]],
+  ["btrfs", "-O ^no-holes,quota", ["-O", "^no-holes,quota"]],
 ];
 for (const [fsType, text, args] of goodOptions) {
   Deno.test(`parseMkfsOptions takes "${text}" for ${fsType}`, () => {
@@ -635,6 +618,19 @@ const badOptions: readonly [FsType, string, RegExp][] = [
   ["ext4", "-J size=4,device=x", /-J device is not allowed/],
   ["ext4", "-E offset=1048576", /-E offset is not allowed/],
   ["ext4", "-O journal_dev", /-O journal_dev is not allowed/],
+  ["ext4", "-O +journal_dev", /-O journal_dev is not allowed/],
+  ["ext4", "-O has_journal,-journal_dev", /-O journal_dev is not allowed/],
+  ["ext4", "-O FEATURE_I3", /-O FEATURE_I3 is not allowed/],
+  ["ext4", "-O ++journal_dev", /-O \+journal_dev is not allowed/],
+  ["ext4", "-J +device=x", /-J \+device is not allowed/],
+  ["ext4", "-E test_fs", /-E test_fs is not allowed, it takes stride, /],
+  ["ext4", "-E +offset=1", /-E \+offset is not allowed/],
+  ["ext4", "-e panic", /-e panic is not allowed, it takes continue, remount-ro/],
+  ["ext4", "-O bogus", /-O bogus is not allowed, it takes none, has_journal, /],
+  ["xfs", "-m bogus=1", /-m bogus is not allowed, it takes autofsck, bigtime/],
+  ["xfs", "-d rtinherit=1", /-d rtinherit is not allowed/],
+  ["btrfs", "-O list-all", /-O list-all is not allowed/],
+  ["btrfs", "-O zoned", /-O zoned is not allowed/],
   ["ext4", "-L $(reboot)", /has something else than letters/],
   ["ext4", "-L a/b", /has something else than letters/],
   ["ext4", "--help", /--help is not one of/],
@@ -679,7 +675,119 @@ Deno.test("parseMountFlags parts options, keeps quoted commas, and takes ro out"
 });
 
 for (
+  const [flags, readOnly, rest] of [
+    [["noexec", "exec"], false, ["exec"]],
+    [["exec,nosuid", "noexec"], false, ["nosuid", "noexec"]],
+    [["ro", "rw"], false, []],
+    [["rw,ro"], true, []],
+    [["noexec", "defaults"], false, ["noexec"]],
+    [["noatime", "relatime"], false, ["relatime"]],
+    [["strictatime,noatime"], false, ["noatime"]],
+    [["noatime", "atime", "nodev", "dev"], false, ["dev"]],
+    [["noatime,norelatime"], false, ["noatime"]],
+    [["strictatime,nostrictatime,sync,async,nodiratime,diratime"], false, ["async", "diratime"]],
+  ] as const
+) {
+  Deno.test(`parseMountFlags of ${flags.join(" ")} keeps what counts`, () => {
+    assert.deepEqual(parseMountFlags(flags), { readOnly, rest });
+  });
+}
+
+for (
   const flag of [
+    "compress=zstd:3",
+    "discard=async",
+    "logbsize=256k",
+    "data_err=abort",
+    "errors=remount-ro",
+    "barrier=0",
+    "dax",
+    "init_itable",
+    'fscontext="system_u:object_r:container_file_t:s0:c1,c2"',
+    "context=system_u:object_r:container_file_t:s0",
+    "prjquota",
+    "nouuid",
+    "inode64",
+    "_netdev",
+  ]
+) {
+  Deno.test(`parseMountFlags takes ${flag}`, () => {
+    assert.deepEqual(parseMountFlags([flag]), { readOnly: false, rest: [flag] });
+  });
+}
+
+Deno.test("docs/configuration.md lists the mount flags that are taken, and no others", async () => {
+  const text = await Deno.readTextFile(new URL("../docs/configuration.md", import.meta.url));
+  const section = /## Mount flags\n(.*?)\n## /s.exec(text)?.[1] ?? "";
+  for (const [owner, options] of Object.entries(mountFlags)) {
+    const row = new RegExp(`^\\| ${owner} \\| (.*) \\|$`, "m").exec(section)?.[1] ?? "";
+    const listed = [...row.matchAll(/`([^`]+)`/g)].map(([, name = ""]) => name.replace(/=.*$/, ""));
+    assert.deepEqual(listed, Object.keys(options), owner);
+  }
+});
+
+for (
+  const [flags, expected] of [
+    [["noexec", "exec"], "rw,relatime"],
+    [["exec", "noexec"], "rw,noexec,relatime"],
+    [["nosuid", "suid", "nodev", "dev"], "rw,relatime"],
+    [["noatime,relatime"], "rw,relatime"],
+    [["strictatime", "noatime"], "rw,noatime"],
+    [["noatime", "strictatime"], "rw"],
+    [["sync", "async"], "rw,relatime"],
+    [["ro", "rw", "noexec", "defaults"], "rw,noexec,relatime"],
+  ] as const
+) {
+  Deno.test({
+    name: `mountVolume with ${flags.join(" ")} mounts it so, and a repeat finds it so`,
+    ignore,
+    fn: () =>
+      withDisk(64, async ({ machine, mount, path }) => {
+        await mount({ ...wish, flags });
+        await mount({ ...wish, flags });
+
+        const table = parseMountTable(await Deno.readTextFile("/proc/self/mountinfo"));
+        assert.deepEqual(table.filter((mount) => mount.path === path).map(({ options }) => options.join()), [expected]);
+        assert.equal(machine.commands.filter((program) => program === "mount").length, 1);
+      }),
+  });
+}
+
+Deno.test({
+  name: "mountVolume with other flags than what is mounted answers ALREADY_EXISTS, naming each difference",
+  ignore,
+  fn: () =>
+    withDisk(64, async ({ mount }) => {
+      await mount({ ...wish, flags: ["noexec", "exec"] });
+
+      await rejects(mount({ ...wish, flags: ["exec", "noexec"] }), "ALREADY_EXISTS", /there already, without noexec$/);
+      await rejects(
+        mount({ ...wish, flags: ["strictatime"] }),
+        "ALREADY_EXISTS",
+        /there already, without strictatime$/,
+      );
+    }),
+});
+
+for (
+  const flag of [
+    "errors=panic",
+    "fatal_errors=panic",
+    "abort",
+    "debug",
+    "usebackuproot",
+    "recovery",
+    "degraded",
+    "subvol=/x",
+    "sb=8193",
+    "test_dummy_encryption",
+    "noatime=1",
+    "errors",
+    "errors=",
+    "data=writeback,errors=panic",
+    'context="a\nb"',
+    "context=$(reboot)",
+    "bogus",
     "bind",
     "remount",
     "loop",

@@ -338,6 +338,11 @@ function refuseOtherMount(action: string, mount: Mount, wish: MountWish, readOnl
   }
   if (differences.length === 0 && fsType !== undefined) return fsType;
   throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: it is mounted there already, ${differences.join(", ")}`);
+  // Without relatime and noatime the kernel keeps every access time.
+  const isStrict = !shown.has("relatime") && !shown.has("noatime");
+  if (!shown.has("noatime") && !wanted.has("noatime") && isStrict !== wanted.has("strictatime")) {
+    differences.push(`${isStrict ? "with" : "without"} strictatime`);
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------- what is there
