@@ -271,6 +271,29 @@ Deno.test("Host.kindOf tells what a path is without following a link", async () 
   });
 });
 
+Deno.test("Host.lookUp sees whether a directory is there, whatever is in it", async () => {
+  await inDirectory(async (directory) => {
+    const host = quietHost();
+    await Deno.writeTextFile(join(directory, "file"), "");
+
+    assert.deepEqual([await host.lookUp(directory), await host.lookUp(join(directory, "none"))], [true, false]);
+    assert.deepEqual(await host.list(directory), ["file"]);
+  });
+});
+
+Deno.test("Host.writeDevice writes in place and makes nothing that is not there", async () => {
+  await inDirectory(async (directory) => {
+    const host = quietHost();
+    const path = join(directory, "device");
+    await Deno.writeTextFile(path, "0123456789");
+
+    await host.writeDevice(path, 3n, new TextEncoder().encode("abc"));
+
+    assert.equal(await Deno.readTextFile(path), "012abc6789");
+    await assert.rejects(host.writeDevice(join(directory, "none"), 0n, new Uint8Array(1)), Deno.errors.NotFound);
+  });
+});
+
 Deno.test("Host.replaceText leaves one file with the whole text and no temporary one", async () => {
   await inDirectory(async (directory) => {
     const host = quietHost();

@@ -15,6 +15,7 @@ import { defaultLuksSettings, type LuksSettings, markUsed, openMapper } from "..
 import { parseMountFlags } from "../host/mkfs_options.ts";
 import { describeMount, mountAs, mountsAt, mountTable, relationOf } from "../host/mounts.ts";
 import { type BlockDevice, findDevice, recheckDevice, refuseWithoutPath, waitForDevice } from "../host/nvme.ts";
+import { abandonUnfinished } from "../host/unfinished.ts";
 import type { VolumeId } from "../id.ts";
 import type { DhchapKeys } from "../dhchap.ts";
 import type { RemoteNamespace } from "../namespace.ts";
@@ -100,7 +101,10 @@ export async function stageVolume(
   if (access.type === "block") {
     await refuseStagedFileSystem(host, device, path, what);
     await refuseMounted(host, device, `${what} as a block device`);
-    if (!readOnly) await markUsed(host, ctx, device, what);
+    if (!readOnly) {
+      await abandonUnfinished(host, ctx, device, what);
+      await markUsed(host, ctx, device, what);
+    }
     return device;
   }
   await mountVolume(host, ctx, device, path, {

@@ -7,18 +7,15 @@
  * nobody uses it, blkid finds nothing, and we have read its head, its tail and samples in between ourselves and found
  * zeros. mkfs never gets a force flag.
  *
- * A mkfs that was killed half-way leaves a device which is neither blank nor a file system. The driver gives each file
- * system a UUID that follows from the namespace UUID. xfs and btrfs carry it from the first write, together with a mark
- * that lasts until mkfs is done (`sb_inprogress`; a magic of its own): with both, the device is provably a mkfs of ours
- * for this namespace that never ended, was never mounted and began on a blank device, so it is begun again. ext4 has no
- * such mark: its super block is written last and the blocks before it name nobody. Mostly it was killed early enough for
- * the device to be blank still; otherwise it is refused, for zeros in the right places and metadata of an unknown writer
- * are what a damaged file system looks like too.
+ * A mkfs that was killed half-way leaves a device which is neither blank nor a file system. The driver marks a device while
+ * mkfs runs (see unfinished.ts), so it knows its own work and begins it again. Without the mark, and without one of earlier
+ * versions, such a device is refused: zeros in the right places and metadata of an unknown writer are what a damaged file
+ * system looks like too.
  */
-import { reasonOf } from "./command_reason.ts";
 import { Buffer } from "node:buffer";
 import type { RequestContext } from "../context.ts";
 import { isFinal, messageOf, StatusError } from "../error.ts";
+import { reasonOf } from "./command_reason.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { isNeverUsed, markUsed } from "./luks.ts";
 import { parseMkfsOptions, parseMountFlags } from "./mkfs_options.ts";
@@ -37,7 +34,8 @@ import {
   unmount,
 } from "./mounts.ts";
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
-import { hasKnownMagic, hasLuksHeader, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
+import { hasLuksHeader, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
+import { eraseMark, isUnfinished, markOffset, writeMark } from "./unfinished.ts";
 
 /** The file systems that a volume can be given. */
 export const fsTypes = ["ext4", "xfs", "btrfs"] as const;
@@ -154,7 +152,10 @@ async function mountAsItIs(
         `Cannot ${action}: ${device.path} holds ${fsType}, the request wants ${wish.fsType}; it is never formatted again`,
       );
     }
-    if (!readOnly && !wish.shared) await check(host, ctx, device, fsType, found.isSmaller, action);
+    if (!readOnly && !wish.shared) {
+      await eraseStaleMark(host, ctx, device, fsType, action);
+      await check(host, ctx, device, fsType, found.isSmaller, action);
+    }
     if (readOnly && wish.shared) await refuseUnreplayed(host, ctx, device, fsType, action);
   } else {
     if (readOnly || wish.shared) {
@@ -336,13 +337,13 @@ function refuseOtherMount(action: string, mount: Mount, wish: MountWish, readOnl
       differences.push(`${shown.has(option) ? "with" : "without"} ${option}`);
     }
   }
-  if (differences.length === 0 && fsType !== undefined) return fsType;
-  throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: it is mounted there already, ${differences.join(", ")}`);
   // Without relatime and noatime the kernel keeps every access time.
   const isStrict = !shown.has("relatime") && !shown.has("noatime");
   if (!shown.has("noatime") && !wanted.has("noatime") && isStrict !== wanted.has("strictatime")) {
     differences.push(`${isStrict ? "with" : "without"} strictatime`);
   }
+  if (differences.length === 0 && fsType !== undefined) return fsType;
+  throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: it is mounted there already, ${differences.join(", ")}`);
 }
 
 // ----------------------------------------------------------------------------------------------------- what is there
@@ -380,10 +381,8 @@ export async function contentOf(
   }
 
   const read = readerOf(host, ctx, now, action);
-  const isKnown = await hasKnownMagic(read, now.sizeBytes);
-  const mountable = isKnown ? await mountableType(host, ctx, now, read, action) : undefined;
-  if (mountable !== "crypto_LUKS" && await isUnfinished(read, now)) return { kind: "unfinished" };
-  const type = mountable ?? await typeOfAnything(host, ctx, now, action);
+  const type = await typeOf(host, ctx, now, read, action);
+  if (await isHalfMade(read, now, type)) return { kind: "unfinished" };
   if (type === "crypto_LUKS") return { kind: "luks" };
   if (type !== undefined) {
     const size = await sizeFromSuperBlock(read, type);
@@ -400,20 +399,22 @@ export async function contentOf(
     // What was never written shows as noise. Only the mark of a new volume could tell, and it is gone.
     throw refuse(`${now.path} holds no file system, and may have been used without one; it is left alone`);
   }
+  if (await isUnfinished(read, now)) return { kind: "unfinished" };
   await proveBlank(read, now, refuse);
   return { kind: "blank" };
 }
 
 /**
- * What of the things that we can open is on the device; undefined: none.
+ * What the device holds of the things that we can open; undefined: nothing at all.
  *
- * Only these are asked for. Asked for everything, blkid takes a block near the end of the device for a member of a RAID, of
- * DRBD or of ZFS, and that block can be part of a tenant's file. It also prefers a second LUKS header, which can be a file
- * as well, to the file system around it.
+ * blkid that is asked for everything takes a block near the end of the device for a member of a RAID, of DRBD or of ZFS, and
+ * a second LUKS header in the middle for an encrypted volume. Either can be part of a tenant's file. So where it finds
+ * anything else than one of our file systems, it is asked for those alone before the device is refused.
  *
- * @throws StatusError FAILED_PRECONDITION when there are several and none is provably the real one, or a partition table
+ * @throws StatusError FAILED_PRECONDITION for anything else, for a partition table, and for several of ours of which none is
+ *   provably the real one
  */
-async function mountableType(
+async function typeOf(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
@@ -421,44 +422,35 @@ async function mountableType(
   action: string,
 ): Promise<FsType | "crypto_LUKS" | undefined> {
   const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
-  const probe = (types: readonly string[]) => probeSignatures(host, ctx, device, ["-n", types.join(",")], action);
-  const found = await probe([...fsTypes, "crypto_LUKS"]);
-  if (found.partitions !== undefined) {
-    throw refuse(`${device.path} holds a partition table (${found.partitions}), it is left alone`);
+  const probe = (...types: string[]) =>
+    probeSignatures(host, ctx, device, types.length === 0 ? [] : ["-n", types.join(",")], action);
+  const all = await probe();
+  if (all.partitions !== undefined) {
+    throw refuse(`${device.path} holds a partition table (${all.partitions}), it is left alone`);
   }
-  const isClear = found.type === "crypto_LUKS" ? await hasLuksHeader(read) : !found.isAmbiguous;
-  if (isClear) return found.type === "crypto_LUKS" ? "crypto_LUKS" : fsTypes.find((fsType) => fsType === found.type);
-  const owner = await owningFileSystem(read, device.sizeBytes);
-  // blkid tells ext4 from its predecessors, and checks checksums.
-  if (owner !== undefined && (await probe([owner])).type === owner) return owner;
-  throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
-}
+  if (all.isNothing) return undefined;
+  const fsType = fsTypes.find((fsType) => fsType === all.type);
+  if (fsType !== undefined) return fsType;
+  if (all.type === "crypto_LUKS" && await hasLuksHeader(read)) return "crypto_LUKS";
 
-/**
- * Asks blkid for everything, on a device that has nothing which we know at its first place. It answers LUKS where only the
- * second header is left, which cryptsetup repairs; undefined: nothing.
- *
- * @throws StatusError FAILED_PRECONDITION for anything else, naming it
- */
-async function typeOfAnything(
-  host: Host,
-  ctx: RequestContext,
-  device: BlockDevice,
-  action: string,
-): Promise<FsType | "crypto_LUKS" | undefined> {
-  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
-  const { type, partitions, isAmbiguous, isNothing } = await probeSignatures(host, ctx, device, [], action);
-  if (isAmbiguous) throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
-  if (partitions !== undefined) {
-    throw refuse(`${device.path} holds a partition table (${partitions}), it is left alone`);
+  const ours = await probe(...fsTypes, "crypto_LUKS");
+  const found = fsTypes.find((fsType) => fsType === ours.type);
+  if (found !== undefined) return found;
+  if (ours.type === "crypto_LUKS" || ours.isAmbiguous) {
+    if (ours.type === "crypto_LUKS" && await hasLuksHeader(read)) return "crypto_LUKS";
+    const owner = await owningFileSystem(read, device.sizeBytes);
+    // blkid tells ext4 from its predecessors, and checks checksums.
+    if (owner !== undefined && (await probe(owner)).type === owner) return owner;
+    // cryptsetup repairs a lost first header from the second one.
+    if (ours.type === "crypto_LUKS" && (await probe(...fsTypes)).isNothing) return "crypto_LUKS";
+    throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
   }
-  const fsType = fsTypes.find((fsType) => fsType === type);
-  if (fsType !== undefined || type === "crypto_LUKS") return fsType ?? "crypto_LUKS";
-  if (type !== undefined) {
-    throw refuse(`${device.path} holds ${type}, which is none of ${fsTypes.join(", ")}; it is left alone`);
-  }
-  if (!isNothing) throw refuse(`blkid finds something on ${device.path} that it does not name, it is left alone`);
-  return undefined;
+  if (all.isAmbiguous) throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
+  throw refuse(
+    all.type === undefined
+      ? `blkid finds something on ${device.path} that it does not name, it is left alone`
+      : `${device.path} holds ${all.type}, which is none of ${fsTypes.join(", ")}; it is left alone`,
+  );
 }
 
 interface Signatures {
@@ -571,16 +563,26 @@ export function fileSystemUuid(namespaceUuid: string): string {
   return nameUuid(`file system on ${namespaceUuid}`);
 }
 
-async function isUnfinished(read: Reader, device: BlockDevice): Promise<boolean> {
-  const ours = fileSystemUuid(device.uuid);
+/** Whether a mkfs of ours began on the device and did not end, by what xfs says itself and earlier versions had btrfs say. */
+async function isHalfMade(
+  read: Reader,
+  device: BlockDevice,
+  mountable: FsType | "crypto_LUKS" | undefined,
+): Promise<boolean> {
+  // Whatever else is left there, a file system that is whole is not half-made. xfs is whole when it says so.
+  if (mountable !== undefined && mountable !== "xfs") return false;
   if (device.sizeBytes < 1n << 20n) return false;
+  const ours = fileSystemUuid(device.uuid);
   // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.
   const xfs = await read(0n, 4096);
   const xfsMagic = textAt(xfs, 0, 4);
   if ((xfsMagic === "XFSB" || xfsMagic === "\0\0\0\0") && uuidAt(xfs, 32) === ours && xfs[126] === 1) return true;
-  // btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at 32, magic at 64 of the super block.
+  if (mountable === "xfs") return false;
+  // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at
+  // 32, magic at 64 of the super block.
   const btrfs = await read(65536n, 4096);
-  return uuidAt(btrfs, 32) === ours && textAt(btrfs, 64, 8) === "!BHRfS_M";
+  if (uuidAt(btrfs, 32) === ours && textAt(btrfs, 64, 8) === "!BHRfS_M") return true;
+  return false;
 }
 
 // ---------------------------------------------------------------------------------------------------- making, checking
@@ -611,7 +613,7 @@ async function format(
   await recheckDevice(host, device, action);
   if (unfinished) {
     if (device.encrypts === undefined) {
-      ctx.log.warning("makes a file system anew that was never finished", { device: device.path });
+      ctx.log.warning("makes a file system again that was never finished", { device: device.path });
     }
     // mkfs.xfs refuses to write over the magic of its own half-made work, and is never forced. Within a new encryption
     // there may be more than that: a whole file system of which the mark was not told any more.
@@ -620,17 +622,99 @@ async function format(
     if (wiped.code !== 0) throw failed(action, "wipefs", wiped);
     await recheckDevice(host, device, action);
   }
-  const uuid = fileSystemUuid(device.uuid);
-  // A new namespace has nothing to discard. No reserved blocks on ext4: the volume has one user.
-  const discard = wanted.includes("-E") ? [] : ["-E", "nodiscard"];
-  const args = {
-    ext4: ["-q", "-m", "0", "-U", uuid, ...discard, ...wanted, device.path],
-    xfs: ["-q", "-K", "-m", `uuid=${uuid}`, ...wanted, device.path],
-    btrfs: ["-q", "-K", "-U", uuid, ...wanted, device.path],
-  }[fsType];
+  await writeMark(host, device, action);
+  const args = mkfsArguments(fsType, device, wanted);
   const made = await changing(host, ctx, `mkfs.${fsType}`, args);
-  if (made.code !== 0) throw failed(action, `mkfs.${fsType}`, made);
+  if (made.code !== 0) {
+    await takeBackMark(host, ctx, device, action);
+    throw failed(action, `mkfs.${fsType}`, made);
+  }
+  await eraseMark(host, ctx, device, action);
   await markUsed(host, ctx, device, action);
+}
+
+function mkfsArguments(fsType: FsType, { path, uuid }: BlockDevice, options: readonly string[]): readonly string[] {
+  switch (fsType) {
+    case "ext4":
+      // No reserved blocks: the volume has one user. A new namespace has nothing to discard. Zeros for the journal are most
+      // of what mkfs writes, and no block of it can be taken for one of a journal: nothing was there.
+      return [
+        ...["-q", "-m", "0", "-U", fileSystemUuid(uuid)],
+        ...joined(joined(["-E", "nodiscard,lazy_journal_init=1", ...options], "-E"), "-O"),
+        path,
+      ];
+    case "xfs":
+      return ["-q", "-K", "-m", `uuid=${fileSystemUuid(uuid)}`, ...options, path];
+    case "btrfs":
+      // Without -U: to see that a UUID is unique, mkfs.btrfs reads every block device of the machine, and one that does not
+      // answer holds it up.
+      return ["-q", "-K", ...options, path];
+  }
+}
+
+/** `args` with all values of `option` in one comma list, in their order: mke2fs takes the last such option only. */
+function joined(args: readonly string[], option: string): readonly string[] {
+  const values: string[] = [];
+  const rest: string[] = [];
+  for (let at = 0; at < args.length; at += 2) {
+    const [name = "", value = ""] = args.slice(at, at + 2);
+    if (name === option) values.push(value);
+    else rest.push(name, value);
+  }
+  return values.length === 0 ? rest : [option, values.join(","), ...rest];
+}
+
+/** After a mkfs that refused: leaves the device as blank as it was, if it is. */
+async function takeBackMark(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  action: string,
+): Promise<void> {
+  const offset = markOffset(device);
+  if (offset === undefined) return;
+  const read = readerOf(host, ctx, device, action);
+  try {
+    // What follows the mark is never written without something before it.
+    await proveBlank(read, { ...device, sizeBytes: offset }, (problem) => new StatusError("UNAVAILABLE", problem));
+    await eraseMark(host, ctx, device, action);
+  } catch (error) {
+    // What mkfs said matters more. The mark stays, and the next attempt begins again.
+    ctx.signal.throwIfAborted();
+    ctx.log.debug("leaves a device marked as unfinished", { device: device.path, error: messageOf(error) });
+  }
+}
+
+/**
+ * Erases the mark in a file system whose mkfs has ended, when the driver was killed before it could. Only in one that was never
+ * mounted, or hardly: in any other, what looks like the mark is a tenant's. Left in a free block, it would make a volume that
+ * lost its super block look like one that was never finished.
+ */
+async function eraseStaleMark(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  action: string,
+): Promise<void> {
+  if (await isFresh(readerOf(host, ctx, device, action), fsType)) await eraseMark(host, ctx, device, action);
+}
+
+/** Whether a file system is as its mkfs left it, or was used for next to nothing. */
+async function isFresh(read: Reader, fsType: FsType): Promise<boolean> {
+  switch (fsType) {
+    case "ext4": {
+      // s_mtime and s_mnt_count, which the kernel writes when it mounts.
+      const view = viewOf(await read(0n, 4096), 1024);
+      return view.getUint32(0x2c, true) === 0 && view.getUint16(0x34, true) === 0;
+    }
+    case "xfs":
+      // sb_icount (xfs_format.h): mkfs makes one chunk of 64 inodes, and three of them are in use.
+      return viewOf(await read(0n, 4096), 0).getBigUint64(128) <= 64n;
+    case "btrfs":
+      // The generation of the super block: mkfs.btrfs leaves it below ten, and each commit adds one.
+      return viewOf(await read(65536n, 4096), 0).getBigUint64(0x48, true) <= 10n;
+  }
 }
 
 function refuseEncrypted(action: string, device: BlockDevice): StatusError {

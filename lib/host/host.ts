@@ -158,6 +158,7 @@ export function linuxHost(options: LinuxHostOptions): Host {
     },
     removeEmpty,
     readBytes: (path, offsetBytes, lengthBytes) => threads.run("readBytes", path, offsetBytes, lengthBytes),
+    writeDevice: (path, offsetBytes, bytes) => threads.run("writeDevice", path, offsetBytes, bytes),
     lookUp: (directory) => threads.run("lookUp", directory),
     tryWrite: (directory) => threads.run("tryWrite", directory),
     usage: (path) => threads.run("usage", path),

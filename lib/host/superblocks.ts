@@ -8,15 +8,6 @@
 /** Reads bytes of one device; throws when it cannot. */
 export type DeviceReader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
 
-/** Whether a magic number of ext4, xfs, btrfs or LUKS is at its first place. Only then can one of them be opened. */
-export async function hasKnownMagic(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
-  const head = new Uint8Array(68 << 10);
-  head.set(await read(0n, Number(sizeBytes < BigInt(head.length) ? sizeBytes : BigInt(head.length))));
-  const isExt4 = head[1024 + 0x38] === 0x53 && head[1024 + 0x39] === 0xef;
-  const isBtrfs = textAt(head, (64 << 10) + 64, 8) === "_BHRfS_M";
-  return isExt4 || isBtrfs || textAt(head, 0, 4) === "XFSB" || textAt(head, 0, 6) === "LUKS\xba\xbe";
-}
-
 /** A LUKS header at its first place. Its second place lies where a file system keeps its files. */
 export async function hasLuksHeader(read: DeviceReader): Promise<boolean> {
   return textAt(await read(0n, 4096), 0, 6) === "LUKS\xba\xbe";

@@ -17,6 +17,8 @@ export interface Usage {
 export interface VolumeOperations {
   /** Exactly `lengthBytes` bytes; throws when there are fewer or one cannot be read. */
   readBytes(path: string, offsetBytes: bigint, lengthBytes: number): Promise<Uint8Array>;
+  /** Writes bytes to an existing block device, and waits until they are on the disk. It does not look who uses the device. */
+  writeDevice(path: string, offsetBytes: bigint, bytes: Uint8Array): Promise<void>;
   /** Asks a directory for a name that it does not have: throws what its file system answers. One step, whatever it holds. */
   lookUp(directory: string): Promise<void>;
   /** Opens an unnamed file in `directory`, which the kernel drops at once: throws what a write to that file system meets. */
@@ -49,6 +51,16 @@ export async function volumeOperations(): Promise<VolumeOperations> {
         file.close();
       }
       return bytes;
+    },
+    async writeDevice(path, offsetBytes, bytes) {
+      const device = await Deno.open(path, { write: true, create: false });
+      try {
+        await device.seek(offsetBytes, Deno.SeekMode.Start);
+        for (let at = 0; at < bytes.length;) at += await device.write(bytes.subarray(at));
+        await device.sync();
+      } finally {
+        device.close();
+      }
     },
     async lookUp(directory) {
       if (!(await Deno.stat(directory)).isDirectory) throw new Error(`${directory} is not a directory`);

@@ -18,6 +18,8 @@ export interface FakeNamespace {
   sizeBytes: bigint;
   /** What is on it, size of the file system included; undefined: blank. */
   content: { fsType: string; fsBytes: bigint } | undefined;
+  /** What was written to the device itself, by offset. */
+  readonly written?: Map<bigint, Uint8Array>;
   /** A LUKS2 header, and what is within. */
   luks?: { label: string; readonly passphrases: Set<string>; readonly inner: FakeNamespace };
 }
@@ -117,7 +119,7 @@ export class FakeHost implements Host {
   #numbers = 0;
 
   addNamespace(uuid: string, subsystemNqn: string, sizeBytes = 1n << 30n): FakeNamespace {
-    const namespace = { uuid, subsystemNqn, sizeBytes, content: undefined };
+    const namespace = { uuid, subsystemNqn, sizeBytes, content: undefined, written: new Map() };
     this.remote.push(namespace);
     return namespace;
   }
@@ -292,6 +294,9 @@ export class FakeHost implements Host {
         view.setUint32(4, Number(content.fsBytes / 4096n), true);
         view.setUint32(0x20, 32768, true);
       }
+      for (const [at, written] of device.namespace.written ?? []) {
+        if (at >= offsetBytes && at < offsetBytes + BigInt(lengthBytes)) bytes.set(written, Number(at - offsetBytes));
+      }
       return bytes;
     });
   }
@@ -299,6 +304,14 @@ export class FakeHost implements Host {
   lookUp(directory: string): Promise<void> {
     return this.#call(() => {
       if (!this.#directories.has(directory)) throw new Error("No such file or directory (os error 2)");
+    });
+  }
+
+  writeDevice(path: string, offsetBytes: bigint, bytes: Uint8Array): Promise<void> {
+    return this.#call(() => {
+      const device = this.#deviceAt(path);
+      if (device === undefined) throw new Error("No such device or address (os error 6)");
+      device.namespace.written?.set(offsetBytes, bytes);
     });
   }
 

@@ -1,0 +1,140 @@
+/**
+ * Marks a device while mkfs works on it, so that a mkfs that was killed half-way is known for one and begun again.
+ *
+ * What such a mkfs leaves is neither blank nor a file system. ext4 writes its super block last, and the blocks before it
+ * belong to nobody; xfs and btrfs zero what tells at the beginning of a second attempt. So the driver writes a mark, before
+ * mkfs, on a device that is proved blank, and erases it after mkfs, before anything else can write to the device: before the
+ * first mount, and before a pod gets the device itself.
+ *
+ * The mark is a block of 4 KiB about 2 MiB before the end of the device. No mkfs writes there (seen with e2fsprogs 1.47,
+ * xfsprogs 6.1 and btrfs-progs 6.2): all of them zero the head, and at the end btrfs zeroes 2 MiB, xfs and
+ * ext4 up to 128 KiB;
+ * their own blocks are at the beginnings of groups and chunks. Where the layout is so unusual that one is written over the
+ * mark, a half-made file system is refused, as anything is that is not provably blank.
+ *
+ * The mark holds the namespace UUID and the size, so that a clone or snapshot of a half-made volume is not taken for one of
+ * ours. It counts only where no file system is found and the head is as each mkfs leaves it until the end; a block of a
+ * tenant's file that looks like the mark lies in a file system that is found.
+ */
+import type { RequestContext } from "../context.ts";
+import { messageOf, StatusError } from "../error.ts";
+import type { Host } from "./host.ts";
+import { type BlockDevice, recheckDevice } from "./nvme.ts";
+import { type DeviceReader, textAt } from "./superblocks.ts";
+
+const markBytes = 4096;
+const alignmentBytes = 64n << 10n;
+/** What mkfs.btrfs zeroes at the end of a device. */
+const tailBytes = 2n << 20n;
+/** On a smaller device there is no place that surely is in nobody's way. */
+const leastBytes = 16n << 20n;
+/** Where btrfs keeps copies of its super block, which mkfs.btrfs completes last. */
+const btrfsCopies = [64n << 20n, 256n << 30n];
+
+/**
+ * Where the mark of a device is, in bytes. Undefined where there is none: on an encrypted device, whose LUKS header has the
+ * mark (see luks.ts), and on a very small one.
+ */
+export function markOffset({ encrypts, sizeBytes }: BlockDevice): bigint | undefined {
+  if (encrypts !== undefined || sizeBytes < leastBytes) return undefined;
+  return (sizeBytes / alignmentBytes - 1n) * alignmentBytes - tailBytes;
+}
+
+function markOf({ uuid, sizeBytes }: BlockDevice): Uint8Array {
+  const text = `lbcsi: a file system is being made on this device, it holds nothing yet\n` +
+    `namespace ${uuid}\nsize ${sizeBytes}\n`;
+  const mark = new Uint8Array(markBytes);
+  mark.set(new TextEncoder().encode(text));
+  return mark;
+}
+
+/** Whether the mark of this very namespace is on the device. */
+export async function isMarked(read: DeviceReader, device: BlockDevice): Promise<boolean> {
+  const offset = markOffset(device);
+  if (offset === undefined) return false;
+  const expected = markOf(device);
+  return (await read(offset, markBytes)).every((byte, at) => byte === expected[at]);
+}
+
+/** Whether a mkfs of ours has begun on this device and not ended. Ask only where no file system is found. */
+export async function isUnfinished(read: DeviceReader, device: BlockDevice): Promise<boolean> {
+  if (!await isMarked(read, device)) return false;
+  // Each mkfs zeroes the boot block first. Who uses a device as it is writes there, and a used xfs has a header there.
+  if (!(await read(0n, 4096)).subarray(0, 1024).every((byte) => byte === 0)) return false;
+  for (const offset of btrfsCopies) {
+    if (offset + 4096n <= device.sizeBytes && textAt(await read(offset, 4096), 64, 8) === "_BHRfS_M") return false;
+  }
+  return true;
+}
+
+/** Writes the mark, to the disk, on a device that is proved blank or unfinished. Throws UNAVAILABLE when it cannot. */
+export async function writeMark(host: Host, device: BlockDevice, action: string): Promise<void> {
+  const offset = markOffset(device);
+  if (offset === undefined) return;
+  await recheckDevice(host, device, action);
+  try {
+    await host.writeDevice(device.path, offset, markOf(device));
+  } catch (error) {
+    throw markError(action, device, error);
+  }
+}
+
+/**
+ * Erases the mark where there is one; none: done. Only the exact mark is erased. The caller has seen that nobody has used
+ * the device since the mark was written.
+ *
+ * @throws StatusError UNAVAILABLE when the device cannot be read or written
+ */
+export async function eraseMark(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  action: string,
+): Promise<void> {
+  const offset = markOffset(device);
+  if (offset === undefined) return;
+  try {
+    if (!await isMarked(readerOf(host, ctx, device), device)) return;
+    await recheckDevice(host, device, action);
+    await host.writeDevice(device.path, offset, new Uint8Array(markBytes));
+  } catch (error) {
+    ctx.signal.throwIfAborted();
+    throw error instanceof StatusError ? error : markError(action, device, error);
+  }
+  ctx.log.debug("erased the mark of an unfinished file system", { device: device.path });
+}
+
+/** Erases the mark of a half-made file system, on a device that a pod is to get as it is. Nothing half-made: done. */
+export async function abandonUnfinished(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  action: string,
+): Promise<void> {
+  try {
+    if (!await isUnfinished(readerOf(host, ctx, device), device)) return;
+  } catch (error) {
+    ctx.signal.throwIfAborted();
+    throw markError(action, device, error);
+  }
+  await eraseMark(host, ctx, device, action);
+}
+
+function readerOf(host: Host, ctx: RequestContext, device: BlockDevice): DeviceReader {
+  return (offsetBytes, lengthBytes) =>
+    host.pending.answer({
+      volume: device.uuid,
+      what: `a read of ${device.path}`,
+      signal: ctx.signal,
+      action: `read the mark of an unfinished file system on ${device.path}`,
+    }, () => host.readBytes(device.path, offsetBytes, lengthBytes));
+}
+
+function markError(action: string, device: BlockDevice, error: unknown): StatusError {
+  return new StatusError(
+    "UNAVAILABLE",
+    `Cannot ${action}: the mark of an unfinished file system on ${device.path} cannot be read or written ` +
+      `(${messageOf(error)})`,
+    { cause: error },
+  );
+}
