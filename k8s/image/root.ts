@@ -9,8 +9,8 @@
  * Containerfile uses it, and so do the tests, so that there is one list of tools. `--debs` keeps the packages there and
  * takes those of an earlier run.
  *
- * Meant for Debian 12: file systems that it makes can be mounted by old kernels too, those of newer releases need Linux
- * 5.15 (ext4 with orphan_file) or 6.5 (xfs with nrext64) on every node.
+ * Meant for Debian 12. Its tools, and more so those of newer releases, make features that old kernels do not know (xfs
+ * bigtime: Linux 5.10, ext4 orphan_file: 5.15); the driver leaves out what the node's kernel does not know.
  */
 import { basename, dirname, join } from "node:path";
 import { parseArgs } from "node:util";

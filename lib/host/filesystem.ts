@@ -17,6 +17,7 @@ import type { RequestContext } from "../context.ts";
 import { isFinal, messageOf, StatusError } from "../error.ts";
 import { reasonOf } from "./command_reason.ts";
 import type { CommandResult, Host } from "./host.ts";
+import { featureOptions, featureProblem } from "./kernel_features.ts";
 import { isNeverUsed, markUsed } from "./luks.ts";
 import { parseMkfsOptions, parseMountFlags } from "./mkfs_options.ts";
 import {
@@ -622,8 +623,9 @@ async function format(
     if (wiped.code !== 0) throw failed(action, "wipefs", wiped);
     await recheckDevice(host, device, action);
   }
+  const options = [...await featureOptions(host, ctx, fsType, wanted), ...wanted];
   await writeMark(host, device, action);
-  const args = mkfsArguments(fsType, device, wanted);
+  const args = mkfsArguments(fsType, device, options);
   const made = await changing(host, ctx, `mkfs.${fsType}`, args);
   if (made.code !== 0) {
     await takeBackMark(host, ctx, device, action);
@@ -845,7 +847,10 @@ async function mount(
         `them on different nodes only, Linux 6.7 and later also on one`,
     );
   }
-  throw failed(action, "mount", mounted);
+  const failure = failed(action, "mount", mounted);
+  const problem = await featureProblem(host, ctx, fsType, readerOf(host, ctx, device, action));
+  if (problem === undefined) throw failure;
+  throw new StatusError(failure.code, `${failure.message}; ${problem}: use a node with a newer kernel`);
 }
 
 async function changing(host: Host, ctx: RequestContext, program: string, args: readonly string[]) {
