@@ -159,6 +159,36 @@ for (const [fsType, places] of [["ext4", [0]], ["btrfs", [0, 1024, 32 << 10]]] a
   }
 }
 
+for (const fsType of ["ext4", "btrfs"] as const) {
+  Deno.test({
+    name: `promise 29: an intact ${fsType} behind a boot sector whose partition table is empty is mounted`,
+    ignore,
+    fn: () =>
+      withDisk(320, async (disk) => {
+        await makeWith(disk, fsType);
+        const sector = new Uint8Array(512).fill(0x90, 0, 440);
+        sector.set([0x55, 0xaa], 510);
+        await write(disk.namespace.path, 0, sector);
+
+        await assertMounts(disk, fsType);
+      }),
+  });
+}
+
+Deno.test({
+  name: "promise 1: an empty partition table alone is refused, and no byte changes",
+  ignore,
+  fn: () =>
+    withDisk(64, async (disk) => {
+      await write(disk.namespace.path, 510, new Uint8Array([0x55, 0xaa]));
+      const before = await copyOf(disk);
+
+      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /holds a partition table \(dos\), it is left alone/);
+
+      await assertSame(disk, before);
+    }),
+});
+
 /** The first bytes of another file system, as a copy that ended early leaves them over what was there. */
 async function headOf({ machine }: Disk, fsType: FsType, bytes: number): Promise<Uint8Array> {
   const file = join(machine.directory, `head.${fsType}`);

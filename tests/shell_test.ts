@@ -417,6 +417,19 @@ Deno.test("listVolumes does not open a device without a live path", async () => 
   assert.deepEqual(host.commands, []);
 });
 
+Deno.test("promise 29: listVolumes names the file system of a volume, not the RAID that one of its files looks like", async () => {
+  const { host, namespace, attach, list } = machine();
+  await attach();
+  host.answers.set("blkid -p -n ext4,xfs,btrfs ", { stdout: "btrfs\n" });
+  host.answers.set("blkid", { stdout: "nvidia_raid_member\n" });
+  assert.equal((await list()).volumes[0]?.fileSystem, "btrfs");
+
+  host.answers.set("blkid -p -n ext4,xfs,btrfs ", { code: 2 });
+  host.answers.delete("blkid");
+  namespace.content = { fsType: "swap", fsBytes: 0n };
+  assert.equal((await list()).volumes[0]?.fileSystem?.includes("swap"), true);
+});
+
 Deno.test("listVolumes shows what another program connected only when it is asked for all", async () => {
   const { host, list } = machine();
   host.connect(nqn, "nqn.2014-08.org.nvmexpress:uuid:1");

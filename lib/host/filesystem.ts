@@ -35,7 +35,7 @@ import {
   unmount,
 } from "./mounts.ts";
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
-import { hasLuksHeader, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
+import { hasLuksHeader, hasNoPartition, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
 import { eraseMark, isUnfinished, markOffset, writeMark } from "./unfinished.ts";
 
 /** The file systems that a volume can be given. */
@@ -426,9 +426,9 @@ async function typeOf(
   const probe = (...types: string[]) =>
     probeSignatures(host, ctx, device, types.length === 0 ? [] : ["-n", types.join(",")], action);
   const all = await probe();
-  if (all.partitions !== undefined) {
-    throw refuse(`${device.path} holds a partition table (${all.partitions}), it is left alone`);
-  }
+  const tableError = refuse(`${device.path} holds a partition table (${all.partitions}), it is left alone`);
+  const hasPartitions = all.partitions !== undefined && (all.partitions !== "dos" || !await hasNoPartition(read));
+  if (hasPartitions) throw tableError;
   if (all.isNothing) return undefined;
   const fsType = fsTypes.find((fsType) => fsType === all.type);
   if (fsType !== undefined) return fsType;
@@ -446,6 +446,7 @@ async function typeOf(
     if (ours.type === "crypto_LUKS" && (await probe(...fsTypes)).isNothing) return "crypto_LUKS";
     throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
   }
+  if (all.partitions !== undefined) throw tableError;
   if (all.isAmbiguous) throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
   throw refuse(
     all.type === undefined
@@ -582,8 +583,7 @@ async function isHalfMade(
   // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at
   // 32, magic at 64 of the super block.
   const btrfs = await read(65536n, 4096);
-  if (uuidAt(btrfs, 32) === ours && textAt(btrfs, 64, 8) === "!BHRfS_M") return true;
-  return false;
+  return uuidAt(btrfs, 32) === ours && textAt(btrfs, 64, 8) === "!BHRfS_M";
 }
 
 // ---------------------------------------------------------------------------------------------------- making, checking
@@ -639,7 +639,7 @@ function mkfsArguments(fsType: FsType, { path, uuid }: BlockDevice, options: rea
   switch (fsType) {
     case "ext4":
       // No reserved blocks: the volume has one user. A new namespace has nothing to discard. Zeros for the journal are most
-      // of what mkfs writes, and no block of it can be taken for one of a journal: nothing was there.
+      // of what mkfs writes, and no block of it can be taken for one of a journal: what is there is zero, or noise.
       return [
         ...["-q", "-m", "0", "-U", fileSystemUuid(uuid)],
         ...joined(joined(["-E", "nodiscard,lazy_journal_init=1", ...options], "-E"), "-O"),

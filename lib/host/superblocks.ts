@@ -14,6 +14,15 @@ export async function hasLuksHeader(read: DeviceReader): Promise<boolean> {
 }
 
 /**
+ * Whether the first sector ends as that of a DOS partition table does and its four entries are empty: boot code that a
+ * virtual machine wrote before its ext4 or btrfs, for instance. Nothing can be in partitions that are not there.
+ */
+export async function hasNoPartition(read: DeviceReader): Promise<boolean> {
+  const sector = (await read(0n, 4096)).subarray(0, 512);
+  return sector[510] === 0x55 && sector[511] === 0xaa && sector.subarray(446, 510).every((byte) => byte === 0);
+}
+
+/**
  * The file system that owns a device on which signatures of several are found; undefined when that cannot be told.
  *
  * A file of an ext4 or xfs can lie where btrfs has its super block (64 KiB) or LUKS its second header (16 KiB to 4 MiB),

@@ -104,7 +104,12 @@ export async function eraseMark(
   ctx.log.debug("erased the mark of an unfinished file system", { device: device.path });
 }
 
-/** Erases the mark of a half-made file system, on a device that a pod is to get as it is. Nothing half-made: done. */
+/**
+ * Erases the mark of a half-made file system, on a device that a pod is to get as it is. Nothing half-made, or a device that
+ * cannot be read, which is the pod's to notice: done.
+ *
+ * @throws StatusError UNAVAILABLE when there is a mark that cannot be erased
+ */
 export async function abandonUnfinished(
   host: Host,
   ctx: RequestContext,
@@ -115,7 +120,11 @@ export async function abandonUnfinished(
     if (!await isUnfinished(readerOf(host, ctx, device), device)) return;
   } catch (error) {
     ctx.signal.throwIfAborted();
-    throw markError(action, device, error);
+    ctx.log.debug("cannot look for the mark of an unfinished file system", {
+      device: device.path,
+      error: messageOf(error),
+    });
+    return;
   }
   await eraseMark(host, ctx, device, action);
 }
