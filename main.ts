@@ -751,16 +751,16 @@ function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/h
   };
 }
 
-// The kernel gives a connection up after minutes, so nobody is in a hurry.
-const tendEveryMs = 10_000;
 const longestTendMs = 300_000;
 
 /** Looks after the connections from time to time, until it is disposed. */
 function tending(attacher: import("./lib/host/attach.ts").Attacher, log: Logger): Disposable {
   const stop = new AbortController();
   const tend = async () => {
+    const { lookMs } = await import("./lib/host/attach.ts");
     while (attacher.tend !== undefined) {
-      await sleep(tendEveryMs, stop.signal);
+      // The kernel gives a connection up after minutes, so nobody is in a hurry.
+      await sleep(lookMs, stop.signal);
       using limit = timeLimit(stop.signal, longestTendMs);
       try {
         await attacher.tend(requestContext(limit.signal, new Date(Date.now() + longestTendMs), log));

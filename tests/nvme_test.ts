@@ -422,6 +422,20 @@ Deno.test("rescanNamespaces asks one live controller, and failing does no harm",
   assert.equal(host.commands.length, 3);
 });
 
+Deno.test("promise 14: waitForDevice has every live controller asked, for one alone may show the namespace", async () => {
+  const host = new FakeHost();
+  host.connect(nqn, "nqn.host", "192.0.2.1");
+  host.connect(nqn, "nqn.host", "192.0.2.2");
+  host.addNamespace(uuid, nqn);
+  host.hidden.set(`nvme0 ${uuid}`, "withdrawn");
+  host.hidden.set(`nvme1 ${uuid}`, "lost");
+
+  const device = await waitForDevice(host, callContext(), uuid, { subsystemNqn: nqn, hint });
+
+  assert.equal(device.uuid, uuid);
+  assert.deepEqual(host.commands, ["nvme ns-rescan /dev/nvme0", "nvme ns-rescan /dev/nvme1"]);
+});
+
 Deno.test("nameUuid is a UUID that depends on the name alone", () => {
   assert.match(nameUuid("a"), /^[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/);
   assert.equal(nameUuid("a"), nameUuid("a"));

@@ -14,6 +14,7 @@
  *   uevents only (netlink), which no interface of the runtime can receive.
  * - Whatever a log page lists for a wanted subsystem and host NQN is connected. What fails is tried again after 1, 2, 4 …
  *   60 seconds, and at once when the page changes.
+ * - Connections that the kernel does not heal by itself are healed as with the direct attacher (healing.ts).
  * - A subsystem that no file names any more is disconnected when nothing uses its devices, looked at again immediately
  *   before; connections which no file ever named are never touched. A connection to an address that left the log page is
  *   dropped only while it does not work and others do, for each of its namespaces.
@@ -31,11 +32,14 @@ import {
   hasKeys,
   hasMultipath,
 } from "../host/authentication.ts";
+import { connectByKernel, describeConnectFailure } from "../host/fabrics.ts";
+import { applyRemedy, ConnectionWatch } from "../host/healing.ts";
 import { type Host, kindBehind } from "../host/host.ts";
 import {
   addressOf,
   allControllers,
   connectController,
+  type ConnectWish,
   devicesOf,
   disconnectController,
   type DiscoveryLog,
@@ -118,6 +122,9 @@ const lookMs = 1000;
 /** How long a connection has to be unlisted and without use before it is dropped. */
 const staleMs = 30_000;
 const resolvedMs = 60_000;
+const healEveryMs = 5000;
+/** How long a discovery connection may take to get live again. */
+const stuckMs = 120_000;
 
 /** See the head of this file. */
 export function discoveryDaemon(options: ClientOptions): Client {
@@ -129,6 +136,8 @@ export function discoveryDaemon(options: ClientOptions): Client {
   const running = new Map<string, Promise<void>>();
   const pauses = new Map<string, { failures: number; until: number }>();
   const pages = new Map<string, Page>();
+  /** The log pages that this look goes by: others may come while it goes on. */
+  let counted: ReadonlyMap<string, Page> = pages;
   const resolved = new Map<string, { readonly address: string | undefined; readonly until: number }>();
   const staleSince = new Map<string, number>();
   const states = new Map<string, string>();
@@ -142,6 +151,12 @@ export function discoveryDaemon(options: ClientOptions): Client {
   /** Names of connections of ours that have other keys than they should. */
   let outdated: ReadonlySet<string> = new Set();
   let wake: (() => void) | undefined;
+  const watch = new ConnectionWatch(host);
+  let healAt = -Infinity;
+  /** Namespaces that files asked for when it healed last. */
+  let askedBefore: ReadonlySet<string> = new Set();
+  /** Since when discovery connections have not been live. */
+  const stuckSince = new Map<string, number>();
 
   /** Logs a trouble when it is new or another one; undefined: it is over. */
   function say(about: string, problem: string | undefined, event = "", fields: Fields = {}): void {
@@ -294,6 +309,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       return;
     }
     say("fabrics", undefined);
+    counted = new Map(pages);
     const sources = await sourcesOf(pairs.values());
     const hostId = (hostNqn: string) => hostIdFor(hostNqn, controllers, pairs.values());
     outdated = await outdatedOf(controllers, pairs);
@@ -311,6 +327,86 @@ export function discoveryDaemon(options: ClientOptions): Client {
     for (const pair of managed) if (!pairs.has(pair)) letGo(pair);
     dropSources(sources, controllers);
     for (const key of pages.keys()) if (!sources.has(key)) pages.delete(key);
+    await heal(pairs, controllers, listed, hostId);
+  }
+
+  /** Heals what the kernel does not (healing.ts), at most one connection of each subsystem. */
+  async function heal(
+    pairs: Map<string, Pair>,
+    controllers: readonly NvmeController[],
+    listed: ReadonlySet<string>,
+    hostId: (hostNqn: string) => string,
+  ): Promise<void> {
+    if (now() < healAt) return;
+    healAt = now() + healEveryMs;
+    const namespaces = input.namespaces();
+    const asked = new Set([...namespaces.values()].flatMap((uuids) => [...uuids]));
+    for (const uuid of askedBefore.difference(asked)) watch.release(uuid);
+    askedBefore = asked;
+    const remedies = await watch.look(
+      [...pairs].map(([key, { hostNqn, subsystemNqn }]) => ({
+        key,
+        subsystemNqn,
+        controllers: controllers.filter((controller) =>
+          controller.hostNqn === hostNqn && controller.subsystemNqn === subsystemNqn && !controller.isDiscovery
+        ),
+        wanted: namespaces.get(subsystemNqn) ?? new Set<string>(),
+        isListed: (controller: NvmeController) => listed.has(`${key} ${where(controller)}`),
+      })),
+      now(),
+    );
+    for (const remedy of remedies) {
+      const { hostNqn, subsystemNqn } = remedy.controller;
+      const key = `${hostNqn} ${subsystemNqn}`;
+      const pair = pairs.get(key);
+      if (pair === undefined) continue;
+      const fields = { subsystem: subsystemNqn, name: remedy.controller.name };
+      start(`heal ${key}`, "could not heal a connection", fields, async (ctx) => {
+        await applyRemedy(host, ctx, remedy, (ctx) => connectBeside(ctx, pair, remedy.controller, hostId(hostNqn)));
+        return undefined;
+      });
+    }
+  }
+
+  /** Another connection to the address of one that there is; answers why it failed, or undefined. */
+  async function connectBeside(
+    ctx: RequestContext,
+    pair: Pick<Pair, "hostNqn" | "subsystemNqn" | "controllerLossSeconds">,
+    controller: NvmeController,
+    hostId: string,
+  ): Promise<string | undefined> {
+    const address = addressOf(controller);
+    if (address === undefined) return `its address is not known (${controller.address})`;
+    const { keys } = options;
+    const wish = wishOf(pair, address, hostId);
+    if (keys !== undefined && !controller.isDiscovery) {
+      return (await connectAuthenticated(host, ctx, { ...wish, keys, beside: true }))?.problem;
+    }
+    try {
+      await connectByKernel(host, wish, { duplicate: true });
+      return undefined;
+    } catch (error) {
+      return describeConnectFailure(messageOf(error), pair.hostNqn);
+    }
+  }
+
+  function wishOf(
+    { hostNqn, subsystemNqn, controllerLossSeconds }: Pick<Pair, "hostNqn" | "subsystemNqn" | "controllerLossSeconds">,
+    address: TransportAddress,
+    hostId: string,
+  ): ConnectWish {
+    if (subsystemNqn === discoveryNqn) {
+      return { address, subsystemNqn, hostNqn, hostId, keepAliveSeconds: discoveryKeepAliveSeconds };
+    }
+    return {
+      address,
+      subsystemNqn,
+      hostNqn,
+      hostId,
+      controllerLossSeconds: controllerLossSeconds ?? options.controllerLossSeconds,
+      keepAliveSeconds: options.keepAliveSeconds,
+      ioQueues: options.ioQueues,
+    };
   }
 
   /** One line when a connection of ours stops working, works again, or goes. */
@@ -338,12 +434,21 @@ export function discoveryDaemon(options: ClientOptions): Client {
     }
   }
 
+  /** Whether a log page is up to date and was when this look took from it what is listed and referred to. */
+  function hasTold(key: string): boolean {
+    const page = pages.get(key);
+    return page !== undefined && page.fresh && counted.get(key) === page;
+  }
+
   function keepSource(source: Source, controllers: readonly NvmeController[], hostId: string): void {
     const { hostNqn, address } = source;
     const key = sourceKey(hostNqn, address);
+    const discovery = { hostNqn, subsystemNqn: discoveryNqn, controllerLossSeconds: undefined };
     const here = controllers.filter((controller) =>
       controller.isDiscovery && controller.hostNqn === hostNqn && isAt(controller, address) && isUsable(controller)
-    ).sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+    ).sort((a, b) =>
+      Number(b.state === "live") - Number(a.state === "live") || a.name.localeCompare(b.name, "en", { numeric: true })
+    );
     const [controller, ...surplus] = here;
     // The kernel takes any number of equal connections to a discovery controller. Two daemons agree on the same one.
     for (const other of surplus) startDrop(other);
@@ -352,15 +457,23 @@ export function discoveryDaemon(options: ClientOptions): Client {
       if (page !== undefined) page.fresh = false;
       const fields = { address: formatAddress(address) };
       start(`connect ${key}`, "could not connect to a discovery controller", fields, async (ctx) => {
-        const wish = { address, subsystemNqn: discoveryNqn, hostNqn, hostId };
-        return await connectController(host, ctx, { ...wish, keepAliveSeconds: discoveryKeepAliveSeconds });
+        return await connectController(host, ctx, wishOf(discovery, address, hostId));
       });
       return;
     }
     if (controller.state !== "live") {
       if (page !== undefined) page.fresh = false;
+      const stuck = `${key} ${controller.name}`;
+      if (!stuckSince.has(stuck)) stuckSince.set(stuck, now());
+      if (now() - (stuckSince.get(stuck) ?? 0) < stuckMs) return;
+      // The kernel connects it again every few seconds; where it does not get on, another one takes its place.
+      const fields = { address: formatAddress(address), name: controller.name };
+      start(`connect ${key}`, "could not connect to a discovery controller", fields, async (ctx) => {
+        return await connectBeside(ctx, discovery, controller, hostId);
+      });
       return;
     }
+    for (const stuck of stuckSince.keys()) if (stuck.startsWith(`${key} `)) stuckSince.delete(stuck);
     const isDue = page === undefined || !page.fresh || page.controller !== controller.name ||
       now() - page.readAt >= options.pollMs;
     if (!isDue) return;
@@ -383,11 +496,12 @@ export function discoveryDaemon(options: ClientOptions): Client {
   }
 
   function keepConnected(
-    { hostNqn, subsystemNqn, controllerLossSeconds }: Pair,
+    pair: Pair,
     address: TransportAddress,
     controllers: readonly NvmeController[],
     hostId: string,
   ): void {
+    const { hostNqn, subsystemNqn } = pair;
     const fields = { subsystem: subsystemNqn, address: formatAddress(address) };
     const key = `connect ${hostNqn} ${subsystemNqn} ${fields.address}`;
     const here = controllers.filter((controller) =>
@@ -399,15 +513,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       return;
     }
     const { keys } = options;
-    const wish = {
-      address,
-      subsystemNqn,
-      hostNqn,
-      hostId,
-      controllerLossSeconds: controllerLossSeconds ?? options.controllerLossSeconds,
-      keepAliveSeconds: options.keepAliveSeconds,
-      ioQueues: options.ioQueues,
-    };
+    const wish = wishOf(pair, address, hostId);
     start(key, "could not connect", fields, async (ctx) => {
       if (keys === undefined) return await connectController(host, ctx, wish);
       const obstacle = await authenticationObstacle(
@@ -455,7 +561,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
   /** Disconnects a subsystem that no file names any more, if nothing uses it. */
   function letGo(key: string): void {
     const [hostNqn = "", subsystemNqn = ""] = key.split(" ");
-    if ([...running.keys()].some((other) => other.startsWith(`connect ${key} `))) return;
+    if ([...running.keys()].some((other) => other.startsWith(`connect ${key} `) || other === `heal ${key}`)) return;
     start(`let go ${key}`, "could not let go of a subsystem", { subsystem: subsystemNqn }, async (ctx) => {
       const devices = await devicesOf(host, subsystemNqn);
       for (const device of devices) {
@@ -493,7 +599,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       const wanted = [...sources.values()].filter(({ hostNqn }) => hostNqn === controller.hostNqn);
       if (wanted.some(({ address }) => isAt(controller, address))) continue;
       // One that has not told yet may refer to this one.
-      if (wanted.some(({ hostNqn, address }) => !pages.get(sourceKey(hostNqn, address))?.fresh)) continue;
+      if (wanted.some(({ hostNqn, address }) => !hasTold(sourceKey(hostNqn, address)))) continue;
       startDrop(controller);
     }
   }
@@ -514,7 +620,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
       const pair = `${hostNqn} ${subsystemNqn}`;
       if (controller.isDiscovery || !pairs.has(pair) || controller.state === "live" || !isUsable(controller)) continue;
       const told = [...sources].filter(([, source]) => source.hostNqn === hostNqn && source.pairs.has(subsystemNqn));
-      if (told.some(([key]) => !pages.get(key)?.fresh)) continue;
+      if (told.some(([key]) => !hasTold(key))) continue;
       const at = addressOf(controller);
       const addresses = [...listed].filter((entry) => entry.startsWith(`${pair} `)).map((entry) => entry.split(" ")[2]);
       if (at === undefined || addresses.length === 0) continue;

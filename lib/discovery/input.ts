@@ -134,6 +134,11 @@ interface File {
 export interface Input {
   /** Looks again. Undefined when the directory cannot be read: then nothing is known to have changed. */
   read(): Promise<readonly Entry[] | undefined>;
+  /**
+   * Namespace UUIDs of volumes that asked for a subsystem, by its NQN, as of the last `read`: the node service calls the file
+   * of a volume by it.
+   */
+  namespaces(): ReadonlyMap<string, ReadonlySet<string>>;
 }
 
 // A file that does not end in a newline may be in the middle of being written by somebody who does not rename.
@@ -221,6 +226,16 @@ export function discoveryInput(
         log.info("dropped a file that was removed", { path: `${directory}/${name}` });
       }
       return [...files].sort(([a], [b]) => a < b ? -1 : 1).flatMap(([, file]) => file.entries);
+    },
+    namespaces() {
+      const found = new Map<string, Set<string>>();
+      for (const [name, { entries }] of files) {
+        if (!/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(name)) continue;
+        for (const { subsystemNqn } of entries) {
+          found.set(subsystemNqn, (found.get(subsystemNqn) ?? new Set()).add(name));
+        }
+      }
+      return found;
     },
   };
 }

@@ -32,6 +32,8 @@ import {
   hasMultipath,
   keysInUse,
 } from "./authentication.ts";
+import { connectByKernel, describeConnectFailure } from "./fabrics.ts";
+import { applyRemedy, ConnectionWatch } from "./healing.ts";
 import { type Host, kindBehind } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
 import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
@@ -49,6 +51,7 @@ import {
   isAt,
   isUsable,
   nameUuid,
+  type NvmeController,
 } from "./nvme.ts";
 import { holdersOfDevice } from "./users.ts";
 
@@ -73,8 +76,9 @@ export interface Attacher {
   detach(ctx: RequestContext, namespaceUuid: string, subsystemNqn?: string): Promise<void>;
   /**
    * Makes connections again that the kernel has given up (`ctrl_loss_tmo` after their loss), so that a volume in use gets
-   * back the paths it was attached with, and drops those that have shown no namespace since the last call. To be called
-   * every few seconds; with nothing to do it reads sysfs and nothing more. Absent where a daemon does it.
+   * back the paths it was attached with; heals those that give no path (healing.ts); and drops those that have shown no
+   * namespace since the last call. To be called every `lookMs`; with nothing to do it reads sysfs and nothing more. Absent
+   * where a daemon does it.
    *
    * It knows the addresses of what this process has attached: one that is started anew learns from sysfs those that are
    * connected, and the rest with the next attach.
@@ -168,6 +172,9 @@ export function discoveryFile(namespace: RemoteNamespace, hostNqn: string): stri
   }).join("");
 }
 
+/** How far the looks of `tend` are apart. */
+export const lookMs = 10_000;
+
 export interface DirectOptions {
   readonly host: Host;
   readonly hostNqn: string;
@@ -196,6 +203,11 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
   const known = new Map<string, DhchapKeys>();
   /** Namespaces whose device was not there yet when attach returned, by subsystem: who waits needs the connection. */
   const expected = new Map<string, Set<string>>();
+  /** Namespaces that were attached and not detached, by subsystem. */
+  const attached = new Map<string, Set<string>>();
+  const watch = new ConnectionWatch(host);
+  /** Looks of `tend` so far: its clock, for it is called every few seconds whatever the machine's time does. */
+  let looks = 0;
   /** Subsystems that showed nothing at the last look of `tend`. One look is not enough: `lbcsi attach` may be at work. */
   let idle = new Set<string>();
 
@@ -238,6 +250,38 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
     }));
   }
 
+  /** Heals what does not heal by itself, at most one connection of each subsystem. */
+  async function heal(ctx: RequestContext, ours: readonly NvmeController[]): Promise<void> {
+    const subsystems = [...addresses].map(([nqn, known]) => ({
+      key: nqn,
+      subsystemNqn: nqn,
+      controllers: ours.filter((controller) => controller.subsystemNqn === nqn),
+      wanted: (attached.get(nqn) ?? new Set<string>()).union(expected.get(nqn) ?? new Set<string>()),
+      isListed: (controller: NvmeController) => known.some((address) => isAt(controller, address)),
+    }));
+    const remedies = await watch.look(subsystems, looks * lookMs);
+    await Promise.all(
+      remedies.map((remedy) => applyRemedy(host, ctx, remedy, (ctx) => connectBeside(ctx, remedy.controller))),
+    );
+  }
+
+  async function connectBeside(ctx: RequestContext, controller: NvmeController): Promise<string | undefined> {
+    const { subsystemNqn } = controller;
+    using _held = await locks.wait(`subsystem ${subsystemNqn}`, "tend", ctx.signal);
+    const address = addresses.get(subsystemNqn)?.find((address) => isAt(controller, address));
+    // Detached meanwhile.
+    if (address === undefined) return undefined;
+    const wish = { address, subsystemNqn, hostNqn, hostId, ...tuning };
+    const keys = known.get(subsystemNqn);
+    if (keys !== undefined) return (await connectAuthenticated(host, ctx, { ...wish, keys, beside: true }))?.problem;
+    try {
+      await connectByKernel(host, wish, { duplicate: true });
+      return undefined;
+    } catch (error) {
+      return describeConnectFailure(messageOf(error), hostNqn);
+    }
+  }
+
   /** The keys to connect a subsystem with, when `given` are those of one of its namespaces. */
   function keysFor(subsystemNqn: string, given: DhchapKeys | undefined): DhchapKeys | undefined {
     const before = known.get(subsystemNqn);
@@ -248,6 +292,7 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
 
   async function disconnect(ctx: RequestContext, subsystemNqn: string): Promise<void> {
     addresses.delete(subsystemNqn);
+    attached.delete(subsystemNqn);
     known.delete(subsystemNqn);
     for (const controller of await controllersOf(host, subsystemNqn)) {
       if (controller.hostNqn === hostNqn) await disconnectController(host, ctx, controller);
@@ -302,6 +347,7 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
       }
       for (const { problem } of problems) ctx.log.warning("could not connect", { subsystem: nqn, error: problem });
       addresses.set(nqn, namespace.addresses);
+      attached.set(nqn, (attached.get(nqn) ?? new Set()).add(namespace.uuid));
       if (given !== undefined && keys !== undefined) {
         known.set(nqn, keys);
         await dropOutdated(host, ctx, nqn, hostNqn, keys);
@@ -312,7 +358,8 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
     },
 
     async detach(ctx, uuid, subsystemNqn) {
-      for (const waited of expected.values()) waited.delete(uuid);
+      for (const uuids of [...expected.values(), ...attached.values()]) uuids.delete(uuid);
+      watch.release(uuid);
       const device = await findDevice(host, uuid, subsystemNqn);
       const nqn = device?.subsystemNqn ?? subsystemNqn;
       // Without its device nothing here tells which subsystem it belonged to.
@@ -345,6 +392,7 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
     },
 
     async tend(ctx) {
+      looks++;
       const ours = await ownControllers();
       const connected = new Set(ours.map((controller) => controller.subsystemNqn));
       await disconnectIdle(ctx, [...connected].filter((nqn) => idle.has(nqn)));
@@ -361,8 +409,11 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
         addresses.set(subsystemNqn, seen.filter((address) => address !== undefined));
       }
       for (const [nqn, wanted] of addresses) {
+        // One that is dead, or that the kernel has been deleting for ever, does not come back.
         const missing = wanted.filter((address) =>
-          !ours.some((controller) => controller.subsystemNqn === nqn && isAt(controller, address))
+          !ours.some((controller) =>
+            controller.subsystemNqn === nqn && isAt(controller, address) && isUsable(controller)
+          )
         );
         if (missing.length === 0) continue;
         using _held = await locks.wait(`subsystem ${nqn}`, "tend", ctx.signal);
@@ -381,6 +432,7 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
           }
         }
       }
+      await heal(ctx, ours);
     },
   };
 }

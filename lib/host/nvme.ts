@@ -194,22 +194,31 @@ export interface NamespacePath {
   readonly anaState: string | undefined;
 }
 
+/** Every path that sysfs shows over `controllers`, with the name of its device (`nvme1n3`). None without native multipath. */
+export async function allPaths(
+  host: Host,
+  controllers: readonly NvmeController[],
+): Promise<readonly (NamespacePath & { readonly device: string })[]> {
+  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
+  const paths = await Promise.all(names.map(async (name) => {
+    // nvme1c2n3 is the path of nvme1n3 over controller nvme2.
+    const [, subsystem, instance, namespace] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
+    const controller = controllers.find((controller) => controller.name === `nvme${instance}`);
+    if (controller === undefined) return [];
+    const anaState = await attribute(host, `class/block/${name}/ana_state`);
+    return [{ controller, anaState, device: `nvme${subsystem}n${namespace}` }];
+  }));
+  return paths.flat();
+}
+
 /** The paths of a device over `controllers`, by controller name. Does not touch the device. */
 export async function pathsOf(
   host: Host,
   device: BlockDevice,
   controllers: readonly NvmeController[],
 ): Promise<readonly NamespacePath[]> {
-  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
-  const paths = await Promise.all(names.map(async (name) => {
-    // nvme1c2n3 is the path of nvme1n3 over controller nvme2.
-    const [, subsystem, instance, namespace] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
-    if (`nvme${subsystem}n${namespace}` !== device.name) return [];
-    const controller = controllers.find((controller) => controller.name === `nvme${instance}`);
-    if (controller === undefined) return [];
-    return [{ controller, anaState: await attribute(host, `class/block/${name}/ana_state`) }];
-  }));
-  const found = paths.flat();
+  const found = (await allPaths(host, controllers)).filter((path) => path.device === device.name)
+    .map(({ controller, anaState }) => ({ controller, anaState }));
   // Without native multipath there are no such entries, and the device hangs on its one controller.
   return found.length > 0 ? found : controllers
     .filter((controller) => controller.subsystemNqn === device.subsystemNqn)
@@ -346,9 +355,10 @@ export async function waitForDevice(
       return device;
     }
     if (options.subsystemNqn !== undefined && performance.now() - started >= rescanAtMs) {
-      // The announcement of the namespace may be lost, as after a change of the access list during a reconnect.
+      // The announcement of the namespace may be lost, as after a change of the access list during a reconnect. Each
+      // connection has announcements of its own, and it may be on one alone that the namespace is shown.
       rescanAtMs += rescanEveryMs;
-      await rescanNamespaces(host, ctx, options.subsystemNqn);
+      await rescanAll(host, ctx, options.subsystemNqn);
     }
     try {
       await bell.wait(options.pollMs ?? 100, ctx.signal);
@@ -395,25 +405,63 @@ export async function recheckDevice(host: Host, device: BlockDevice, action: str
 }
 
 /**
- * Asks the kernel to look at the namespaces of a subsystem again: their sizes, and which there are. At best effort, for
- * the kernel does so by itself when the cluster announces a change.
+ * Asks the kernel to look at the namespaces of a subsystem again over one live controller: at their sizes, most of all. At
+ * best effort, for the kernel does so by itself when the cluster announces a change.
  */
 export async function rescanNamespaces(host: Host, ctx: RequestContext, subsystemNqn: string): Promise<void> {
   for (const controller of await controllersOf(host, subsystemNqn)) {
     if (controller.state !== "live") continue;
-    const path = `${host.roots.dev}/${controller.name}`;
-    try {
-      const result = await host.run("nvme", ["ns-rescan", path], {
-        signal: ctx.signal,
-        onAbort: "finish",
-        log: ctx.log,
-      });
-      if (result.code === 0) return;
-      ctx.log.warning("could not rescan", { device: path, exit: result.code, error: wordsOf(result) });
-    } catch (error) {
-      ctx.signal.throwIfAborted();
-      ctx.log.warning("could not rescan", { device: path, error: messageOf(error) });
-    }
+    const problem = await rescanController(host, ctx, controller);
+    if (problem === undefined) return;
+    ctx.log.warning("could not rescan", { device: `${host.roots.dev}/${controller.name}`, error: problem });
+  }
+}
+
+/** The same over every live controller: for namespaces that are missing, for which one controller does not speak for all. */
+async function rescanAll(host: Host, ctx: RequestContext, subsystemNqn: string): Promise<void> {
+  for (const controller of await controllersOf(host, subsystemNqn)) {
+    if (controller.state !== "live") continue;
+    const problem = await rescanController(host, ctx, controller);
+    if (problem === undefined) continue;
+    ctx.log.warning("could not rescan", { device: `${host.roots.dev}/${controller.name}`, error: problem });
+  }
+}
+
+/** Asks the kernel to look again at the namespaces that one live controller shows; answers why not, or undefined. */
+export async function rescanController(
+  host: Host,
+  ctx: RequestContext,
+  { name }: NvmeController,
+): Promise<string | undefined> {
+  return await runNvme(host, ctx, ["ns-rescan", `${host.roots.dev}/${name}`], "finish");
+}
+
+/**
+ * Makes the kernel connect a live controller again, under its name. What is on its way over it fails over to other paths,
+ * or waits. Until it is live again or that has failed, it blocks; a signal that aborts lets it go on in the kernel.
+ *
+ * @returns why it failed, or undefined
+ */
+export async function resetController(
+  host: Host,
+  ctx: RequestContext,
+  { name }: NvmeController,
+): Promise<string | undefined> {
+  return await runNvme(host, ctx, ["reset", `${host.roots.dev}/${name}`], "kill");
+}
+
+async function runNvme(
+  host: Host,
+  ctx: RequestContext,
+  args: readonly string[],
+  onAbort: "kill" | "finish",
+): Promise<string | undefined> {
+  try {
+    const result = await host.run("nvme", args, { signal: ctx.signal, onAbort, log: ctx.log });
+    return result.code === 0 ? undefined : `exit ${result.code} ${wordsOf(result)}`.trim();
+  } catch (error) {
+    ctx.signal.throwIfAborted();
+    return messageOf(error);
   }
 }
 
@@ -564,7 +612,7 @@ export async function disconnectController(
   controller: NvmeController,
 ): Promise<void> {
   // Names are used anew, and a disconnect of the one before can have taken a minute.
-  if (!isSame(await readController(host, controller.name), controller)) return;
+  if (!isSameController(await readController(host, controller.name), controller)) return;
   const result = await host.run("nvme", ["disconnect", `--device=${controller.name}`], {
     signal: ctx.signal,
     onAbort: "finish",
@@ -573,7 +621,7 @@ export async function disconnectController(
   // nvme-cli 2.3 to 2.16 exit with 0 also when the kernel refused, and say so.
   if (result.code === 0 && !/failed to disconnect/i.test(result.stderr)) return;
   // It was gone before nvme-cli came to it.
-  if (!isSame(await readController(host, controller.name), controller)) return;
+  if (!isSameController(await readController(host, controller.name), controller)) return;
   throw new StatusError(
     "UNAVAILABLE",
     `Cannot disconnect ${controller.name} from ${controller.subsystemNqn}: ${
@@ -583,7 +631,7 @@ export async function disconnectController(
 }
 
 /** Whether what a name stands for now is still this connection. */
-function isSame(now: NvmeController | undefined, controller: NvmeController): boolean {
+export function isSameController(now: NvmeController | undefined, controller: NvmeController): boolean {
   const address = addressOf(controller);
   return now !== undefined && now.subsystemNqn === controller.subsystemNqn && now.hostNqn === controller.hostNqn &&
     (address === undefined || isAt(now, address));

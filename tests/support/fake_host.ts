@@ -43,7 +43,7 @@ interface FakeMount {
   readonly superReadOnly: boolean;
 }
 
-interface Controller {
+export interface Controller {
   readonly name: string;
   readonly subsystemNqn: string;
   readonly hostNqn: string;
@@ -104,6 +104,12 @@ export class FakeHost implements Host {
   showsSymbols = true;
   /** Whether the kernel shows one device for all paths. */
   multipath = true;
+  /** ANA states of the paths over connections, by the name of the connection; others are `optimized`. */
+  readonly anaStates = new Map<string, string>();
+  /** Paths that the kernel does not show, as `nvme0 UUID`: `lost` until it looks again, `withdrawn` by the cluster. */
+  readonly hidden = new Map<string, "lost" | "withdrawn">();
+  /** What a reset does to a connection, besides keeping its name. */
+  onReset: (controller: Controller) => void = () => {};
   /** Whether nvme-cli tells hosts apart before it asks the kernel, as since 2.8. */
   nvmeCliComparesHosts = false;
   /** Whether a Discovery-Client connects what its directory asks for. */
@@ -140,6 +146,8 @@ export class FakeHost implements Host {
   #scan(subsystemNqn: string): void {
     for (const namespace of this.remote) {
       if (namespace.subsystemNqn !== subsystemNqn) continue;
+      const ways = this.controllers.filter((controller) => controller.subsystemNqn === subsystemNqn);
+      if (ways.length > 0 && ways.every(({ name }) => this.hidden.has(`${name} ${namespace.uuid}`))) continue;
       if (this.devices.some((device) => device.namespace === namespace)) continue;
       const n = ++this.#numbers;
       this.devices.push({ name: `nvme0n${n}`, number: `259:${n}`, namespace });
@@ -414,7 +422,9 @@ export class FakeHost implements Host {
       const [, subsystem, number] = /^nvme(\d+)n(\d+)$/.exec(name) ?? [];
       for (const controller of this.controllers) {
         if (controller.subsystemNqn !== namespace.subsystemNqn) continue;
-        paths.set(`nvme${subsystem}c${controller.name.slice("nvme".length)}n${number}`, "optimized");
+        if (this.hidden.has(`${controller.name} ${namespace.uuid}`)) continue;
+        const state = this.anaStates.get(controller.name) ?? "optimized";
+        paths.set(`nvme${subsystem}c${controller.name.slice("nvme".length)}n${number}`, state);
       }
     }
     return paths;
@@ -703,7 +713,16 @@ export class FakeHost implements Host {
       case "ns-rescan": {
         const found = this.controllers.find((controller) => `/dev/${controller.name}` === args.at(-1));
         if (found === undefined) return { code: 1, stderr: "No such file or directory" };
+        for (const [path, why] of this.hidden) {
+          if (why === "lost" && path.startsWith(`${found.name} `)) this.hidden.delete(path);
+        }
         this.#scan(found.subsystemNqn);
+        return {};
+      }
+      case "reset": {
+        const found = this.controllers.find((controller) => `/dev/${controller.name}` === args.at(-1));
+        if (found === undefined) return { code: 1, stderr: "No such file or directory" };
+        this.onReset(found);
         return {};
       }
     }
