@@ -174,8 +174,9 @@ const commands: Readonly<Record<string, Command>> = {
     const ending = new AbortController();
     const swept = sweepUntilSettled(inline, log, ending.signal);
     using _tending = tending(attacher, log);
+    const onServing = () => void warnOfProblems(settings, log, ending.signal);
     try {
-      return await serveCsi(settings, log, [service(Node, handlers)], metrics);
+      return await serveCsi(settings, log, [service(Node, handlers)], metrics, onServing);
     } finally {
       ending.abort(new StatusError("CANCELLED", "Cannot go on: the node service is stopping"));
       await swept;
@@ -314,6 +315,15 @@ const commands: Readonly<Record<string, Command>> = {
           `--format: the volume is encrypted on its host (${work.hostEncryption}), not in clear text`,
         );
       }
+      const { assertReady, mountPrograms } = await import("./lib/shell/readiness.ts");
+      await assertReady("attach the volume", work.machine.host, {
+        rights: settings.attach === "direct" || mount !== undefined,
+        nvme: true,
+        programs: {
+          ...(settings.attach === "direct" ? { "nvme-cli": ["nvme"] } : {}),
+          ...(mount === undefined ? {} : mountPrograms(fs ?? (format ? "ext4" : undefined))),
+        },
+      });
       const { attachVolume } = await import("./lib/shell/attach.ts");
       const wish = mount === undefined ? undefined : { path: mount, fsType: fs, readOnly, format };
       const { device, mount: mounted } = await attachVolume(ctx, work.machine, work.wanted, wish);
@@ -335,6 +345,19 @@ const commands: Readonly<Record<string, Command>> = {
       refuseMistypedDirectory(settings["discovery-dir"]);
       return await atShell("detach the volume", settings, async (ctx) => {
         await using work = await volumeWork(settings, ctx.log, { addresses: [], discovery: [] });
+        const { allControllers } = await import("./lib/host/nvme.ts");
+        const { host, hostNqn: us } = work.machine;
+        const isConnected = (await allControllers(host)).some(({ hostNqn }) => hostNqn === us);
+        const { assertReady, mountPrograms } = await import("./lib/shell/readiness.ts");
+        await assertReady("detach the volume", host, {
+          rights: settings.attach === "direct" || settings.mount !== undefined,
+          // What is connected has the module, and without connections there is nothing to do.
+          nvme: false,
+          programs: {
+            ...(settings.attach === "direct" && isConnected ? { "nvme-cli": ["nvme"] } : {}),
+            ...(settings.mount === undefined ? {} : mountPrograms(undefined)),
+          },
+        });
         const { detachVolume } = await import("./lib/shell/attach.ts");
         await detachVolume(ctx, work.machine, work.wanted, settings.mount);
       });
@@ -350,8 +373,14 @@ const commands: Readonly<Record<string, Command>> = {
       return await atShell("list volumes", { ...settings, timeout: 60 }, async (ctx) => {
         const { linuxHost } = await import("./lib/host/host.ts");
         const { listAsJson, listAsText, listVolumes } = await import("./lib/shell/list.ts");
+        const { describeCheck, missingFor } = await import("./lib/shell/readiness.ts");
+        const host = linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+        // It shows what there is all the same.
+        for (const check of await missingFor(host, { rights: true, nvme: true, programs: {} })) {
+          console.error(`lbcsi list: ${describeCheck(check)}`);
+        }
         const listed = await listVolumes(ctx, {
-          host: linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev }),
+          host,
           uuid: settings.uuid,
           all: settings.all,
           discoveryDirectory: settings["discovery-dir"],
@@ -414,6 +443,8 @@ const commands: Readonly<Record<string, Command>> = {
         keys: key === undefined ? undefined : { host: key, controller },
       });
       log.info("watches", { path: settings["discovery-dir"], version });
+      const { logProblems, missingFor } = await import("./lib/shell/readiness.ts");
+      logProblems(log, await missingFor(host, { rights: true, nvme: true, programs: { "nvme-cli": ["nvme"] } }));
       // Kubernetes kills 30 s after SIGTERM unless the manifest says otherwise.
       await daemon.run(stop.signal, 25_000);
       await stopped;
@@ -514,6 +545,7 @@ async function serveCsi(
   log: Logger,
   services: readonly import("./lib/rpc.ts").Service[],
   metrics: Metrics | undefined,
+  onServing: () => void = () => {},
 ): Promise<number> {
   const { serve, service } = await import("./lib/rpc.ts");
   const { identityHandlers } = await import("./lib/csi/identity.ts");
@@ -539,6 +571,7 @@ async function serveCsi(
         .test(name),
   });
   log.info("serves", { path, version });
+  onServing();
   const signal = await stopped;
   log.info("stops on a signal", { name: signal });
   // Kubernetes kills 30 s after SIGTERM unless the manifest says otherwise.
@@ -574,6 +607,39 @@ async function atShell(
     if (status === 0 || !hasCode(error, "CANCELLED")) throw error;
     console.error(`lbcsi: ${error.message}`);
     return status;
+  }
+}
+
+const longestLookMs = 60_000;
+
+/**
+ * Says in the log what `lbcsi doctor` would call a problem of this machine, one line each, so that it is there before the
+ * first volume meets it. It runs beside the service, which does not wait for it.
+ */
+async function warnOfProblems(settings: Settings<typeof nodeOptions>, log: Logger, signal: AbortSignal): Promise<void> {
+  try {
+    const { machineChecks } = await import("./lib/shell/machine_checks.ts");
+    const { logProblems } = await import("./lib/shell/readiness.ts");
+    const { linuxHost } = await import("./lib/host/host.ts");
+    const { sysfs, dev, backend, "node-id": nodeId } = settings;
+    const ctx = backgroundContext("look at this machine", log, longestLookMs, signal);
+    const checks = await machineChecks(ctx, {
+      // Without metrics: these commands are no work of the driver.
+      host: linuxHost({ log, sysfsRoot: sysfs, devRoot: dev }),
+      nodeId,
+      attach: settings.attach ?? (backend === "poseidon" ? "direct" : "discovery-client"),
+      discoveryDirectory: settings["discovery-dir"],
+      kubeletDirectory: Deno.env.get("LB_CSI_KUBELET_DIR") ?? doctorOptions["kubelet-dir"].fallback,
+      maxVolumes: settings["max-volumes"],
+      isOurs: isSubsystemOf(backend),
+      defaultFsType: settings["default-fs"],
+    });
+    if (signal.aborted) return;
+    // A simulated machine has no modules.
+    const isThisMachine = sysfs === nodeOptions.sysfs.fallback && dev === nodeOptions.dev.fallback;
+    logProblems(log, checks.filter(({ name }) => isThisMachine || name !== "NVMe/TCP"));
+  } catch (error) {
+    if (!signal.aborted) log.warning("could not look for problems of this machine", { error: messageOf(error) });
   }
 }
 

@@ -555,7 +555,7 @@ ${statusText}`;
 
 export const listText =
   `Shows volumes with device, paths and mounts, from sysfs and the mount table. It does not hang on a dead path: a device is
-read only when it has a live one, for two seconds at most.
+read only when it has a live one, for two seconds at most. With --dev and --sysfs it shows what is of that tree.
 
 Exit status: 0, or 1 when it failed or --uuid names a volume that is not here, 2 for bad options.`;
 

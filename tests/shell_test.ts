@@ -4,11 +4,13 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createLogger, Secrets } from "../lib/context.ts";
 import { direct, discoveryClient, hostIdOf } from "../lib/host/attach.ts";
+import { type Host, linuxHost } from "../lib/host/host.ts";
 import { parseMountTable } from "../lib/host/mounts.ts";
 import { KeyedLock } from "../lib/lock.ts";
 import { hostNqn, parseAddress, type TransportAddress } from "../lib/namespace.ts";
 import { attachVolume, detachVolume, type Machine, type MountWanted, type Wanted } from "../lib/shell/attach.ts";
 import { listAsJson, listAsText, listVolumes } from "../lib/shell/list.ts";
+import { describeCheck, missingFor } from "../lib/shell/readiness.ts";
 import { parseSecretFile } from "../lib/shell/secret_file.ts";
 import { lightosBackend } from "../lib/storage/lightos.ts";
 import { poseidonBackend } from "../lib/storage/poseidon.ts";
@@ -439,6 +441,33 @@ Deno.test("listVolumes shows what another program connected only when it is aske
   assert.deepEqual((await list({ all: true })).volumes.map((volume) => volume.uuid), [uuid]);
 });
 
+Deno.test("listVolumes with another tree shows the dead mounts of that tree, and none of others", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-list-" });
+  const [dev, sys, proc] = ["dev", "sys", "proc"].map((name) => join(directory, name));
+  assert.ok(dev !== undefined && sys !== undefined && proc !== undefined);
+  await Deno.mkdir(join(proc, "self"), { recursive: true });
+  const mounts = [
+    `30 22 259:7 / /mine rw shared:2 - ext4 ${dev}/nvme0n1 rw`,
+    `31 22 259:8 / /another rw shared:2 - xfs /tmp/another/dev/nvme0n1 rw`,
+    `32 22 259:9 / /machine rw shared:2 - ext4 /dev/nvme0n1 rw`,
+  ];
+  const listed = async (...more: readonly string[]) => {
+    await Deno.writeTextFile(join(proc, "self/mountinfo"), [...mounts, ...more, ""].join("\n"));
+    const host = linuxHost({ log: createLogger("error"), sysfsRoot: sys, devRoot: dev, procRoot: proc });
+    const options = { host, uuid: undefined, all: false, discoveryDirectory: join(directory, "discovery.d") };
+    return (await listVolumes(callContext(), options)).deadMounts.map(({ path }) => path);
+  };
+
+  assert.deepEqual(await listed(), ["/mine"]);
+  // The kernel's own sysfs, at another place.
+  assert.deepEqual(await listed(`34 22 0:20 / ${sys} rw shared:2 - sysfs sysfs rw`), [
+    "/mine",
+    "/another",
+    "/machine",
+  ]);
+  await Deno.remove(directory, { recursive: true });
+});
+
 Deno.test("listAsText does not let a mount point's name steer the terminal", () => {
   const mount = { path: "/a\u001b[2J\u009b b", type: "filesystem", fileSystem: "ext4", readOnly: false } as const;
 
@@ -600,6 +629,117 @@ Deno.test({
     assert.equal((await m.run("attach", id, "--mount", m.mnt)).code, 0);
     assert.equal((await m.run("detach", id, "--mount", m.mnt)).code, 0);
   },
+});
+
+// ------------------------------------------------------------------------------------- what a machine has to have
+
+/** This machine without NVMe/TCP, for a process without rights. */
+async function freshHost() {
+  const proc = await Deno.makeTempDir({ prefix: "lbcsi-proc-" });
+  await Deno.mkdir(join(proc, "self"));
+  await Deno.writeTextFile(join(proc, "self/status"), "Name:\tlbcsi\nCapEff:\t0000000000000000\n");
+  const linux = linuxHost({ log: createLogger("error"), procRoot: proc });
+  return {
+    ...linux,
+    kindOf: (path: string) => /nvme/.test(path) ? Promise.resolve("absent" as const) : linux.kindOf(path),
+    [Symbol.asyncDispose]: () => Deno.remove(proc, { recursive: true }),
+  };
+}
+
+const notLoaded =
+  "NVMe/TCP: the kernel module nvme_tcp is not loaded, and /dev/nvme-fabrics is missing -> modprobe nvme_tcp " +
+  "on the host, and a file in /etc/modules-load.d so that it is loaded at each start";
+
+Deno.test("promise 21: missingFor tells all that a fresh machine lacks, in the words of doctor, and runs nothing", async () => {
+  await using host = await freshHost();
+  const calm: Host = { ...host, run: () => Promise.reject(new Error("a program was run")) };
+  const needs = { rights: true, nvme: true, programs: { "xfs tools": ["sh", "mkfs.nowhere"], "mount tools": ["sh"] } };
+
+  assert.deepEqual((await missingFor(calm, needs)).map(describeCheck), [
+    "rights: CAP_SYS_ADMIN, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE missing -> run it as root; in Kubernetes in a privileged " +
+    "container",
+    notLoaded,
+    "xfs tools: mkfs.nowhere: it is not installed",
+  ]);
+  assert.deepEqual(await missingFor(host, { rights: false, nvme: false, programs: {} }), []);
+});
+
+Deno.test("missingFor asks no simulated machine for kernel modules", async () => {
+  await using host = await freshHost();
+  const simulated = { ...host, roots: { ...host.roots, sysfs: "/tmp/sys", dev: "/tmp/dev" } };
+
+  assert.deepEqual(await missingFor(simulated, { rights: false, nvme: true, programs: {} }), []);
+});
+
+Deno.test("promise 21: lbcsi attach and detach say at once which tools are missing, before they do anything", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-shell-" });
+  // A machine that is connected as this node.
+  for (
+    const [name, text] of Object.entries({
+      subsysnqn: nqn,
+      state: "live",
+      transport: "tcp",
+      hostnqn: hostNqn("n1.node"),
+      address: "traddr=192.0.2.1,trsvcid=4420",
+    })
+  ) {
+    await Deno.mkdir(join(directory, "sys/class/nvme/nvme0"), { recursive: true });
+    await Deno.writeTextFile(join(directory, "sys/class/nvme/nvme0", name), text);
+  }
+  const roots = ["--sysfs", join(directory, "sys"), "--dev", join(directory, "dev")];
+  const volume = ["--uuid", uuid, "--nqn", nqn, "--node-id", "n1.node", "--mount", directory];
+  const run = (...args: string[]) => ended(lbcsi([...args, ...volume, ...roots], { PATH: directory }));
+
+  const attached = await run("attach", "--address", "192.0.2.1", "--fs", "btrfs");
+  const detached = await run("detach");
+
+  for (const { code, err } of [attached, detached]) {
+    assert.equal(code, 1, err);
+    assert.match(err, /: this machine is not ready for it, .*nvme-cli: nvme: it is .*the package nvme-cli is needed/);
+    assert.match(err, /; mount tools: mount: it is .*; umount: it is /);
+  }
+  assert.match(attached.err, /^lbcsi attach: Cannot attach the volume: .*btrfs tools: mkfs\.btrfs: it is /);
+  assert.match(detached.err, /^lbcsi detach: Cannot detach the volume: /);
+  await Deno.remove(directory, { recursive: true });
+});
+
+Deno.test("promise 21: lbcsi node and discovery-client log each problem of the machine once, while they serve", async () => {
+  for (const command of ["node", "discovery-client"]) {
+    const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-shell-" }));
+    for (const name of ["bin", "dev", "sys", "discovery.d"]) await Deno.mkdir(join(directory, name));
+    const endpoint = ["--node-id", "n1.node", "--endpoint", `unix://${directory}/csi.sock`];
+    const process = lbcsi([
+      command,
+      ...["--sysfs", join(directory, "sys"), "--dev", join(directory, "dev")],
+      ...["--discovery-dir", join(directory, "discovery.d")],
+      ...command === "node" ? endpoint : [],
+    ], { PATH: join(directory, "bin") });
+    const lines: { event: string; level: string; name?: string; error?: string }[] = [];
+    const reading = (async () => {
+      let rest = "";
+      for await (const part of process.stderr.pipeThrough(new TextDecoderStream())) {
+        const whole = (rest + part).split("\n");
+        rest = whole.pop() ?? "";
+        for (const line of whole) lines.push(JSON.parse(line));
+      }
+    })();
+    const problems = () => lines.filter(({ event }) => event === "found a problem with this machine");
+    const expected = command === "node" ? "mount tools" : "nvme-cli";
+
+    await eventually("it tells of the tools", () => problems().some(({ name }) => name === expected), 60_000);
+    process.kill("SIGTERM");
+    await reading;
+
+    assert.equal((await process.status).code, 0);
+    const names = problems().map(({ name }) => name);
+    assert.equal(new Set(names).size, names.length);
+    assert.equal(names.includes("NVMe/TCP"), false);
+    const order = lines.map(({ event }) => event);
+    assert.ok(
+      order.findIndex((event) => /^(serves|watches)$/.test(event)) < order.indexOf("found a problem with this machine"),
+    );
+    await Deno.remove(directory, { recursive: true });
+  }
 });
 
 function exists(path: string): boolean {

@@ -346,13 +346,34 @@ function spawn(program: string, args: readonly string[], withInput: boolean): De
     }).spawn();
   } catch (error) {
     if (!(error instanceof Deno.errors.NotFound) && !(error instanceof Deno.errors.PermissionDenied)) throw error;
-    const wanted = packages[basename(program)];
-    throw new StatusError(
-      "FAILED_PRECONDITION",
-      `Cannot run ${program}: ${error instanceof Deno.errors.NotFound ? absenceOf(program) : messageOf(error)}` +
-        (wanted === undefined ? "" : `, the package ${wanted} is needed on this node`),
-      { cause: error },
-    );
+    const problem = error instanceof Deno.errors.NotFound ? absenceOf(program) : messageOf(error);
+    throw new StatusError("FAILED_PRECONDITION", `Cannot run ${program}: ${problem}${needOf(program)}`, {
+      cause: error,
+    });
+  }
+}
+
+/**
+ * Why a program cannot be run here, in the words of Host.run, and nothing is run to find out; undefined: it is in PATH. For
+ * a command that is to say all that is missing before it begins.
+ */
+export function programProblem(program: string): string | undefined {
+  const path = (Deno.env.get("PATH") ?? "").split(":");
+  if (path.some((directory) => isFile(`${directory}/${program}`))) return undefined;
+  return `${absenceOf(program)}${needOf(program)}`;
+}
+
+/** Ends an error about a program that is missing. */
+function needOf(program: string): string {
+  const wanted = packages[basename(program)];
+  return wanted === undefined ? "" : `, the package ${wanted} is needed on this node`;
+}
+
+function isFile(path: string): boolean {
+  try {
+    return Deno.statSync(path).isFile;
+  } catch {
+    return false;
   }
 }
 
@@ -361,13 +382,9 @@ const systemDirectories = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 /** Why a program was not found. */
 function absenceOf(program: string): string {
-  const directory = program.includes("/") ? undefined : systemDirectories.find((directory) => {
-    try {
-      return Deno.statSync(`${directory}/${program}`).isFile;
-    } catch {
-      return false;
-    }
-  });
+  const directory = program.includes("/")
+    ? undefined
+    : systemDirectories.find((directory) => isFile(`${directory}/${program}`));
   if (directory === undefined) return "it is not installed";
   return `it is in ${directory}, which is not in PATH (${Deno.env.get("PATH") ?? ""})`;
 }

@@ -127,7 +127,9 @@ export async function listVolumes(
   const absent = asked.filter((found) => isWanted(found) && present.every((volume) => volume.uuid !== found));
   const deadMounts: Mount[] = [];
   for (const mount of table) {
-    if (uuid === undefined && await relationOf(host, mount, undefined) === "dead") deadMounts.push(mount);
+    if (uuid === undefined && isOfTree(host, table, mount) && await relationOf(host, mount, undefined) === "dead") {
+      deadMounts.push(mount);
+    }
   }
   const shown = new Set(present.flatMap((volume) => volume.paths.map((path) => path.controller)));
   return {
@@ -151,6 +153,21 @@ export async function listVolumes(
       .map((controller) => ({ ...listedPath(controller, undefined), subsystemNqn: controller.subsystemNqn }))
       .sort((a, b) => byName(a.controller, b.controller)),
   };
+}
+
+/**
+ * Whether a mount can be of a device of the tree that `host.roots` names. With a tree that is not the kernel's own (`--sysfs`
+ * of a simulated machine), the devices of all others are missing in it, and nothing is wrong with their mounts.
+ */
+export function isOfTree(host: Host, table: readonly Mount[], { root, source }: Mount): boolean {
+  const { dev, sysfs } = host.roots;
+  // A container can have the kernel's at another place.
+  if (sysfs === "/sys" || table.some((mount) => mount.fsType === "sysfs" && mount.path === sysfs)) return true;
+  if (source.startsWith(`${dev}/`)) return true;
+  // A device node that is bound to a file: its place in the file system that the tree is on.
+  const place = root.replace(/\/\/deleted$/, "");
+  const name = place.slice(place.lastIndexOf("/"));
+  return place !== name && `${dev}${name}`.endsWith(place);
 }
 
 function isUuid(text: string): boolean {

@@ -23,6 +23,7 @@ import {
   pathsOf,
 } from "../host/nvme.ts";
 import { formatAddress, hostNqn, isNodeHostNqn } from "../namespace.ts";
+import { isOfTree } from "./list.ts";
 
 export interface MachineOptions {
   readonly host: Host;
@@ -42,7 +43,7 @@ export interface MachineOptions {
   readonly modulesDirectory?: string;
 }
 
-type Finding = Omit<Check, "name">;
+export type Finding = Omit<Check, "name">;
 
 /** All checks of the machine, in the order in which they are shown. */
 export async function machineChecks(ctx: RequestContext, options: MachineOptions): Promise<readonly Check[]> {
@@ -86,7 +87,8 @@ const capabilities = [
   ["CAP_SYS_RESOURCE", 24n, "warning"],
 ] as const;
 
-async function rights(host: Host): Promise<Finding> {
+/** The capabilities that the driver needs. */
+export async function rights(host: Host): Promise<Finding> {
   const status = await host.readText(`${host.roots.proc}/self/status`) ?? "";
   const effective = BigInt(`0x${/^CapEff:\s*([0-9a-f]+)$/m.exec(status)?.[1] ?? "0"}`);
   const missing = capabilities.filter(([, bit]) => (effective & (1n << bit)) === 0n);
@@ -98,7 +100,8 @@ async function rights(host: Host): Promise<Finding> {
   };
 }
 
-async function nvmeTcp(host: Host): Promise<Finding> {
+/** The kernel's NVMe/TCP, and whether this process may use it. */
+export async function nvmeTcp(host: Host): Promise<Finding> {
   const { sysfs, dev } = host.roots;
   const isLoaded = await host.kindOf(`${sysfs}/module/nvme_tcp`) !== "absent";
   const hasDevice = await host.kindOf(`${dev}/nvme-fabrics`) !== "absent";
@@ -209,12 +212,12 @@ async function namesOfOthers({ host, nodeId, nvmeDirectory = "/etc/nvme" }: Mach
 // -------------------------------------------------------------------------------------------------------------- tools
 
 /** A program with the arguments that make it tell its version and do nothing else. */
-type Tool = readonly [program: string, ...args: readonly string[]];
+export type Tool = readonly [program: string, ...args: readonly string[]];
 
-const mountTools: readonly Tool[] = ["mount", "umount", "blkid", "wipefs", "blockdev"]
+export const mountTools: readonly Tool[] = ["mount", "umount", "blkid", "wipefs", "blockdev"]
   .map((program) => [program, "--version"]);
 
-const fileSystemTools: Readonly<Record<FsType, readonly Tool[]>> = {
+export const fileSystemTools: Readonly<Record<FsType, readonly Tool[]>> = {
   // resize2fs has no option for it, and tells when it is called without a device.
   ext4: [["mkfs.ext4", "-V"], ["e2fsck", "-V"], ["resize2fs"]],
   xfs: [["mkfs.xfs", "-V"], ["xfs_growfs", "-V"], ["xfs_logprint", "-V"]],
@@ -501,8 +504,12 @@ async function connections(host: Host): Promise<Finding> {
 
 async function deadMounts(host: Host): Promise<Finding> {
   const dead: string[] = [];
-  for (const mount of await mountTable(host)) {
-    if (await relationOf(host, mount, undefined) === "dead") dead.push(`"${mount.path}" (was ${mount.source})`);
+  const table = await mountTable(host);
+  for (const mount of table) {
+    const isOurs = isOfTree(host, table, mount) || mount.source.startsWith("/dev/");
+    if (isOurs && await relationOf(host, mount, undefined) === "dead") {
+      dead.push(`"${mount.path}" (was ${mount.source})`);
+    }
   }
   if (dead.length === 0) return { verdict: "ok", found: "none has lost its device" };
   return {
