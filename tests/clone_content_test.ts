@@ -94,7 +94,10 @@ async function start() {
       const { cluster } = sim.control;
       await eventually(
         "both have gone",
-        () => cluster.snapshots.length === 0 && cluster.volumes.every(({ uuid }) => uuid !== origin.uuid),
+        // The snapshot itself stays while it has a clone.
+        () =>
+          cluster.snapshots.every(({ state }) => state === "Deleting") &&
+          cluster.volumes.every(({ uuid }) => uuid !== origin.uuid),
       );
     },
     async [Symbol.asyncDispose]() {

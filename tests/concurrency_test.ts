@@ -189,7 +189,8 @@ async function twice(work: () => Promise<void>): Promise<number> {
     throw one.reason;
   });
   const losers = outcomes.filter((error) => error !== undefined);
-  const holder = /^Cannot start (\w+) for volume (name )?\S+: \1 has been running for \d+ s, repeat the call later$/;
+  const holder =
+    /^Cannot start (\w+) for volume (name )?\S+( and node "\S+")?: \1 has been running for \d+ s, repeat the call later$/;
   for (const loser of losers) refused(loser, "ABORTED", holder);
   assert(losers.length < 2, "both calls were refused");
   return losers.length;
@@ -294,13 +295,17 @@ Deno.test({
     await eventually("the first call is at the cluster", () => env.sim.control.held().length === 1);
     const before = env.sim.control.callsInAll();
     const { uuid } = parseVolumeId(busy.id);
-    const holder = `volume ${uuid}: ControllerPublishVolume has been running for \\d+ s, repeat the call later$`;
+    const refusedFor = (call: string, holder: string) =>
+      new RegExp(
+        `^Cannot start ${call} for volume ${uuid}${holder}: ControllerPublishVolume has been running for \\d+ s, ` +
+          `repeat the call later$`,
+      );
     refused(
       await refusal(env.detach(busy)),
       "ABORTED",
-      new RegExp(`^Cannot start ControllerUnpublishVolume for ${holder}`),
+      refusedFor("ControllerUnpublishVolume", ` and node "${nodeId}"`),
     );
-    refused(await refusal(env.delete(busy)), "ABORTED", new RegExp(`^Cannot start DeleteVolume for ${holder}`));
+    refused(await refusal(env.delete(busy)), "ABORTED", refusedFor("DeleteVolume", ""));
     const refusedCalls = env.sim.control.callsInAll() - before;
     await env.attach(other);
     env.sim.control.releaseHeld();

@@ -795,5 +795,6 @@ function behaviour() {
     nameShowsDead: false,
     snapshotWaitsForClones: false,
     nameCheckedLast: false,
+    asDocumented: false,
   };
 }

@@ -70,9 +70,9 @@ Deno.test("management API answers with the model's code and words", async () => 
   using client = clientOf(sim);
 
   await refuses(
-    client.call(api.createVolume, { ...volumeRequest("v1"), size: "4097" }),
+    client.call(api.createVolume, { ...volumeRequest("v1"), size: "much" }),
     "INVALID_ARGUMENT",
-    /^Cannot create volume "v1": size "4097" is not a multiple of 4096 bytes$/,
+    /^Cannot create volume "v1": size "much" is not a number of bytes$/,
   );
   await refuses(
     client.call(api.getVolume, { projectName, name: "v1" }),
@@ -108,10 +108,14 @@ Deno.test("management API takes snapshots, clones them, and forgets them", async
   const found = await client.call(api.getSnapshot, { projectName, Name: "s1" });
   const clones = await client.call(api.listVolumes, { projectName, snapshotUUID: snapshot.UUID });
   await client.call(api.deleteSnapshot, { projectName, UUID: snapshot.UUID });
-  await eventually("the snapshot is gone", async () => {
-    return (await client.call(api.listSnapshots, { projectName, showAll: true })).snapshots.length === 0;
-  });
+  const left = async () => (await client.call(api.listSnapshots, { projectName, showAll: true })).snapshots;
+  await eventually("the deletion waits for the clone", () => sim.control.cluster.snapshots[0]?.dueAtMs === undefined);
+  const waiting = (await left()).map(({ state }) => Snapshot_StateEnum[state]);
+  await client.call(api.deleteVolume, { projectName, UUID: clone.UUID });
+  await eventually("the snapshot is gone", async () => (await left()).length === 0);
 
+  assert.deepEqual(waiting, ["Deleting"]);
+  assert.equal(found.ETag, "");
   assert.equal(found.state, Snapshot_StateEnum.Available);
   assert.deepEqual([found.UUID, found.sourceVolumeUUID, found.size], [snapshot.UUID, UUID, gib]);
   assert.equal(clone.sourceSnapshotUUID, snapshot.UUID);

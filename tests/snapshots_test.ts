@@ -434,16 +434,21 @@ for (const when of ["before", "after"] as const) {
 }
 
 for (const snapshotWaitsForClones of [false, true]) {
-  Deno.test(`DeleteSnapshot succeeds while a volume made from it lives, ${snapshotWaitsForClones ? "LightOS 2" : "3"}`, async () => {
-    await using env = await start({ snapshotWaitsForClones });
-    const { snapshotId } = await env.snapshot("s", await env.volume("v"));
-    const restored = await env.volume("r", { volumeContentSource: fromSnapshot(snapshotId) });
+  Deno.test(
+    `DeleteSnapshot succeeds while a volume made from it lives, which it ${
+      snapshotWaitsForClones ? "waits for" : "does not wait for"
+    }`,
+    async () => {
+      await using env = await start({ snapshotWaitsForClones });
+      const { snapshotId } = await env.snapshot("s", await env.volume("v"));
+      const restored = await env.volume("r", { volumeContentSource: fromSnapshot(snapshotId) });
 
-    for (let i = 0; i < 2; i++) await env.call(deleteSnapshot, { snapshotId });
+      for (let i = 0; i < 2; i++) await env.call(deleteSnapshot, { snapshotId });
 
-    deepStrictEqual(env.kept(), []);
-    strictEqual(env.found(restored).state, "Available");
-  });
+      deepStrictEqual(env.kept(), []);
+      strictEqual(env.found(restored).state, "Available");
+    },
+  );
 }
 
 // ---------------------------------------------------------------------------------------- volumes with a content source
@@ -612,8 +617,8 @@ for (
     strictEqual(env.cluster.volumes.length, 0);
   });
 
-  Deno.test(`CreateVolume from ${kind} answers what it made even after the source has gone`, async () => {
-    await using env = await start();
+  Deno.test(`CreateVolume from ${kind} answers what it made even after the source has gone for good`, async () => {
+    await using env = await start({ snapshotWaitsForClones: false });
     const { volumeId, snapshotId } = await sources(env);
     const wish = {
       volumeContentSource: sourceOf({ volumeId, snapshotId }),
@@ -628,6 +633,22 @@ for (
     );
 
     deepStrictEqual(await env.create("copy", wish), made);
+  });
+
+  Deno.test(`CreateVolume from ${kind} answers what it made while the deleted source waits for it`, async () => {
+    await using env = await start();
+    const { volumeId, snapshotId } = await sources(env);
+    const wish = {
+      volumeContentSource: sourceOf({ volumeId, snapshotId }),
+      capacityRange: { requiredBytes: 2n * gib },
+    };
+    const made = await env.create("copy", wish);
+    await env.call(deleteSnapshot, { snapshotId });
+    await env.call(deleteVolume, { volumeId });
+    await eventually("the source volume has gone", () => env.cluster.volumes.length === 1);
+
+    deepStrictEqual(await env.create("copy", wish), made);
+    deepStrictEqual(env.kept(), []);
   });
 
   Deno.test(`CreateVolume from ${kind} without a project in the StorageClass makes it in the source's project`, async () => {

@@ -2,13 +2,15 @@
  * The model of a LightOS cluster: what it holds, which states its objects go through, and what it refuses.
  *
  * Free of gRPC: lightos.ts speaks for it. Facts are from spec/lightos.md sections 6, 14 and 15. Where those do not say
- * how LightOS behaves, the stricter of two behaviours was taken, so that a driver that works here works there.
+ * how LightOS behaves, the stricter of two behaviours was taken, so that a driver that works here works there. Where they
+ * say something else than the vendor's tests of a real cluster show, the latter counts (`Behaviour.asDocumented`).
  *
  * - Creation, deletion and rollback go on after the call that asked for them; objects show it by their state. Times are
  *   kept as points in time, so that a simulator that is started again goes on with what was half done.
  * - A name is taken by live objects of its project only: a Deleting or Failed one does not block it. A Failed volume is
  *   the husk of a creation that failed; it cannot be deleted.
- * - Every change of an object, its state included, gives it a new ETag.
+ * - Every change of a volume, its state included, gives it a new ETag; a snapshot or clone of it does too. A new volume and
+ *   its clone may have equal ones.
  * - Space is reserved: size times replicas, from creation until the volume is gone.
  */
 import * as z from "zod";
@@ -18,6 +20,7 @@ import { readState, stateText, writeState } from "./state_file.ts";
 import { isProjectName } from "../id.ts";
 import type { DataPlane } from "./data_plane.ts";
 import { mayAccess } from "./data_plane.ts";
+import { ObjectIndex } from "./object_index.ts";
 
 export const volumeStates = [
   "Creating",
@@ -170,10 +173,17 @@ export interface Behaviour {
   failCreations: number;
   /** GetVolume by name answers the Deleting or Failed namesake of a live volume, as some versions of LightOS do. */
   nameShowsDead: boolean;
-  /** A deleted snapshot stays Deleting while clones of it live, as on LightOS 2. */
+  /** A deleted snapshot stays Deleting while clones of it live. */
   snapshotWaitsForClones: boolean;
   /** CreateVolume checks everything else, space too, before it looks whether the name is taken. */
   nameCheckedLast: boolean;
+  /**
+   * Answers as the REST documentation says, where the vendor's tests of a real cluster show something else: sizes that are no
+   * multiple of 4 KiB are refused and not rounded up, access lists hold host NQNs only, snapshots have an ETag, ETags are
+   * unique in the cluster and a snapshot leaves its source's alone, and an update of a Deleting or Failed volume is
+   * INVALID_ARGUMENT and not FAILED_PRECONDITION.
+   */
+  asDocumented: boolean;
 }
 
 /** The behaviour of a small, idle cluster. */
@@ -185,8 +195,9 @@ export const defaultBehaviour: Behaviour = {
   holdCreations: false,
   failCreations: 0,
   nameShowsDead: false,
-  snapshotWaitsForClones: false,
   nameCheckedLast: false,
+  snapshotWaitsForClones: true,
+  asDocumented: false,
 };
 
 export interface ClusterOptions {
@@ -273,8 +284,14 @@ export class Cluster implements AsyncDisposable {
   readonly #file: string | undefined;
   readonly #initialProjects: readonly string[];
   #model: ClusterModel;
-  readonly #volumes = new Map<string, SimVolume>();
-  readonly #snapshots = new Map<string, SimSnapshot>();
+  readonly #volumes = new ObjectIndex<SimVolume>({
+    source: ({ sourceSnapshotUuid }) => sourceSnapshotUuid,
+    bytes: ({ state, sizeBytes, replicaCount }) => state === "Failed" ? 0n : sizeBytes * BigInt(replicaCount),
+  });
+  readonly #snapshots = new ObjectIndex<SimSnapshot>({
+    source: ({ sourceVolumeUuid }) => sourceVolumeUuid,
+    bytes: () => 0n,
+  });
   readonly #timers = new Map<string, ReturnType<typeof setTimeout>>();
   readonly #work = new Set<Promise<void>>();
   #closed = false;
@@ -288,8 +305,8 @@ export class Cluster implements AsyncDisposable {
     this.#file = options.file;
     this.#initialProjects = options.projects;
     this.#model = model;
-    for (const volume of model.volumes) this.#volumes.set(volume.uuid, volume);
-    for (const snapshot of model.snapshots) this.#snapshots.set(snapshot.uuid, snapshot);
+    for (const volume of model.volumes) this.#volumes.put(volume);
+    for (const snapshot of model.snapshots) this.#snapshots.put(snapshot);
   }
 
   /**
@@ -322,7 +339,7 @@ export class Cluster implements AsyncDisposable {
     checkName(action, wish.name);
     if (!this.behaviour.nameCheckedLast) this.#checkNameIsFree(action, wish);
     const source = this.#sourceSnapshot(action, wish);
-    const sizeBytes = wish.size === "" && source !== undefined ? source.sizeBytes : parseSize(action, wish.size);
+    const sizeBytes = wish.size === "" && source !== undefined ? source.sizeBytes : this.#parseSize(action, wish.size);
     if (source !== undefined && sizeBytes < source.sizeBytes) {
       throw invalid(action, `size ${sizeBytes} is below the ${source.sizeBytes} bytes of snapshot ${source.uuid}`);
     }
@@ -347,10 +364,10 @@ export class Cluster implements AsyncDisposable {
       replicaCount,
       sizeBytes,
       // LightOS' own answer to an absent list is not known; nobody is the safe one.
-      acl: checkAcl(action, wish.acl ?? ["ALLOW_NONE"]),
+      acl: this.#checkAcl(action, wish.acl ?? ["ALLOW_NONE"]),
       ipAcl: checkIpAcl(action, wish.ipAcl ?? ["ALLOW_ANY"]),
       compression: parseCompression(action, wish.compression) ?? false,
-      etag: this.#newEtag(),
+      etag: this.#newEtag(undefined),
       nsid,
       sectorSizeBytes: wish.sectorSizeBytes === 0 ? 4096 : wish.sectorSizeBytes,
       labels: [...labels],
@@ -361,7 +378,8 @@ export class Cluster implements AsyncDisposable {
       ...(doomed ? { doomed } : {}),
       ...(held ? { held } : { dueAtMs: Date.now() + this.behaviour.creationMs }),
     };
-    this.#volumes.set(volume.uuid, volume);
+    this.#volumes.put(volume);
+    this.#touchSource(source?.sourceVolumeUuid);
     this.#save();
     const created = this.#makeContent(volume);
     if (this.behaviour.creationMs === 0 && !held) {
@@ -390,7 +408,7 @@ export class Cluster implements AsyncDisposable {
   listVolumes(wish: ListWish): SimVolume[] {
     if (wish.project !== undefined) this.#checkProject("list volumes", wish.project);
     return page(
-      [...this.#volumes.values()].filter((volume) =>
+      candidates(this.#volumes, wish).filter((volume) =>
         (wish.showAll === true || volume.state !== "Deleting") &&
         (!wish.snapshotUuid || volume.sourceSnapshotUuid === wish.snapshotUuid) &&
         (!wish.failureDomain || this.identity.servers.some((server) =>
@@ -406,22 +424,22 @@ export class Cluster implements AsyncDisposable {
    *
    * @param ifMatch the ETag that the caller has seen, or undefined to change it in any case
    * @throws StatusError FAILED_PRECONDITION for another ETag, UNAVAILABLE while the volume is Creating, Updating or in
-   *   Rollback, INVALID_ARGUMENT when it is Deleting or Failed or the change is impossible (spec/lightos.md 6.7)
+   *   Rollback, FAILED_PRECONDITION when it is Deleting or Failed, INVALID_ARGUMENT when the change is impossible
    */
   async updateVolume(ref: ObjectRef, change: VolumeChange, ifMatch: string | undefined): Promise<void> {
     const action = `update volume ${refText(ref)}`;
     this.#checkProject(action, ref.project);
     const volume = this.#findVolume(action, ref);
     checkEtag(action, volume.etag, ifMatch);
-    checkIdle(action, "volume", volume.state);
-    const sizeBytes = change.size ? parseSize(action, change.size) : volume.sizeBytes;
+    checkIdle(action, "volume", volume.state, this.behaviour.asDocumented ? "INVALID_ARGUMENT" : "FAILED_PRECONDITION");
+    const sizeBytes = change.size ? this.#parseSize(action, change.size) : volume.sizeBytes;
     if (sizeBytes < volume.sizeBytes && change.force !== true) {
       throw invalid(action, `size ${sizeBytes} is below the current ${volume.sizeBytes} bytes`);
     }
     if (sizeBytes > volume.sizeBytes) {
       this.#checkSpace(action, (sizeBytes - volume.sizeBytes) * BigInt(volume.replicaCount));
     }
-    const acl = change.acl === undefined ? volume.acl : checkAcl(action, change.acl);
+    const acl = change.acl === undefined ? volume.acl : this.#checkAcl(action, change.acl);
     const ipAcl = change.ipAcl === undefined ? volume.ipAcl : checkIpAcl(action, change.ipAcl);
     const labels = change.labels === undefined ? volume.labels : checkLabels(action, change.labels);
     const compression = parseCompression(action, change.compression ?? "") ?? volume.compression;
@@ -501,9 +519,7 @@ export class Cluster implements AsyncDisposable {
     const action = `create snapshot "${wish.name}"`;
     this.#checkProject(action, wish.project);
     checkName(action, wish.name);
-    const namesakes = [...this.#snapshots.values()].filter((other) =>
-      other.project === wish.project && other.name === wish.name
-    );
+    const namesakes = this.#snapshots.named(wish.project, wish.name);
     const living = namesakes.find((other) => other.state === "Available" || other.state === "Creating");
     if (living !== undefined) {
       throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: snapshot ${living.uuid} has this name`);
@@ -527,7 +543,7 @@ export class Cluster implements AsyncDisposable {
       sizeBytes: volume.sizeBytes,
       compression: volume.compression,
       sectorSizeBytes: volume.sectorSizeBytes,
-      etag: this.#newEtag(),
+      etag: this.#newEtag(undefined),
       nsid: this.#model.nextNsid++,
       labels: [...volume.labels],
       nodeUuids: [...volume.nodeUuids],
@@ -535,7 +551,8 @@ export class Cluster implements AsyncDisposable {
       ...(wish.retentionMs ? { expiresAtMs: Date.now() + wish.retentionMs } : {}),
       ...(doomed ? { doomed } : {}),
     };
-    this.#snapshots.set(snapshot.uuid, snapshot);
+    this.#snapshots.put(snapshot);
+    this.#touchSource(volume.uuid);
     this.#save();
     // The content is taken before the answer: what the caller writes afterwards is not part of the snapshot.
     try {
@@ -560,8 +577,10 @@ export class Cluster implements AsyncDisposable {
 
   listSnapshots(wish: ListWish): SimSnapshot[] {
     if (wish.project !== undefined) this.#checkProject("list snapshots", wish.project);
-    const all = [...this.#snapshots.values()];
-    return page(all.filter((snapshot) => wish.showAll === true || snapshot.state !== "Deleting"), wish);
+    return page(
+      candidates(this.#snapshots, wish).filter((snapshot) => wish.showAll === true || snapshot.state !== "Deleting"),
+      wish,
+    );
   }
 
   /** Starts the deletion of a snapshot; clones of it live on. */
@@ -681,11 +700,7 @@ export class Cluster implements AsyncDisposable {
 
   /** Bytes reserved by volumes and their replicas. */
   get reservedBytes(): bigint {
-    let sum = 0n;
-    for (const volume of this.#volumes.values()) {
-      if (volume.state !== "Failed") sum += volume.sizeBytes * BigInt(volume.replicaCount);
-    }
-    return sum;
+    return this.#volumes.reservedBytes;
   }
 
   get freeBytes(): bigint {
@@ -792,12 +807,11 @@ export class Cluster implements AsyncDisposable {
   // ---------------------------------------------------------------------------------------------------------- inside
 
   #findVolume(action: string, ref: ObjectRef): SimVolume {
-    const inProject = [...this.#volumes.values()].filter(({ project }) => project === ref.project);
     if (ref.uuid) {
-      const found = inProject.find(({ uuid }) => uuid === ref.uuid?.toLowerCase());
-      if (found !== undefined) return found;
+      const found = this.#volumes.get(ref.uuid.toLowerCase());
+      if (found?.project === ref.project) return found;
     } else if (ref.name) {
-      const namesakes = inProject.filter(({ name }) => name === ref.name);
+      const namesakes = this.#volumes.named(ref.project, ref.name);
       const rank = ({ state }: SimVolume) => state === "Failed" ? 2 : state === "Deleting" ? 1 : 0;
       const order = this.behaviour.nameShowsDead ? [1, 2, 0] : [0, 1, 2];
       for (const wanted of order) {
@@ -811,28 +825,30 @@ export class Cluster implements AsyncDisposable {
   }
 
   #findSnapshot(action: string, ref: ObjectRef): SimSnapshot {
-    const inProject = [...this.#snapshots.values()].filter(({ project }) => project === ref.project);
     if (!ref.uuid && !ref.name) throw invalid(action, "neither UUID nor name is given");
-    const found = ref.uuid
-      ? inProject.find(({ uuid }) => uuid === ref.uuid?.toLowerCase())
-      : inProject.find(({ name, state }) => name === ref.name && (state === "Available" || state === "Creating")) ??
-        inProject.find(({ name }) => name === ref.name);
+    const found = this.#snapshotLike(ref.project, ref.uuid ?? "", ref.name ?? "");
     if (found !== undefined) return found;
     throw new StatusError("NOT_FOUND", `Cannot ${action}: there is no such snapshot in project "${ref.project}"`);
   }
 
+  /** By UUID, or without one by name: a live one first. */
+  #snapshotLike(project: string, uuid: string, name: string): SimSnapshot | undefined {
+    if (uuid !== "") {
+      const found = this.#snapshots.get(uuid.toLowerCase());
+      return found?.project === project ? found : undefined;
+    }
+    const namesakes = this.#snapshots.named(project, name);
+    return namesakes.find(({ state }) => state === "Available" || state === "Creating") ?? namesakes[0];
+  }
+
   #liveVolume(project: string, name: string): SimVolume | undefined {
-    return [...this.#volumes.values()].find((volume) =>
-      volume.project === project && volume.name === name && volume.state !== "Deleting" && volume.state !== "Failed"
-    );
+    return this.#volumes.named(project, name).find(({ state }) => state !== "Deleting" && state !== "Failed");
   }
 
   #sourceSnapshot(action: string, wish: VolumeWish): SimSnapshot | undefined {
     const { uuid, name } = wish.sourceSnapshot;
     if (uuid === "" && name === "") return undefined;
-    const snapshot = [...this.#snapshots.values()].find((other) =>
-      other.project === wish.project && (uuid !== "" ? other.uuid === uuid.toLowerCase() : other.name === name)
-    );
+    const snapshot = this.#snapshotLike(wish.project, uuid, name);
     // CreateVolume has no documented 404: an unknown source is a bad argument.
     if (snapshot === undefined) throw invalid(action, `there is no snapshot "${uuid || name}"`);
     if (snapshot.state === "Available") return snapshot;
@@ -927,7 +943,7 @@ export class Cluster implements AsyncDisposable {
         break;
       case "Deleting":
         await this.dataPlane.deleteVolume(volume.uuid);
-        if (this.#volumes.get(volume.uuid) === volume) this.#volumes.delete(volume.uuid);
+        if (this.#volumes.get(volume.uuid) === volume) this.#volumes.delete(volume);
         this.#releaseSnapshotsOf(volume);
         this.#save();
         return;
@@ -964,7 +980,7 @@ export class Cluster implements AsyncDisposable {
     if (snapshot.state !== "Deleting") return;
     if (this.behaviour.snapshotWaitsForClones && this.#clonesOf(snapshot) > 0) return this.#save();
     return this.dataPlane.deleteSnapshot(snapshot.uuid).then(() => {
-      this.#snapshots.delete(snapshot.uuid);
+      this.#snapshots.delete(snapshot);
       this.#save();
     });
   }
@@ -977,9 +993,7 @@ export class Cluster implements AsyncDisposable {
   }
 
   #clonesOf(snapshot: SimSnapshot): number {
-    return this.volumes.filter(({ sourceSnapshotUuid, state }) =>
-      sourceSnapshotUuid === snapshot.uuid && state !== "Failed"
-    ).length;
+    return this.#volumes.madeFrom(snapshot.uuid).filter(({ state }) => state !== "Failed").length;
   }
 
   #releaseSnapshotsOf(volume: SimVolume): void {
@@ -1026,13 +1040,43 @@ export class Cluster implements AsyncDisposable {
     this.#timers.delete(uuid);
   }
 
-  #newEtag(): string {
-    return String(++this.#model.revision);
+  /** The ETag after `last`; that of a new object without one. */
+  #newEtag(last: string | undefined): string {
+    this.#model.revision++;
+    // A volume's own changes are counted, so new volumes have equal ones.
+    return String(this.behaviour.asDocumented ? this.#model.revision : Number(last ?? "0") + 1);
   }
 
-  #touch(object: { etag: string }): void {
-    object.etag = this.#newEtag();
+  #touch(object: SimVolume | SimSnapshot): void {
+    object.etag = this.#newEtag(object.etag);
+    if ("sourceVolumeUuid" in object) this.#snapshots.put(object);
+    else this.#volumes.put(object);
     this.#save();
+  }
+
+  /** A snapshot or clone was made of this volume. */
+  #touchSource(volumeUuid: string | undefined): void {
+    const volume = this.#volumes.get(volumeUuid ?? "");
+    if (volume !== undefined && !this.behaviour.asDocumented) this.#touch(volume);
+  }
+
+  #parseSize(action: string, text: string): bigint {
+    const bytes = parseSize(action, text);
+    const rest = bytes % sizeStep;
+    if (rest === 0n) return bytes;
+    if (this.behaviour.asDocumented) throw invalid(action, `size "${text}" is not a multiple of ${sizeStep} bytes`);
+    return bytes + sizeStep - rest;
+  }
+
+  #checkAcl(action: string, acl: readonly string[]): string[] {
+    for (const entry of acl) {
+      const special = entry === "ALLOW_NONE" || entry === "ALLOW_ANY";
+      if (special && acl.length > 1) throw invalid(action, `${entry} is not alone in the ACL`);
+      const isAllowed = this.behaviour.asDocumented ? /^nqn\.[\x21-\x7e]{1,219}$/.test(entry) : entry !== "";
+      if (!special && !isAllowed) throw invalid(action, `"${entry}" is not a host NQN`);
+    }
+    if (new Set(acl).size < acl.length) throw invalid(action, "the ACL holds an entry twice");
+    return [...acl];
   }
 
   #text(): string {
@@ -1088,10 +1132,17 @@ function checkEtag(action: string, etag: string, ifMatch: string | undefined): v
   throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: its ETag is ${etag}, not ${ifMatch}`);
 }
 
-/** HTTP 503 for a state that passes, 400 for one that does not (spec/lightos.md 6.7). */
-function checkIdle(action: string, what: string, state: VolumeState): void {
+/** UNAVAILABLE for a state that passes, `dead` for one that does not. */
+function checkIdle(
+  action: string,
+  what: string,
+  state: VolumeState,
+  dead: "INVALID_ARGUMENT" | "FAILED_PRECONDITION" = "INVALID_ARGUMENT",
+): void {
   if (state === "Available" || state === "Migrating") return;
-  if (state === "Deleting" || state === "Failed") throw invalid(action, `the ${what} is ${state}`);
+  if (state === "Deleting" || state === "Failed") {
+    throw new StatusError(dead, `Cannot ${action}: the ${what} is ${state}`);
+  }
   throw new StatusError("UNAVAILABLE", `Cannot ${action}: the ${what} is ${state}`);
 }
 
@@ -1105,6 +1156,9 @@ const sizeUnits: Readonly<Record<string, bigint>> = {
   pib: 1n << 50n,
 };
 
+/** Sizes are multiples of this. */
+const sizeStep = 4096n;
+
 /** Bytes in a size text: `10737418240b`, `10737418240`, `5 gib` (spec/lightos.md 6.5 and 14). */
 export function parseSize(action: string, text: string): bigint {
   const match = /^(\d{1,20})\s*([a-z]*)$/i.exec(text.trim());
@@ -1112,7 +1166,6 @@ export function parseSize(action: string, text: string): bigint {
   if (match === null || unit === undefined) throw invalid(action, `size "${text}" is not a number of bytes`);
   const bytes = BigInt(match[1] ?? "0") * unit;
   if (bytes === 0n) throw invalid(action, `size "${text}" is zero`);
-  if (bytes % 4096n !== 0n) throw invalid(action, `size "${text}" is not a multiple of 4096 bytes`);
   if (bytes >= 1n << 63n) throw invalid(action, `size "${text}" is out of range`);
   return bytes;
 }
@@ -1128,16 +1181,6 @@ function parseCompression(action: string, text: string): boolean | undefined {
     default:
       throw invalid(action, `compression "${text}" is neither "true" nor "false"`);
   }
-}
-
-function checkAcl(action: string, acl: readonly string[]): string[] {
-  for (const entry of acl) {
-    const special = entry === "ALLOW_NONE" || entry === "ALLOW_ANY";
-    if (special && acl.length > 1) throw invalid(action, `${entry} is not alone in the ACL`);
-    if (!special && !/^nqn\.[\x21-\x7e]{1,219}$/.test(entry)) throw invalid(action, `"${entry}" is not a host NQN`);
-  }
-  if (new Set(acl).size < acl.length) throw invalid(action, "the ACL holds an entry twice");
-  return [...acl];
 }
 
 function checkIpAcl(action: string, acl: readonly string[]): string[] {
@@ -1159,6 +1202,19 @@ function checkLabels(
     }
   }
   return labels.map(({ key, value }) => ({ key, value }));
+}
+
+/** Those that a list with this name or UUID can hold. */
+function candidates<T extends { readonly uuid: string; readonly name: string; readonly project: string }>(
+  index: ObjectIndex<T>,
+  wish: ListWish,
+): readonly T[] {
+  if (wish.uuid) {
+    const found = index.get(wish.uuid.toLowerCase());
+    return found === undefined ? [] : [found];
+  }
+  if (wish.name && wish.project !== undefined) return index.named(wish.project, wish.name);
+  return [...index.values()];
 }
 
 function page<T extends { readonly uuid: string; readonly name: string; readonly project: string }>(

@@ -15,7 +15,7 @@
  * | POST /faults                  | {rpc, count?, skip?, code? or event?, message?, delayMs?, drop?, hold?, when?, endpoint?} | adds a rule, see faults.ts |
  * | DELETE /faults                |                                                             | forgets the rules, lets held calls go on |
  * | GET /held, DELETE /held       |                                                             | calls that a rule holds; lets them go on |
- * | GET /behaviour, PATCH         | any of {creationMs, deletionMs, updateMs, rollbackMs, holdCreations, failCreations, nameShowsDead, snapshotWaitsForClones, nameCheckedLast} | how the cluster behaves |
+ * | GET /behaviour, PATCH         | any of {creationMs, deletionMs, updateMs, rollbackMs, holdCreations, failCreations, nameShowsDead, snapshotWaitsForClones, nameCheckedLast, asDocumented} | how the cluster behaves |
  * | POST /creations/release       |                                                             | lets held creations go on   |
  * | PATCH /volumes/UUID           | {state?, protection?}                                       | sets them, for good         |
  * | POST /projects                | {name}                                                      | adds a project              |
@@ -262,6 +262,7 @@ const behaviourSchema = z.strictObject({
   nameShowsDead: z.boolean(),
   snapshotWaitsForClones: z.boolean(),
   nameCheckedLast: z.boolean(),
+  asDocumented: z.boolean(),
 }).partial();
 const volumeSchema = z.strictObject({ state: z.enum(volumeStates), protection: z.enum(protections) }).partial();
 const policySchema = z.strictObject({

@@ -637,7 +637,7 @@ function snapshotMessage(cluster: Cluster, snapshot: SimSnapshot): MessageInitSh
     size: snapshot.sizeBytes,
     sectorSize: snapshot.sectorSizeBytes,
     statistics: { physicalCapacity: snapshot.sizeBytes },
-    ETag: snapshot.etag,
+    ETag: cluster.behaviour.asDocumented ? snapshot.etag : "",
     projectName: snapshot.project,
     primaryNodeUUID: snapshot.nodeUuids[0] ?? "",
     labels: snapshot.labels.map(({ key, value }) => ({ key, value })),
