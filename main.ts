@@ -45,10 +45,19 @@ import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { parsePoseidonId, parseVolumeId } from "./lib/id.ts";
 import type { Metrics } from "./lib/metrics.ts";
 import { hostNqn, inBandAuthKey, isSubsystemOf, nodeIdProblem, type TransportAddress } from "./lib/namespace.ts";
-import { describeOptions, type Options, readOptions, type Settings, switchSchema, UsageError } from "./lib/options.ts";
+import {
+  describeOptions,
+  type Options,
+  readOptions,
+  type Settings,
+  switchSchema,
+  unknownVariables,
+  UsageError,
+} from "./lib/options.ts";
 import type { MachineOptions } from "./lib/shell/machine_checks.ts";
 import type { SystemReport } from "./lib/storage/backend.ts";
 import type { LightosOptions } from "./lib/storage/lightos_cluster.ts";
+import { suggestion } from "./lib/suggestion.ts";
 
 /** Name of the CSIDriver object and the StorageClass provisioner, by storage system. */
 const driverNames = { lightos: "csi.lightbitslabs.com", poseidon: "csi.pos.io" } as const;
@@ -85,6 +94,7 @@ const commands: Readonly<Record<string, Command>> = {
     async (settings) => {
       refuseOutOfReach(settings);
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "controller" });
+      warnOfUnknownVariables(log);
       const { controllerHandlers, nodeServiceOfController } = await import("./lib/csi/controller.ts");
       const { snapshotMetadataHandlers } = await import("./lib/csi/snapshot_metadata.ts");
       const { KeyedLock } = await import("./lib/lock.ts");
@@ -111,6 +121,7 @@ const commands: Readonly<Record<string, Command>> = {
 
   node: command("serve the CSI identity and node services", nodeOptions, async (settings) => {
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "node" });
+    warnOfUnknownVariables(log);
     const suffix = settings["node-id-suffix"];
     const problem = nodeIdProblem(settings["node-id"]) ??
       (settings["node-id"].endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
@@ -421,6 +432,7 @@ const commands: Readonly<Record<string, Command>> = {
         "make it (mkdir -p), or give the one that the node service writes to",
       );
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
+      warnOfUnknownVariables(log);
       const { discoveryDaemon } = await import("./lib/discovery/client.ts");
       const { linuxHost } = await import("./lib/host/host.ts");
       const { host: key, controller } = await readKeys(settings);
@@ -499,9 +511,34 @@ fish:  lbcsi completion fish | source`,
     if (settings.backend === "poseidon") refusePoseidon(settings);
     refuseOutOfReach(settings);
     const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });
+    warnOfUnknownVariables(log);
     return await serveCsi(settings, log, [], await serveMetrics(settings, "identity", settings.backend, log));
   }),
 };
+
+/** Of the vendor's driver for LightOS, which this one does not have. */
+const vendorVariables = [
+  "LB_CSI_BE_CONFIG_PATH",
+  "LB_CSI_LOG_ROLE",
+  "LB_CSI_LOG_TIME",
+  "LB_CSI_LUKS_CONFIG_PATH",
+  "LB_CSI_RWX",
+];
+
+/**
+ * Warns of variables that look like an option and are none, of any command: containers run others too, as the doctor. The
+ * executable for controllers may read variables by name only, so there just those of the vendor's driver are found.
+ */
+function warnOfUnknownVariables(log: Logger): void {
+  const mayListAll = Deno.permissions.querySync({ name: "env" }).state === "granted";
+  const names = mayListAll
+    ? Object.keys(Deno.env.toObject())
+    : vendorVariables.filter((name) => Deno.env.get(name) !== undefined);
+  const known = Object.values(commands).flatMap(({ options }) => Object.values(options).flatMap(({ env = [] }) => env));
+  for (const { name, suggestion } of unknownVariables(names, known)) {
+    log.warning("ignores an unknown environment variable", { name, error: `${name} is no option's${suggestion}` });
+  }
+}
 
 /** What the process is to measure of itself, served until it ends; undefined when nobody asked for it. */
 async function serveMetrics(
@@ -1090,7 +1127,8 @@ async function main(args: readonly string[]): Promise<number> {
   }
   const chosen = Object.hasOwn(commands, name) ? commands[name] : undefined;
   if (chosen === undefined) {
-    console.error(`lbcsi: there is no command "${name}"; lbcsi --help lists them`);
+    const meant = suggestion(name, Object.keys(commands));
+    console.error(`lbcsi: there is no command "${name}"${meant || ";"} lbcsi --help lists them`);
     return 2;
   }
   if (rest.includes("--help") || rest.includes("-h")) {

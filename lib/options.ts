@@ -6,6 +6,7 @@
  */
 import { parseArgs, type ParseArgsConfig } from "node:util";
 import * as z from "zod";
+import { closest, suggestion } from "./suggestion.ts";
 
 /** One option. `schema` reads the text given; it must accept `fallback`, or `undefined` where there is none. */
 export interface Option<S extends z.ZodType = z.ZodType> {
@@ -71,8 +72,25 @@ function parseWords(
     if (surplus !== undefined) throw new UsageError(`Unexpected argument '${surplus}'`);
     return { ...values as Words, ...Object.fromEntries(words.map((name, at) => [name, positionals[at]])) };
   } catch (error) {
-    throw new UsageError(error instanceof Error ? error.message : String(error));
+    const message = error instanceof Error ? error.message : String(error);
+    const [, unknown] = /^Unknown option '--([^']+)'/.exec(message) ?? [];
+    if (unknown === undefined) throw new UsageError(message);
+    const meant = closest(unknown, Object.keys(config));
+    throw new UsageError(`Unknown option '--${unknown}'${meant === undefined ? "" : `, did you mean '--${meant}'?`}`);
   }
+}
+
+/** A variable of the environment that looks like an option and is none. */
+export interface UnknownVariable {
+  readonly name: string;
+  /** `, did you mean "LB_CSI_LOG_LEVEL"?`; empty when no known variable is close. */
+  readonly suggestion: string;
+}
+
+/** Those of `names` that start with `LB_CSI_`, as every option's variable does, and are no option's. */
+export function unknownVariables(names: readonly string[], known: readonly string[]): readonly UnknownVariable[] {
+  return names.filter((name) => name.startsWith("LB_CSI_") && !known.includes(name)).sort()
+    .map((name) => ({ name, suggestion: suggestion(name, known) }));
 }
 
 /** How a person writes it: `--node-id`, or `VOLUME_ID` for a bare word. */

@@ -18,6 +18,18 @@ export function closest(word: string, known: readonly string[]): string | undefi
   return best;
 }
 
+/**
+ * `"replica-cuont" (did you mean "replica-count"?), "colour" unknown (known: replica-count, compression)`: what is wrong with
+ * keys that a map may not have.
+ */
+export function unknownKeys(keys: readonly string[], known: readonly string[]): string {
+  const named = keys.map((key) => {
+    const meant = closest(key, known);
+    return meant === undefined ? `"${key}"` : `"${key}" (did you mean "${meant}"?)`;
+  });
+  return `${named.join(", ")} unknown (known: ${known.join(", ")})`;
+}
+
 /** `, did you mean "replica-count"?`, to follow an unknown word in a message; empty when no known word is close. */
 export function suggestion(word: string, known: readonly string[]): string {
   const meant = closest(word, known);

@@ -104,7 +104,11 @@ for (
     ["a text", "clusters", /"clusters" is not a map with the key clusters/],
     ["a flow that does not end", "clusters: [", /at line 1, column 12$/],
     ["a key twice", one("name: b"), /Map keys must be unique at line 1/],
-    ["another key at the top", `${one("")}\ncluster: 1`, /"cluster" unknown \(known: clusters\)/],
+    [
+      "another key at the top",
+      `${one("")}\ncluster: 1`,
+      /"cluster" \(did you mean "clusters"\?\) unknown \(known: clusters\)/,
+    ],
     ["no clusters", "clusters: []", /clusters is empty/],
     ["clusters without a list", "clusters: {a: 1}", /clusters is missing, give a list of clusters/],
     ["a cluster that is a number", "clusters: [7]", /clusters\[0\] "7" is not a map of keys/],
@@ -143,7 +147,11 @@ for (
       one("jwt: /j, ephemeral: {projects: p1, maxSize: 1Gi, max: 2}"),
       /clusters\[0\]\.ephemeral "max" unknown \(known: projects, maxSize\)/,
     ],
-    ["a misspelt key", one("schme: grpc"), /clusters\[0\] "schme" unknown \(known: name, endpoints, formerEndpoints,/],
+    [
+      "a misspelt key",
+      one("schme: grpc"),
+      /clusters\[0\] "schme" \(did you mean "scheme"\?\) unknown \(known: name, endpoints, formerEndpoints,/,
+    ],
     [
       "one name twice",
       `clusters: [{name: a, endpoints: "a:1"}, {name: a, endpoints: "b:1"}]`,

@@ -214,7 +214,6 @@ Deno.test("the tables of StorageClass parameters have those that the driver take
   ];
   const poseidon = [
     ...knownIn(() => parsePoseidonParameters("try", { nothing: "" })),
-    "mkfs-options",
     "csi.storage.k8s.io/fstype",
   ];
 

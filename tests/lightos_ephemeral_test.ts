@@ -94,7 +94,7 @@ for (
     [
       "an unknown key",
       { size: "1Gi", sise: "2Gi" },
-      /"sise" unknown \(known: cluster, size, project-name, replica-count,/,
+      /"sise" \(did you mean "size"\?\) unknown \(known: cluster, size, project-name, replica-count,/,
     ],
     ["the key of an object", { size: "1Gi", constructor: "x" }, /"constructor" unknown/],
     [

@@ -134,7 +134,10 @@ for (
     [{ "project-name": "" }, /"project-name" "" is not a project name/],
     [{ "project-name": "Team_A" }, /"project-name" "Team_A" is not a project name/],
     [{ "host-encryption": "yes" }, /"host-encryption" "yes" is not "enabled" or "disabled"/],
-    [{ "replica-cout": "3" }, /"replica-cout" unknown \(known: mgmt-endpoint, mgmt-scheme, replica-count,/],
+    [
+      { "replica-cout": "3" },
+      /"replica-cout" \(did you mean "replica-count"\?\) unknown \(known: mgmt-endpoint, .*, mkfs-options\)/,
+    ],
   ] as const
 ) {
   const what = Object.entries(changes).map(([key, value]) =>

@@ -623,7 +623,11 @@ Deno.test("GetCapacity passes over keys that are for the orchestrator or the nod
 
 type CapacityWish = Extract<MessageInitShape<typeof GetCapacityRequestSchema>, { readonly $typeName?: never }>;
 const badCapacityWishes: readonly (readonly [what: string, request: CapacityWish, message: RegExp])[] = [
-  ["an unknown parameter", { parameters: { "replica-cout": "3" } }, /"replica-cout" unknown/],
+  [
+    "an unknown parameter",
+    { parameters: { "replica-cout": "3" } },
+    /"replica-cout" \(did you mean "replica-count"\?\) unknown/,
+  ],
   ["parameters without endpoints", { parameters: { "replica-count": "3" } }, /"mgmt-endpoint" is missing/],
   [
     "topology",

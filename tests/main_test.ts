@@ -9,6 +9,7 @@ import {
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../proto/gen/csi_pb.ts";
 import config from "../deno.json" with { type: "json" };
+import { permissionsWith } from "../k8s/image/permissions.ts";
 import { poseidonParameters, startPoseidon } from "./support/poseidon.ts";
 import { startSimulator } from "./support/simulator.ts";
 
@@ -53,7 +54,7 @@ Deno.test("lbcsi --help lists every command, and each of them explains its optio
 for (
   const [args, code, message] of [
     [[], 2, /usage: lbcsi COMMAND/],
-    [["contrller"], 2, /there is no command "contrller"/],
+    [["contrller"], 2, /there is no command "contrller", did you mean "controller"\? lbcsi --help lists them/],
     [["constructor"], 2, /there is no command "constructor"/],
     [["node"], 2, /--node-id is missing \(or set LB_CSI_NODE_ID\)/],
     [["node", "--node-id", "worker 1.node"], 2, /only letters, digits/],
@@ -129,6 +130,55 @@ for (const role of ["identity", "controller", "node"] as const) {
       }
       process.kill("SIGTERM");
       strictEqual((await process.output()).code, 0);
+    } finally {
+      end(process);
+      await Deno.remove(directory, { recursive: true });
+    }
+  });
+}
+
+for (
+  const [role, who, variables, warned] of [
+    ["identity", "the executable with all permissions", {
+      LB_CSI_LOG_LEVLE: "debug",
+      LB_CSI_RWX: "true",
+      LB_CSI_KUBELET_DIR: "/k",
+    }, [
+      'LB_CSI_LOG_LEVLE is no option\'s, did you mean "LB_CSI_LOG_LEVEL"?',
+      "LB_CSI_RWX is no option's",
+    ]],
+    // The executable for controllers may not list variables, but knows the names of the vendor's.
+    ["controller", "the executable for controllers", { LB_CSI_LOG_LEVLE: "debug", LB_CSI_RWX: "true" }, [
+      "LB_CSI_RWX is no option's",
+    ]],
+  ] as const
+) {
+  Deno.test(`${who} warns of unknown LB_CSI_ variables at its start`, async () => {
+    const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
+    const permissions = role === "controller" ? permissionsWith([directory], [directory]) : ["-A"];
+    const jwt = role === "controller" ? ["--jwt-path", `${directory}/jwt`] : [];
+    const process = new Deno.Command(Deno.execPath(), {
+      args: ["run", ...permissions, "--no-check", mainPath, role, "--endpoint", `unix://${directory}/csi.sock`, ...jwt],
+      env: { NO_COLOR: "1", ...variables },
+      stdin: "null",
+      stdout: "null",
+      stderr: "piped",
+    }).spawn();
+    try {
+      using channel = new Channel({ address: `unix://${directory}/csi.sock` });
+      await untilAnswered(channel);
+      process.kill("SIGTERM");
+      const { stderr } = await process.output();
+      const lines = new TextDecoder().decode(stderr).split("\n").filter((line) => line.startsWith("{"));
+      const warnings = lines.map((line) => JSON.parse(line)).filter(({ level }) => level === "warning");
+
+      deepStrictEqual(
+        warnings.map(({ event, error }) => [event, error]),
+        warned.map((error) => [
+          "ignores an unknown environment variable",
+          error,
+        ]),
+      );
     } finally {
       end(process);
       await Deno.remove(directory, { recursive: true });

@@ -7,6 +7,7 @@ import {
   readOptions,
   switchSchema,
   unixEndpoint,
+  unknownVariables,
   UsageError,
   wholeNumber,
 } from "../lib/options.ts";
@@ -56,7 +57,8 @@ Deno.test("readOptions lists every bad value with the place that it came from", 
 
 for (
   const [args, problem] of [
-    [["--nmae", "x"], /Unknown option '--nmae'/],
+    [["--nmae", "x"], /: Unknown option '--nmae', did you mean '--name'\?$/],
+    [["--colour", "x"], /: Unknown option '--colour'$/],
     [["--name"], /'--name <value>' argument missing/],
     [["name"], /Unexpected argument 'name'/],
     [["--quick=yes"], /does not take an argument/],
@@ -95,6 +97,17 @@ for (
     throws(() => readOptions(withWords, args, noEnvironment), problem);
   });
 }
+
+Deno.test("unknownVariables finds those that look like an option's and are none, with what was meant", () => {
+  const known = ["LB_CSI_LOG_LEVEL", "LB_CSI_CTRL_LOSS_TMO", "CSI_ENDPOINT"];
+  const names = ["PATH", "LB_CSI_LOG_LEVEL", "LB_CSI_LOG_LEVLE", "LB_CSI_CTRL_LOSS_TIMEOUT", "LB_CSI_RWX", "CSI_OTHER"];
+
+  deepStrictEqual(unknownVariables(names, known), [
+    { name: "LB_CSI_CTRL_LOSS_TIMEOUT", suggestion: ', did you mean "LB_CSI_CTRL_LOSS_TMO"?' },
+    { name: "LB_CSI_LOG_LEVLE", suggestion: ', did you mean "LB_CSI_LOG_LEVEL"?' },
+    { name: "LB_CSI_RWX", suggestion: "" },
+  ]);
+});
 
 Deno.test("describeOptions shows a bare word as it is written", () => {
   match(describeOptions(withWords), /^ {2}VOLUME_ID +which volume$/m);

@@ -1,5 +1,5 @@
 import { equal } from "node:assert/strict";
-import { closest, suggestion } from "../lib/suggestion.ts";
+import { closest, suggestion, unknownKeys } from "../lib/suggestion.ts";
 
 const known = ["mgmt-endpoint", "mgmt-scheme", "replica-count", "compression", "project-name", "mkfs-options"];
 
@@ -29,6 +29,13 @@ Deno.test("the closest known word: a word that is like none has none", () => {
 
 Deno.test("the closest known word: of two that are close, the closer one", () => {
   equal(closest("qos-policy-nam", ["qos-policy-uuid", "qos-policy-name"]), "qos-policy-name");
+});
+
+Deno.test("unknown keys are named with what was meant by each, and with those that are known", () => {
+  equal(
+    unknownKeys(["replica-cuont", "colour"], ["replica-count", "compression"]),
+    '"replica-cuont" (did you mean "replica-count"?), "colour" unknown (known: replica-count, compression)',
+  );
 });
 
 Deno.test("a suggestion reads on from the unknown word, and is empty without one", () => {

@@ -9,6 +9,7 @@ import { parse } from "yaml";
 import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
+import { unknownKeys } from "../suggestion.ts";
 
 /** How files are read; throws what the system says. */
 export interface ConfigFiles {
@@ -110,8 +111,7 @@ function describe(
     .join("");
   const prefix = place === "" ? "" : `${place} `;
   if (issue.code === "unrecognized_keys") {
-    const known = keysAt(issue.path).join(", ");
-    return `${prefix}${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${known})`;
+    return `${prefix}${unknownKeys(issue.keys, keysAt(issue.path))}`;
   }
   let parent: unknown;
   let value = content;

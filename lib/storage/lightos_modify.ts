@@ -5,6 +5,7 @@
 import * as z from "zod";
 import { hasCode, StatusError } from "../error.ts";
 import { isUuid, parseVolumeId } from "../id.ts";
+import { unknownKeys } from "../suggestion.ts";
 import type { Volume as LightosVolume } from "../../proto/gen/lightos_pb.ts";
 import type { Modification } from "./backend.ts";
 import { type ClusterPool, LightosError } from "./lightos_cluster.ts";
@@ -100,9 +101,7 @@ function parseMutable(
   if (!parsed.success) {
     const problems = parsed.error.issues.map((issue) =>
       issue.code === "unrecognized_keys"
-        ? `${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${
-          Object.keys(mutableSchema.shape).join(", ")
-        })`
+        ? unknownKeys(issue.keys, Object.keys(mutableSchema.shape))
         : `"${String(issue.path[0])}" "${mutable[String(issue.path[0])] ?? ""}" ${issue.message}`
     );
     throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: mutable parameter ${problems.join("; ")}`);

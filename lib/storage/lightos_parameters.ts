@@ -4,6 +4,7 @@ import { type AuthKind, authKinds } from "../dhchap.ts";
 import { StatusError } from "../error.ts";
 import { type Endpoint, isProjectName, parseEndpoints, type Scheme, schemes, type VolumeId } from "../id.ts";
 import { inBandAuthKey } from "../namespace.ts";
+import { unknownKeys } from "../suggestion.ts";
 import type { CapacityRange } from "./backend.ts";
 import { qosParameters, type QosPolicy, qosPolicyOf } from "./lightos_modify.ts";
 import { trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
@@ -61,7 +62,9 @@ export const parametersSchema = z.strictObject({
 export function parseParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
   const parsed = parametersSchema.safeParse(parameters);
   if (!parsed.success) {
-    const problems = problemsOf(parsed.error, parameters, Object.keys(parametersSchema.shape));
+    // The driver takes mkfs-options out before, for the node.
+    const known = [...Object.keys(parametersSchema.shape), "mkfs-options"];
+    const problems = problemsOf(parsed.error, parameters, known);
     throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problems.join("; ")}`);
   }
   const { data } = parsed;
@@ -108,7 +111,7 @@ export function problemsOf(
 ): readonly string[] {
   return error.issues.map((issue) => {
     if (issue.code === "unrecognized_keys") {
-      return `${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${known.join(", ")})`;
+      return unknownKeys(issue.keys, known);
     }
     const key = String(issue.path[0]);
     const value = given[key];

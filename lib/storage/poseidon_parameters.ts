@@ -6,6 +6,7 @@ import * as z from "zod";
 import { StatusError } from "../error.ts";
 import { type Endpoint, isArrayName, parseEndpoints } from "../id.ts";
 import { inBandAuthKey, parseAddress, type TransportAddress } from "../namespace.ts";
+import { unknownKeys } from "../suggestion.ts";
 import type { CapacityRange } from "./backend.ts";
 import { mib, type PoseidonVolume } from "./poseidon_world.ts";
 
@@ -90,7 +91,8 @@ export function parseParameters(action: string, parameters: Texts): PoseidonPara
     action,
     "StorageClass parameter",
     parametersSchema,
-    Object.keys(parametersSchema.shape),
+    // The driver takes mkfs-options out before, for the node.
+    [...Object.keys(parametersSchema.shape), "mkfs-options"],
     parameters,
   );
   const host = data.provisionerIP;
@@ -153,7 +155,7 @@ function parse<T>(action: string, what: string, schema: z.ZodType<T>, known: rea
   const problems = parsed.error.issues.map((issue) => {
     if (issue.code === "unrecognized_keys") {
       const why = issue.keys.includes(inBandAuthKey) ? ", PoseidonOS has no in-band authentication" : "";
-      return `${issue.keys.map((key) => `"${key}"`).join(", ")} unknown (known: ${known.join(", ")})${why}`;
+      return `${unknownKeys(issue.keys, known)}${why}`;
     }
     const key = String(issue.path[0]);
     const value = given[key];
