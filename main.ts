@@ -44,6 +44,7 @@ import {
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { parsePoseidonId, parseVolumeId } from "./lib/id.ts";
 import type { Metrics } from "./lib/metrics.ts";
+import { pemProblem, readPem } from "./lib/pem.ts";
 import { hostNqn, inBandAuthKey, isSubsystemOf, nodeIdProblem, type TransportAddress } from "./lib/namespace.ts";
 import {
   describeOptions,
@@ -54,6 +55,7 @@ import {
   unknownVariables,
   UsageError,
 } from "./lib/options.ts";
+import { surviveUncaught } from "./lib/uncaught.ts";
 import type { MachineOptions } from "./lib/shell/machine_checks.ts";
 import type { SystemReport } from "./lib/storage/backend.ts";
 import type { LightosOptions } from "./lib/storage/lightos_cluster.ts";
@@ -609,12 +611,26 @@ async function serveCsi(
   });
   log.info("serves", { path, version });
   onServing();
+  using _survival = surviveUncaught(log, () => answersProbe(path), () => Deno.exit(1));
   const signal = await stopped;
   log.info("stops on a signal", { name: signal });
   // Kubernetes kills 30 s after SIGTERM unless the manifest says otherwise.
   await server.stop(25_000);
   log.info("stopped");
   return 0;
+}
+
+/** Whether this process answers on its own socket; it may be busy. */
+async function answersProbe(path: string): Promise<boolean> {
+  const { CallError, Channel } = await import("./lib/rpc.ts");
+  const { Identity } = await import("./proto/gen/csi_pb.ts");
+  using channel = new Channel({ address: `unix://${path}` });
+  try {
+    await channel.call(Identity.method.probe, {}, { signal: AbortSignal.timeout(30_000), connectTimeoutMs: 30_000 });
+    return true;
+  } catch (error) {
+    return error instanceof CallError && error.origin === "server";
+  }
 }
 
 const exitStatusOf = { SIGINT: 130, SIGTERM: 143 } as const;
@@ -626,6 +642,8 @@ async function atShell(
   work: (ctx: RequestContext) => Promise<number | void>,
 ): Promise<number> {
   const log = createLogger(settings["log-level"], settings["log-fmt"]);
+  // The work has its time, and says itself what became of it.
+  using _survival = surviveUncaught(log, () => Promise.resolve(true), () => {});
   const stop = new AbortController();
   let status = 0;
   for (const [signal, code] of Object.entries(exitStatusOf) as ["SIGINT" | "SIGTERM", number][]) {
@@ -896,11 +914,19 @@ async function lightosOptions(settings: LightosSettings, log: Logger): Promise<L
     log,
     globalJwt: () => jwtPath === undefined ? undefined : readIfThere(jwtPath),
     globalJwtPath: jwtPath ?? "file of a token",
-    ca: settings["mgmt-ca"] === undefined ? machineCa(log) : readRequired("--mgmt-ca", settings["mgmt-ca"]),
+    ca: settings["mgmt-ca"] === undefined ? machineCa(log) : requiredCertificates("--mgmt-ca", settings["mgmt-ca"]),
     verifyTls: settings["mgmt-tls-verify"],
     userAgent: `lbcsi/${version}`,
     clusters: settings.config === undefined ? undefined : await readClusters(settings.config, log),
   };
+}
+
+/** The certificates in a file each of which has to be good. */
+function requiredCertificates(flag: string, path: string): string {
+  const read = readPem(readRequired(flag, path));
+  const problem = pemProblem(read);
+  if (problem !== undefined) throw new UsageError(`${flag} "${path}": ${problem}`);
+  return read.pem;
 }
 
 /** Where distributions keep the certificates that a machine trusts: Debian, Alpine; Fedora; SUSE; BSD, Alpine. */
@@ -917,8 +943,9 @@ const machineCaFiles = [
  */
 function machineCa(log: Logger): string | undefined {
   const holdsCertificates = (path: string) => {
-    const text = readIfThere(path);
-    return text?.includes("-----BEGIN CERTIFICATE-----") ? text : undefined;
+    const { pem, problems } = readPem(readIfThere(path) ?? "");
+    for (const problem of problems) log.warning("passes over a certificate to trust", { path, error: problem });
+    return pem === "" ? undefined : pem;
   };
   const named = Deno.env.get("SSL_CERT_FILE") ?? "";
   const chosen = named === "" ? undefined : holdsCertificates(named);

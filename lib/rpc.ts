@@ -6,6 +6,7 @@
  * which names what was slow still arrives; the handler goes on until its work has really ended, and holds its locks
  * until then.
  */
+import { unreadableCertificates } from "./peer_certificate.ts";
 import { wasCalmedSince } from "./goaway.ts";
 import grpc from "@grpc/grpc-js";
 import { createHash, X509Certificate } from "node:crypto";
@@ -31,6 +32,7 @@ import {
 import { acceptAnyAuthority } from "./authority.ts";
 import { type Fields, type Logger, type RequestContext, requestContext } from "./context.ts";
 import { messageOf, type StatusCode, StatusError, systemCode } from "./error.ts";
+import { splitPem } from "./pem.ts";
 import { answers, listenUnix, type UnixListener } from "./unix_socket.ts";
 
 // ---------------------------------------------------------------------------------------------------------- serving
@@ -520,7 +522,10 @@ export class CallError extends Error {
 
 /** How a server has to prove who it is. */
 export interface Trust {
-  /** PEM certificates to trust instead of the built-in ones. */
+  /**
+   * PEM certificates to trust instead of the built-in ones, as `readPem` answers them. A server that shows one of them is
+   * trusted, whoever has signed it.
+   */
   readonly ca?: string;
   /** False accepts any certificate. */
   readonly verify: boolean;
@@ -748,13 +753,67 @@ function wordsWithoutAnswer(details: string, httpStatus: number, contentType: st
 function credentials({ address, tls: trust }: ChannelOptions): grpc.ChannelCredentials {
   if (trust === undefined) return grpc.credentials.createInsecure();
   const ca = trust.ca === undefined ? null : Buffer.from(trust.ca);
-  return grpc.credentials.createSsl(ca, null, null, {
-    rejectUnauthorized: trust.verify,
-    checkServerIdentity: (_name, certificate) => {
-      if (!trust.verify) return undefined;
-      return tls.checkServerIdentity(nameOf(address, trust), certificate) ?? pinProblem(trust.pins, certificate);
-    },
+  const certificateProblem = (certificate: tls.PeerCertificate) =>
+    tls.checkServerIdentity(nameOf(address, trust), certificate) ?? pinProblem(trust.pins, certificate);
+  const leaves = trust.verify ? signedByOthers(trust.ca) : new Set<string>();
+  const made = grpc.credentials.createSsl(ca, null, null, {
+    rejectUnauthorized: trust.verify && leaves.size === 0,
+    checkServerIdentity: (_name, certificate) => trust.verify ? certificateProblem(certificate) : undefined,
   });
+  if (leaves.size === 0) return made;
+  // TLS itself trusts what a certificate to trust has signed, and not such a certificate itself unless it has signed itself.
+  // So TLS only proves that the server has the key of what it shows, and what that is gets checked here.
+  const createConnector = made._createSecureConnector.bind(made);
+  made._createSecureConnector = (...args) => {
+    const connector = createConnector(...args);
+    return {
+      connect: async (socket) => {
+        const connected = await connector.connect(socket);
+        const secured = connected.socket as tls.TLSSocket;
+        const problem = leafProblem(secured, leaves) ?? certificateProblem(secured.getPeerCertificate(true));
+        if (problem === undefined) return connected;
+        secured.destroy();
+        throw problem;
+      },
+      waitForReady: () => connector.waitForReady(),
+      getCallCredentials: () => connector.getCallCredentials(),
+      destroy: () => connector.destroy(),
+    };
+  };
+  return made;
+}
+
+/** The certificates (DER, base64) of a PEM text that others have signed: a server may show one of them as its own. */
+function signedByOthers(ca: string | undefined): ReadonlySet<string> {
+  return new Set(
+    splitPem(ca ?? "").filter(({ issuer, subject }) => issuer !== subject).map(({ raw }) => raw.toString("base64")),
+  );
+}
+
+/** OpenSSL's words for its codes. */
+const refusalWords: Readonly<Record<string, string>> = {
+  CERT_HAS_EXPIRED: "certificate has expired",
+  CERT_NOT_YET_VALID: "certificate is not yet valid",
+  DEPTH_ZERO_SELF_SIGNED_CERT: "self-signed certificate",
+  SELF_SIGNED_CERT_IN_CHAIN: "self-signed certificate in certificate chain",
+  UNABLE_TO_GET_ISSUER_CERT_LOCALLY: "unable to get local issuer certificate",
+  UNABLE_TO_VERIFY_LEAF_SIGNATURE: "unable to verify the first certificate",
+};
+
+/** Why a server is not to be trusted, its name and pins apart; undefined: it is. */
+function leafProblem(socket: tls.TLSSocket, leaves: ReadonlySet<string>): Error | undefined {
+  if (socket.authorized) return undefined;
+  const { raw } = socket.getPeerCertificate(true) ?? {};
+  if (raw === undefined) return new Error(unreadableCertificates);
+  if (!leaves.has(Buffer.from(raw).toString("base64"))) {
+    // Deno gives an error where TLS itself refuses, and a code here.
+    const refusal: unknown = socket.authorizationError;
+    return new Error(refusal instanceof Error ? refusal.message : refusalWords[String(refusal)] ?? String(refusal));
+  }
+  const { validFrom, validTo } = new X509Certificate(raw);
+  const now = Date.now();
+  if (now < Date.parse(validFrom)) return new Error("certificate is not yet valid");
+  return now > Date.parse(validTo) ? new Error("certificate has expired") : undefined;
 }
 
 function pinProblem(pins: readonly string[] = [], certificate: tls.PeerCertificate): Error | undefined {

@@ -45,7 +45,14 @@ export function listenUnix(
         await new Promise((resolve) => setTimeout(resolve, pauseMs));
         continue;
       }
-      accept(streamOf(connection));
+      const stream = streamOf(connection);
+      try {
+        accept(stream);
+      } catch (error) {
+        // It costs this connection, and not the acceptance of others.
+        refused(error instanceof Error ? error : new Error(String(error)));
+        stream.destroy();
+      }
     }
   })();
   return {

@@ -1,4 +1,5 @@
 import { deepStrictEqual, match, ok, rejects, strictEqual, throws } from "node:assert/strict";
+import { X509Certificate } from "node:crypto";
 import { createLogger, type RequestContext, requestContext, Secrets } from "../lib/context.ts";
 import { type StatusCode, StatusError } from "../lib/error.ts";
 import { formatEndpoints } from "../lib/id.ts";
@@ -6,6 +7,7 @@ import { hostNqn } from "../lib/namespace.ts";
 import type { VolumeWanted } from "../lib/storage/backend.ts";
 import { lightosBackend } from "../lib/storage/lightos.ts";
 import type { ConfigFiles } from "../lib/storage/config_file.ts";
+import { selfSigned } from "../lib/sim/certificate.ts";
 import { knownClusters, parseConfig } from "../lib/storage/lightos_config.ts";
 import type { LightosOptions } from "../lib/storage/lightos_cluster.ts";
 import { startSimulator, type TestSimulator } from "./support/simulator.ts";
@@ -239,15 +241,18 @@ Deno.test("knownClusters refuses to begin with a file that is missing", () => {
   );
 });
 
-Deno.test("a known cluster's ca is read at each use and answers UNAVAILABLE when it is missing or no certificate", () => {
+Deno.test("a known cluster's ca is read at each use and answers UNAVAILABLE when it is missing or no certificate", async () => {
   const files = memoryFiles({ "/c": one("ca: /ca") });
   const [cluster] = knownClusters("/c", files, quiet).all();
 
   throws(() => cluster?.ca(), refuses("UNAVAILABLE", /^Cannot trust cluster "a": its ca \/ca cannot be read \(ENOENT/));
   files.write("/ca", "token");
   throws(() => cluster?.ca(), refuses("UNAVAILABLE", /its ca \/ca holds no PEM certificate/));
-  files.write("/ca", "-----BEGIN CERTIFICATE-----");
-  strictEqual(cluster?.ca(), "-----BEGIN CERTIFICATE-----");
+  const { ca } = await selfSigned([]);
+  files.write("/ca", `${ca}-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n`);
+  throws(() => cluster?.ca(), refuses("INVALID_ARGUMENT", /its ca \/ca has a bad block: certificate 2 is empty/));
+  files.write("/ca", ca);
+  deepStrictEqual(new X509Certificate(cluster?.ca() ?? "").raw, new X509Certificate(ca).raw);
 });
 
 // ----------------------------------------------------------------------------------------------------------- promise 13

@@ -45,7 +45,8 @@ const mayImportTypes: Readonly<Record<string, readonly string[]>> = {
 const places: readonly (readonly [what: RegExp, where: readonly string[]])[] = [
   [/^npm:@grpc\//, ["lib/rpc.ts"]],
   [/^node:http2$/, ["lib/goaway.ts"]],
-  [/^node:(fs|fs\/promises|child_process|os|net|tls|http|https|dgram|process)$/, [
+  [/^node:tls$/, ["lib/rpc.ts", "lib/peer_certificate.ts", "lib/sim/"]],
+  [/^node:(fs|fs\/promises|child_process|os|net|http|https|dgram|process)$/, [
     "lib/rpc.ts",
     "lib/host/",
     "lib/sim/",

@@ -11,6 +11,7 @@ import { type Fields, type Logger, type RequestContext, type Secrets, sleep, tim
 import { type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";
 import { countManagementCall, type Metrics, type Sample } from "../metrics.ts";
+import { pemProblem, readPem } from "../pem.ts";
 import { CallError, type CallOptions, Channel, type Trust } from "../rpc.ts";
 import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
 import { misfit } from "./lightos_answers.ts";
@@ -24,7 +25,7 @@ export interface LightosOptions {
   readonly globalJwt: () => string | undefined;
   /** Where that token comes from, for messages. */
   readonly globalJwtPath: string;
-  /** PEM certificates to trust instead of the built-in ones. */
+  /** PEM certificates to trust instead of the built-in ones, as `readPem` answers them. */
   readonly ca: string | undefined;
   /** False accepts any certificate of the management API. */
   readonly verifyTls: boolean;
@@ -58,7 +59,13 @@ export class LightosError extends StatusError {
 
 const secretsSchema = z.object({
   jwt: z.string().optional(),
-  "mgmt-ca.crt": z.string().includes("-----BEGIN CERTIFICATE-----", { error: "holds no PEM certificate" }).optional(),
+  "mgmt-ca.crt": z.string().transform((text, check) => {
+    const read = readPem(text);
+    const problem = pemProblem(read);
+    if (problem === undefined) return read.pem;
+    check.addIssue(problem);
+    return z.NEVER;
+  }).optional(),
   ...trustSchema,
 });
 

@@ -25,9 +25,10 @@
  */
 import * as z from "zod";
 import type { Logger } from "../context.ts";
-import { messageOf, StatusError } from "../error.ts";
+import { messageOf, type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, isProjectName, parseEndpoints, type Scheme, schemes } from "../id.ts";
 import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, texts } from "./config_file.ts";
+import { pemProblem, readPem } from "../pem.ts";
 import { trustConfigSchema, type TrustWish } from "./lightos_trust.ts";
 import { parseQuantity } from "../quantity.ts";
 
@@ -62,7 +63,10 @@ export interface EphemeralRules {
 
 /** A cluster of the file, with its secrets within reach. */
 export interface KnownCluster extends ClusterEntry {
-  /** The certificates to trust, or undefined when the file names none. Throws UNAVAILABLE when they cannot be read. */
+  /**
+   * The certificates to trust, or undefined when the file names none. Throws UNAVAILABLE when their file cannot be
+   * read or holds none, INVALID_ARGUMENT when one of them is damaged.
+   */
   ca(): string | undefined;
   /** The token; undefined when it cannot be read now. */
   jwt(): string | undefined;
@@ -103,16 +107,19 @@ function known(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
     ...entry,
     ca() {
       if (caPath === undefined) return undefined;
-      const refuse = (problem: string, cause?: unknown) =>
-        new StatusError("UNAVAILABLE", `Cannot trust cluster "${entry.name}": its ca ${caPath} ${problem}`, { cause });
+      const refuse = (code: StatusCode, problem: string, cause?: unknown) =>
+        new StatusError(code, `Cannot trust cluster "${entry.name}": its ca ${caPath} ${problem}`, { cause });
       let text: string;
       try {
         text = files.read(caPath);
       } catch (error) {
-        throw refuse(`cannot be read (${messageOf(error)})`, error);
+        throw refuse("UNAVAILABLE", `cannot be read (${messageOf(error)})`, error);
       }
-      if (text.includes("-----BEGIN CERTIFICATE-----")) return text;
-      throw refuse("holds no PEM certificate");
+      const read = readPem(text);
+      const problem = pemProblem(read);
+      // One without any may be about to be written.
+      if (problem !== undefined) throw refuse(read.problems.length === 0 ? "UNAVAILABLE" : "INVALID_ARGUMENT", problem);
+      return read.pem;
     },
     jwt() {
       if (jwtPath === undefined) return undefined;

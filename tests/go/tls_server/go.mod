@@ -1,0 +1,3 @@
+module lbcsi/tests/tls_server
+
+go 1.21

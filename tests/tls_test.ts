@@ -1,0 +1,221 @@
+/** Which servers a Channel trusts, and that neither a text to trust nor a server's certificates end the process. */
+import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import { X509Certificate } from "node:crypto";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { createLogger } from "../lib/context.ts";
+import { pemProblem, readPem } from "../lib/pem.ts";
+import { CallError, Channel, publicKeyPin, serve, service, type Trust } from "../lib/rpc.ts";
+import { type Certificate, selfSigned } from "../lib/sim/certificate.ts";
+import { Identity } from "../proto/gen/csi_pb.ts";
+import { needs } from "./support/needs.ts";
+
+let made: Promise<Certificate> | undefined;
+const certificate = () => made ??= selfSigned([]);
+const quiet = createLogger("error", "json", () => {});
+
+async function serveTls({ key, cert }: Certificate) {
+  const server = await serve({
+    // All addresses, so that one which is not in the certificate can be tried.
+    listen: { host: "0.0.0.0", port: 0, tls: { key, cert } },
+    log: quiet,
+    services: [service(Identity, { probe: () => Promise.resolve({ ready: true }) })],
+  });
+  return { port: server.port, [Symbol.asyncDispose]: () => server.stop(1000) };
+}
+
+async function probe(address: string, tls: Trust): Promise<boolean> {
+  using channel = new Channel({ address, tls });
+  return (await channel.call(Identity.method.probe, {}, { signal: AbortSignal.timeout(20_000) })).ready ?? false;
+}
+
+function notConnected(words: RegExp) {
+  return (error: unknown) => {
+    ok(error instanceof CallError, String(error));
+    deepStrictEqual([error.code, error.origin], ["UNAVAILABLE", "not connected"], error.message);
+    match(error.message, words);
+    return true;
+  };
+}
+
+// --------------------------------------------------------------------------------------------------------------- texts
+
+const block = (body: string) => `-----BEGIN CERTIFICATE-----\n${body}\n-----END CERTIFICATE-----\n`;
+const texts: readonly (readonly [string, (good: string) => string, number, string | undefined])[] = [
+  ["one certificate", (good) => good, 1, undefined],
+  ["two certificates", (good) => good + good, 2, undefined],
+  ["CRLF", (good) => good.replaceAll("\n", "\r\n"), 1, undefined],
+  ["lines that YAML has indented", (good) => good.replaceAll("\n", "\n  "), 1, undefined],
+  ["a mark of UTF-8 in front", (good) => `\ufeff${good}`, 1, undefined],
+  ["text around", (good) => `# my CA\nsubject=x\n${good}\nend`, 1, undefined],
+  [
+    "a private key besides",
+    (good) => `${good}-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n`,
+    1,
+    undefined,
+  ],
+  ["nothing", () => "", 0, "holds no PEM certificate"],
+  ["something else", () => "token", 0, "holds no PEM certificate"],
+  [
+    "one line with \\n as text",
+    (good) => good.replaceAll("\n", "\\n"),
+    0,
+    "has a bad block: certificate 1 is not base64",
+  ],
+  ["an empty block", (good) => good + block(""), 1, "has a bad block: certificate 2 is empty"],
+  ["a block of blanks", (good) => good + block(" \n "), 1, "has a bad block: certificate 2 is empty"],
+  ["a block that is not base64", (good) => good + block("!!!!"), 1, "has a bad block: certificate 2 is not base64"],
+  [
+    "a block that is no certificate",
+    (good) => good + block("AAAA"),
+    1,
+    "certificate 2 cannot be read as a certificate",
+  ],
+  ["a lost line", (good) => good.replace(/\n[^\n-]{64}\n/, "\n"), 0, "certificate 1 cannot be read as a certificate"],
+  ["a lost character", (good) => good.replace(/\n[^\n-]/, "\n"), 0, "certificate 1 is not base64"],
+  ["a comment within", (good) => good.replace(/\n/, "\n# my CA\n"), 0, "certificate 1 is not base64"],
+  ["headers within", (good) => good.replace(/\n/, "\nProc-Type: 4\n\n"), 0, "certificate 1 has no END line"],
+  ["a cut end", (good) => good + good.slice(0, good.length / 2), 1, "certificate 2 has no END line"],
+  [
+    "dashes of a document",
+    (good) => good + good.replaceAll("-----END", "–––––END"),
+    1,
+    "certificate 2 has no END line",
+  ],
+  [
+    "two bad blocks",
+    (good) => block("") + good + block("AAAA"),
+    1,
+    "has a bad block: certificate 1 is empty, certificate 3 ",
+  ],
+];
+
+for (const [what, textOf, count, problem] of texts) {
+  Deno.test(`promise 27: a PEM text with ${what} is read without harm`, async () => {
+    const { ca } = await certificate();
+    const read = readPem(textOf(ca));
+
+    strictEqual(read.pem.split("BEGIN").length - 1, count);
+    for (const one of read.pem.match(/-----BEGIN[^]*?-----END CERTIFICATE-----/g) ?? []) {
+      deepStrictEqual(new X509Certificate(one).raw, new X509Certificate(ca).raw);
+    }
+    const found = pemProblem(read);
+    if (problem === undefined) strictEqual(found, undefined);
+    else ok(found?.includes(problem), String(found));
+  });
+}
+
+// ------------------------------------------------------------------------------------------- the certificate itself
+
+Deno.test("promise 11: a server's own certificate can be trusted instead of the CA that has signed it", async () => {
+  const own = await certificate();
+  await using server = await serveTls(own);
+
+  strictEqual(await probe(`localhost:${server.port}`, { ca: own.cert, verify: true }), true);
+  strictEqual(await probe(`127.0.0.1:${server.port}`, { ca: own.cert, verify: true }), true);
+  const other = await selfSigned([]);
+  strictEqual(await probe(`127.0.0.1:${server.port}`, { ca: other.cert + own.cert, verify: true }), true);
+  // What it was signed by is good as well, in a text that has both.
+  strictEqual(await probe(`127.0.0.1:${server.port}`, { ca: own.ca + other.cert, verify: true }), true);
+});
+
+Deno.test("promise 11: a certificate that is trusted itself is held to its name, its dates and the pins", async () => {
+  const own = await certificate();
+  await using server = await serveTls(own);
+  const trust = { ca: own.cert, verify: true };
+
+  await rejects(probe(`127.0.0.2:${server.port}`, trust), notConnected(/127\.0\.0\.2 is not in the cert's list/));
+  await rejects(
+    probe(`127.0.0.1:${server.port}`, { ...trust, serverName: "other.example" }),
+    notConnected(/other\.example\. is not in the cert's altnames/),
+  );
+  strictEqual(await probe(`127.0.0.1:${server.port}`, { ...trust, pins: [publicKeyPin(own.cert)] }), true);
+  const { cert: another } = await selfSigned([]);
+  await rejects(
+    probe(`127.0.0.1:${server.port}`, { ...trust, pins: [publicKeyPin(another)] }),
+    notConnected(/which is not pinned/),
+  );
+  const expired = await selfSigned([], -0.5);
+  await using old = await serveTls(expired);
+  await rejects(probe(`127.0.0.1:${old.port}`, { ca: expired.cert, verify: true }), notConnected(/has expired/));
+});
+
+Deno.test("promise 11: a certificate that is trusted itself vouches for no other one", async () => {
+  const [own, other] = await Promise.all([certificate(), selfSigned([])]);
+  await using server = await serveTls(own);
+
+  await rejects(
+    probe(`127.0.0.1:${server.port}`, { ca: other.cert, verify: true }),
+    notConnected(/unable to verify the first certificate/),
+  );
+});
+
+Deno.test("promise 11: without verification a server is taken with any certificate", async () => {
+  const [own, expired, other] = await Promise.all([certificate(), selfSigned([], -0.5), selfSigned([])]);
+  await using server = await serveTls(own);
+  await using old = await serveTls(expired);
+  const trust = { verify: false };
+
+  for (const ca of [undefined, other.ca, own.cert, other.cert]) {
+    const trust = ca === undefined ? { verify: false } : { verify: false, ca };
+    strictEqual(await probe(`127.0.0.2:${server.port}`, trust), true, "another name");
+    strictEqual(await probe(`127.0.0.1:${old.port}`, trust), true, "expired");
+  }
+  strictEqual(await probe(`127.0.0.1:${server.port}`, { ...trust, serverName: "other.example" }), true);
+});
+
+// ------------------------------------------------------------------------------------------------- servers that cheat
+
+const ignore = !needs("go");
+
+async function withCheat(args: readonly string[], body: (address: string, own: Certificate) => Promise<void>) {
+  const directory = mkdtempSync("/tmp/lbcsi-tls-");
+  try {
+    const own = await certificate();
+    writeFileSync(`${directory}/cert.pem`, own.cert);
+    writeFileSync(`${directory}/key.pem`, own.key);
+    const built = await new Deno.Command("go", {
+      args: ["build", "-o", `${directory}/server`, "."],
+      cwd: fileURLToPath(new URL("./go/tls_server", import.meta.url)),
+      env: { GOFLAGS: "-mod=readonly -buildvcs=false", GOWORK: "off", GOTOOLCHAIN: "local" },
+    }).output();
+    ok(built.success, new TextDecoder().decode(built.stderr));
+    const child = new Deno.Command(`${directory}/server`, {
+      args: [`${directory}/cert.pem`, ...args.map((arg) => arg === "key" ? `${directory}/key.pem` : arg)],
+      stdout: "piped",
+      stderr: "null",
+    }).spawn();
+    try {
+      const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+      const { value = "" } = await reader.read();
+      await body(`127.0.0.1:${value.trim()}`, own);
+      await reader.cancel();
+    } finally {
+      child.kill();
+      await child.status;
+    }
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+}
+
+Deno.test({
+  name: "promise 11: a server that shows a trusted certificate without its key is refused",
+  ignore,
+  fn: () =>
+    withCheat(["forged"], async (address, own) => {
+      await rejects(probe(address, { ca: own.ca, verify: true }), notConnected(/./));
+      await rejects(probe(address, { ca: own.cert, verify: true }), notConnected(/./));
+    }),
+});
+
+Deno.test({
+  name: "promise 27: a server with junk in its chain of certificates is a failed connection, and the process goes on",
+  ignore,
+  fn: () =>
+    withCheat(["key", "junk"], async (address, own) => {
+      const words = notConnected(/^the certificates that the server shows cannot be read$/);
+      await rejects(probe(address, { ca: own.ca, verify: true }), words);
+      await rejects(probe(address, { ca: own.cert, verify: true }), words);
+    }),
+});
