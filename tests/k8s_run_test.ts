@@ -184,6 +184,7 @@ const configured: readonly (readonly [what: string, values: Values, roles: reado
       jwt: "/etc/lb-csi/jwt",
       ephemeral: { projects: ["default"], maxSize: "100Gi" },
     }],
+    jwtSecret: [{ name: "token" }],
     inlineVolumes: true,
     mgmtTlsVerify: false,
     volumeHealth: true,

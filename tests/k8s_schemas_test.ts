@@ -110,11 +110,19 @@ Deno.test({
 
 /** Values that bring what the defaults leave out. */
 const everything: Values = {
-  clusters: [{ name: "rack1", endpoints: "192.0.2.1:443", ephemeral: { projects: ["default"] } }],
+  clusters: [{ name: "rack1", endpoints: "192.0.2.1:443", ephemeral: { projects: ["default"], maxSize: "1Ti" } }],
   inlineVolumes: true,
   discoveryClient: "lbcsi",
   mgmtCa: "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
-  jwtSecret: [{ name: "token", jwt: "YWJj" }],
+  jwtSecret: [{ name: "token", jwt: "YWJj" }, { name: "other", file: "rack1" }],
+  caFiles: { "rack1.pem": "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n" },
+  controllerPriorityClassName: "",
+  controllerPodAnnotations: { "example.com/team": "storage" },
+  nodePodAnnotations: { "example.com/team": "storage" },
+  controllerExtraVolumes: [{ name: "more", emptyDir: {} }],
+  controllerExtraVolumeMounts: [{ name: "more", mountPath: "/etc/lbcsi", readOnly: true }],
+  nodeExtraVolumes: [{ name: "more", emptyDir: {} }],
+  nodeExtraVolumeMounts: [{ name: "more", mountPath: "/etc/lbcsi", readOnly: true }],
   registryName: "r.example",
   registryUsername: "u",
   registryPassword: "p",

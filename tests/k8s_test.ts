@@ -1,6 +1,10 @@
 /** The charts, manifests and examples of k8s/: rendered by Helm, compared with each other and with the driver. */
 import assert from "node:assert/strict";
 import { fileURLToPath } from "node:url";
+import { controllerOptions, discoveryOptions, doctorOptions, nodeOptions } from "../lib/command_options.ts";
+import type { Options } from "../lib/options.ts";
+import { parseConfig } from "../lib/storage/lightos_config.ts";
+import { parseSystems } from "../lib/storage/poseidon_config.ts";
 import { parse, parseAllDocuments } from "yaml";
 import {
   chartDirectory,
@@ -100,7 +104,11 @@ const toleration = { key: "storage", operator: "Exists" };
 const registry = { registryName: "r.example", registryUsername: "u", registryPassword: "p" };
 const container = { requests: { cpu: "1" } };
 
-const inline = [{ name: "rack1", endpoints: "192.0.2.1:443", ephemeral: { projects: ["default"] } }];
+const rack1 = { name: "rack1", endpoints: "192.0.2.1:443" };
+const inline = [{ ...rack1, ephemeral: { projects: ["default"], maxSize: "1Ti" } }];
+
+const extraVolume = { name: "tokens", emptyDir: {} };
+const extraMount = { name: "tokens", mountPath: "/etc/lbcsi", readOnly: true };
 
 const flips: Readonly<Record<ChartName, Flips>> = {
   "lb-csi-plugin": {
@@ -144,6 +152,7 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     sidecarLogLevel: { to: 5 },
     timeout: { to: "2m" },
     jwtSecret: { to: [{ name: "token", jwt: "YWJj" }] },
+    caFiles: { to: { "rack1.pem": pem } },
     mgmtCa: { to: pem },
     mgmtTlsVerify: { to: false },
     clusters: { to: [{ name: "rack1", endpoints: "192.0.2.1:443" }] },
@@ -157,6 +166,12 @@ const flips: Readonly<Record<ChartName, Flips>> = {
     controllerReplicas: { to: 3 },
     controllerPriorityClassName: { to: "other" },
     nodePriorityClassName: { to: "other" },
+    controllerPodAnnotations: { to: { "example.com/team": "storage" } },
+    nodePodAnnotations: { to: { "example.com/team": "storage" } },
+    controllerExtraVolumes: { to: [extraVolume], with: { controllerExtraVolumeMounts: [extraMount] } },
+    controllerExtraVolumeMounts: { to: [extraMount], with: { controllerExtraVolumes: [extraVolume] } },
+    nodeExtraVolumes: { to: [extraVolume], with: { nodeExtraVolumeMounts: [extraMount] } },
+    nodeExtraVolumeMounts: { to: [extraMount], with: { nodeExtraVolumes: [extraVolume] } },
     runAsUser: { to: 1_000_650_000 },
     runAsGroup: { to: 1_000_650_000 },
     lbControllerTolerations: { to: toleration },
@@ -319,7 +334,35 @@ const refused: readonly (readonly [ChartName, Values, RegExp, number?])[] = [
   ["lb-csi-plugin", { image: "" }, /image/],
   ["lb-csi-plugin", { timeout: "60" }, /timeout/],
   ["lb-csi-plugin", { runAsUser: 0 }, /runAsUser/],
-  ["lb-csi-plugin", { jwtSecret: [{ name: "a" }, { name: "b" }] }, /jwtSecret.*got 2, want 1/s],
+  ["lb-csi-plugin", { jwtSecret: [{ name: "a" }, { name: "b", file: "jwt" }] }, /another entry is \/etc\/lb-csi\/jwt/],
+  ["lb-csi-plugin", { jwtSecret: [{ name: "a", file: "../b" }] }, /jwtSecret.*file/s],
+  ["lb-csi-plugin", { caFiles: { "clusters.yaml": pem } }, /invalid propertyName 'clusters\.yaml'/],
+  ["lb-csi-plugin", { caFiles: { "a.pem": "none" } }, /caFiles/],
+  [
+    "lb-csi-plugin",
+    { clusters: [{ ...rack1, jwt: "/etc/lb-csi/jwt" }] },
+    /clusters rack1: the controller pod has no file \/etc\/lb-csi\/jwt, which jwt names; add it to jwtSecret/,
+  ],
+  [
+    "lb-csi-plugin",
+    { clusters: [{ ...rack1, ca: "/etc/lbcsi/rack1.pem" }] },
+    /clusters rack1: the controller pod has no file \/etc\/lbcsi\/rack1\.pem, which ca names; add it to caFiles, or mount/,
+  ],
+  [
+    "lb-csi-plugin",
+    {
+      inlineVolumes: true,
+      clusters: [{ ...inline[0], jwt: "/etc/lbcsi/jwt" }],
+      controllerExtraVolumes: [extraVolume],
+      controllerExtraVolumeMounts: [extraMount],
+    },
+    /clusters rack1: the node pod has no file \/etc\/lbcsi\/jwt/,
+  ],
+  ["lb-csi-plugin", { clusters: [{ ...rack1, schem: "grpc" }] }, /schem/],
+  ["lb-csi-plugin", { clusters: [{ ...rack1, ephemeral: { projects: "a" } }] }, /maxSize/],
+  ["lb-csi-plugin", { controllerOptions: { LB_CSI_LOG_LEVLE: "debug" } }, /LB_CSI_LOG_LEVLE/],
+  ["lb-csi-plugin", { nodeOptions: { LB_CSI_JWT: "x" } }, /LB_CSI_JWT/],
+  ["lb-csi-plugin", { discoveryClientOptions: { LB_CSI_POLL: 5 } }, /LB_CSI_POLL/],
   ["lb-csi-plugin", { jwtSecret: [{ name: "a", jwt: "not base64!" }] }, /jwtSecret/],
   ["lb-csi-plugin", { jwtSecret: [{ name: "a", namespace: "other" }] }, /its namespace is other, but .* kube-system/],
   ["lb-csi-plugin", { registryUsername: "u" }, /registryUsername needs registryName/],
@@ -402,7 +445,7 @@ const brokenReferences: readonly (readonly [what: string, change: (text: string)
   ["ClusterRole", (text) => text.replace(/(kind: ClusterRole\n {2}name:) .*/, "$1 gone"), /ClusterRole gone/],
   [
     "volume",
-    (text) => text.replace("- name: socket-dir\n          emptyDir: {}", "- name: gone\n          emptyDir: {}"),
+    (text) => text.replace("- name: socket-dir\n          emptyDir:", "- name: gone\n          emptyDir:"),
     /socket-dir/,
   ],
   ["subject", (text) => text.replace(/(kind: ServiceAccount\n {4}name:) .*/, "$1 gone"), /gone/],
@@ -555,6 +598,95 @@ Deno.test({
     ]);
     assert.deepEqual(vendors.map(({ rules }) => rules), own.map(({ rules }) => rules));
   },
+});
+
+Deno.test({
+  name: "each cluster of the chart can have a token and certificates of its own, as files of the pod",
+  ignore: !go,
+  fn: async () => {
+    const values = {
+      jwtSecret: [{ name: "global" }, { name: "rack1", jwt: "YWJj" }, { name: "secret-of-rack2", file: "rack2.jwt" }],
+      caFiles: { "rack1.pem": pem },
+      mgmtCa: pem,
+      controllerExtraVolumes: [extraVolume],
+      controllerExtraVolumeMounts: [extraMount],
+      controllerPriorityClassName: "",
+      nodePriorityClassName: "",
+      clusters: [
+        { ...rack1, jwt: "/etc/lb-csi/rack1", ca: "/etc/lb-csi-config/rack1.pem" },
+        { name: "rack2", endpoints: "192.0.2.9:443", jwt: "/etc/lb-csi/rack2.jwt", ca: "/etc/lb-csi-config/ca.pem" },
+        { name: "rack3", endpoints: "192.0.2.17:443", jwt: "/etc/lbcsi/jwt", ca: "/etc/lbcsi/ca.pem" },
+      ],
+    };
+    const rendered = await unlessGoLacks(() => render([requestFor("lb-csi-plugin", 37, values)]));
+    if (rendered === undefined) return;
+    const [only] = rendered;
+    assert.ok(only !== undefined && only.error === undefined, JSON.stringify(only));
+    const objects = objectsOf(textOf(only));
+    const config = objects.find(({ kind }) => kind === "ConfigMap") as unknown as { data: Record<string, string> };
+    const pod = objects.find(({ kind }) => kind === "Deployment")?.spec?.template?.spec as unknown as {
+      volumes: { name: string; projected?: { sources: { secret: { name: string; items: { path: string }[] } }[] } }[];
+    };
+    const tokens = pod.volumes.find(({ name }) => name === "jwt")?.projected?.sources ?? [];
+
+    assert.deepEqual(tokens.map(({ secret }) => [secret.name, secret.items.map(({ path }) => path)]), [
+      ["global", ["jwt"]],
+      ["rack1", ["rack1"]],
+      ["secret-of-rack2", ["rack2.jwt"]],
+    ]);
+    assert.deepEqual(Object.keys(config.data).sort(), ["ca.pem", "clusters.yaml", "rack1.pem"]);
+    assert.deepEqual(objects.filter(({ kind }) => kind === "Secret").map(({ metadata }) => metadata.name), ["rack1"]);
+    assert.doesNotMatch(textOf(only), /priorityClassName/);
+  },
+});
+
+Deno.test({
+  name: "the notes of the chart find the pods of the release",
+  ignore: !go,
+  fn: async () => {
+    const backends = ["lightos", "poseidon"].map((backend) => requestFor("lb-csi-plugin", 37, { backend }));
+    const rendered = await unlessGoLacks(() => render(backends));
+    if (rendered === undefined) return;
+
+    for (const one of rendered) {
+      const notes = one.files?.["lb-csi-plugin/templates/NOTES.txt"] ?? "";
+      const [, apps = ""] = /get pods -l 'app in \(([^)]+)\)'/.exec(notes) ?? [];
+      const workloads = objectsOf(textOf(one)).filter(({ kind }) => /^(DaemonSet|Deployment|StatefulSet)$/.test(kind));
+      const labels = workloads.map(({ spec }) => (spec?.selector?.matchLabels as { app?: string } | undefined)?.app);
+      assert.equal(labels.length, 2);
+      assert.deepEqual(labels.filter((app) => !apps.split(", ").includes(app ?? "")), [], notes);
+    }
+  },
+});
+
+Deno.test("the chart's schema has each variable that the driver has and the chart does not set, and each key of cluster files", () => {
+  const { properties }: { properties: Record<string, { properties: object; items: { properties: object } }> } = JSON
+    .parse(read("helm/lb-csi-plugin/values.schema.json"));
+  const variables = (...tables: readonly Options[]) =>
+    new Set(tables.flatMap((table) => Object.values(table).flatMap(({ env = [] }) => env)));
+  const setByChart = (role: string) =>
+    driverContainer("lb-csi-plugin-k8s-v1.37.yaml", role).env?.map(({ name }) => name);
+  const allowed = (value: string) => Object.keys(properties[value]?.properties ?? {}).sort();
+  const without = (all: ReadonlySet<string>, taken: readonly string[] = []) =>
+    [...all].filter((name) => !taken.includes(name)).sort();
+  const keysOf = (read: () => unknown) => {
+    try {
+      read();
+    } catch (error) {
+      return /known: ([^)]+)\)/.exec(error instanceof Error ? error.message : "")?.[1]?.split(", ").sort();
+    }
+    return undefined;
+  };
+  const keysIn = (value: string) => Object.keys(properties[value]?.items.properties ?? {}).sort();
+
+  assert.deepEqual(allowed("controllerOptions"), without(variables(controllerOptions), setByChart("controller")));
+  assert.deepEqual(allowed("nodeOptions"), without(variables(nodeOptions, doctorOptions), setByChart("node")));
+  assert.deepEqual(
+    allowed("discoveryClientOptions"),
+    without(variables(discoveryOptions), ["LB_CSI_LOG_LEVEL", "LB_CSI_LOG_FMT", "LB_CSI_DISCOVERY_IO_QUEUES"]),
+  );
+  assert.deepEqual(keysIn("clusters"), keysOf(() => parseConfig("f", "clusters: [{ zzz: 1 }]")));
+  assert.deepEqual(keysIn("systems"), keysOf(() => parseSystems("f", "systems: [{ zzz: 1 }]")));
 });
 
 Deno.test("PoseidonOS gets a driver of its own, with one controller, beside the one for LightOS", () => {

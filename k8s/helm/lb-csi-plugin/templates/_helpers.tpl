@@ -240,6 +240,38 @@ livenessProbe:
 Environment of what talks to the management API, and the mounts and volumes for it: the cluster file, certificates and
 the token.
 */}}
+{{- define "lbcsi.hasConfig" -}}
+{{ if or .Values.clusters .Values.systems .Values.mgmtCa .Values.caFiles }}true{{ end }}
+{{- end }}
+{{/* Name of a token's file: list of its place in jwtSecret, from 0, and the entry. */}}
+{{- define "lbcsi.tokenFile" -}}
+{{ (index . 1).file | default (ternary "jwt" (index . 1).name (eq (index . 0) 0)) }}
+{{- end }}
+{{/* Fails for a file that clusters name and a pod does not have: dict of root, pod and mounts, its extra ones. */}}
+{{- define "lbcsi.checkFiles" -}}
+{{- $files := list }}
+{{- range $at, $secret := .root.Values.jwtSecret }}
+{{- $file := printf "/etc/lb-csi/%s" (include "lbcsi.tokenFile" (list $at $secret)) }}
+{{- if has $file $files }}{{ fail (printf "jwtSecret %s: another entry is %s already, give it another file" $secret.name $file) }}{{ end }}
+{{- $files = append $files $file }}
+{{- end }}
+{{- if .root.Values.mgmtCa }}{{ $files = append $files "/etc/lb-csi-config/ca.pem" }}{{ end }}
+{{- range $name, $_ := .root.Values.caFiles }}{{ $files = append $files (printf "/etc/lb-csi-config/%s" $name) }}{{ end }}
+{{- $pod := .pod }}
+{{- $mounts := .mounts }}
+{{- range $cluster := .root.Values.clusters }}
+{{- range $key, $value := dict "jwt" "jwtSecret (as its file)" "ca" "caFiles" }}
+{{- with get $cluster $key }}
+{{- $path := . }}
+{{- $isThere := has $path $files }}
+{{- range $mounts }}{{ if hasPrefix (printf "%s/" (trimSuffix "/" .mountPath)) $path }}{{ $isThere = true }}{{ end }}{{ end }}
+{{- if not $isThere }}
+{{- fail (printf "clusters %s: the %s pod has no file %s, which %s names; add it to %s, or mount it with %sExtraVolumes and %sExtraVolumeMounts" $cluster.name $pod $path $key $value $pod $pod) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- define "lbcsi.managementEnvironment" -}}
 {{- if or .Values.clusters .Values.systems }}
 - name: LB_CSI_CONFIG
@@ -255,29 +287,33 @@ the token.
 {{- end }}
 {{- end }}
 {{- define "lbcsi.managementMounts" -}}
-{{- range .Values.jwtSecret }}
+{{- if .Values.jwtSecret }}
 - name: jwt
   mountPath: /etc/lb-csi
   readOnly: true
 {{- end }}
-{{- if or .Values.clusters .Values.systems .Values.mgmtCa }}
+{{- if include "lbcsi.hasConfig" . }}
 - name: config
   mountPath: /etc/lb-csi-config
   readOnly: true
 {{- end }}
 {{- end }}
 {{- define "lbcsi.managementVolumes" -}}
-{{- range .Values.jwtSecret }}
+{{- if .Values.jwtSecret }}
 - name: jwt
-  secret:
-    secretName: {{ .name }}
+  projected:
     # Readable by the group of the pod alone.
     defaultMode: 0440
-    items:
-      - key: jwt
-        path: jwt
+    sources:
+    {{- range $at, $secret := .Values.jwtSecret }}
+      - secret:
+          name: {{ $secret.name }}
+          items:
+            - key: jwt
+              path: {{ include "lbcsi.tokenFile" (list $at $secret) }}
+    {{- end }}
 {{- end }}
-{{- if or .Values.clusters .Values.systems .Values.mgmtCa }}
+{{- if include "lbcsi.hasConfig" . }}
 - name: config
   configMap:
     name: {{ (include "lbcsi.backend" . | fromYaml).config }}
