@@ -1,5 +1,6 @@
 import type * as z from "zod";
 import { StatusError } from "./error.ts";
+import { isTakenAsItIs, secretKeyProblem } from "./secret_keys.ts";
 
 export const logLevels = ["debug", "info", "warning", "error"] as const;
 export type LogLevel = typeof logLevels[number];
@@ -209,14 +210,25 @@ export class Secrets extends Unprintable {
 
   constructor(values: Readonly<Record<string, string>> = {}) {
     super("[secrets]");
-    this.#values = values;
+    // A value that was made with `echo` ends in a newline, which nobody sees.
+    this.#values = Object.fromEntries(
+      Object.entries(values).map(([key, value]) => [key, isTakenAsItIs(key) ? value : value.replace(/[\r\n]+$/, "")]),
+    );
   }
 
-  /** The values that `schema` picks; throws INVALID_ARGUMENT that names the bad keys and never a value. */
+  /**
+   * The values that `schema` picks; throws INVALID_ARGUMENT that names the bad keys and never a value. Bad are also keys
+   * that look like those of this driver and are none.
+   */
   parse<T>(schema: z.ZodType<T>): T {
+    const unknown = Object.keys(this.#values).flatMap((key) => {
+      const problem = secretKeyProblem(key);
+      return problem === undefined ? [] : [`${key}: ${problem}`];
+    });
     const result = schema.safeParse(this.#values);
-    if (result.success) return result.data;
-    const problems = result.error.issues.map((issue) => `${issue.path.join(".") || "secrets"}: ${issue.message}`);
+    if (result.success && unknown.length === 0) return result.data;
+    const bad = result.error?.issues.map((issue) => `${issue.path.join(".") || "secrets"}: ${issue.message}`) ?? [];
+    const problems = [...unknown, ...bad];
     throw new StatusError("INVALID_ARGUMENT", `Cannot use the secrets of this call: ${problems.join("; ")}`);
   }
 }

@@ -123,7 +123,7 @@ for (
     ],
     ["no endpoints", "clusters: [{name: a}]", /clusters\[0\]\.endpoints is missing/],
     ["an empty list of endpoints", "clusters: [{name: a, endpoints: []}]", /clusters\[0\]\.endpoints is empty/],
-    ["an endpoint without a port", `clusters: [{name: a, endpoints: "a"}]`, /endpoints "a" "a" is not host:port/],
+    ["an endpoint without a port", `clusters: [{name: a, endpoints: "a"}]`, /endpoints "a" is not host:port/],
     ["a URL as endpoint", `clusters: [{name: a, endpoints: "https://a:1"}]`, /"https:\/\/a:1" is not host:port/],
     ["a bad former endpoint", one("formerEndpoints: [a]"), /clusters\[0\]\.formerEndpoints "a" is not host:port/],
     ["a scheme of the web", one("scheme: https"), /clusters\[0\]\.scheme "https" is not one of grpc, grpcs/],

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { inspect } from "node:util";
+import { secretKeys } from "../lib/secret_keys.ts";
 import * as z from "zod";
 import {
   backgroundContext,
@@ -66,6 +67,52 @@ Deno.test("promise 10: Secrets show nothing to whoever walks their properties", 
 Deno.test("Secrets.parse answers what the schema picks", () => {
   assert.deepEqual(secrets.parse(z.object({ jwt: z.string() })), { jwt: "s3cr3t-token" });
   assert.deepEqual(new Secrets().parse(z.object({ jwt: z.string().optional() })), {});
+});
+
+for (
+  const [key, words] of [
+    ["JWT", 'did you mean "jwt"?'],
+    ["Jwt", 'did you mean "jwt"?'],
+    ["mgmt-tls-pins", 'did you mean "mgmt-tls-pin"?'],
+    ["mgmt_tls_pin", 'did you mean "mgmt-tls-pin"?'],
+    ["mgmt-ca", 'did you mean "mgmt-ca.crt"?'],
+    ["mgmt-ca.pem", 'did you mean "mgmt-ca.crt"?'],
+    ["MGMT-SERVER-NAME", 'did you mean "mgmt-server-name"?'],
+    ["mgmt-endpoint", "(known: jwt, mgmt-ca.crt, "],
+    ["dhchap-host-key", "(known: jwt, "],
+    ["dhchap_key", 'did you mean "dhchap-key"?'],
+    ["host-encryption-passphrases", 'did you mean "host-encryption-passphrase"?'],
+    ["host-encryption-password", "(known: jwt, "],
+  ] as const
+) {
+  Deno.test(`Secrets.parse refuses the key "${key}", which looks like one of this driver`, () => {
+    const secrets = new Secrets({ jwt: "s3cr3t-token", [key]: "open sesame" });
+
+    assert.throws(() => secrets.parse(z.object({})), (error) => {
+      assert.ok(error instanceof StatusError);
+      assert.equal(error.code, "INVALID_ARGUMENT");
+      assert.ok(error.message.startsWith(`Cannot use the secrets of this call: ${key}: is not a key of this driver`));
+      assert.ok(error.message.includes(words), error.message);
+      assert.doesNotMatch(error.message, /s3cr3t|sesame/);
+      return true;
+    });
+  });
+}
+
+Deno.test("Secrets.parse passes over keys of others", () => {
+  const others = { username: "a", password: "b", "tls.crt": "c", "jwt-of-others": "d", mgmt: "e", token: "f" };
+
+  assert.deepEqual(new Secrets(others).parse(z.object({})), {});
+});
+
+Deno.test("a value that ends in a newline is used without it, but for passphrases", () => {
+  const keys = secretKeys.map((key) => [key, "value\r\n\n"]);
+
+  const read = new Secrets(Object.fromEntries(keys)).parse(z.record(z.string(), z.string()));
+
+  for (const [key, value] of Object.entries(read)) {
+    assert.equal(value, /passphrase/.test(key) ? "value\r\n\n" : "value", key);
+  }
 });
 
 Deno.test("promise 10: Secrets.parse names the bad keys and never a value", () => {

@@ -122,9 +122,9 @@ for (
 for (
   const [changes, message] of [
     [{ "mgmt-endpoint": undefined }, /"mgmt-endpoint" is missing, give host:port/],
-    [{ "mgmt-endpoint": "10.0.0.1" }, /"mgmt-endpoint" "10\.0\.0\.1" "10\.0\.0\.1" is not host:port/],
-    [{ "mgmt-endpoint": "10.0.0.1:443, 10.0.0.2:443" }, /" 10\.0\.0\.2:443" is not host:port/],
-    [{ "mgmt-endpoint": "10.0.0.1:70000" }, /port 70000/],
+    [{ "mgmt-endpoint": "10.0.0.1" }, /"mgmt-endpoint" "10\.0\.0\.1" is not host:port/],
+    [{ "mgmt-endpoint": "10.0.0.1:443, 10.0.0.2:443" }, /10\.0\.0\.2:443": " 10\.0\.0\.2:443" is not host:port/],
+    [{ "mgmt-endpoint": "10.0.0.1:70000" }, /"mgmt-endpoint" port 70000 of "10\.0\.0\.1:70000" is above/],
     [{ "mgmt-scheme": "https" }, /"mgmt-scheme" "https" is not one of grpc, grpcs/],
     [{ "replica-count": undefined }, /"replica-count" is missing, give 1, 2 or 3/],
     [{ "replica-count": "two" }, /"replica-count" "two" is not a number from 1 to 128/],

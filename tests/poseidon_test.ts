@@ -965,7 +965,7 @@ for (
   const [text, message] of [
     ["", /is not a map with the key systems/],
     ["systems: []", /systems is empty/],
-    ["systems: [{ name: a, endpoint: x, arrays: a1 }]", /systems\[0\]\.endpoint "x" "x" is not host:port/],
+    ["systems: [{ name: a, endpoint: x, arrays: a1 }]", /systems\[0\]\.endpoint "x" is not host:port/],
     ["systems: [{ name: a, endpoint: 'h:1,i:2', arrays: a1 }]", /is more than one host:port/],
     ["systems: [{ name: a, endpoint: 'h:1' }]", /systems\[0\]\.arrays/],
     ["systems: [{ name: a, endpoint: 'h:1', arrays: ['x'] }]", /is not the name of an array/],

@@ -77,7 +77,7 @@ Deno.test({
       const secrets = {
         jwt: token,
         "host-encryption-passphrase": passphrase,
-        "dhchap-secret": dhchap,
+        "other-secret": dhchap,
         "dhchap-key": keys[0],
         "dhchap-ctrl-key": keys[1],
         unknown: passphrase,

@@ -113,6 +113,14 @@ Deno.test("promise 11: publicKeyPin is what openssl computes, of PEM and DER", a
   strictEqual(publicKeyPin(await openssl(["x509", "-outform", "der"], pem)), expected);
 });
 
+Deno.test("how a cluster proves who it is may be told with newlines, blanks and capitals", async () => {
+  await using env = await start();
+
+  await env.create({ "mgmt-server-name": "localhost\n", "mgmt-tls-verify": "True\n", "mgmt-tls-pin": `${env.pin}\n` });
+  await env.create({ "mgmt-tls-verify": "False\n", "mgmt-ca.crt": `${env.simulator.addresses.ca}\n\n` });
+  await env.create({ "mgmt-tls-pin": `${otherPin}, ${env.pin}\n` });
+});
+
 Deno.test("promise 11: a server name in the secrets is what the certificate must be for, instead of the address", async () => {
   await using env = await start();
 

@@ -125,7 +125,9 @@ function describe(
   const shown = isShowable ? ` "${value}"` : "";
   const isMissing = isRecord(parent) && value === undefined && !issue.message.startsWith("is missing");
   const problem = isMissing ? "is missing" : issue.message;
-  return `${place}${shown} ${problem}`.trim();
+  // Some problems quote the value, or the part of it that they are about.
+  if (shown !== "" && problem.includes(shown.trim())) return `${place} ${problem}`.trim();
+  return `${place}${shown}${shown !== "" && problem.startsWith('"') ? ":" : ""} ${problem}`.trim();
 }
 
 function isRecord(value: unknown): value is Readonly<Record<string, unknown>> {

@@ -115,7 +115,9 @@ export function problemsOf(
     }
     const key = String(issue.path[0]);
     const value = given[key];
-    return `"${key}"${value === undefined ? "" : ` "${value}"`} ${issue.message}`;
+    // Some problems quote the value, or the part of it that they are about.
+    if (value === undefined || issue.message.includes(`"${value}"`)) return `"${key}" ${issue.message}`;
+    return `"${key}" "${value}"${issue.message.startsWith('"') ? ":" : ""} ${issue.message}`;
   });
 }
 

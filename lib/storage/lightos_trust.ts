@@ -11,18 +11,22 @@ import { StatusError } from "../error.ts";
 import type { Trust } from "../rpc.ts";
 
 /** `192.0.2.1`, `lightos.example`; IPv6 without brackets. */
-const serverName = z.string().regex(
+const serverName = z.string().trim().regex(
   /^[0-9A-Za-z]([0-9A-Za-z.:-]{0,251}[0-9A-Za-z])?$/,
   "is not a host name or IP address",
 );
 
 const pins = z.string().transform((text) => text.split(",")).pipe(
   z.array(
-    z.string().regex(/^sha256\/\/[0-9A-Za-z+/]{43}=$/, 'is not "sha256//" and the base64 of a SHA-256 (44 characters)'),
+    z.string().trim().regex(
+      /^sha256\/\/[0-9A-Za-z+/]{43}=$/,
+      'is not "sha256//" and the base64 of a SHA-256 (44 characters)',
+    ),
   ),
 );
 
-const onOff = z.enum(["true", "false"], { error: 'is not "true" or "false"' }).transform((text) => text === "true");
+const onOff = z.string().trim().toLowerCase().pipe(z.enum(["true", "false"], { error: 'is not "true" or "false"' }))
+  .transform((text) => text === "true");
 
 /** Keys of secrets and of StorageClass parameters. */
 export const trustSchema = {

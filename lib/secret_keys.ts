@@ -1,0 +1,55 @@
+/** Keys of the Secrets that calls bring along. Other keys are nobody's affair, unless they look like a mistyped one of these. */
+
+/** All keys that this driver reads. */
+export const secretKeys: readonly string[] = [
+  "jwt",
+  "mgmt-ca.crt",
+  "mgmt-server-name",
+  "mgmt-tls-pin",
+  "mgmt-tls-verify",
+  "host-encryption-passphrase",
+  "host-encryption-passphrase-previous",
+  "dhchap-key",
+  "dhchap-ctrl-key",
+];
+
+/**
+ * What is wrong with a key that looks like one of this driver and is none; undefined: nothing. Passed over in silence, a
+ * mistyped `mgmt-tls-pin` would be no pin at all, and a `JWT` the controller's own token.
+ */
+export function secretKeyProblem(key: string): string | undefined {
+  if (secretKeys.includes(key)) return undefined;
+  const plain = plainOf(key);
+  const isLike = /^(mgmt|dhchap|host-encryption)-/.test(plain) || plain === "jwt";
+  if (!isLike) return undefined;
+  // `mgmt-ca` is the beginning of one.
+  const distanceTo = (known: string) => plainOf(known).startsWith(`${plain}-`) ? 1 : distance(plain, plainOf(known));
+  const [nearest] = secretKeys.map((known) => ({ known, distance: distanceTo(known) }))
+    .sort((a, b) => a.distance - b.distance);
+  return nearest !== undefined && nearest.distance <= 3
+    ? `is not a key of this driver, did you mean "${nearest.known}"?`
+    : `is not a key of this driver (known: ${secretKeys.join(", ")})`;
+}
+
+/** Whether the value of a key is used as it is: another byte would be another passphrase. */
+export function isTakenAsItIs(key: string): boolean {
+  return key.startsWith("host-encryption-passphrase");
+}
+
+function plainOf(key: string): string {
+  return key.toLowerCase().replaceAll(/[_.]/g, "-");
+}
+
+/** How many letters have to be added, taken away or changed to make one text of another (Levenshtein). */
+function distance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, at) => at);
+  for (const [i, letter] of [...a].entries()) {
+    const next = [i + 1];
+    for (let j = 1; j <= b.length; j++) {
+      const change = (row[j - 1] ?? 0) + (letter === b[j - 1] ? 0 : 1);
+      next.push(Math.min(change, (row[j] ?? 0) + 1, (next[j - 1] ?? 0) + 1));
+    }
+    row = next;
+  }
+  return row[b.length] ?? 0;
+}
