@@ -150,6 +150,11 @@ export function timeLimit(parent: AbortSignal, ms: number): Disposable & { reado
   };
 }
 
+/** A time for messages, in whole seconds: the repeat of a call says the same, and Kubernetes makes no new event of it. */
+export function formatSeconds(ms: number): string {
+  return ms < 950 ? `${Math.ceil(ms / 100) / 10} s` : `${Math.round(ms / 1000)} s`;
+}
+
 /** Resolves after `ms`, or rejects with `signal.reason` when that comes first. */
 export function sleep(ms: number, signal: AbortSignal): Promise<void> {
   return new Promise((resolve, reject) => {

@@ -30,7 +30,7 @@ import {
   toBinary,
 } from "@bufbuild/protobuf";
 import { acceptAnyAuthority } from "./authority.ts";
-import { type Fields, type Logger, type RequestContext, requestContext } from "./context.ts";
+import { type Fields, formatSeconds, type Logger, type RequestContext, requestContext } from "./context.ts";
 import { messageOf, type StatusCode, StatusError, systemCode } from "./error.ts";
 import { splitPem } from "./pem.ts";
 import { answers, listenUnix, type UnixListener } from "./unix_socket.ts";
@@ -277,8 +277,9 @@ function beginCall(options: ServeOptions, state: { calls: number }, method: Desc
   const marginMs = Math.min(250, Math.max(0, leftMs) / 5);
   const aborted = new AbortController();
   const timer = setTimeout(() => {
-    const message =
-      `Cannot finish ${method.name} within the caller's deadline of ${leftMs} ms: the work goes on, repeat`;
+    const message = `Cannot finish ${method.name} within the caller's deadline of ${
+      formatSeconds(leftMs)
+    }: the work goes on, repeat`;
     aborted.abort(new StatusError("DEADLINE_EXCEEDED", message));
   }, Math.max(0, leftMs - marginMs));
   let finished = false;
@@ -674,7 +675,9 @@ export class Channel implements Disposable {
           resolve(error === undefined || error === null);
         });
       });
-      if (!changed) throw new CallError("UNAVAILABLE", `no connection within ${timeoutMs} ms`, "not connected");
+      if (!changed) {
+        throw new CallError("UNAVAILABLE", `no connection within ${formatSeconds(timeoutMs)}`, "not connected");
+      }
     }
   }
 
@@ -720,11 +723,10 @@ function callError(error: grpc.ServiceError, headers: grpc.Metadata | undefined,
   const sent = error.metadata === undefined ? undefined : sentStatus.get(error.metadata);
   if (sent?.grpc !== undefined && sent.grpc === error.code) return new CallError(code, details, "server");
   const ourCode = code === "DEADLINE_EXCEEDED" ? code : "UNAVAILABLE";
-  if (/^No connection established/.test(details)) {
+  if (/^(No connection established|Name resolution failed)/.test(details)) {
     // Of its long words for a failed connection, only what the system said is of use to a reader.
     const reason = /Last error: (?:Error: )?(.+?)\. Resolution note/s.exec(details)?.[1] ?? details;
-    // It adds the time to some of them: each message would be another event in Kubernetes.
-    return new CallError(ourCode, reason.replace(/ \(\d{4}-\d\d-\d\dT[\d:.]+Z\)/g, ""), "not connected");
+    return new CallError(ourCode, wordsOfFailedConnection(reason), "not connected");
   }
   const contentType = headers?.get("content-type")[0]?.toString() ?? "";
   const isGrpc = headers === undefined || contentType.startsWith("application/grpc");
@@ -736,6 +738,17 @@ function callError(error: grpc.ServiceError, headers: grpc.Metadata | undefined,
     ? "the server, or a proxy in between, ended the connection with ENHANCE_YOUR_CALM: too many pings or too much traffic"
     : wordsWithoutAnswer(details, httpStatus, isGrpc ? undefined : contentType);
   return new CallError(ourCode, words, "no answer");
+}
+
+/** @param reason what Deno's TLS and HTTP/2, and grpc-js, say of a connection that did not come about */
+function wordsOfFailedConnection(reason: string): string {
+  // grpc-js adds the time to some of them: each message would be another event in Kubernetes.
+  const plain = reason.replace(/ \(\d{4}-\d\d-\d\dT[\d:.]+Z\)/g, "").replace(/^Error \[\w+\]: /, "");
+  if (plain === "Failed to connect") return "the connection was closed before HTTP/2 began";
+  if (plain === "Protocol error") return "what answers does not speak HTTP/2";
+  if (/InvalidContentType|wrong version number/.test(plain)) return "what answers does not speak TLS";
+  if (/^Name resolution failed/.test(plain)) return "its name cannot be resolved";
+  return plain;
 }
 
 /** @param contentType undefined: that of gRPC, or nothing came */

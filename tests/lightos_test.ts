@@ -627,7 +627,7 @@ Deno.test("promise 12: an endpoint that accepts connections and never answers do
   }
 });
 
-Deno.test("with every endpoint dead the error lists what each one said", async () => {
+Deno.test("with every endpoint dead the error lists them, says a common reason once, and what to do", async () => {
   await using env = await start({ servers: 2 });
   const { id } = await env.backend.createVolume(within(5000), none, env.wanted());
   await env.simulator.control.stopEndpoints();
@@ -636,7 +636,7 @@ Deno.test("with every endpoint dead the error lists what each one said", async (
     env.backend.getVolume(within(3000), none, id),
     refuses(
       "UNAVAILABLE",
-      /no LightOS management endpoint answers \((127\.0\.0\.1:\d+): connect ECONNREFUSED \1; (127\.0\.0\.1:\d+): connect ECONNREFUSED \2\)$/,
+      /no LightOS management endpoint answers \(127\.0\.0\.1:\d+, 127\.0\.0\.1:\d+: connect ECONNREFUSED\); check network, firewall, port and mgmt-scheme$/,
     ),
   );
 });
@@ -665,8 +665,7 @@ Deno.test("an endpoint that the cluster names twice is fallen back on once", asy
   await server.stop(100);
 
   await rejects(backend.getVolume(within(4000), none, id), (error: Error) => {
-    const named = /\((.*)\)$/s.exec(error.message)?.[1]?.split("; ").filter((part) => part.startsWith(`${spare}:`));
-    strictEqual(named?.length, 1, error.message);
+    strictEqual(error.message.split(spare).length - 1, 1, error.message);
     return true;
   });
 });
@@ -695,9 +694,45 @@ Deno.test("promise 11: a management certificate of an unknown CA is refused, wit
 
   await rejects(
     env.backend.createVolume(within(4000), none, env.wanted({}, overTls(env.simulator))),
-    refuses("UNAVAILABLE", /no LightOS management endpoint answers \(127\.0\.0\.1:\d+: .*certificate/i),
+    refuses(
+      "UNAVAILABLE",
+      /no LightOS management endpoint answers \((127\.0\.0\.1:\d+(, |: )){3}self-signed certificate in certificate chain\); give the cluster's CA: mgmt-ca\.crt in the Secret, ca in the cluster file, or --mgmt-ca$/,
+    ),
   );
 });
+
+for (
+  const [what, scheme, endpoints, message] of [
+    [
+      "grpc is said of ports that speak TLS",
+      "grpc",
+      "grpcs",
+      /\((127\.0\.0\.1:\d+(, |: )){3}the connection was closed before HTTP\/2 began\); check the port; if the cluster speaks TLS, mgmt-scheme has to be grpcs$/,
+    ],
+    [
+      "grpcs is said of ports in clear text",
+      "grpcs",
+      "grpc",
+      /\((127\.0\.0\.1:\d+(, |: )){3}what answers does not speak TLS\); check the port; if the cluster is to be reached in clear text, mgmt-scheme has to be grpc$/,
+    ],
+  ] as const
+) {
+  Deno.test(`promise 20: when ${what}, the error says so and what to do, and the repeat says the same`, async () => {
+    await using env = await start();
+    const wanted = env.wanted({}, {
+      "mgmt-scheme": scheme,
+      "mgmt-endpoint": env.simulator.addresses[endpoints].join(","),
+    });
+    const said: string[] = [];
+    for (let i = 0; i < 2; i++) {
+      await rejects(env.backend.createVolume(within(8000), none, wanted), (error: unknown) => {
+        said.push((error as Error).message);
+        return refuses("UNAVAILABLE", message)(error);
+      });
+    }
+    strictEqual(said[0], said[1]);
+  });
+}
 
 Deno.test("promise 11: a CA in the call's secrets makes its certificate trusted", async () => {
   await using env = await start();

@@ -4,7 +4,7 @@
  */
 import { type Check, checked, reasonOf } from "../check.ts";
 import { type RequestContext, requestContext, type Secrets, timeLimit } from "../context.ts";
-import { hasCode, messageOf } from "../error.ts";
+import { hasCode } from "../error.ts";
 import { type Endpoint, formatEndpoints, type Scheme } from "../id.ts";
 import { parseAddress, type TransportAddress } from "../namespace.ts";
 import { shownCertificate, type Trust } from "../rpc.ts";
@@ -16,7 +16,8 @@ import {
   DurosAPI,
 } from "../../proto/gen/lightos_pb.ts";
 import type { SystemReport } from "./backend.ts";
-import { type Cluster, ClusterPool, type LightosOptions, type TokenFacts } from "./lightos_cluster.ts";
+import { adviceFor } from "./lightos_advice.ts";
+import { type Cluster, ClusterPool, LightosError, type LightosOptions, type TokenFacts } from "./lightos_cluster.ts";
 
 /** Where the cluster answers that is to be looked at. */
 export interface CheckupTarget {
@@ -112,7 +113,7 @@ async function endpointCheck(
   } catch (error) {
     // The token is another check's affair; who refuses one answers.
     if (!hasCode(error, "UNAUTHENTICATED", "PERMISSION_DENIED")) {
-      const reason = /management endpoint answers \(\S+: (.*)\)$/s.exec(messageOf(error))?.[1] ?? reasonOf(error);
+      const [reason = reasonOf(error)] = error instanceof LightosError ? error.reasons : [];
       return { name, verdict: "problem", found: reason, advice: adviceFor(reason, trust) };
     }
   }
@@ -135,23 +136,6 @@ async function endpointCheck(
   }
   const pinned = trust.pins === undefined ? "" : " and its pinned key";
   return { name, verdict: "ok", found: `answers after ${ms} ms, its certificate${pinned} verified` };
-}
-
-function adviceFor(reason: string, trust: Trust | undefined): string {
-  if (/speaks management API/.test(reason)) return "use a driver or a LightOS that fit";
-  if (/which is not pinned/.test(reason)) {
-    return "if the cluster's key was changed, change the pin; else find out who answers";
-  }
-  if (/altnames|does not match|Hostname\/IP/i.test(reason)) {
-    return "give the name that the certificate is for (mgmt-server-name), or a certificate for this address";
-  }
-  if (/expired|not yet valid/i.test(reason)) {
-    return "renew the cluster's certificate; see that this machine's clock is right";
-  }
-  if (trust !== undefined && /certificate|issuer|self.signed/i.test(reason)) {
-    return "give the cluster's CA: mgmt-ca.crt in the Secret, ca in the cluster file, or --mgmt-ca";
-  }
-  return "check network, firewall, port and mgmt-scheme";
 }
 
 async function certificateCheck(

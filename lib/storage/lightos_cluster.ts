@@ -7,13 +7,22 @@ import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { clearInterval, setInterval } from "node:timers";
 import * as z from "zod";
-import { type Fields, type Logger, type RequestContext, type Secrets, sleep, timeLimit } from "../context.ts";
+import {
+  type Fields,
+  formatSeconds,
+  type Logger,
+  type RequestContext,
+  type Secrets,
+  sleep,
+  timeLimit,
+} from "../context.ts";
 import { type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../id.ts";
 import { countManagementCall, type Metrics, type Sample } from "../metrics.ts";
 import { pemProblem, readPem } from "../pem.ts";
 import { CallError, type CallOptions, Channel, type Trust } from "../rpc.ts";
 import { type ClusterInfoV2, DurosAPI } from "../../proto/gen/lightos_pb.ts";
+import { adviceFor } from "./lightos_advice.ts";
 import { misfit } from "./lightos_answers.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { resolveTrust, trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
@@ -43,17 +52,24 @@ export class LightosError extends StatusError {
   readonly elsewhere: boolean;
   /** The answer was larger than we take: less has to be asked for. */
   readonly isTooLarge: boolean;
+  /** When no endpoint answers: what is wrong with them, each reason once. */
+  readonly reasons: readonly string[];
 
   constructor(
     code: StatusCode,
     message: string,
     outcomeUnknown: boolean,
-    options: ErrorOptions & { readonly elsewhere?: boolean; readonly isTooLarge?: boolean } = {},
+    options: ErrorOptions & {
+      readonly elsewhere?: boolean;
+      readonly isTooLarge?: boolean;
+      readonly reasons?: readonly string[];
+    } = {},
   ) {
     super(code, message, options);
     this.outcomeUnknown = outcomeUnknown;
     this.elsewhere = options.elsewhere ?? false;
     this.isTooLarge = options.isTooLarge ?? false;
+    this.reasons = options.reasons ?? [];
   }
 }
 
@@ -462,9 +478,18 @@ class Connections implements Disposable {
   }
 
   #allFailed(code: StatusCode, action: string): LightosError {
-    const failures = this.#members.map((member) => `${formatEndpoint(member.endpoint)}: ${member.lastFailure}`);
-    const message = `Cannot ${action}: no LightOS management endpoint answers (${failures.join("; ")})`;
-    return new LightosError(code, message, false);
+    // The same words each time, whatever the order: Kubernetes makes an event of each text.
+    const byReason = new Map<string, string[]>();
+    for (const { endpoint, lastFailure } of this.#members) {
+      const address = formatEndpoint(endpoint);
+      const reason = lastFailure.replace(` ${address}`, "");
+      byReason.set(reason, [...byReason.get(reason) ?? [], address]);
+    }
+    const failures = [...byReason].map(([reason, addresses]) => `${addresses.join(", ")}: ${reason}`);
+    const reasons = [...byReason.keys()];
+    const advice = [...new Set(reasons.map((reason) => adviceFor(reason, this.#trust)))].join("; ");
+    const message = `Cannot ${action}: no LightOS management endpoint answers (${failures.join("; ")}); ${advice}`;
+    return new LightosError(code, message, false, { reasons });
   }
 
   /** The member to try now, the one in use first; undefined when those that are left have to rest. */
@@ -523,14 +548,14 @@ class Connections implements Disposable {
         // A connection that is not there yet may have been lost by the time of the next call.
         if (!member.checked) this.#drop(member, channel);
         const message = `Cannot ${action} in time: LightOS at ${address} has not answered ${method.name} after ${
-          elapsed(started)
-        } ms`;
+          formatSeconds(elapsed(started))
+        }`;
         throw new LightosError(codeOf(ctx.signal), message, mayBeDone, { cause: ctx.signal.reason });
       }
       if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
       const failure = error instanceof CallError
         ? new CallError(error.code, withoutToken(error.message, call.credentials), error.origin)
-        : new CallError("UNAVAILABLE", `no answer within ${Math.round(patienceMs)} ms`, "no answer");
+        : new CallError("UNAVAILABLE", `no answer within ${formatSeconds(patienceMs)}`, "no answer");
       note(failure.code, { error: failure.message });
       return this.#failed(call, member, channel, { failure, mayBeDone });
     }

@@ -12,7 +12,7 @@
  * DAgent knows no TLS and no credentials: whoever reaches its port has every right. So nothing here is secret.
  */
 import * as z from "zod";
-import { type Fields, type RequestContext, sleep, timeLimit, unlessAborted } from "../context.ts";
+import { type Fields, formatSeconds, type RequestContext, sleep, timeLimit, unlessAborted } from "../context.ts";
 import { messageOf, type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint } from "../id.ts";
 import { KeyedLock } from "../lock.ts";
@@ -215,8 +215,8 @@ export class Dagent {
       throw new PoseidonError(
         "no answer from PoseidonOS",
         `Cannot ${action} in time: PoseidonOS at ${this.address} has not answered ${change.method} ${change.path} after ${
-          Math.round(performance.now() - started)
-        } ms; it goes on there, repeat the call`,
+          formatSeconds(performance.now() - started)
+        }; it goes on there, repeat the call`,
         { cause: error, code: codeOf(ctx.signal) },
       );
     }
@@ -264,8 +264,8 @@ export class Dagent {
         throw new PoseidonError(
           "no answer from PoseidonOS",
           `Cannot ${action} in time: PoseidonOS at ${this.address} has not answered ${what} after ${
-            Math.round(performance.now() - started)
-          } ms; repeat the call`,
+            formatSeconds(performance.now() - started)
+          }; repeat the call`,
           { cause: ctx.signal.reason, code: codeOf(ctx.signal) },
         );
       }
