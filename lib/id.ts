@@ -79,6 +79,15 @@ export function parseVolumeId(text: string, what = "volume"): VolumeId {
   return { endpoints, uuid, project, scheme, hostEncryption: crypto };
 }
 
+/** The longest ID that calls take, in bytes: CSI allows 128, IDs with the endpoints of large clusters have more. */
+export const longestId = 1024;
+
+/** How many bytes an ID has, whichever its UUID; without a project, as with one of the longest name. */
+export function longestIdBytes(id: Omit<VolumeId, "uuid">): number {
+  const text = formatVolumeId({ ...id, uuid: nilUuid, project: id.project ?? "p".repeat(63) });
+  return new TextEncoder().encode(text).length;
+}
+
 /** The canonical text of an ID: fixed order of segments, endpoints sorted, `scheme` always written. */
 export function formatVolumeId(id: VolumeId): string {
   const parts = [`mgmt:${formatEndpoints(id.endpoints)}`, `nguid:${id.uuid}`];

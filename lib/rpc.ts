@@ -551,8 +551,11 @@ export interface CallOptions {
   readonly connectTimeoutMs?: number;
 }
 
-/** The longest message that is taken as an answer. A heap of 64 MiB, as the shipped executable has, can hold it. */
-const longestAnswerBytes = 16 << 20;
+/**
+ * The longest message that is taken as an answer: what it becomes as objects has to fit several times into the heap of 64 MiB
+ * that the shipped executable has.
+ */
+const longestAnswerBytes = 8 << 20;
 
 /** A connection to one gRPC server, made on the first call and again after a loss. */
 export class Channel implements Disposable {

@@ -59,10 +59,15 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
   const [first, second] = parseConfig("/etc/lbcsi/config.yaml", whole);
 
   ok(first !== undefined && second !== undefined);
-  const { endpoints, formerEndpoints, idEndpoints, ...rest } = first;
+  const { endpoints, formerEndpoints, idEndpoints, idForms, ...rest } = first;
   strictEqual(formatEndpoints(endpoints), "192.0.2.1:443,192.0.2.2:443");
   strictEqual(formatEndpoints(formerEndpoints), "198.51.100.1:443,[2001:db8::1]:443");
   strictEqual(formatEndpoints(idEndpoints), "198.51.100.1:443");
+  deepStrictEqual(idForms.map(formatEndpoints), [
+    "198.51.100.1:443",
+    "198.51.100.1:443,[2001:db8::1]:443",
+    "[2001:db8::1]:443",
+  ]);
   deepStrictEqual(rest, {
     name: "rack1",
     scheme: "grpcs",
@@ -81,6 +86,7 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
     endpoints: [{ host: "rack2.example", port: 80 }],
     formerEndpoints: [],
     idEndpoints: [{ host: "rack2.example", port: 80 }],
+    idForms: [[{ host: "rack2.example", port: 80 }]],
     scheme: "grpc",
     projects: [],
     caPath: undefined,
@@ -97,6 +103,41 @@ Deno.test("parseConfig reads JSON, with TLS as the default scheme", () => {
 
   strictEqual(cluster?.scheme, "grpcs");
   deepStrictEqual(cluster.projects, ["p1", "p2"]);
+});
+
+for (
+  const [what, more, forms] of [
+    ["nothing else", "", ["192.0.2.1:443"]],
+    [
+      "one former list in one text",
+      `formerEndpoints: "b:1,a:1"`,
+      ["192.0.2.1:443", "a:1,b:1"],
+    ],
+    ["former endpoints one by one", "formerEndpoints: ['b:1', 'a:1']", ["192.0.2.1:443", "a:1,b:1", "b:1", "a:1"]],
+    ["former lists", "formerEndpoints: ['b:1,a:1', 'c:1']", ["192.0.2.1:443", "a:1,b:1", "c:1"]],
+    ["several ID lists", "idEndpoints: ['b:1,a:1', 'c:1']", ["a:1,b:1", "c:1"]],
+    ["ID endpoints one by one", "idEndpoints: ['b:1', 'a:1']", ["a:1,b:1"]],
+    ["the same twice", "idEndpoints: 'b:1', formerEndpoints: 'b:1'", ["b:1"]],
+  ] as [string, string, readonly string[]][]
+) {
+  Deno.test(`parseConfig knows which lists of endpoints volume IDs may have, of ${what}`, () => {
+    const [cluster] = parseConfig("/c", one(more));
+
+    deepStrictEqual(cluster?.idForms.map(formatEndpoints), forms);
+  });
+}
+
+Deno.test("parseConfig refuses endpoints whose volume IDs no call would take", () => {
+  const many = Array.from({ length: 60 }, (_, at) => `management-${at}.example:443`).join(",");
+
+  throws(
+    () => parseConfig("/c", one(`idEndpoints: "${many}"`)),
+    refuses(
+      "INVALID_ARGUMENT",
+      /cluster "a" makes volume IDs of up to \d{4} bytes, 1024 are allowed; name fewer endpoints/,
+    ),
+  );
+  strictEqual(parseConfig("/c", one(`formerEndpoints: "a:1"`)).length, 1);
 });
 
 const one = (more: string) => `clusters: [{name: a, endpoints: "192.0.2.1:443"${more === "" ? "" : `, ${more}`}}]`;
@@ -410,7 +451,7 @@ Deno.test("a moved cluster that no file names answers UNAVAILABLE with each endp
 
   await rejects(
     backend.getVolume(within(5000), moved.secrets, moved.volume.id),
-    refuses("UNAVAILABLE", /no LightOS management endpoint answers \(127\.0\.0\.1:\d+: /),
+    refuses("UNAVAILABLE", /no LightOS management endpoint answers \((127\.0\.0\.1:\d+(, |: )){3}/),
   );
 });
 

@@ -1,15 +1,16 @@
-import type { MessageInitShape } from "@bufbuild/protobuf";
+import { type MessageInitShape, toBinary } from "@bufbuild/protobuf";
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import { formatEndpoints, parseEndpoints, parseVolumeId } from "../lib/id.ts";
 import { hostNqn } from "../lib/namespace.ts";
 import { Channel } from "../lib/rpc.ts";
-import { longestAnswer } from "../lib/storage/lightos_listing.ts";
+import { mostEntries } from "../lib/storage/listing_page.ts";
 import {
   Controller,
   ControllerServiceCapability_RPC_Type as Rpc,
   type CreateVolumeRequestSchema,
   type GetCapacityRequestSchema,
+  ListVolumesResponseSchema,
   VolumeCapability_AccessMode_Mode as Mode,
   type VolumeCapabilitySchema,
 } from "../proto/gen/csi_pb.ts";
@@ -213,16 +214,28 @@ Deno.test("ListVolumes without projects in the file lists what the token may see
 
 Deno.test("ListVolumes of more volumes than fit into one answer of LightOS' or of ours leaves none out", async () => {
   await using env = await start({ capacityBytes: 1n << 60n, behaviour: behaviour() });
-  const { cluster } = env.simulator.control;
-  const count = longestAnswer + 5;
+  const count = mostEntries + 5;
+  await makeMany(env.simulator, count);
+
+  const first = await env.listed();
+  const rest = await env.listed({ startingToken: first.nextToken });
+
+  strictEqual(first.ids.length, mostEntries);
+  strictEqual(rest.ids.length, 5);
+  strictEqual(new Set([...first.ids, ...rest.ids]).size, count);
+  strictEqual(rest.nextToken, "");
+});
+
+/** Makes volumes in the simulator itself, which is quick. */
+async function makeMany(simulator: TestSimulator, count: number, acl?: string[]): Promise<void> {
   for (let number = 0; number < count; number++) {
-    await cluster.createVolume({
+    await simulator.control.cluster.createVolume({
       project: "default",
       name: `volume-${number}`,
       size: "1 gib",
       replicaCount: 1,
       compression: "false",
-      acl: undefined,
+      acl,
       ipAcl: undefined,
       sectorSizeBytes: 0,
       sourceSnapshot: { uuid: "", name: "" },
@@ -230,14 +243,93 @@ Deno.test("ListVolumes of more volumes than fit into one answer of LightOS' or o
       labels: [],
     });
   }
+}
 
-  const first = await env.listed();
-  const rest = await env.listed({ startingToken: first.nextToken });
+const manyHosts = (count: number) =>
+  Array.from({ length: count }, (_, at) => hostNqn(`worker-${at}.compute.rack-12.example.internal.node`));
 
-  strictEqual(first.ids.length, longestAnswer);
-  strictEqual(rest.ids.length, 5);
-  strictEqual(new Set([...first.ids, ...rest.ids]).size, count);
-  strictEqual(rest.nextToken, "");
+for (const [hosts, count] of [[70, 1100], [300, 300]] as const) {
+  Deno.test(`ListVolumes of ${count} volumes with ${hosts} nodes each keeps every answer below 4 MiB`, async () => {
+    await using env = await start({ capacityBytes: 1n << 60n, behaviour: behaviour() });
+    await makeMany(env.simulator, count, manyHosts(hosts));
+    const ids: string[] = [];
+    let startingToken = "";
+    do {
+      const page = await env.call(method.listVolumes, { startingToken });
+      const bytes = toBinary(ListVolumesResponseSchema, page).length;
+      ok(bytes < 4 << 20, `${bytes} bytes`);
+      for (const { volume, status } of page.entries) {
+        ids.push(volume?.volumeId ?? "");
+        strictEqual(status?.publishedNodeIds.length, hosts);
+      }
+      startingToken = page.nextToken;
+    } while (startingToken !== "");
+
+    deepStrictEqual([ids.length, new Set(ids).size], [count, count]);
+  });
+}
+
+Deno.test("ListVolumes asks LightOS for less when an answer would be larger than is taken", async () => {
+  await using env = await start({ capacityBytes: 1n << 60n, behaviour: behaviour() });
+  // 10 MB in all.
+  await makeMany(env.simulator, 140, manyHosts(900));
+  env.simulator.control.resetCalls();
+
+  const page = await env.call(method.listVolumes, {});
+
+  ok(page.entries.length > 10 && page.nextToken !== "", `${page.entries.length}`);
+});
+
+Deno.test("a page of ListVolumes costs one management call", async () => {
+  await using env = await start({ capacityBytes: 1n << 60n, behaviour: behaviour() });
+  await makeMany(env.simulator, mostEntries + 5);
+  for (const maxEntries of [0, 10, 1000]) {
+    env.simulator.control.resetCalls();
+
+    const { nextToken } = await env.call(method.listVolumes, { maxEntries });
+
+    ok(nextToken !== "");
+    strictEqual(env.simulator.control.calls()["ListVolumes"]?.total, 1, `${maxEntries}`);
+  }
+});
+
+Deno.test("promise 13: ListVolumes shows a volume under each ID that it may have, page by page", async () => {
+  await using simulator = await startSimulator();
+  const former = ["198.51.100.1:443,198.51.100.2:443", "198.51.100.7:443"];
+  await using controller = await startController({
+    clusterFile: `clusters: [${
+      entry("a", simulator, `projects: default, jwt: /jwt-a, formerEndpoints: ${JSON.stringify(former)}`)
+    }]`,
+    files: { "/jwt-a": simulator.addresses.jwt },
+  });
+  const known: string[] = [];
+  for (const [at, endpoints] of [simulator.addresses.grpc.join(","), ...former].entries()) {
+    const wish = creation(simulator, `volume-${at}`);
+    const parameters = { ...wish.parameters, "mgmt-endpoint": endpoints };
+    const { volume } = await controller.call(method.createVolume, { ...wish, parameters });
+    known.push(volume?.volumeId ?? "");
+  }
+
+  for (const maxEntries of [0, 1, 2, 3, 4, 7, 9]) {
+    const listed: string[] = [];
+    let startingToken = "";
+    do {
+      const page = await controller.call(method.listVolumes, { maxEntries, startingToken });
+      ok(maxEntries === 0 || page.entries.length <= maxEntries);
+      listed.push(...page.entries.map(({ volume }) => volume?.volumeId ?? ""));
+      startingToken = page.nextToken;
+      ok(startingToken.length <= 128, startingToken);
+    } while (startingToken !== "");
+    deepStrictEqual([listed.length, new Set(listed).size], [9, 9], `${maxEntries} each`);
+    deepStrictEqual(known.filter((id) => !listed.includes(id)), []);
+  }
+  for (const damaged of ["..x.1", ".x.y.1", ".x.1", "..0.0"]) {
+    const [place = ""] = (await controller.call(method.listVolumes, { maxEntries: 1 })).nextToken.split(".");
+    await rejects(
+      controller.call(method.listVolumes, { startingToken: `${place}${damaged}` }),
+      answers("ABORTED", /starting_token/),
+    );
+  }
 });
 
 Deno.test("ListVolumes writes idEndpoints of the file into volume IDs", async () => {

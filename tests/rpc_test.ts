@@ -775,7 +775,7 @@ Deno.test("Channel tells an answer that is larger than it takes from a page", as
   await assert.rejects(probe(channel), (error) => {
     assert.ok(error instanceof CallError, String(error));
     assert.deepEqual([error.code, error.origin], ["UNAVAILABLE", "too large"]);
-    assert.equal(error.message, "an answer of more than 16 MiB");
+    assert.equal(error.message, "an answer of more than 8 MiB");
     return true;
   });
 });

@@ -494,6 +494,7 @@ for (
     const [what, capacityRange, expected] of [
       ["no size", undefined, 2n * gib],
       ["a limit alone", { limitBytes: 5n * gib }, 2n * gib],
+      ["what its source was asked for with, before it was rounded up", { requiredBytes: gib + 1n }, 2n * gib],
       ["a larger size", { requiredBytes: 4n * gib }, 4n * gib],
       ["a larger size to round up", { requiredBytes: 2n * gib + 1n }, 3n * gib],
     ] as const

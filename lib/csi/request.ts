@@ -11,7 +11,7 @@ import type { Fields, Secrets } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
 import { type FsType, fsTypes } from "../host/filesystem.ts";
 import type { Passphrases } from "../host/luks.ts";
-import { uuidInId } from "../id.ts";
+import { longestId, uuidInId } from "../id.ts";
 import { csi_secret, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import type { Topology, VolumeCapability } from "../../proto/gen/csi_pb.ts";
 
@@ -115,8 +115,8 @@ export function requireText(action: string, field: string, value: string, longes
   throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${field} has ${bytes} bytes, ${longest} are allowed`);
 }
 
-/** The longest volume ID that is taken: CSI allows 128 bytes, PersistentVolumes of large clusters have more. */
-export const longestVolumeId = 1024;
+/** The longest volume ID that is taken. */
+export const longestVolumeId = longestId;
 
 /** A path that the orchestrator gave; throws INVALID_ARGUMENT when it is empty, not absolute or longer than PATH_MAX. */
 export function requirePath(action: string, field: string, value: string): string {

@@ -717,6 +717,21 @@ async function callUnlessSilent<I extends DescMessage, O extends DescMessage>(
   }
 }
 
+/**
+ * Reads a page of a list, and a smaller one when the answer would be larger than we take.
+ *
+ * @param limit how many objects to ask for at first
+ */
+export async function readInParts<T>(limit: number, read: (limit: number) => Promise<T>): Promise<T> {
+  for (let size = limit;; size = Math.ceil(size / 2)) {
+    try {
+      return await read(size);
+    } catch (error) {
+      if (!(error instanceof LightosError) || !error.isTooLarge || size <= 1) throw error;
+    }
+  }
+}
+
 /** What a server said, without the token that it may have repeated. */
 function withoutToken(text: string, { jwt }: Credentials): string {
   return jwt === undefined ? text : text.replaceAll(jwt, "[token]");

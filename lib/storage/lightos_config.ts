@@ -8,8 +8,9 @@
  *     clusters:
  *       - name: rack1
  *         endpoints: 192.0.2.1:443,192.0.2.2:443   # a text, or a list of texts
- *         formerEndpoints: [198.51.100.1:443]      # where it answered before: volume IDs still have these
- *         idEndpoints: 198.51.100.1:443            # what lists write into volume IDs; default: endpoints
+ *         formerEndpoints: [198.51.100.1:443]      # where it answered before: volume IDs still have these; each text of
+ *                                                  # a list may be one mgmt-endpoint of that time, with commas
+ *         idEndpoints: 192.0.2.1:443               # what lists write into volume IDs; default: endpoints
  *         scheme: grpcs                            # or grpc; default: grpcs
  *         projects: [default]                      # what is listed; default: all that the token may see
  *         ca: /etc/lbcsi/ca.pem                    # file of PEM certificates to trust
@@ -26,7 +27,17 @@
 import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, type StatusCode, StatusError } from "../error.ts";
-import { type Endpoint, formatEndpoint, isProjectName, parseEndpoints, type Scheme, schemes } from "../id.ts";
+import {
+  type Endpoint,
+  formatEndpoint,
+  formatEndpoints,
+  isProjectName,
+  longestId,
+  longestIdBytes,
+  parseEndpoints,
+  type Scheme,
+  schemes,
+} from "../id.ts";
 import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, texts } from "./config_file.ts";
 import { pemProblem, readPem } from "../pem.ts";
 import { trustConfigSchema, type TrustWish } from "./lightos_trust.ts";
@@ -41,6 +52,8 @@ export interface ClusterEntry {
   readonly formerEndpoints: readonly Endpoint[];
   /** The endpoints in the volume IDs of lists. */
   readonly idEndpoints: readonly Endpoint[];
+  /** Each list of endpoints that volume IDs may have, `idEndpoints` or its parts first: lists have an entry for each. */
+  readonly idForms: readonly (readonly Endpoint[])[];
   readonly scheme: Scheme;
   /** Empty: all that the token may see. */
   readonly projects: readonly string[];
@@ -135,10 +148,29 @@ function known(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
 
 // ------------------------------------------------------------------------------------------------------------- content
 
-const endpointList = texts("is not host:port, several with commas or as a list").transform((list, check) => {
+const endpointsProblem = "is not host:port, several with commas or as a list";
+
+const endpointList = texts(endpointsProblem).transform((list, check) => {
   const endpoints = parseEndpoints(list.join(","));
   if (typeof endpoints !== "string") return endpoints;
   check.addIssue(endpoints);
+  return z.NEVER;
+});
+
+/** Endpoints, and how they are grouped: each text of a list may have several. */
+interface EndpointGroups {
+  readonly all: readonly Endpoint[];
+  readonly groups: readonly (readonly Endpoint[])[];
+}
+
+const endpointGroups = z.union([z.string().transform((text) => [text]), z.array(z.string()).min(1, "is empty")], {
+  error: endpointsProblem,
+}).transform((list, check): EndpointGroups => {
+  const all = parseEndpoints(list.join(","));
+  if (typeof all !== "string") {
+    return { all, groups: list.map(parseEndpoints).filter((group) => typeof group !== "string") };
+  }
+  check.addIssue(all);
   return z.NEVER;
 });
 
@@ -162,8 +194,8 @@ const ephemeralSchema = z.strictObject({
 const clusterSchema = z.strictObject({
   name: entryName,
   endpoints: endpointList,
-  formerEndpoints: endpointList.optional(),
-  idEndpoints: endpointList.optional(),
+  formerEndpoints: endpointGroups.optional(),
+  idEndpoints: endpointGroups.optional(),
   scheme: z.enum(schemes, { error: `is not one of ${schemes.join(", ")}` }).default("grpcs"),
   projects: projectList.optional(),
   ca: file.optional(),
@@ -199,8 +231,9 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
   const entries = clusters.map(({ name, endpoints, formerEndpoints, idEndpoints, scheme, ...rest }) => ({
     name,
     endpoints,
-    formerEndpoints: formerEndpoints ?? [],
-    idEndpoints: idEndpoints ?? endpoints,
+    formerEndpoints: formerEndpoints?.all ?? [],
+    idEndpoints: idEndpoints?.all ?? endpoints,
+    idForms: idFormsOf(idEndpoints ?? { all: endpoints, groups: [] }, formerEndpoints),
     scheme,
     projects: [...new Set(rest.projects ?? [])],
     caPath: rest.ca,
@@ -211,9 +244,35 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
       maxSizeBytes: rest.ephemeral.maxSize,
     },
   }));
-  const problems = sharedBetween(entries);
+  const problems = [...sharedBetween(entries), ...longIds(entries)];
   if (problems.length > 0) throw refusal(path, problems.join("; "));
   return entries;
+}
+
+/**
+ * The lists of endpoints that the IDs of a cluster's volumes may have. In a list whose texts have several endpoints, each
+ * text is one; in any other, all of them together are one. Where a cluster has been one after the other is not known of
+ * former endpoints that are listed singly, so each of them is one as well.
+ */
+function idFormsOf(id: EndpointGroups, former: EndpointGroups | undefined): readonly (readonly Endpoint[])[] {
+  const isGrouped = ({ groups }: EndpointGroups) => groups.length > 1 && groups.some((group) => group.length > 1);
+  const forms = isGrouped(id) ? [...id.groups] : [id.all];
+  if (former !== undefined) forms.push(...isGrouped(former) ? former.groups : [former.all, ...former.groups]);
+  return [...new Map(forms.map((form) => [formatEndpoints(form), form])).values()];
+}
+
+/** What is wrong with IDs that lists would make, which no other call takes. */
+function longIds(entries: readonly ClusterEntry[]): readonly string[] {
+  return entries.flatMap(({ name, idForms, scheme }) => {
+    const bytes = Math.max(
+      ...idForms.map((endpoints) => longestIdBytes({ endpoints, scheme, project: undefined, hostEncryption: "luks2" })),
+    );
+    if (bytes <= longestId) return [];
+    return [
+      `cluster "${name}" makes volume IDs of up to ${bytes} bytes, ${longestId} are allowed; name fewer endpoints, or ` +
+      `those of the StorageClass in idEndpoints`,
+    ];
+  });
 }
 
 function sharedBetween(entries: readonly ClusterEntry[]): readonly string[] {

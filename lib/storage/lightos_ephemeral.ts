@@ -18,7 +18,7 @@ import { hostNqn } from "../namespace.ts";
 import { parseQuantity } from "../quantity.ts";
 import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../proto/gen/lightos_pb.ts";
 import type { EphemeralVolume, EphemeralVolumes, EphemeralWanted, StorageBackend } from "./backend.ts";
-import type { ClusterPool } from "./lightos_cluster.ts";
+import { type ClusterPool, readInParts } from "./lightos_cluster.ts";
 import type { EphemeralRules, KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { qosPolicyOf } from "./lightos_modify.ts";
 import { parametersSchema, problemsOf, volumeSize } from "./lightos_parameters.ts";
@@ -208,8 +208,10 @@ export function lightosEphemeral(backend: Backend, clusters: ClusterPool, known:
     const cluster = clusters.open(operator, endpoints, scheme);
     const found: EphemeralVolume[] = [];
     for (let offsetUUID = "";;) {
-      const request = { projectName: place.project, offsetUUID, limit: 1000n };
-      const { volumes } = await cluster.call(ctx, action, DurosAPI.method.listVolumes, request);
+      const { volumes } = await readInParts(longestPage, (limit) => {
+        const request = { projectName: place.project, offsetUUID, limit: BigInt(limit) };
+        return cluster.call(ctx, action, DurosAPI.method.listVolumes, request);
+      });
       const last = volumes.at(-1)?.UUID;
       // Whether LightOS counts what it leaves out towards the limit is not documented, so only an empty page is the end.
       if (last === undefined || last === offsetUUID) return found;
@@ -221,6 +223,9 @@ export function lightosEphemeral(backend: Backend, clusters: ClusterPool, known:
     }
   }
 }
+
+/** Most objects in one of LightOS' pages (spec/lightos.md section 15.1). */
+const longestPage = 1000;
 
 /** Volumes with a certain name: ours, or the UUID of one that is not. */
 interface Look {

@@ -7,7 +7,9 @@
  *
  * Kubernetes compares volume IDs as texts. So an ID in a list is written as CreateVolume wrote it for a StorageClass whose
  * `mgmt-endpoint` is the `idEndpoints` of the cluster in the file (default: its `endpoints`) and whose `mgmt-scheme` is
- * its scheme. LightOS does not know which endpoints a volume was made with.
+ * its scheme. LightOS does not know which endpoints a volume was made with; so where the file names former ones, a volume
+ * has an entry for each ID that it may have: Kubernetes looks up those that it knows, and would attach a volume again each
+ * minute whose ID it misses.
  */
 import { createHash } from "node:crypto";
 import { type RequestContext, Secrets } from "../context.ts";
@@ -20,8 +22,9 @@ import {
   type Volume as LightosVolume,
   Volume_StateEnum as VolumeState,
 } from "../../proto/gen/lightos_pb.ts";
-import type { Capacity, Listing, Page, PageWanted, Snapshot, Snapshots } from "./backend.ts";
-import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.ts";
+import type { Capacity, Listing, Page, PageWanted, Snapshot, Snapshots, Volume } from "./backend.ts";
+import { AnswerPage } from "./listing_page.ts";
+import { type Cluster, type ClusterPool, LightosError, readInParts } from "./lightos_cluster.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { encryptionOf, isHelperName, toSnapshot } from "./lightos_snapshots.ts";
 import type { TrustWish } from "./lightos_trust.ts";
@@ -29,11 +32,6 @@ import { toVolume, troubleOf } from "./lightos_volumes.ts";
 
 /** Most objects in one of LightOS' pages (spec/lightos.md section 15.1). */
 const longestPage = 1000;
-/**
- * Most entries in one answer of ours: gRPC clients refuse messages of more than 4 MiB, and with IDs of the longest kind
- * that we take an entry has 2 KiB.
- */
-export const longestAnswer = 2000;
 
 /** Lists of what is on the clusters of the file. */
 export function lightosListing(clusters: ClusterPool, known: KnownClusters): Listing {
@@ -78,8 +76,8 @@ export function lightosSnapshotList(
     if (source === undefined) return { entries: [], nextToken: "" };
     return await page(ctx, action, [placeOfSource(clusters, secrets, source)], wanted, {
       read: snapshotsIn.read,
-      entry: (place, snapshot) =>
-        snapshot.sourceVolumeUUID.toLowerCase() === source.uuid ? snapshotsIn.entry(place, snapshot) : undefined,
+      entries: (place, snapshot) =>
+        snapshot.sourceVolumeUUID.toLowerCase() === source.uuid ? snapshotsIn.entries(place, snapshot) : [],
     });
   };
 }
@@ -90,7 +88,7 @@ function placeOfSource(clusters: ClusterPool, secrets: Secrets, source: VolumeId
     key: `${formatEndpoints(endpoints)} ${project} ${source.uuid}`,
     cluster: clusters.open(secrets, endpoints, scheme),
     project,
-    idEndpoints: endpoints,
+    idForms: [endpoints],
     scheme,
   };
 }
@@ -123,16 +121,17 @@ interface Place {
   readonly cluster: Cluster;
   /** Empty: all that the token may see. */
   readonly project: string;
-  readonly idEndpoints: readonly Endpoint[];
+  /** The lists of endpoints that an ID may have, the likeliest first. */
+  readonly idForms: readonly (readonly Endpoint[])[];
   readonly scheme: Scheme;
 }
 
-function placesOf({ name, projects, idEndpoints, scheme }: KnownCluster, cluster: Cluster): readonly Place[] {
+function placesOf({ name, projects, idForms, scheme }: KnownCluster, cluster: Cluster): readonly Place[] {
   return (projects.length === 0 ? [""] : projects).map((project) => ({
     key: `${name} ${project}`,
     cluster,
     project,
-    idEndpoints,
+    idForms,
     scheme,
   }));
 }
@@ -140,10 +139,11 @@ function placesOf({ name, projects, idEndpoints, scheme }: KnownCluster, cluster
 function idIn(
   place: Place,
   { UUID, projectName, labels }: Pick<LightosVolume | LightosSnapshot, "UUID" | "projectName" | "labels">,
+  endpoints: readonly Endpoint[],
 ): VolumeId {
   const project = projectName === "" ? place.project : projectName;
   return {
-    endpoints: place.idEndpoints,
+    endpoints,
     uuid: UUID.toLowerCase(),
     project: project === "" ? undefined : project,
     scheme: place.scheme,
@@ -152,7 +152,7 @@ function idIn(
   };
 }
 
-/** How objects of one kind are read, and what an entry of a list is made of. */
+/** How objects of one kind are read, and what the entries of a list are made of. */
 interface Kind<Raw extends { readonly UUID: string }, Entry> {
   read(
     place: Place,
@@ -160,8 +160,8 @@ interface Kind<Raw extends { readonly UUID: string }, Entry> {
     action: string,
     range: { readonly projectName: string; readonly offsetUUID: string; readonly limit: bigint },
   ): Promise<readonly Raw[]>;
-  /** Undefined for what does not belong on the list. */
-  entry(place: Place, raw: Raw): Entry | undefined;
+  /** One entry for each ID that the object may have; none for what does not belong on the list. */
+  entries(place: Place, raw: Raw): readonly Entry[];
   /** Most of what is read does not belong on the list, so as much as possible is read at once. */
   readonly isRare?: boolean;
 }
@@ -171,12 +171,15 @@ const listedStates = [VolumeState.Available, VolumeState.Updating, VolumeState.M
 const volumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
   read: async (place, ctx, action, range) =>
     (await place.cluster.call(ctx, action, DurosAPI.method.listVolumes, range)).volumes,
-  entry: (place, volume) => listedStates.includes(volume.state) ? toVolume(idIn(place, volume), volume) : undefined,
+  entries: (place, volume) =>
+    listedStates.includes(volume.state)
+      ? place.idForms.map((endpoints) => toVolume(idIn(place, volume, endpoints), volume))
+      : [],
 };
 
 const troubledVolumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
   ...volumesIn,
-  entry: (place, volume) => troubleOf(volume) === undefined ? undefined : volumesIn.entry(place, volume),
+  entries: (place, volume) => troubleOf(volume) === undefined ? [] : volumesIn.entries(place, volume),
   isRare: true,
 };
 
@@ -184,50 +187,59 @@ const snapshotsIn: Kind<LightosSnapshot, Snapshot> = {
   read: async (place, ctx, action, range) =>
     (await place.cluster.call(ctx, action, DurosAPI.method.listSnapshots, range)).snapshots,
   // One that is Creating may still end as Failed; the helper of a clone is gone in a moment.
-  entry: (place, snapshot) =>
+  entries: (place, snapshot) =>
     snapshot.state === SnapshotState.Available && !isHelperName(snapshot.name)
-      ? toSnapshot(idIn(place, snapshot), snapshot)
-      : undefined,
+      ? place.idForms.slice(0, 1).map((endpoints) => toSnapshot(idIn(place, snapshot, endpoints), snapshot))
+      : [],
 };
 
 /** One page of what is in `places`. Reads one object more than it answers, so that a token always leads to something. */
-async function page<Raw extends { readonly UUID: string }, Entry>(
+async function page<Raw extends { readonly UUID: string }, Entry extends Volume | Snapshot>(
   ctx: RequestContext,
   action: string,
   places: readonly Place[],
   { maxEntries, startingToken }: PageWanted,
   kind: Kind<Raw, Entry>,
 ): Promise<Page<Entry>> {
-  const most = maxEntries === 0 ? longestAnswer : Math.min(maxEntries, longestAnswer);
-  const start = startingToken === "" ? { at: 0, after: "" } : placeOf(action, places, startingToken);
-  const entries: Entry[] = [];
+  const answer = new AnswerPage<Entry>(maxEntries);
+  const start = startingToken === "" ? { at: 0, after: "", within: undefined } : placeOf(action, places, startingToken);
   let nextToken = "";
-  let offsetUUID = start.after;
+  let after = start.after;
   for (const place of places.slice(start.at)) {
     // Whether LightOS counts what it leaves out towards the limit is not documented, so only an empty page is the end.
     for (;;) {
-      const limit = BigInt(kind.isRare ? longestPage : Math.min(longestPage, most - entries.length + 1));
-      const found = await kind.read(place, ctx, action, { projectName: place.project, offsetUUID, limit });
+      const limit = kind.isRare ? longestPage : Math.min(longestPage, answer.room + 1);
+      const found = await readInParts(
+        limit,
+        (limit) =>
+          kind.read(place, ctx, action, { projectName: place.project, offsetUUID: after, limit: BigInt(limit) }),
+      );
+      const offset = after;
       for (const raw of found) {
-        const entry = kind.entry(place, raw);
-        if (entry === undefined) continue;
-        if (entries.length === most) return { entries, nextToken };
-        entries.push(entry);
-        nextToken = `${digest(place)}.${raw.UUID.toLowerCase()}`;
+        const uuid = raw.UUID.toLowerCase();
+        const entries = kind.entries(place, raw);
+        const { within } = start;
+        for (const [at, entry] of entries.entries()) {
+          if (within !== undefined && within.uuid === uuid && at < within.answered) continue;
+          if (!answer.add(entry)) return { entries: answer.entries, nextToken };
+          const answered = at + 1;
+          nextToken = answered === entries.length
+            ? `${digest(place)}.${uuid}`
+            : `${digest(place)}.${after}.${uuid}.${answered}`;
+        }
+        after = uuid;
       }
-      const last = found.at(-1)?.UUID;
-      if (last === undefined) break;
-      if (last === offsetUUID) {
+      if (found.length === 0) break;
+      if (after === offset) {
         throw new StatusError(
           "INTERNAL",
-          `Cannot ${action}: LightOS at ${place.cluster.lastAddress} answers the page behind ${last} with itself`,
+          `Cannot ${action}: LightOS at ${place.cluster.lastAddress} answers the page behind ${after} with itself`,
         );
       }
-      offsetUUID = last;
     }
-    offsetUUID = "";
+    after = "";
   }
-  return { entries, nextToken: "" };
+  return { entries: answer.entries, nextToken: "" };
 }
 
 /** Short, for CSI allows a token 128 bytes, and cluster and project alone may have as many. */
@@ -235,15 +247,22 @@ function digest({ key }: Place): string {
   return createHash("sha256").update(key).digest("hex").slice(0, 32);
 }
 
-function placeOf(
-  action: string,
-  places: readonly Place[],
-  token: string,
-): { readonly at: number; readonly after: string } {
-  const [where, after = ""] = token.split(".", 2);
+/**
+ * Where a token leads: to the place, behind an object of it. The token of a page that has ended between the entries of one
+ * object says which, and how many of its entries were answered.
+ */
+function placeOf(action: string, places: readonly Place[], token: string): {
+  readonly at: number;
+  readonly after: string;
+  readonly within: { readonly uuid: string; readonly answered: number } | undefined;
+} {
+  const [where, after = "", uuid, answered = ""] = token.split(".", 4);
   const at = places.findIndex((place) => digest(place) === where);
-  if (at < 0 || !isUuid(after)) throw badToken(action, token);
-  return { at, after };
+  const isGood = uuid === undefined
+    ? isUuid(after)
+    : (after === "" || isUuid(after)) && isUuid(uuid) && /^[1-9]\d{0,5}$/.test(answered);
+  if (at < 0 || !isGood) throw badToken(action, token);
+  return { at, after, within: uuid === undefined ? undefined : { uuid, answered: Number(answered) } };
 }
 
 function badToken(action: string, token: string): StatusError {

@@ -2,7 +2,16 @@
 import * as z from "zod";
 import { type AuthKind, authKinds } from "../dhchap.ts";
 import { StatusError } from "../error.ts";
-import { type Endpoint, isProjectName, parseEndpoints, type Scheme, schemes, type VolumeId } from "../id.ts";
+import {
+  type Endpoint,
+  isProjectName,
+  longestId,
+  longestIdBytes,
+  parseEndpoints,
+  type Scheme,
+  schemes,
+  type VolumeId,
+} from "../id.ts";
 import { inBandAuthKey } from "../namespace.ts";
 import { unknownKeys } from "../suggestion.ts";
 import type { CapacityRange } from "./backend.ts";
@@ -76,17 +85,32 @@ export function parseParameters(action: string, parameters: Readonly<Record<stri
         `encrypted on the host cannot be compressed by the cluster`,
     );
   }
-  return {
+  const place = {
     endpoints: data["mgmt-endpoint"],
     scheme: data["mgmt-scheme"],
+    project: data["project-name"],
+    hostEncryption: isEncrypted ? "luks2" as const : undefined,
+  };
+  refuseLongId(action, place);
+  return {
+    ...place,
     replicaCount: data["replica-count"],
     compression: data.compression,
-    project: data["project-name"],
     qosPolicy: qosPolicyOf(action, data),
-    hostEncryption: isEncrypted ? "luks2" : undefined,
     inBandAuth: data[inBandAuthKey],
     trust: trustWish(data),
   };
+}
+
+/** Throws INVALID_ARGUMENT for endpoints that would make a volume ID which no other call takes: it could not be deleted. */
+function refuseLongId(action: string, place: Omit<VolumeId, "uuid">): void {
+  const bytes = longestIdBytes(place);
+  if (bytes <= longestId) return;
+  throw new StatusError(
+    "INVALID_ARGUMENT",
+    `Cannot ${action}: StorageClass parameter "mgmt-endpoint" has ${place.endpoints.length} endpoints, with which a volume ID has ` +
+      `up to ${bytes} bytes and ${longestId} are allowed; name fewer, the cluster tells the others`,
+  );
 }
 
 /**
@@ -134,7 +158,7 @@ export function volumeSize(action: string, range: CapacityRange): bigint {
   checkRange(action, range);
   const { requiredBytes, limitBytes } = range;
   const wanted = requiredBytes === 0n ? gib : requiredBytes;
-  const rounded = (wanted + gib - 1n) / gib * gib;
+  const rounded = wholeGib(wanted);
   if (rounded > largestInt64) {
     throw new StatusError(
       "OUT_OF_RANGE",
@@ -150,6 +174,10 @@ export function volumeSize(action: string, range: CapacityRange): bigint {
   return rounded;
 }
 
+function wholeGib(bytes: bigint): bigint {
+  return (bytes + gib - 1n) / gib * gib;
+}
+
 /**
  * The size of a volume made from a source of `sourceBytes`: the source's, or a larger one in whole GiB. Throws OUT_OF_RANGE
  * when the source does not fit the range.
@@ -157,7 +185,8 @@ export function volumeSize(action: string, range: CapacityRange): bigint {
 export function sizeWithSource(action: string, range: CapacityRange, sourceBytes: bigint): bigint {
   const { requiredBytes, limitBytes } = range;
   if (requiredBytes > sourceBytes) return volumeSize(action, range);
-  if (requiredBytes !== 0n && requiredBytes < sourceBytes) {
+  // The source of this request has what an empty volume would have got, in whole GiB.
+  if (requiredBytes !== 0n && wholeGib(requiredBytes) < sourceBytes) {
     throw new StatusError(
       "OUT_OF_RANGE",
       `Cannot ${action}: its source has ${sourceBytes} bytes, required_bytes ${requiredBytes} are fewer`,

@@ -17,7 +17,15 @@ import { timestampDate } from "@bufbuild/protobuf/wkt";
 import { createHash, randomBytes } from "node:crypto";
 import type { RequestContext } from "../context.ts";
 import { hasCode, messageOf, StatusError } from "../error.ts";
-import { type Endpoint, formatEndpoint, formatEndpoints, formatVolumeId, parseVolumeId } from "../id.ts";
+import {
+  type Endpoint,
+  formatEndpoint,
+  formatEndpoints,
+  formatVolumeId,
+  longestId,
+  longestIdBytes,
+  parseVolumeId,
+} from "../id.ts";
 import type { Scheme, VolumeId } from "../id.ts";
 import {
   DurosAPI,
@@ -27,7 +35,7 @@ import {
   Volume_StateEnum as VolumeState,
 } from "../../proto/gen/lightos_pb.ts";
 import type { ContentSource, Snapshot, Snapshots, VolumeWanted } from "./backend.ts";
-import { type Cluster, type ClusterPool, LightosError } from "./lightos_cluster.ts";
+import { type Cluster, type ClusterPool, LightosError, readInParts } from "./lightos_cluster.ts";
 import {
   afterRefusal,
   growingDelays,
@@ -46,6 +54,13 @@ export function lightosSnapshots(clusters: ClusterPool): Omit<Snapshots, "listSn
       const source = parseVolumeId(sourceVolumeId);
       const action = `create snapshot "${name}" of volume ${source.uuid}`;
       const cluster = clusters.open(secrets, source.endpoints, source.scheme);
+      const bytes = longestIdBytes(source);
+      if (bytes > longestId) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action}: with the endpoints of its volume a snapshot ID has up to ${bytes} bytes, ${longestId} are allowed`,
+        );
+      }
       const description = describe(madeFor);
       const snapshot = await takeSnapshot(ctx, cluster, action, { name, description, source }, "look first");
       const project = snapshot.projectName === "" ? source.project : snapshot.projectName;
@@ -298,11 +313,15 @@ async function* snapshotsIn(
   project: string | undefined,
 ): AsyncGenerator<LightosSnapshot> {
   for (let offset = "";;) {
-    const { snapshots } = await cluster.call(ctx, action, DurosAPI.method.listSnapshots, {
-      projectName: project ?? "",
-      offsetUUID: offset,
-      limit: BigInt(longestPage),
-    });
+    const { snapshots } = await readInParts(
+      longestPage,
+      (limit) =>
+        cluster.call(ctx, action, DurosAPI.method.listSnapshots, {
+          projectName: project ?? "",
+          offsetUUID: offset,
+          limit: BigInt(limit),
+        }),
+    );
     yield* snapshots;
     // Whether what LightOS leaves out counts towards the limit is not documented: only an empty page is the end for sure.
     const last = snapshots.at(-1)?.UUID;

@@ -10,6 +10,7 @@ import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { isUuid, type PoseidonVolumeId } from "../id.ts";
 import type { Capacity, Listing, Page, PageWanted, Volume } from "./backend.ts";
+import { AnswerPage } from "./listing_page.ts";
 import type { KnownSystem, KnownSystems } from "./poseidon_config.ts";
 import type { Dagents } from "./poseidon_dagent.ts";
 import { parseCapacityParameters } from "./poseidon_parameters.ts";
@@ -61,18 +62,17 @@ export function poseidonListing(dagents: Dagents, systems: KnownSystems, toVolum
       }))
     );
     const start = startingToken === "" ? { at: 0, after: "" } : startOf(action, places, startingToken);
-    const entries: Volume[] = [];
+    const answer = new AnswerPage<Volume>(maxEntries);
     let nextToken = "";
     for (const [at, place] of places.entries()) {
       if (at < start.at) continue;
       for (const volume of await volumesAt(ctx, action, place)) {
         if ((at === start.at && volume.uuid <= start.after) || !belongs(volume)) continue;
-        if (maxEntries !== 0 && entries.length === maxEntries) return { entries, nextToken };
-        entries.push(volume);
+        if (!answer.add(volume)) return { entries: answer.entries, nextToken };
         nextToken = `${place.key}.${volume.uuid}`;
       }
     }
-    return { entries, nextToken: "" };
+    return { entries: answer.entries, nextToken: "" };
   };
   return {
     listVolumes: (ctx, wanted) => list(ctx, "list volumes", wanted, () => true),
