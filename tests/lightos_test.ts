@@ -190,6 +190,79 @@ Deno.test("createVolume makes a volume that nobody may reach, and names it by th
   );
 });
 
+Deno.test("createVolume refuses endpoints whose volume ID no other call would take, before anything is made", async () => {
+  await using env = await start();
+  const names = Array.from({ length: 41 }, (_, at) => `management-${at}.storage.example.internal:443`);
+  const endpoints = [...env.simulator.addresses.grpc, ...names];
+
+  await rejects(
+    env.backend.createVolume(within(5000), none, env.wanted({}, { "mgmt-endpoint": endpoints.join(",") })),
+    refuses(
+      "INVALID_ARGUMENT",
+      /^Cannot create volume "pvc-1": StorageClass parameter "mgmt-endpoint" has 44 endpoints, with which a volume ID has up to \d+ bytes and 1024 are allowed; name fewer/,
+    ),
+  );
+
+  deepStrictEqual(env.simulator.control.calls(), {});
+});
+
+Deno.test("the longest volume ID that is made is one that every call takes", async () => {
+  await using env = await start();
+  const [address = ""] = env.simulator.addresses.grpc;
+  const fixed = `mgmt:${address},|nguid:0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10|proj:default|scheme:grpc`.length;
+  const pad = (bytes: number) => `z${"z".repeat(bytes - 3)}:1`;
+
+  const { id } = await env.backend.createVolume(
+    within(5000),
+    none,
+    env.wanted({}, { "mgmt-endpoint": `${address},${pad(1024 - fixed)}` }),
+  );
+  strictEqual(id.length, 1024);
+  await env.backend.deleteVolume(within(5000), none, id);
+
+  await rejects(
+    env.backend.createVolume(
+      within(5000),
+      none,
+      env.wanted({}, { "mgmt-endpoint": `${address},${pad(1024 - fixed + 1)}` }),
+    ),
+    refuses("INVALID_ARGUMENT", /up to 1025 bytes/),
+  );
+});
+
+Deno.test("growing a volume costs two management calls, and none more when it is large enough", async () => {
+  await using env = await start({ servers: 1 });
+  const { id, uuid } = await env.backend.createVolume(within(5000), none, env.wanted());
+  const grow = (bytes: bigint) =>
+    env.backend.expansion?.expandVolume(within(5000), none, id, { requiredBytes: bytes, limitBytes: 0n });
+  env.simulator.control.resetCalls();
+
+  strictEqual((await grow(gib + 1n))?.capacityBytes, 2n * gib);
+
+  const counts = Object.entries(env.simulator.control.calls()).map(([rpc, { total }]) => [rpc, total]);
+  deepStrictEqual(Object.fromEntries(counts), { GetVolume: 1, UpdateVolume: 1 });
+  strictEqual(env.simulator.control.cluster.getVolume({ project: "default", uuid }).sizeBytes, 2n * gib);
+  env.simulator.control.resetCalls();
+  strictEqual((await grow(gib))?.capacityBytes, 2n * gib);
+  strictEqual(env.simulator.control.calls()["GetVolume"]?.total, 1);
+  strictEqual(env.simulator.control.calls()["UpdateVolume"], undefined);
+});
+
+for (const when of ["before", "after"] as const) {
+  Deno.test(`growing a volume whose answer is lost ${when} the effect answers the size that it has`, async () => {
+    await using env = await start();
+    const { id } = await env.backend.createVolume(within(5000), none, env.wanted());
+    env.simulator.control.fail({ rpc: "UpdateVolume", count: 1, drop: true, when });
+
+    const grown = await env.backend.expansion?.expandVolume(within(8000), none, id, {
+      requiredBytes: 3n * gib,
+      limitBytes: 0n,
+    });
+
+    strictEqual(grown?.capacityBytes, 3n * gib);
+  });
+}
+
 Deno.test("createVolume repeated answers the same volume", async () => {
   await using env = await start();
   const first = await env.backend.createVolume(within(5000), none, env.wanted());

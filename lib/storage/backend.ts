@@ -133,7 +133,7 @@ export interface Authentication {
 export interface Expansion {
   /**
    * Grows a volume to at least `requiredBytes`; never shrinks one. Large enough already: done. Answers the volume with
-   * its size as measured afterwards. Throws OUT_OF_RANGE when that is, or would be, above `limitBytes`, NOT_FOUND.
+   * its size afterwards, as the cluster shows or confirms it. Throws OUT_OF_RANGE when that is, or would be, above `limitBytes`, NOT_FOUND.
    */
   expandVolume(ctx: RequestContext, secrets: Secrets, volumeId: string, range: CapacityRange): Promise<Volume>;
 }

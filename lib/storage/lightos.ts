@@ -148,8 +148,10 @@ export function lightosBackend(options: LightosOptions): StorageBackend & { read
             "OUT_OF_RANGE",
             `Cannot ${action}: it has ${volume.size} bytes, above limit_bytes ${range.limitBytes}, and is never shrunk`,
           );
-        });
-        return toVolume(id, grown);
+        }, "trust the answer");
+        // As it was read before LightOS confirmed that it has grown, or after.
+        const size = grown.size < sizeBytes ? sizeBytes : grown.size;
+        return toVolume(id, { ...grown, size });
       },
     },
     authentication: {
