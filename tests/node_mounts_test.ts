@@ -185,6 +185,24 @@ nodeTest(
   },
 );
 
+nodeTest("unpublish of a raw block volume names the loop device that kubelet still has on it", async () => {
+  await using n = await node();
+  await n.stage(n.stageRequest(blockCapability()));
+  await n.publish(n.publishRequest(blockCapability()));
+  const loop = (await n.machine.tool("losetup", "--show", "--find", n.target)).trim();
+  try {
+    await rejects(
+      n.unpublish(n.unpublishRequest),
+      "FAILED_PRECONDITION",
+      new RegExp(`pod1" is in use by the loop device ${loop.replace("/dev/", "")}$`),
+    );
+  } finally {
+    await n.machine.tool("losetup", "--detach", loop);
+  }
+
+  await n.unpublish(n.unpublishRequest);
+});
+
 nodeTest("what kubelet's own disk answers is told with the path and the disk", async () => {
   await using n = await node();
   const full = join(n.machine.directory, "full");

@@ -4,6 +4,7 @@ import { createLogger } from "../lib/context.ts";
 import { usersOf } from "../lib/host/attach.ts";
 import { type Host, linuxHost } from "../lib/host/host.ts";
 import { loopDevicesOn } from "../lib/host/loop_devices.ts";
+import { mountTable } from "../lib/host/mounts.ts";
 import { findDevice } from "../lib/host/nvme.ts";
 import { holdersOfDevice } from "../lib/host/users.ts";
 import { loopMachine } from "./support/loop_machine.ts";
@@ -96,7 +97,9 @@ Deno.test({
     for (const opened of everywhere) {
       const loop = (await machine.tool("losetup", "--show", "--find", opened)).trim().replace("/dev/", "");
       try {
-        for (const place of everywhere) assert.deepEqual(await loopDevicesOn(machine.host, place), [loop]);
+        for (const place of everywhere) {
+          assert.deepEqual(await loopDevicesOn(machine.host, await mountTable(machine.host), place), [loop]);
+        }
         assert.deepEqual(await usersOf(machine.host, device), [
           loop,
           ...targets.map((target) => `the mount at "${target}"`),
@@ -105,7 +108,9 @@ Deno.test({
         await machine.tool("losetup", "--detach", `/dev/${loop}`);
       }
     }
-    for (const place of everywhere) assert.deepEqual(await loopDevicesOn(machine.host, place), []);
+    for (const place of everywhere) {
+      assert.deepEqual(await loopDevicesOn(machine.host, await mountTable(machine.host), place), []);
+    }
   },
 });
 
@@ -118,7 +123,7 @@ Deno.test("loopDevicesOn knows a backing file whose node is gone, and takes no s
     "sys/block/sda/loop/backing_file": "/pods/a b/dev\n",
   };
   await withTree(files, async (host) => {
-    assert.deepEqual(await loopDevicesOn(host, "/pods/a b/dev"), ["loop9", "loop10"]);
-    assert.deepEqual(await loopDevicesOn(host, "/pods/c"), []);
+    assert.deepEqual(await loopDevicesOn(host, await mountTable(host), "/pods/a b/dev"), ["loop9", "loop10"]);
+    assert.deepEqual(await loopDevicesOn(host, await mountTable(host), "/pods/c"), []);
   });
 });

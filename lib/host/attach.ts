@@ -439,10 +439,11 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
 
 /** What holds a device on this machine, in words for an error message: devices on top of it, and mounts. */
 export async function usersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
-  const mounts = await mountsOf(host, await mountTable(host), device);
+  const table = await mountTable(host);
+  const mounts = await mountsOf(host, table, device);
   return [
     ...await holdersOfDevice(host, device),
-    ...await loopDevicesOn(host, device.path),
+    ...await loopDevicesOn(host, table, device.path),
     ...mounts.map((mount) => `the mount at "${mount.path}"`),
   ];
 }

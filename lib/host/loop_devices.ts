@@ -4,7 +4,7 @@
  * process says by whom.
  */
 import type { Host } from "./host.ts";
-import { type Mount, mountsAt, mountTable } from "./mounts.ts";
+import type { Mount } from "./mounts.ts";
 
 /**
  * Names (`loop5`, sorted) of the loop devices whose backing file is `path`, or the device node that is bound there, whatever
@@ -13,10 +13,11 @@ import { type Mount, mountsAt, mountTable } from "./mounts.ts";
  * Paths are compared as the kernel writes them (sysfs, `block/loop5/loop/backing_file`). A backing file is never looked at
  * by itself, for it can be on a file system that does not answer.
  *
+ * @param table all mounts of this process' mount namespace
  * @param path free of symbolic links: a target path, or a device node
  */
-export async function loopDevicesOn(host: Host, path: string): Promise<readonly string[]> {
-  const places = await placesOf(host, path);
+export async function loopDevicesOn(host: Host, table: readonly Mount[], path: string): Promise<readonly string[]> {
+  const places = await placesOf(host, table, path);
   const found: string[] = [];
   for (const name of await host.list(`${host.roots.sysfs}/block`) ?? []) {
     if (!/^loop\d+$/.test(name)) continue;
@@ -29,10 +30,9 @@ export async function loopDevicesOn(host: Host, path: string): Promise<readonly 
 }
 
 /** `path`, and every other path on this machine that leads to the same device node. */
-async function placesOf(host: Host, path: string): Promise<ReadonlySet<string>> {
+async function placesOf(host: Host, table: readonly Mount[], path: string): Promise<ReadonlySet<string>> {
   const places = new Set([path]);
-  const table = await mountTable(host);
-  const bound = mountsAt(table, path).at(-1);
+  const bound = table.findLast((mount) => mount.path === path);
   if (bound !== undefined) {
     for (const mount of table) if (isSamePlace(mount, bound)) places.add(mount.path);
   }

@@ -8,6 +8,7 @@
 import type { RequestContext } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
 import type { Host } from "./host.ts";
+import { loopDevicesOn } from "./loop_devices.ts";
 import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered, refuseWithoutPath } from "./nvme.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
@@ -448,12 +449,15 @@ export async function unmount(host: Host, ctx: RequestContext, path: string, act
 
 const mostHolders = 5;
 
-/** Mounts below `path` and processes with something open there, at most a few; for error messages. */
+/** Mounts below `path`, loop devices on it and processes with something open there, at most a few; for error messages. */
 async function holdersOf(host: Host, path: string): Promise<readonly string[]> {
-  const mounts = (await mountTable(host)).filter((mount) => mount.path.startsWith(`${path}/`))
-    .map((mount) => `the mount at "${mount.path}"`);
+  const table = await mountTable(host);
+  const mounts = table.filter((mount) => mount.path.startsWith(`${path}/`)).map((mount) =>
+    `the mount at "${mount.path}"`
+  );
+  const loops = (await loopDevicesOn(host, table, path)).map((name) => `the loop device ${name}`);
   const processes = await processesAt(host, (place) => place === path || place.startsWith(`${path}/`));
-  return [...mounts, ...processes].slice(0, mostHolders);
+  return [...mounts, ...loops, ...processes].slice(0, mostHolders);
 }
 
 /**
