@@ -207,11 +207,12 @@ export class Rig {
     return running;
   }
 
-  /** Starts the controller, which trusts the simulator's certificate. */
+  /** Starts the controller, which trusts the simulator's certificate where it has one. */
   async startController(signal: AbortSignal): Promise<Running> {
-    if (this.backend === "poseidon") return await this.startService("controller", ["--log-level", "debug"], signal);
+    const certificate = this.addresses.ca ?? "";
+    if (certificate === "") return await this.startService("controller", ["--log-level", "debug"], signal);
     const ca = join(this.home, "ca.pem");
-    await Deno.writeTextFile(ca, this.addresses.ca ?? "");
+    await Deno.writeTextFile(ca, certificate);
     return await this.startService("controller", ["--mgmt-ca", ca, "--log-level", "debug"], signal);
   }
 

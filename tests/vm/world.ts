@@ -177,6 +177,8 @@ export class Volume {
   publishSecrets: Record<string, string> = {};
   /** For NodeStageVolume. */
   stageSecrets: Record<string, string> = {};
+  /** For NodePublishVolume: what mends the volume when its device was lost. */
+  nodePublishSecrets: Record<string, string> = {};
 
   constructor(
     world: World,
@@ -242,6 +244,7 @@ export class Volume {
       targetPath: this.target,
       volumeCapability: this.capability,
       volumeContext: this.context,
+      secrets: this.nodePublishSecrets,
     }, seconds);
   }
 

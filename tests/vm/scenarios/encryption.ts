@@ -5,6 +5,7 @@ import { type Check, scenario as of } from "../scenario.ts";
 import {
   capabilityOf,
   controllers,
+  devicesWith,
   names,
   read,
   refuses,
@@ -100,6 +101,36 @@ export const scenario = of([
       const total = BigInt((await volume.stats()).usage[0]?.total ?? 0n);
       assert(total > 18n * gib / 10n, `the file system has ${total} bytes`);
       assert.equal(await Deno.readTextFile(`${volume.target}/file`), "kept");
+      await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
+    name:
+      "promise 25: an encrypted volume whose device was lost is opened again at publish, with the node-publish secret",
+    limitSeconds: 240,
+    async run(world) {
+      const volume = await encrypted(world);
+      await volume.stage();
+      await volume.publish();
+      await Deno.writeTextFile(`${volume.target}/kept`, "by the first pod");
+      await tool("sync", "-f", volume.target);
+      const take = (up: boolean) =>
+        Promise.all([0, 1].map((server) => world.rig.ask("POST", `/paths/${up ? "up" : "down"}`, { server })));
+      await take(false);
+      await until("the kernel gives the device up", () => devicesWith(volume.uuid).length === 0, 120);
+      await take(true);
+      await volume.unpublish(20);
+
+      await refuses(
+        volume.publish(30),
+        "FAILED_PRECONDITION",
+        /the call brings no passphrase; end every pod on this node/,
+      );
+      volume.nodePublishSecrets = { "host-encryption-passphrase": passphrase };
+      await volume.publish();
+
+      assert.equal(await Deno.readTextFile(`${volume.target}/kept`), "by the first pod");
       await volume.end();
       await world.nothingLeft();
     },

@@ -112,6 +112,36 @@ export const scenario = of([
     },
   },
   {
+    name:
+      "promise 25: all paths are lost until the kernel gives the devices up, and the next pods get their volumes without a stage",
+    limitSeconds: 240,
+    async run(world) {
+      const volumes = [await world.volume(), await world.volume({ use: "block" })];
+      for (const volume of volumes) {
+        await volume.stage();
+        await volume.publish();
+      }
+      const [mounted, block] = volumes;
+      assert(mounted && block);
+      await Deno.writeTextFile(`${mounted.target}/kept`, "by the first pod");
+      await tool("sync", "-f", mounted.target);
+      for (const server of [0, 1]) await take(world, server, false);
+      const isGone = () => volumes.every(({ uuid }) => devicesWith(uuid).length === 0);
+      await until("the kernel gives the devices up", isGone, 120);
+      await refuses(mounted.publish(20), "UNAVAILABLE", /took the connection|no block device/);
+      for (const server of [0, 1]) await take(world, server, true);
+      for (const volume of volumes) await volume.unpublish(20);
+
+      for (const volume of volumes) await volume.publish();
+
+      assert.equal(await Deno.readTextFile(`${mounted.target}/kept`), "by the first pod");
+      await Deno.writeTextFile(`${mounted.target}/new`, "by the second pod");
+      await tool("dd", "if=/dev/zero", `of=${block.target}`, "bs=4k", "count=1", "oflag=direct", "status=none");
+      for (const volume of volumes) await volume.end();
+      await world.nothingLeft();
+    },
+  },
+  {
     name: "all paths are inaccessible (ANA) while connected: nothing hangs, and it goes on afterwards",
     async run(world) {
       const ana = async (state: string) => {
