@@ -189,6 +189,15 @@ for (
       assert(at >= 64 * mib - markFromEnd);
       await write(namespace.path, at, mark);
     }],
+    ...[70_000, mib, 32 * mib, 63 * mib, 64 * mib - garbage.length].map((at) =>
+      [`when text is at byte ${at}`, ({ namespace }: Disk) => write(namespace.path, at, garbage)] as const
+    ),
+    ...[5 * mib, 32 * mib].map((at) =>
+      [
+        `when random bytes are at byte ${at}`,
+        ({ namespace }: Disk) => write(namespace.path, at, crypto.getRandomValues(new Uint8Array(64 << 10))),
+      ] as const
+    ),
     [
       "when the mark is gone",
       ({ namespace }: Disk) => write(namespace.path, 64 * mib - markFromEnd, new Uint8Array(4096)),

@@ -12,7 +12,6 @@
  * versions, such a device is refused: zeros in the right places and metadata of an unknown writer are what a damaged file
  * system looks like too.
  */
-import { Buffer } from "node:buffer";
 import type { RequestContext } from "../context.ts";
 import { isFinal, messageOf, StatusError } from "../error.ts";
 import { reasonOf } from "./command_reason.ts";
@@ -35,6 +34,7 @@ import {
   unmount,
 } from "./mounts.ts";
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
+import { firstNonZero, samplesOf } from "./samples.ts";
 import { hasLuksHeader, hasNoPartition, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
 import { eraseMark, isUnfinished, markOffset, writeMark } from "./unfinished.ts";
 
@@ -516,48 +516,18 @@ function readerOf(host: Host, ctx: RequestContext, device: BlockDevice, action: 
   };
 }
 
-const edgeBytes = 2n << 20n;
-const sampleBytes = 64 << 10;
-const evenSamples = 62n;
-// Where known formats keep copies of what identifies them, should the head be lost: ext4's backup super blocks with
-// blocks of 1, 2 and 4 KiB, and btrfs' mirrors.
-const copies = [8193n << 10n, 16384n << 11n, 32768n << 12n, 64n << 20n, 256n << 30n];
-
 /** Reads head, tail, and samples in between; throws `refuse` at the first byte that is not zero. */
 async function proveBlank(read: Reader, device: BlockDevice, refuse: (problem: string) => StatusError): Promise<void> {
-  const size = device.sizeBytes;
-  const lookAt = async (offsetBytes: bigint, lengthBytes: number) => {
+  for (const { offsetBytes, lengthBytes } of samplesOf(device.sizeBytes)) {
     const at = firstNonZero(await read(offsetBytes, lengthBytes));
-    if (at === undefined) return;
+    if (at === undefined) continue;
     throw refuse(
       `${device.path} is not blank and holds no file system: there is data at byte ${
         offsetBytes + BigInt(at)
       }; it is left ` +
         `alone. If nothing on it is needed, delete the volume and make it anew`,
     );
-  };
-  if (size <= 2n * edgeBytes) return await lookAt(0n, Number(size));
-  await lookAt(0n, Number(edgeBytes));
-  await lookAt(size - edgeBytes, Number(edgeBytes));
-  const between = size - 2n * edgeBytes;
-  const offsets = copies.filter((offset) => offset > edgeBytes && offset < size - edgeBytes);
-  for (let n = 1n; n < evenSamples; n++) offsets.push(edgeBytes + (between * n / evenSamples / 4096n) * 4096n);
-  for (const offset of offsets) {
-    const left = size - edgeBytes - offset;
-    await lookAt(offset, left < BigInt(sampleBytes) ? Number(left) : sampleBytes);
   }
-}
-
-const zeros = Buffer.alloc(256 << 10);
-
-function firstNonZero(bytes: Uint8Array): number | undefined {
-  for (let from = 0; from < bytes.length; from += zeros.length) {
-    const part = bytes.subarray(from, from + zeros.length);
-    // A loop in JavaScript takes 100 times as long where V8 does not compile (--lite-mode).
-    if (Buffer.compare(part, zeros.subarray(0, part.length)) === 0) continue;
-    return from + part.findIndex((value) => value !== 0);
-  }
-  return undefined;
 }
 
 /** The file system UUID that the driver gives a namespace's file system. */

@@ -13,13 +13,14 @@
  * mark, a half-made file system is refused, as anything is that is not provably blank.
  *
  * The mark holds the namespace UUID and the size, so that a clone or snapshot of a half-made volume is not taken for one of
- * ours. It counts only where no file system is found and the head is as each mkfs leaves it until the end; a block of a
- * tenant's file that looks like the mark lies in a file system that is found.
+ * ours. It counts only where no file system is found, the head is as each mkfs leaves it until the end, and no sample of the
+ * device has what no mkfs writes. A block of a tenant's file that looks like the mark lies in a file system that is found.
  */
 import type { RequestContext } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import type { Host } from "./host.ts";
 import { type BlockDevice, recheckDevice } from "./nvme.ts";
+import { firstNonZero, type Sample, samplesOf } from "./samples.ts";
 import { type DeviceReader, textAt } from "./superblocks.ts";
 
 const markBytes = 4096;
@@ -64,7 +65,64 @@ export async function isUnfinished(read: DeviceReader, device: BlockDevice): Pro
   for (const offset of btrfsCopies) {
     if (offset + 4096n <= device.sizeBytes && textAt(await read(offset, 4096), 64, 8) === "_BHRfS_M") return false;
   }
-  return true;
+  return !await holdsData(read, device);
+}
+
+/**
+ * Whether a marked device has, where it is looked at, what no mkfs writes: text, or blocks without gaps, as compressed, encrypted
+ * and random data are. For a device that was used as it is and whose content imitates the mark.
+ */
+async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boolean> {
+  const own = markOffset(device);
+  for (const { offsetBytes, lengthBytes } of partsOf(device.sizeBytes)) {
+    const bytes = await read(offsetBytes, lengthBytes);
+    const first = firstNonZero(bytes);
+    if (first === undefined) continue;
+    for (let at = first - first % unitBytes; at < bytes.length; at += unitBytes) {
+      const place = offsetBytes + BigInt(at);
+      if (own !== undefined && place >= own && place < own + BigInt(markBytes)) continue;
+      if (isData(bytes.subarray(at, at + unitBytes))) return true;
+    }
+  }
+  return false;
+}
+
+/** A small device from end to end, samples of a large one. */
+function partsOf(sizeBytes: bigint): readonly Sample[] {
+  if (sizeBytes > wholeBytes) return samplesOf(sizeBytes);
+  const parts: Sample[] = [];
+  for (let at = 0n; at < sizeBytes; at += pieceBytes) {
+    const left = sizeBytes - at;
+    parts.push({ offsetBytes: at, lengthBytes: Number(left < pieceBytes ? left : pieceBytes) });
+  }
+  return parts;
+}
+
+const wholeBytes = 256n << 20n;
+const pieceBytes = 1n << 20n;
+// Measured on 150 new file systems of many sizes and options: at most 795 bytes of 1024 are not zero where they have more
+// than 32 values, and the longest text outside of super blocks is "lost+found".
+const unitBytes = 1024;
+const longestWord = 12;
+
+/** Metadata of ext4, xfs and btrfs is full of zeros, or a bitmap; of text it has short names, and labels in super blocks. */
+function isData(unit: Uint8Array): boolean {
+  if (isSuperBlock(unit)) return false;
+  const values = new Set<number>();
+  let nonZero = 0;
+  let printable = 0;
+  for (const byte of unit) {
+    values.add(byte);
+    if (byte !== 0) nonZero++;
+    printable = byte >= 0x20 && byte < 0x7f ? printable + 1 : 0;
+    if (printable > longestWord) return true;
+  }
+  return nonZero > unit.length * 15 / 16 && values.size > 32;
+}
+
+function isSuperBlock(unit: Uint8Array): boolean {
+  const isExt4 = unit[0x38] === 0x53 && unit[0x39] === 0xef;
+  return isExt4 || textAt(unit, 0, 4) === "XFSB" || /^(?:_BHRfS_M|!BHRfS_M)$/.test(textAt(unit, 64, 8));
 }
 
 /** Writes the mark, to the disk, on a device that is proved blank or unfinished. Throws UNAVAILABLE when it cannot. */
