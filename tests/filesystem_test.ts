@@ -754,6 +754,27 @@ for (
 }
 
 Deno.test({
+  name: "promise 27: an ext4 whose super block says that the node stops at an error is mounted otherwise",
+  ignore: ignore || !needs("tune2fs"),
+  fn: () =>
+    withDisk(64, async ({ machine, namespace, mount, path }) => {
+      await mount(wish);
+      await machine.tool("umount", path);
+      await machine.tool("tune2fs", "-e", "panic", namespace.path);
+      const optionsOf = async (flags: readonly string[]) => {
+        await mount({ ...wish, flags });
+        const mounted = parseMountTable(await Deno.readTextFile("/proc/self/mountinfo"))
+          .find((one) => one.path === path);
+        await machine.tool("umount", path);
+        return mounted?.superOptions.filter((option) => option.startsWith("errors="));
+      };
+
+      assert.deepEqual(await optionsOf([]), ["errors=remount-ro"]);
+      assert.deepEqual(await optionsOf(["errors=continue"]), ["errors=continue"]);
+    }),
+});
+
+Deno.test({
   name: "mountVolume with other flags than what is mounted answers ALREADY_EXISTS, naming each difference",
   ignore,
   fn: () =>
@@ -774,7 +795,6 @@ for (
     "errors=panic",
     "fatal_errors=panic",
     "abort",
-    "debug",
     "usebackuproot",
     "recovery",
     "degraded",

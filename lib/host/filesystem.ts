@@ -804,6 +804,10 @@ async function mount(
     // Other hosts read it too: not even the journal may be replayed.
     options.push({ ext4: "noload", xfs: "norecovery", btrfs: "rescue=nologreplay" }[fsType]);
   }
+  // s_errors of the super block: a volume must not be able to stop the node (EXT4_ERRORS_PANIC).
+  const panics = fsType === "ext4" &&
+    viewOf(await readerOf(host, ctx, device, action)(0n, 4096), 1024).getUint16(0x3c, true) === 3;
+  if (panics && !wish.flags.some((flag) => flag.startsWith("errors="))) options.push("errors=remount-ro");
   // Without -w, mount falls back to a read-only mount of a write-protected device and calls that a success.
   const writable = wish.readOnly ? [] : ["-w"];
   const args = [...writable, "-t", fsType, "-o", [...options, ...wish.flags].join(","), device.path, path];

@@ -179,7 +179,9 @@ export const mountFlags: Readonly<Record<"all" | FsType, Options>> = {
     ...bare("dioread_lock dioread_nolock nodioread_nolock i_version user_xattr nouser_xattr acl noacl bsddf minixdf"),
     ...bare("grpid nogrpid bsdgroups sysvgroups quota noquota usrquota grpquota prjquota"),
     ...bare("prefetch_block_bitmaps no_prefetch_block_bitmaps nombcache no_mbcache warn_on_error nowarn_on_error"),
-    ...bare("inlinecrypt bh nobh"),
+    ...bare("inlinecrypt debug nouid32"),
+    // Of old kernels, without effect in new ones.
+    ...bare("bh nobh oldalloc orlov mblk_io_submit nomblk_io_submit"),
     auto_da_alloc: /^[01]?$/,
     barrier: /^[01]?$/,
     commit: number,
@@ -216,6 +218,7 @@ export const mountFlags: Readonly<Record<"all" | FsType, Options>> = {
     ...bare("acl noacl autodefrag noautodefrag barrier nobarrier clear_cache datacow nodatacow datasum nodatasum"),
     ...bare("nodiscard flushoncommit noflushoncommit nospace_cache ssd nossd ssd_spread nossd_spread treelog"),
     ...bare("notreelog user_subvol_rm_allowed skip_balance inode_cache noinode_cache rescan_uuid_tree"),
+    ...bare("enospc_debug noenospc_debug"),
     commit: number,
     compress: /^(?:[a-z0-9:+-]+|)$/,
     "compress-force": /^(?:[a-z0-9:+-]+|)$/,
