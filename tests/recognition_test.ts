@@ -122,6 +122,36 @@ for (const [fsType, mkfsOptions] of [["ext4", "-N 1024"], ["xfs", ""]] as const)
   });
 }
 
+for (const place of [2, 4]) {
+  Deno.test({
+    name: `promise 29: an intact btrfs with a file that contains a LUKS header at ${place} MiB is mounted`,
+    ignore,
+    fn: () =>
+      withDisk(320, async (disk) => {
+        await makeWith(disk, "btrfs");
+        await write(disk.namespace.path, place * mib, await secondLuksHeader(disk, place * mib));
+        assert.equal(await blkid(disk), "crypto_LUKS");
+
+        await assertMounts(disk, "btrfs");
+      }),
+  });
+}
+
+Deno.test({
+  name: "promise 1: a btrfs over a LUKS whose second header is left is refused, and no byte changes",
+  ignore,
+  fn: () =>
+    withDisk(320, async (disk) => {
+      await makeWith(disk, "btrfs");
+      await write(disk.namespace.path, 16 << 10, await secondLuksHeader(disk, 16 << 10));
+      const before = await copyOf(disk);
+
+      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /has signatures of more than one kind, it is left alone/);
+
+      await assertSame(disk, before);
+    }),
+});
+
 Deno.test({
   name: "promise 29: an intact xfs with a file that contains the super block of a btrfs is mounted",
   ignore,

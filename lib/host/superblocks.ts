@@ -25,17 +25,20 @@ export async function hasNoPartition(read: DeviceReader): Promise<boolean> {
 /**
  * The file system that owns a device on which signatures of several are found; undefined when that cannot be told.
  *
- * A file of an ext4 or xfs can lie where btrfs has its super block (64 KiB) or LUKS its second header (16 KiB to 4 MiB),
- * and its content is the tenant's. So a super block of ext4 or xfs that the rest of the file system agrees with wins over
- * both; a head without a body, as a partial copy leaves it, wins over nothing. Nothing that a file contains can make an
- * ext4 or xfs: their super blocks are where no file lies.
+ * A file of an ext4 or xfs can lie where btrfs has its super block (64 KiB) or LUKS its second header (16 KiB to 4 MiB), a
+ * file of a btrfs where that header is behind the first MiB, and its content is the tenant's. So a super block that the
+ * rest of the file system agrees with wins over what can be in a file; a head without a body, as a partial copy leaves it,
+ * wins over nothing. Nothing that a file contains can make a file system: their super blocks are where no file lies.
  */
-export async function owningFileSystem(read: DeviceReader, sizeBytes: bigint): Promise<"ext4" | "xfs" | undefined> {
+export async function owningFileSystem(
+  read: DeviceReader,
+  sizeBytes: bigint,
+): Promise<"ext4" | "xfs" | "btrfs" | undefined> {
   if (await hasLuksHeader(read)) return undefined;
   const ext4 = await isWholeExt4(read, sizeBytes);
   const xfs = await isWholeXfs(read, sizeBytes);
-  if (ext4 === xfs) return undefined;
-  return ext4 ? "ext4" : "xfs";
+  if (ext4 !== xfs) return ext4 ? "ext4" : "xfs";
+  return !ext4 && await isWholeBtrfs(read, sizeBytes) ? "btrfs" : undefined;
 }
 
 /** Whether there is a super block of ext4, and its root directory is where the super block leads to. */
@@ -71,6 +74,25 @@ async function isWholeXfs(read: DeviceReader, sizeBytes: bigint): Promise<boolea
   if (textAt(await read(2n * sectorBytes, 512), 0, 4) !== "XAGI") return false;
   const copy = await read(last, 512);
   return textAt(copy, 0, 4) === "XFSB" && uuidAt(copy, 32) === uuidAt(head, 32);
+}
+
+/**
+ * Whether there is a super block of btrfs with its copy, and nothing of ext4, xfs or LUKS in the first MiB, which belongs to
+ * no file of a btrfs.
+ */
+async function isWholeBtrfs(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
+  const firstBytes = 1 << 20;
+  const copyOffset = 64n << 20n;
+  if (sizeBytes < BigInt(firstBytes)) return false;
+  const first = await read(0n, firstBytes);
+  const head = first.subarray(64 << 10, 68 << 10);
+  if (textAt(head, 64, 8) !== "_BHRfS_M") return false;
+  if (textAt(first, 0, 4) === "XFSB" || (first[1024 + 0x38] === 0x53 && first[1024 + 0x39] === 0xef)) return false;
+  // The places of the second LUKS header are 16 KiB, 32 KiB and so on.
+  for (let at = 16 << 10; at < firstBytes; at *= 2) if (textAt(first, at, 6) === "SKUL\xba\xbe") return false;
+  if (sizeBytes < copyOffset + 4096n) return true;
+  const copy = await read(copyOffset, 4096);
+  return textAt(copy, 64, 8) === "_BHRfS_M" && uuidAt(copy, 32) === uuidAt(head, 32);
 }
 
 /** `length` bytes as text, one character each. */
