@@ -107,7 +107,7 @@ const longestWord = 12;
 
 /** Metadata of ext4, xfs and btrfs is full of zeros, or a bitmap; of text it has short names, and labels in super blocks. */
 function isData(unit: Uint8Array): boolean {
-  if (isSuperBlock(unit)) return false;
+  if (isNamed(unit)) return false;
   const values = new Set<number>();
   let nonZero = 0;
   let printable = 0;
@@ -120,9 +120,12 @@ function isData(unit: Uint8Array): boolean {
   return nonZero > unit.length * 15 / 16 && values.size > 32;
 }
 
-function isSuperBlock(unit: Uint8Array): boolean {
+/** Blocks that have labels and names. */
+function isNamed(unit: Uint8Array): boolean {
   const isExt4 = unit[0x38] === 0x53 && unit[0x39] === 0xef;
-  return isExt4 || textAt(unit, 0, 4) === "XFSB" || /^(?:_BHRfS_M|!BHRfS_M)$/.test(textAt(unit, 64, 8));
+  // ext4's block against double mounts (mmp) has the names of machine and device.
+  return isExt4 || ["XFSB", "PMM\0"].includes(textAt(unit, 0, 4)) ||
+    /^(?:_BHRfS_M|!BHRfS_M)$/.test(textAt(unit, 64, 8));
 }
 
 /** Writes the mark, to the disk, on a device that is proved blank or unfinished. Throws UNAVAILABLE when it cannot. */
