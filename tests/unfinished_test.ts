@@ -114,6 +114,40 @@ Deno.test({
     }),
 });
 
+for (const [mark, cut] of [["before mkfs wrote anything", 1], ["while mkfs wrote", 60]] as const) {
+  Deno.test({
+    name: `promise 8: a volume that was enlarged after its stage was killed ${mark} gets a file system of its new size`,
+    ignore,
+    fn: () =>
+      withDisk(2048, async (disk) => {
+        const { machine, namespace, path } = disk;
+        assert(await isCut(disk, {}, cut));
+        await machine.grow(namespace, 5 * 1024 * mib);
+
+        await disk.mount(wish);
+
+        assert((await machine.host.usage(path)).totalBytes > 4n << 30n);
+        assert.equal(await lastText(disk), "");
+      }),
+  });
+}
+
+Deno.test({
+  name: "promise 1: a half-made ext4 that was enlarged is refused when data is in what was added, and nothing is run",
+  ignore,
+  fn: () =>
+    withDisk(1024, async (disk) => {
+      assert(await isCut(disk, {}, 60));
+      await disk.machine.grow(disk.namespace, 2048 * mib);
+      await write(disk.namespace.path, 2047 * mib, garbage);
+      disk.machine.commands.splice(0);
+
+      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /is not blank and holds no file system/);
+
+      assert.deepEqual(disk.machine.commands, ["blkid"]);
+    }),
+});
+
 Deno.test({
   name: "promise 8: a stage that was killed after its mark, before mkfs, is repeated",
   ignore,
@@ -169,7 +203,11 @@ async function lastText({ namespace }: Disk): Promise<string> {
 }
 
 async function markBlock(file: string): Promise<Uint8Array> {
-  return (await Deno.readFile(file)).slice(-markFromEnd, -markFromEnd + 4096);
+  using opened = await Deno.open(file);
+  await opened.seek(await size(file) - markFromEnd, Deno.SeekMode.Start);
+  const block = new Uint8Array(4096);
+  assert.equal(await opened.read(block), block.length);
+  return block;
 }
 
 /** Leaves a mkfs.ext4 that was killed near its end. */

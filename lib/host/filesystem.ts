@@ -36,7 +36,7 @@ import {
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
 import { firstNonZero, samplesOf } from "./samples.ts";
 import { hasLuksHeader, hasNoPartition, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
-import { eraseMark, isUnfinished, markOffset, writeMark } from "./unfinished.ts";
+import { eraseMark, isUnfinished, markOffset, wasUnfinishedWhenSmaller, writeMark } from "./unfinished.ts";
 
 /** The file systems that a volume can be given. */
 export const fsTypes = ["ext4", "xfs", "btrfs"] as const;
@@ -401,7 +401,12 @@ export async function contentOf(
     throw refuse(`${now.path} holds no file system, and may have been used without one; it is left alone`);
   }
   if (await isUnfinished(read, now)) return { kind: "unfinished" };
-  await proveBlank(read, now, refuse);
+  try {
+    await proveBlank(read, now, refuse);
+  } catch (error) {
+    if (!isFinal(error) || !await wasUnfinishedWhenSmaller(read, now)) throw error;
+    return { kind: "unfinished" };
+  }
   return { kind: "blank" };
 }
 

@@ -68,6 +68,29 @@ export async function isUnfinished(read: DeviceReader, device: BlockDevice): Pro
   return !await holdsData(read, device);
 }
 
+const gib = 1n << 30n;
+/** So many sizes are tried, each of which takes a read of 4 KiB. */
+const mostSizes = 1024n;
+
+/**
+ * Whether a mkfs of ours began on this device when it was smaller: it was enlarged before the repeat. Sizes of whole GiB are
+ * tried, which is what volumes have. Ask only where the device would be refused otherwise.
+ */
+export async function wasUnfinishedWhenSmaller(read: DeviceReader, device: BlockDevice): Promise<boolean> {
+  const largest = (device.sizeBytes - 1n) / gib;
+  for (let size = largest; size > 0n && size > largest - mostSizes; size--) {
+    const smaller = { ...device, sizeBytes: size * gib };
+    if (!await isMarked(read, smaller)) continue;
+    for (const { offsetBytes, lengthBytes } of samplesOf(device.sizeBytes)) {
+      // What was added is blank.
+      if (offsetBytes < smaller.sizeBytes) continue;
+      if (firstNonZero(await read(offsetBytes, lengthBytes)) !== undefined) return false;
+    }
+    return await isUnfinished(read, smaller);
+  }
+  return false;
+}
+
 /**
  * Whether a marked device has, where it is looked at, what no mkfs writes: text, or blocks without gaps, as compressed, encrypted
  * and random data are. For a device that was used as it is and whose content imitates the mark.
