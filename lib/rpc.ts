@@ -577,7 +577,7 @@ export class Channel implements Disposable {
       "grpc.initial_reconnect_backoff_ms": 1000,
       "grpc.max_reconnect_backoff_ms": 7000,
       "grpc.max_receive_message_length": longestAnswerBytes,
-      ...(options.tls === undefined ? {} : tlsNameOptions(nameOf(options.address, options.tls))),
+      ...(options.tls === undefined ? {} : tlsNameOptions(options.address, options.tls)),
     });
   }
 
@@ -867,13 +867,14 @@ export interface ShownCertificate {
 export function shownCertificate(address: string, trust: Trust, signal: AbortSignal): Promise<ShownCertificate> {
   return new Promise((resolve, reject) => {
     signal.throwIfAborted();
-    const name = nameOf(address, trust);
     const socket = tls.connect({
       host: address.replace(/:\d+$/, "").replace(/^\[(.*)\]$/, "$1"),
       port: Number(/:(\d+)$/.exec(address)?.[1]),
-      servername: net.isIP(name) === 0 ? name : placeholderName,
+      servername: sentName(address, trust),
       ALPNProtocols: ["h2"],
       rejectUnauthorized: false,
+      // A list of its own keeps Deno from resuming a session, whose certificate would be the one that was shown then.
+      ca: [...tls.rootCertificates.slice(0, 1)],
     });
     const giveUp = () => end(() => reject(signal.reason));
     const end = (settle: () => void) => {
@@ -901,14 +902,24 @@ export function shownCertificate(address: string, trust: Trust, signal: AbortSig
   });
 }
 
-const placeholderName = "ip-address.invalid";
+function tlsNameOptions(address: string, trust: Trust): Record<string, string> {
+  return { "grpc.ssl_target_name_override": sentName(address, trust) };
+}
 
 /**
- * Deno refuses an IP address as TLS server name (Node only warns), so a placeholder is sent for one; the certificate is
- * still checked against the address itself, in `credentials`.
+ * The TLS server name that is sent (SNI). Deno refuses an IP address as such (Node only warns), so a placeholder is sent for
+ * one; the certificate is still checked against the address itself, in `credentials`.
+ *
+ * Deno keeps TLS sessions by that name, and a resumed session shows no certificate again (seen with 2.9.5, where no list of
+ * CAs is given). So each endpoint has a placeholder of its own, and each way to trust it: what was found out about one
+ * server, or with less care, must not count for another.
  */
-function tlsNameOptions(name: string): Record<string, string> {
-  return { "grpc.ssl_target_name_override": net.isIP(name) === 0 ? name : placeholderName };
+function sentName(address: string, trust: Trust): string {
+  const name = nameOf(address, trust);
+  if (net.isIP(name) === 0) return name;
+  const { ca, verify, serverName, pins } = trust;
+  const digest = createHash("sha256").update(JSON.stringify([address, ca, verify, serverName, pins])).digest("hex");
+  return `ip-address-${digest.slice(0, 16)}.invalid`;
 }
 
 /** What the certificate has to be for. */

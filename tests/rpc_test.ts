@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { linkSync, lstatSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import http from "node:http";
 import net from "node:net";
+import tls from "node:tls";
 import { createLogger, sleep } from "../lib/context.ts";
 import { StatusError } from "../lib/error.ts";
 import {
@@ -13,6 +14,8 @@ import {
   serve,
   type ServeOptions,
   service,
+  shownCertificate,
+  type Trust,
 } from "../lib/rpc.ts";
 import { type Certificate, selfSigned } from "../lib/sim/certificate.ts";
 import { Identity, type ProbeResponse, SnapshotMetadata } from "../proto/gen/csi_pb.ts";
@@ -991,4 +994,84 @@ Deno.test("Channel without TLS gets no answer from a server with TLS, and the ot
   } finally {
     await server.stop(1000);
   }
+});
+
+Deno.test("promise 28: shownCertificate shows what its server shows, and not what another one has shown before", async () => {
+  const days = [10, 3650];
+  const servers = await Promise.all(days.map(async (days) => {
+    const certificate = await selfSigned(["lightos.example"], days);
+    const server = await serve({
+      listen: { host: "127.0.0.1", port: 0, tls: certificate },
+      log: createLogger("error"),
+      services: [service(Identity, { probe: ready })],
+    });
+    return { server, ca: certificate.ca, address: `127.0.0.1:${server.port}` };
+  }));
+  try {
+    // Connections that live until the server has given them a session to resume, which it does before it says anything.
+    for (const servername of ["lightos.example", "ip-address.invalid"]) {
+      await new Promise<void>((resolve, reject) => {
+        const port = servers[0]?.server.port ?? 0;
+        const options = { host: "127.0.0.1", port, servername, ALPNProtocols: ["h2"], rejectUnauthorized: false };
+        const socket = tls.connect(options, () => socket.write(preface));
+        socket.once("error", reject);
+        socket.once("data", () => {
+          socket.destroy();
+          resolve();
+        });
+      });
+    }
+    for (const serverName of [undefined, "lightos.example", "127.0.0.2"]) {
+      for (let turn = 0; turn < 3; turn++) {
+        for (const [at, { address, ca }] of servers.entries()) {
+          const trust = { ca, verify: turn !== 1, ...(serverName === undefined ? {} : { serverName }) };
+          const { validTo } = await shownCertificate(address, trust, patient());
+          const left = (validTo.getTime() - Date.now()) / 86_400_000;
+          assert.ok(Math.abs(left - (days[at] ?? 0)) < 1, `${address}, turn ${turn}: ${left} days`);
+        }
+      }
+    }
+  } finally {
+    await Promise.all(servers.map(({ server }) => server.stop(0)));
+  }
+});
+
+Deno.test("promise 28: connections to IP addresses share no TLS session with other endpoints, nor with other trust", async () => {
+  const { ca } = await selfSigned([]);
+  const ways: readonly Trust[] = [
+    { verify: true },
+    { verify: false },
+    { verify: true, ca },
+    { verify: true, pins: ["sha256//x"] },
+    { verify: true, serverName: "127.0.0.2" },
+  ];
+  /** The names that connections to a server of its own send, each way tried twice. */
+  const namesSent = async (): Promise<ReadonlySet<string>> => {
+    const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    const names = new Set<string>();
+    const address = `127.0.0.1:${(listener.addr as Deno.NetAddr).port}`;
+    const accepting = (async () => {
+      for await (const connection of listener) {
+        // The hello of TLS fits into it; nobody answers.
+        const bytes = new Uint8Array(16_384);
+        const length = await connection.read(bytes).catch(() => null) ?? 0;
+        const hello = new TextDecoder("latin1").decode(bytes.subarray(0, length));
+        names.add(/[\w.-]*\.invalid/.exec(hello)?.[0] ?? "none");
+        connection.close();
+      }
+    })();
+    for (const trust of [...ways, ...ways]) {
+      using channel = new Channel({ address, tls: trust });
+      await assert.rejects(channel.call(Identity.method.probe, {}, { signal: patient() }), CallError);
+    }
+    listener.close();
+    await accepting;
+    return names;
+  };
+
+  const [first, second] = [await namesSent(), await namesSent()];
+
+  assert.equal(first.size, ways.length);
+  assert.equal(first.union(second).size, 2 * ways.length);
+  for (const name of first.union(second)) assert.match(name, /^ip-address-[0-9a-f]{16}\.invalid$/);
 });
