@@ -248,7 +248,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
       assert.deepEqual(await looked.look(12), []);
       const done = await looked.look(100);
 
-      // What is resetting is in the hands of the kernel, which may not let go of it.
+      // What is resetting is in the hands of the kernel, which may not release it.
       const dropped = state === "connecting" ? [`nvme disconnect ${second}`] : [];
       assert.deepEqual(done, ["connect 192.0.2.2 beside", ...dropped]);
       const live = host.controllers.filter((controller) =>

@@ -726,7 +726,7 @@ Deno.test("promise 21: lbcsi node and discovery-client log each problem of the m
     const problems = () => lines.filter(({ event }) => event === "found a problem with this machine");
     const expected = command === "node" ? "mount tools" : "nvme-cli";
 
-    await eventually("it tells of the tools", () => problems().some(({ name }) => name === expected), 60_000);
+    await eventually("it names the tools", () => problems().some(({ name }) => name === expected), 60_000);
     process.kill("SIGTERM");
     await reading;
 

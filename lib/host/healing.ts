@@ -153,7 +153,8 @@ export class ConnectionWatch {
       }
       const missing = [...gone, ...pathless].filter((uuid) => !this.#released.has(uuid));
       if (missing.length === 0) return [];
-      return this.#due("rescan", key, controller, missing, now, touched, () => `it does not show ${named(missing)}`);
+      const trouble = { kind: "rescan", subsystem: key, controller, about: missing } as const;
+      return this.#due({ ...trouble, reason: () => `it does not show ${named(missing)}` }, now, touched);
     });
   }
 
@@ -166,18 +167,10 @@ export class ConnectionWatch {
       ...[...wanted].filter((uuid) => present.every((device) => device.uuid !== uuid)),
     ];
     if (needy.length === 0) return [];
+    const reason = (seconds: number) =>
+      `${named(needy)} has had no usable path for ${seconds} s, and this connection is live and gives none`;
     return controllers.filter((controller) => controller.state === "live" && !carries(view, controller)).flatMap(
-      (controller) =>
-        this.#due(
-          "reset",
-          key,
-          controller,
-          needy,
-          now,
-          touched,
-          (seconds) =>
-            `${named(needy)} has had no usable path for ${seconds} s, and this connection is live and gives none`,
-        ),
+      (controller) => this.#due({ kind: "reset", subsystem: key, controller, about: needy, reason }, now, touched),
     );
   }
 
@@ -189,28 +182,15 @@ export class ConnectionWatch {
       const address = addressOf(controller);
       return controller.state !== "live" && isUsable(controller) && isListed(controller) && address !== undefined &&
         !controllers.some((other) => other.state === "live" && isAt(other, address));
-    }).flatMap((controller) =>
-      this.#due(
-        "reconnect",
-        key,
-        controller,
-        [controller.name],
-        now,
-        touched,
-        (seconds) => `its state has been ${controller.state} for ${seconds} s`,
-      )
-    );
+    }).flatMap((controller) => {
+      const reason = (seconds: number) => `its state has been ${controller.state} for ${seconds} s`;
+      const trouble = { kind: "reconnect", subsystem: key, controller, about: [controller.name], reason } as const;
+      return this.#due(trouble, now, touched);
+    });
   }
 
-  #due(
-    kind: Remedy["kind"],
-    subsystem: string,
-    controller: NvmeController,
-    about: readonly string[],
-    now: number,
-    touched: Set<string>,
-    reason: (seconds: number) => string,
-  ) {
+  /** Counts how long something has been wrong, and answers it when its remedy is due. */
+  #due({ kind, subsystem, controller, about, reason }: Finding, now: number, touched: Set<string>) {
     // By address: a connection that was made again is the same one to us, unless it is what did not come back.
     const name = kind === "reconnect" ? ` ${controller.name}` : "";
     const key = `${kind} ${subsystem} ${placeOf(controller)}${name}`;
@@ -229,6 +209,17 @@ export class ConnectionWatch {
     if (attempts.count >= mostAttempts || now < attempts.nextAt) return [];
     return [{ kind, controller, attempts, reason: reason(Math.round((now - attempts.since) / 1000)) }];
   }
+}
+
+/** Something that is wrong with a controller now. */
+interface Finding {
+  readonly kind: Remedy["kind"];
+  /** Key of its subsystem. */
+  readonly subsystem: string;
+  readonly controller: NvmeController;
+  /** UUIDs or names of what lacks something because of it. */
+  readonly about: readonly string[];
+  readonly reason: (seconds: number) => string;
 }
 
 /** What sysfs shows of namespaces and of the ways to them. */
@@ -315,7 +306,7 @@ const events = {
 
 /**
  * Drops a controller once live ones of the same host carry all that it led to. One that has come back meanwhile stays, and so
- * does one in a state in which the kernel may not let go of it.
+ * does one in a state in which the kernel may not release it.
  */
 async function dropWhenReplaced(host: Host, ctx: RequestContext, old: NvmeController): Promise<void> {
   const giveUpAt = performance.now() + takeOverMs;

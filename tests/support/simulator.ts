@@ -36,7 +36,7 @@ export function managementEndpoints(simulator: Simulator, scheme: "grpc" | "grpc
 export async function eventually<T>(
   what: string,
   condition: () => T | Promise<T>,
-  timeoutMs = 10_000,
+  timeoutMs = 60_000,
 ): Promise<Exclude<T, false | undefined>> {
   const until = Date.now() + timeoutMs;
   for (;;) {
