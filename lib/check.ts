@@ -18,6 +18,39 @@ export interface Check {
   readonly advice?: string;
 }
 
+/** At most so many items of a list are shown: a machine may have hundreds of whatever is wrong. */
+const mostShown = 6;
+
+/** The items as one text; of a long list the first ones, and how many more there are. */
+export function shortList(items: readonly string[], separator: ", " | "; " = ", "): string {
+  // One more costs no more room than saying that there is one more.
+  if (items.length <= mostShown + 1) return items.join(separator);
+  return `${items.slice(0, mostShown).join(separator)}${separator}and ${items.length - mostShown} more`;
+}
+
+/**
+ * How a storage system that `lbcsi simulate` plays tells so, in a field that is for no other use: this, a colon, and which data
+ * plane it has (`none`, `loop`, `nvmet`).
+ */
+export const simulatorMark = "lbcsi-simulator";
+
+/** What the doctor finds at a simulated storage system; undefined for a `mark` that is none. */
+export function simulatorCheck(
+  mark: string,
+): { readonly check: Check; readonly hasDataPath: boolean } | undefined {
+  const at = mark.indexOf(`${simulatorMark}:`);
+  if (at < 0) return undefined;
+  const hasDataPath = mark.slice(at).startsWith(`${simulatorMark}:nvmet`);
+  const path = hasDataPath ? "" : ", and nothing listens at its data addresses, which are not tried";
+  const check = {
+    name: "simulator",
+    verdict: "warning",
+    found: `lbcsi simulate plays this storage system${path}`,
+    advice: "use it to try and to test; it stores nothing on real storage",
+  } as const;
+  return { check, hasDataPath };
+}
+
 /**
  * What `look` finds. What it throws makes the check one that was not made, for a look that fails says nothing about what
  * it was to see.

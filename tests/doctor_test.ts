@@ -2,7 +2,7 @@
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import type { Check } from "../lib/check.ts";
+import { type Check, shortList, simulatorCheck } from "../lib/check.ts";
 import { createLogger, Secrets } from "../lib/context.ts";
 import { hostIdOf } from "../lib/host/attach.ts";
 import { type Host, linuxHost } from "../lib/host/host.ts";
@@ -637,7 +637,7 @@ Deno.test("doctor finds nothing wrong with a cluster that is well, at each of it
     "mgmt-ca.crt": ca,
   });
 
-  deepStrictEqual(checks.filter(({ verdict }) => verdict !== "ok"), []);
+  deepStrictEqual(checks.filter(({ verdict }) => verdict !== "ok").map(({ name }) => name), ["simulator"]);
   strictEqual(checks.filter(({ name }) => name.startsWith("endpoint ")).length, 3);
   strictEqual(checks.filter(({ name }) => name.startsWith("certificate of ")).length, 3);
   match(named(checks, `endpoint ${grpcs[0]}`).found, /^answers after \d+ ms, its certificate verified$/);
@@ -873,6 +873,41 @@ Deno.test("doctor connects to data addresses, and names those that it does not r
   deepStrictEqual([verdict, found], ["warning", "1 of 2 reached; 127.0.0.1:1: ECONNREFUSED"]);
   strictEqual((await checkOf(none)).verdict, "problem");
   deepStrictEqual([(await checkOf(all)).verdict, (await checkOf(all)).found], ["ok", `${good} reached`]);
+});
+
+Deno.test("doctor knows a simulator, and does not try data addresses that nothing listens at", async () => {
+  await using here = await machine({ options: { attach: "direct" } });
+  await using lightos = await startSimulator();
+  await using poseidon = await startPoseidon();
+  const { grpcs, ca = "", adminJwt } = lightos.addresses;
+  const [endpoint] = endpointsOf([poseidon.addresses.dagent]);
+  const [ofPoseidon] = await poseidonReports(callContext(), undefined, endpoint);
+  const reports = [await lightosReport(grpcs, { "jwt": adminJwt, "mgmt-ca.crt": ca }), ofPoseidon];
+  ok(ofPoseidon !== undefined);
+
+  const sections = await examine(
+    callContext(),
+    here.options,
+    Promise.resolve(reports.filter((one) => one !== undefined)),
+  );
+
+  for (const { checks } of sections.slice(1)) {
+    const { verdict, found } = named(checks, "simulator");
+    strictEqual(verdict, "warning");
+    match(found, /^lbcsi simulate plays this storage system, and nothing listens at its data addresses/);
+    deepStrictEqual(checks.filter(({ name, verdict }) => name === "data addresses" || verdict === "problem"), []);
+  }
+  strictEqual(sections.length, 3);
+  deepStrictEqual(simulatorCheck("lbcsi-simulator:nvmet")?.hasDataPath, true);
+  strictEqual(simulatorCheck("1"), undefined);
+});
+
+Deno.test("doctor cuts a long list of the same, and says how many more there are", () => {
+  const list = (count: number) => Array.from({ length: count }, (_, at) => `m${at}`);
+
+  strictEqual(shortList(list(7)), "m0, m1, m2, m3, m4, m5, m6");
+  strictEqual(shortList(list(50), "; "), "m0; m1; m2; m3; m4; m5; and 44 more");
+  strictEqual(shortList([]), "");
 });
 
 Deno.test("doctor looks at PoseidonOS: DAgent, transport, arrays, and how full they are", async () => {

@@ -4,7 +4,7 @@
  * It only looks. Nothing on the machine or the cluster is changed, no subsystem is connected, no volume is touched, and a
  * thing that does not answer costs a bounded time and makes its own check fail, and no other.
  */
-import type { Check, Verdict } from "../check.ts";
+import { type Check, shortList, type Verdict } from "../check.ts";
 import { type RequestContext, timeLimit } from "../context.ts";
 import { connectProblem, ownNames } from "../host/reach.ts";
 import { formatAddress, hostNqn, type TransportAddress } from "../namespace.ts";
@@ -50,9 +50,10 @@ async function betweenThem(
   ofMachine: readonly Check[],
 ): Promise<readonly Check[]> {
   const { attach, nodeId } = machine;
+  const isTried = report.hasDataPath ?? true;
   return [
-    ...await addressCheck(ctx, "data addresses", report.addresses),
-    ...attach === "discovery-client" ? await addressCheck(ctx, "discovery addresses", report.discovery) : [],
+    ...isTried ? await addressCheck(ctx, "data addresses", report.addresses) : [],
+    ...isTried && attach === "discovery-client" ? await addressCheck(ctx, "discovery addresses", report.discovery) : [],
     ...report.connected === undefined || nodeId === undefined ? [] : [sameMachine(nodeId, report.connected)],
     ...report.inBandAuth === true ? [authenticationCheck(ofMachine)] : [],
   ];
@@ -77,13 +78,13 @@ async function addressCheck(
     return [{
       name,
       verdict: "ok",
-      found: `${reached.map(({ text }) => text).join(", ")} reached`,
+      found: `${shortList(reached.map(({ text }) => text))} reached`,
     }];
   }
   return [{
     name,
     verdict: reached.length === 0 ? "problem" : "warning",
-    found: `${reached.length} of ${tried.length} reached; ${failed.join("; ")}`,
+    found: `${reached.length} of ${tried.length} reached; ${shortList(failed, "; ")}`,
     advice: "let this machine through to each server's data address (firewall, routes)",
   }];
 }

@@ -2,7 +2,7 @@
  * What `lbcsi doctor` looks at on this machine. Everything comes from sysfs, procfs, the mount table and directories, and
  * from tools that are asked for their version: no device is opened, no connection made, nothing written.
  */
-import { type Check, checked, reasonOf } from "../check.ts";
+import { type Check, checked, reasonOf, shortList } from "../check.ts";
 import { type RequestContext, timeLimit } from "../context.ts";
 import { messageOf } from "../error.ts";
 import { hostIdOf } from "../host/attach.ts";
@@ -466,14 +466,14 @@ async function paths(host: Host): Promise<Finding> {
   if (dead.length > 0) {
     return {
       verdict: "problem",
-      found: `no live path to ${dead.join("; ")}`,
+      found: `no live path to ${shortList(dead, "; ")}`,
       advice: "reads and writes wait; see that this machine reaches the cluster and is on the volume's access list",
     };
   }
   if (poor.length > 0) {
     return {
       verdict: "warning",
-      found: `paths lost: ${poor.join("; ")}`,
+      found: `paths lost: ${shortList(poor, "; ")}`,
       advice: "look at the network and the cluster",
     };
   }
@@ -497,7 +497,7 @@ async function connections(host: Host): Promise<Finding> {
   });
   return {
     verdict: "warning",
-    found: `without a volume: ${shown.join("; ")}`,
+    found: `without a volume: ${shortList(shown, "; ")}`,
     advice: "it goes by itself with lbcsi node --attach=direct and lbcsi discovery-client; else nvme disconnect",
   };
 }
@@ -514,7 +514,7 @@ async function deadMounts(host: Host): Promise<Finding> {
   if (dead.length === 0) return { verdict: "ok", found: "none has lost its device" };
   return {
     verdict: "problem",
-    found: `the device has gone under ${dead.join(", ")}`,
+    found: `the device has gone under ${shortList(dead)}`,
     advice: "end the pods there; what is left after them can be unmounted",
   };
 }
@@ -534,7 +534,7 @@ async function openMappers(host: Host): Promise<Finding> {
   if (stale.length === 0) return { verdict: "ok", found: `${count(open, "volume")}` };
   return {
     verdict: "problem",
-    found: `the device has gone under ${stale.join(", ")}`,
+    found: `the device has gone under ${shortList(stale)}`,
     advice: "end the pods that use it; cryptsetup close takes away what is left",
   };
 }

@@ -7,6 +7,7 @@
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { createServer, type Socket } from "node:net";
+import { simulatorMark } from "../check.ts";
 import { type Logger, sleep } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { type CallContext, type Handlers, serve, type Server, service } from "../rpc.ts";
@@ -391,6 +392,8 @@ function handlers(options: LightosOptions, callerOf: (call: CallContext) => Call
     getClusterInfo: () =>
       answer(() => ({
         ...clusterFacts(options),
+        // Nobody reads the ETag of a cluster's facts but lbcsi doctor, for this.
+        ETag: `${simulatorMark}:${cluster.dataPlane.kind}`,
         nvmeEndpoints: identity.servers.map(({ nvmeEndpoint }) => nvmeEndpoint),
       })),
     listNodes: (request) =>

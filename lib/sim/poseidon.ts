@@ -6,6 +6,7 @@
  * without `param` on some routes. Routes that harm are there and answer nothing good; `harmful` tells who called them.
  */
 import * as z from "zod";
+import { simulatorMark } from "../check.ts";
 import { type Logger, sleep } from "../context.ts";
 import { messageOf } from "../error.ts";
 import type { Faults } from "./faults.ts";
@@ -200,7 +201,7 @@ function codeOf({ behaviour }: PoseidonModel, event: PosEvent): { readonly code:
 }
 
 function envelope(
-  { behaviour }: PoseidonModel,
+  { behaviour, dataPlane }: PoseidonModel,
   { code, event, cause }: { readonly code: number; readonly event: string; readonly cause: string },
   data?: unknown,
 ) {
@@ -217,7 +218,8 @@ function envelope(
       },
       ...(data === undefined ? {} : { data }),
     },
-    info: { version: version[behaviour.generation] },
+    // What follows the "+" means nothing in a version, so it can tell lbcsi doctor who answers.
+    info: { version: `${version[behaviour.generation]}+${simulatorMark}:${dataPlane.kind}` },
   };
 }
 

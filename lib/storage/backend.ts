@@ -348,6 +348,8 @@ export interface SystemReport {
   /** Where a node has to reach it for data: I/O controllers, and discovery controllers. */
   readonly addresses: readonly TransportAddress[];
   readonly discovery: readonly TransportAddress[];
+  /** False: it is simulated, and nothing listens at these addresses. */
+  readonly hasDataPath?: boolean;
   /** Who is connected there under the host NQN that was asked about; undefined: nobody, or it does not tell. */
   readonly connected: { readonly address: string; readonly hostname: string } | undefined;
   /** Whether hosts have to authenticate on the data path (DH-HMAC-CHAP); undefined: it does not tell. */

@@ -2,7 +2,7 @@
  * A look at LightOS clusters through their management API, for `lbcsi doctor` (facts: spec/lightos.md 6, 15). It asks and
  * changes nothing. Each endpoint is asked by itself, for ordinary calls hide those that do not answer.
  */
-import { type Check, checked, reasonOf } from "../check.ts";
+import { type Check, checked, reasonOf, simulatorCheck } from "../check.ts";
 import { type RequestContext, requestContext, type Secrets, timeLimit } from "../context.ts";
 import { hasCode } from "../error.ts";
 import { type Endpoint, formatEndpoints, type Scheme } from "../id.ts";
@@ -71,6 +71,7 @@ export async function lightosReports(
         ...report,
         addresses: told?.addresses ?? [],
         discovery: told?.discovery ?? [],
+        hasDataPath: told?.hasDataPath ?? true,
         connected: told?.connected,
         inBandAuth: told?.inBandAuth,
         checks: [
@@ -208,6 +209,7 @@ interface Told {
   readonly refusal: string | undefined;
   readonly addresses: readonly TransportAddress[];
   readonly discovery: readonly TransportAddress[];
+  readonly hasDataPath: boolean;
   readonly connected: SystemReport["connected"];
   readonly inBandAuth: boolean | undefined;
 }
@@ -225,11 +227,12 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
       verdict: isRefused ? "not checked" : "problem",
       found: isRefused ? "the token was refused" : reasonOf(error),
     };
-    const nothing = { addresses: [], discovery: [], connected: undefined, inBandAuth: undefined };
+    const nothing = { addresses: [], discovery: [], hasDataPath: true, connected: undefined, inBandAuth: undefined };
     return { checks: [check], refusal, ...nothing };
   }
   const toAddresses = (texts: readonly string[]) =>
     [...new Set(texts)].sort().map(parseAddress).filter((address) => address !== undefined);
+  const simulator = simulatorCheck(info.ETag);
   const addresses = toAddresses(info.nvmeEndpoints);
   const discovery = toAddresses(info.discoveryEndpoints);
   const [health, host] = await Promise.all([
@@ -251,9 +254,11 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
     refusal: "",
     addresses,
     discovery,
+    hasDataPath: simulator?.hasDataPath ?? true,
     connected: host.connected,
     inBandAuth,
     checks: [
+      ...(simulator === undefined ? [] : [simulator.check]),
       {
         name: "cluster",
         verdict: addresses.length === 0 && discovery.length === 0 ? "problem" : "ok",

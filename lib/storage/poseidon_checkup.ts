@@ -2,7 +2,7 @@
  * A look at PoseidonOS through DAgent, for `lbcsi doctor` (facts: spec/pos.md 5, 6, 11). It reads and changes nothing, and
  * leaves out `GET /system`, which answers from a cache and starts 14 programs on the storage server.
  */
-import { type Check, checked, reasonOf } from "../check.ts";
+import { type Check, checked, reasonOf, simulatorCheck } from "../check.ts";
 import { type RequestContext, requestContext, timeLimit } from "../context.ts";
 import { type Endpoint, formatEndpoint } from "../id.ts";
 import { formatAddress, parseAddress } from "../namespace.ts";
@@ -65,6 +65,8 @@ async function look(
     found: "plain HTTP without credentials: whoever reaches the port may do everything",
     advice: "keep its port reachable from the controller alone",
   }];
+  const simulator = simulatorCheck(dagent.version);
+  if (simulator !== undefined) checks.push(simulator.check);
   checks.push(
     await checked(
       "TCP transport",
@@ -82,7 +84,7 @@ async function look(
       parseAddress(formatAddress({ traddr: targetAddress, trsvcid: transportServiceId }))
     ).filter((address) => address !== undefined);
   const addresses = [...new Map(listening.map((address) => [formatAddress(address), address])).values()];
-  return { ...report, addresses, checks };
+  return { ...report, addresses, hasDataPath: simulator?.hasDataPath ?? true, checks };
 }
 
 async function arrayCheck(ctx: RequestContext, dagent: Dagent, name: string): Promise<Omit<Check, "name">> {
