@@ -472,7 +472,7 @@ Deno.test("ControllerExpandVolume never shrinks: a smaller size is done, a limit
   await rejects(grow(gib, 2n * gib), answers("OUT_OF_RANGE", /has 3221225472 bytes, above limit_bytes 2147483648/));
 });
 
-Deno.test("ControllerExpandVolume on a full cluster answers OUT_OF_RANGE, after which Kubernetes takes a smaller size", async () => {
+Deno.test("promise 30: ControllerExpandVolume on a full cluster answers OUT_OF_RANGE, after which Kubernetes takes a smaller size", async () => {
   await using env = await start();
   const { secrets } = env;
   const volumeId = await env.create("pvc-1");
@@ -541,7 +541,7 @@ const callsOnFullCluster: readonly (readonly [
 ];
 
 for (const [what, rpc, code, message, call] of callsOnFullCluster) {
-  Deno.test(`${what} on a full cluster answers ${code}, so that what was asked for can be taken back`, async () => {
+  Deno.test(`promise 30: ${what} on a full cluster answers ${code}, so that what was asked for can be taken back`, async () => {
     await using env = await start();
     const { control } = env.simulator;
     const volumeId = await env.create("pvc-1");
@@ -552,7 +552,7 @@ for (const [what, rpc, code, message, call] of callsOnFullCluster) {
   });
 }
 
-Deno.test("a node attaches a shared volume while another is being attached: it waits, and both have it", async () => {
+Deno.test("promise 30: a node attaches a shared volume while another is being attached: it waits, and both have it", async () => {
   await using env = await start();
   const { secrets } = env;
   const { control } = env.simulator;
@@ -575,7 +575,7 @@ Deno.test("a node attaches a shared volume while another is being attached: it w
   for (const node of ["a.node", "b.node", "c.node"]) deepStrictEqual(control.visible(hostNqn(node)), [uuid]);
 });
 
-Deno.test("the controller answers csi-resizer's question for node capabilities with none, and serves no other node call", async () => {
+Deno.test("promise 30: the controller answers csi-resizer's question for node capabilities with none, and serves no other node call", async () => {
   await using controller = await startController({});
 
   deepStrictEqual((await controller.call(Node.method.nodeGetCapabilities, {})).capabilities, []);

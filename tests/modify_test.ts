@@ -98,6 +98,19 @@ Deno.test("ControllerModifyVolume changes compression and policy in one call, an
   deepStrictEqual(env.state(volumeId), { policy: "gold", compression: false });
 });
 
+Deno.test("promise 30: a class that an encrypted volume cannot have is INVALID_ARGUMENT, so that another can be chosen", async () => {
+  await using env = await start();
+  const volumeId = await env.create({}, { "host-encryption": "enabled" });
+
+  await rejects(
+    env.modify(volumeId, { compression: "enabled", "qos-policy-name": "gold" }),
+    answers("INVALID_ARGUMENT", /it is encrypted on the host, and what is encrypted cannot be compressed/),
+  );
+  await env.modify(volumeId, { "qos-policy-name": "silver" });
+
+  deepStrictEqual(env.state(volumeId), { policy: "silver", compression: false });
+});
+
 Deno.test("ControllerModifyVolume repeated answers OK and changes nothing again", async () => {
   await using env = await start();
   const volumeId = await env.create();

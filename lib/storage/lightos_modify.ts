@@ -68,7 +68,8 @@ export function lightosModification(clusters: ClusterPool): Modification {
       const action = `modify volume ${id.uuid}`;
       if (isCompressed && id.hostEncryption !== undefined) {
         throw new StatusError(
-          "FAILED_PRECONDITION",
+          // Only this marks the class as one that this volume cannot have (docs/reference/csi.md).
+          "INVALID_ARGUMENT",
           `Cannot ${action}: it is encrypted on the host, and what is encrypted cannot be compressed by the cluster`,
         );
       }
