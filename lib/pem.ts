@@ -52,7 +52,7 @@ function read(text: string): PemCertificates {
   for (const begin of text.matchAll(begins)) {
     number++;
     const rest = text.slice(begin.index + begin[0].length);
-    const body = /^([^-]*)-----END (?:X509 |TRUSTED )?CERTIFICATE-----/.exec(rest)?.[1];
+    const body = /^((?:(?!-----)[^])*)-----END (?:X509 |TRUSTED )?CERTIFICATE-----/.exec(rest)?.[1];
     const outcome = readBlock(body);
     if (outcome instanceof Uint8Array) good.push(pemOf(outcome));
     else problems.push(`certificate ${number} ${outcome}`);

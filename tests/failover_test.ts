@@ -2,6 +2,7 @@
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
 import { createLogger, type RequestContext, requestContext, Secrets } from "../lib/context.ts";
 import { type StatusCode, StatusError } from "../lib/error.ts";
+import { DhchapKey } from "../lib/dhchap.ts";
 import { Metrics } from "../lib/metrics.ts";
 import { hostNqn } from "../lib/namespace.ts";
 import type { VolumeWanted } from "../lib/storage/backend.ts";
@@ -31,15 +32,19 @@ function refuses(code: StatusCode, ...messages: RegExp[]) {
 }
 
 /** A cluster of some servers, and a backend that has seen none of them. */
-async function start(servers: number, more: readonly string[] = []) {
-  const simulator = await startSimulator({ servers });
+async function start(
+  servers: number,
+  more: readonly string[] = [],
+  overrides: Parameters<typeof startSimulator>[0] = {},
+) {
+  const simulator = await startSimulator({ servers, ...overrides });
   const parts = new AsyncDisposableStack();
   parts.use(simulator);
   const metrics = new Metrics();
   const lines: string[] = [];
   const open = (endpoints: readonly string[]) => {
     const backend = parts.use(lightosBackend({
-      log: createLogger("warning", "json", (line) => lines.push(line)),
+      log: createLogger("debug", "json", (line) => lines.push(line)),
       globalJwt: () => simulator.addresses.jwt,
       globalJwtPath: "/etc/lb-csi/jwt",
       ca: undefined,
@@ -151,6 +156,82 @@ for (const code of ["UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED"]
   }
 }
 
+for (const code of ["UNAVAILABLE", "INTERNAL"] as const) {
+  for (
+    const rpc of [
+      "CreateVolume",
+      "ListVolumes",
+      "GetVolume",
+      "UpdateVolume",
+      "DeleteVolume",
+      "CreateSnapshot",
+      "ListSnapshots",
+      "GetSnapshot",
+      "DeleteSnapshot",
+      "GetClusterInfo",
+      "CreateTrustedHost",
+      "SetTrustedHostSecret",
+      "GetTrustedHostSecret",
+      "ListTrustedHosts",
+    ]
+  ) {
+    Deno.test(`promise 12: whole lives of volumes succeed while one endpoint answers ${rpc} with ${code}`, async () => {
+      await using env = await start(3, [], { inBandAuth: true });
+      const [ill = ""] = env.endpoints;
+      const { backend, wanted } = env;
+      const { snapshots, expansion, modification } = backend;
+      ok(snapshots && expansion && modification);
+      const kind = { "in-band-auth": "unidirectional" };
+      const plain = wanted("pvc-1");
+      const create = (name: string, changes: Partial<VolumeWanted> = {}) =>
+        backend.createVolume(within(10_000), none, { ...wanted(name), ...changes });
+      // The endpoint is in use when it falls ill.
+      const { id } = await create("pvc-1", { parameters: { ...plain.parameters, ...kind } });
+      env.simulator.control.fail({ rpc, count: 0, code, message: "this server has no quorum", endpoint: ill });
+
+      const grant = { hostNqn: host, shared: false, volumeContext: kind };
+      await backend.grantAccess(within(10_000), none, id, grant);
+      await backend.authentication?.keysOf(within(10_000), none, id, host, "unidirectional");
+      const snapshot = await snapshots.createSnapshot(within(10_000), none, { name: "s", sourceVolumeId: id });
+      const restored = await create("pvc-2", { source: { type: "snapshot", id: snapshot.id } });
+      const clone = await create("pvc-3", { source: { type: "volume", id } });
+      await expansion.expandVolume(within(10_000), none, id, { requiredBytes: 2n * gib, limitBytes: 0n });
+      await modification.modifyVolume(within(10_000), none, id, { compression: "enabled" });
+      await backend.revokeAccess(within(10_000), none, id, host);
+      for (const volume of [clone, restored, { id }]) await backend.deleteVolume(within(10_000), none, volume.id);
+      await snapshots.deleteSnapshot(within(10_000), none, snapshot.id);
+
+      const states = [...env.simulator.control.cluster.volumes, ...env.simulator.control.cluster.snapshots]
+        .map(({ state }) => state).filter((state) => state !== "Deleting");
+      deepStrictEqual(states, []);
+    });
+  }
+}
+
+Deno.test("promise 10: a token or key that a server repeats is in no error and no log line", async () => {
+  await using env = await start(1, [], { inBandAuth: true });
+  const { jwt } = env.simulator.addresses;
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  env.simulator.control.fail({ rpc: "GetVolume", count: 0, code: "UNAUTHENTICATED", message: `who is Bearer ${jwt}?` });
+  const key = DhchapKey.generate().reveal();
+  env.simulator.control.fail({ rpc: "SetTrustedHostSecret", count: 0, code: "INTERNAL", message: `bad key ${key}` });
+
+  await rejects(env.backend.getVolume(within(5000), none, id), (error: unknown) => {
+    refuses("UNAUTHENTICATED", /who is Bearer \[token\]\?; JWT: /)(error);
+    ok(!String(error).includes(jwt));
+    return true;
+  });
+  const grant = { hostNqn: host, shared: false, volumeContext: { "in-band-auth": "unidirectional" } };
+  await rejects(
+    env.backend.grantAccess(within(5000), new Secrets({ "dhchap-key": key }), id, grant),
+    (error: unknown) => {
+      refuses("INTERNAL", /bad key \[key\]$/)(error);
+      return true;
+    },
+  );
+  ok(env.lines.every((line) => !line.includes(jwt) && !line.includes(key)));
+});
+
 Deno.test("promise 12: an ill endpoint costs one attempt, is named once in the log, and shows in the metrics", async () => {
   await using env = await start(3);
   const [ill = ""] = env.endpoints;
@@ -161,7 +242,9 @@ Deno.test("promise 12: an ill endpoint costs one attempt, is named once in the l
 
   const asked = Object.values(env.simulator.control.calls()).map(({ endpoints }) => endpoints[ill] ?? 0);
   strictEqual(asked.reduce((sum, calls) => sum + calls, 0), 1);
-  const named = env.lines.map((line) => JSON.parse(line)).filter(({ address }) => address === ill);
+  const named = env.lines.map((line) => JSON.parse(line)).filter(({ address, level }) =>
+    address === ill && level !== "debug"
+  );
   deepStrictEqual(named.map(({ event, error }) => [event, error]), [
     ["leaves an ill management endpoint alone", "UNAVAILABLE: no quorum"],
   ]);

@@ -74,7 +74,7 @@ const texts: readonly (readonly [string, (good: string) => string, number, strin
   ["a lost line", (good) => good.replace(/\n[^\n-]{64}\n/, "\n"), 0, "certificate 1 cannot be read as a certificate"],
   ["a lost character", (good) => good.replace(/\n[^\n-]/, "\n"), 0, "certificate 1 is not base64"],
   ["a comment within", (good) => good.replace(/\n/, "\n# my CA\n"), 0, "certificate 1 is not base64"],
-  ["headers within", (good) => good.replace(/\n/, "\nProc-Type: 4\n\n"), 0, "certificate 1 has no END line"],
+  ["headers within", (good) => good.replace(/\n/, "\nProc-Type: 4\n\n"), 0, "certificate 1 is not base64"],
   ["a cut end", (good) => good + good.slice(0, good.length / 2), 1, "certificate 2 has no END line"],
   [
     "dashes of a document",

@@ -261,8 +261,9 @@ export class Cluster {
     headers: Readonly<Record<string, string>> = {},
   ): Promise<MessageShape<O>> {
     const answer = await this.#connections.call(ctx, action, method, request, headers, this.#credentials);
-    const problem = misfit(method.name, request, answer);
-    if (problem === undefined) return answer;
+    const misfitting = misfit(method.name, request, answer);
+    if (misfitting === undefined) return answer;
+    const problem = withoutSecrets(misfitting, request, this.#credentials);
     throw new StatusError(
       "INTERNAL",
       `Cannot ${action}: LightOS at ${this.lastAddress} answered ${method.name} with ${problem}`,
@@ -554,7 +555,7 @@ class Connections implements Disposable {
       }
       if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
       const failure = error instanceof CallError
-        ? new CallError(error.code, withoutToken(error.message, call.credentials), error.origin)
+        ? new CallError(error.code, withoutSecrets(error.message, request, call.credentials), error.origin)
         : new CallError("UNAVAILABLE", `no answer within ${formatSeconds(patienceMs)}`, "no answer");
       note(failure.code, { error: failure.message });
       return this.#failed(call, member, channel, { failure, mayBeDone });
@@ -732,9 +733,28 @@ export async function readInParts<T>(limit: number, read: (limit: number) => Pro
   }
 }
 
-/** What a server said, without the token that it may have repeated. */
-function withoutToken(text: string, { jwt }: Credentials): string {
-  return jwt === undefined ? text : text.replaceAll(jwt, "[token]");
+/**
+ * Makes a change that does no harm when it is made twice, at another endpoint when one is ill or silent.
+ */
+export async function repeatElsewhere<T>(change: () => Promise<T>): Promise<T> {
+  for (;;) {
+    try {
+      return await change();
+    } catch (error) {
+      // An endpoint that failed is left alone for a while, so this ends with the last one.
+      if (!(error instanceof LightosError) || !error.elsewhere) throw error;
+    }
+  }
+}
+
+/** What a server said, without the token and the keys of hosts that it may have repeated. */
+function withoutSecrets(text: string, request: unknown, { jwt }: Credentials): string {
+  const { hostSecret, targetSecret } = request as { readonly hostSecret?: string; readonly targetSecret?: string };
+  let plain = text;
+  for (const [secret, mark] of [[jwt, "[token]"], [hostSecret, "[key]"], [targetSecret, "[key]"]] as const) {
+    if (secret !== undefined && secret !== "") plain = plain.replaceAll(secret, mark);
+  }
+  return plain;
 }
 
 /** @param mayBeDone it was a change, so that a server which broke off in the middle may have made it */

@@ -23,7 +23,7 @@ import {
   TargetSecretType,
   type TrustedHost,
 } from "../../proto/gen/lightos_pb.ts";
-import type { Cluster } from "./lightos_cluster.ts";
+import { type Cluster, repeatElsewhere } from "./lightos_cluster.ts";
 
 /** Which host is meant: trusted hosts are kept per project. */
 export interface HostPlace {
@@ -70,13 +70,15 @@ export async function ensureTrusted(
     ? trusted.targetSecret
     : given.controller?.reveal() ?? (trusted.targetSecret || DhchapKey.generate().reveal());
   if (hostSecret === trusted.hostSecret && targetSecret === trusted.targetSecret) return;
-  await cluster.call(ctx, action, DurosAPI.method.setTrustedHostSecret, {
-    name: trusted.name,
-    projectName: project,
-    hostSecret,
-    targetSecret,
-    targetSecretType: targetSecret === "" ? TargetSecretType.Disabled : TargetSecretType.Enabled,
-  });
+  await repeatElsewhere(() =>
+    cluster.call(ctx, action, DurosAPI.method.setTrustedHostSecret, {
+      name: trusted.name,
+      projectName: project,
+      hostSecret,
+      targetSecret,
+      targetSecretType: targetSecret === "" ? TargetSecretType.Disabled : TargetSecretType.Enabled,
+    })
+  );
   ctx.log.info(trusted.hostSecret === "" ? "gave a host its keys" : "changed the keys of a host", {
     name: trusted.name,
     address: cluster.lastAddress,
@@ -180,10 +182,12 @@ async function makeTrusted(
 ): Promise<Trusted> {
   const name = nodeIdOf(hostNqn);
   try {
-    await cluster.call(ctx, action, DurosAPI.method.createTrustedHost, { name, projectName, hostNqn });
+    await repeatElsewhere(() =>
+      cluster.call(ctx, action, DurosAPI.method.createTrustedHost, { name, projectName, hostNqn })
+    );
   } catch (error) {
     if (!hasCode(error, "ALREADY_EXISTS")) throw error;
-    // Another process was quicker: then it may have keys by now.
+    // Another process was quicker, or an attempt at another endpoint: then it may have keys by now.
     const theirs = await look(ctx, cluster, action, projectName, hostNqn);
     if (theirs === undefined) throw error;
     return theirs;
