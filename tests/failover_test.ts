@@ -323,6 +323,18 @@ Deno.test("a change that takes longer than an endpoint may be silent is waited f
   strictEqual(env.simulator.control.calls()["CreateVolume"]?.total, 1);
 });
 
+Deno.test("promise 12: a change that hangs at an endpoint which is alive is made at another one", async () => {
+  await using env = await start(3);
+  const { id, uuid } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  const [address = ""] = env.endpoints;
+  env.simulator.control.fail({ rpc: "UpdateVolume", count: 0, hold: true, when: "before", endpoint: address });
+
+  await env.backend.grantAccess(within(8000), none, id, { hostNqn: host, shared: false });
+
+  deepStrictEqual(env.simulator.control.cluster.getVolume({ project: "default", uuid }).acl, [host]);
+  env.simulator.control.clearFaults();
+});
+
 // --------------------------------------------------------------------------------------------- repeats find their volume
 
 for (

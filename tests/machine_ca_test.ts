@@ -64,3 +64,69 @@ Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not rea
     await rig.cleanUp(false);
   }
 });
+
+Deno.test("promise 27: a damaged certificate among those of the machine is passed over with a warning", async () => {
+  const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
+  const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../main.ts", import.meta.url))];
+  const rig = new Rig(home, program);
+  const patience = AbortSignal.timeout(60_000);
+  try {
+    await rig.startSimulator("none", patience);
+    const ca = join(home, "machine.pem");
+    const damaged = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    await Deno.writeTextFile(ca, `${damaged}${rig.addresses.ca}`);
+
+    const { log } = await rig.startService("controller", [], patience, { SSL_CERT_FILE: ca });
+    const { volume } = await rig.controller.call(Controller.method.createVolume, {
+      name: "pvc-1",
+      capacityRange: { requiredBytes: 1n << 30n },
+      volumeCapabilities: [{
+        accessType: { case: "block", value: {} },
+        accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+      }],
+      parameters: rig.parameters,
+      secrets: rig.secrets,
+    }, { signal: patience, deadline: new Date(Date.now() + 20_000) });
+
+    strictEqual(volume?.capacityBytes, 1n << 30n);
+    match(
+      await Deno.readTextFile(log),
+      /"warning","event":"passes over a certificate to trust".*machine\.pem","error":"certificate 1 cannot be read as a/,
+    );
+  } finally {
+    await rig.stopAll();
+    await rig.cleanUp(false);
+  }
+});
+
+Deno.test("a controller does not start with a file in --mgmt-ca that has a damaged certificate, or none", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
+  try {
+    for (
+      const [text, words] of [
+        ["token", "holds no PEM certificate"],
+        ["-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n", "has a bad block: certificate 1 is empty"],
+      ] as const
+    ) {
+      const ca = join(directory, "ca.pem");
+      await Deno.writeTextFile(ca, text);
+      const { code, stderr } = await new Deno.Command(Deno.execPath(), {
+        args: [
+          "run",
+          "-A",
+          fileURLToPath(new URL("../main.ts", import.meta.url)),
+          "controller",
+          "--endpoint",
+          `unix://${directory}/csi.sock`,
+          "--mgmt-ca",
+          ca,
+        ],
+      }).output();
+
+      strictEqual(code, 2);
+      match(new TextDecoder().decode(stderr), new RegExp(`--mgmt-ca "${ca}": ${words}`));
+    }
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});

@@ -531,9 +531,9 @@ class Connections implements Disposable {
       const options = { signal: limit.signal, headers, connectTimeoutMs };
       if (!member.checked) await this.#checkVersion(action, member, channel, options);
       sent = true;
-      const answer = hasOthers && !isRead
-        ? await callUnlessSilent(channel, method, request, { ...options, signal: ctx.signal }, patienceMs)
-        : await channel.call(method, request, options);
+      const answer = isRead
+        ? await channel.call(method, request, options)
+        : await this.#change(call, member, channel, { ...options, signal: ctx.signal });
       note("OK");
       member.failures = 0;
       this.#current = member;
@@ -556,10 +556,32 @@ class Connections implements Disposable {
       if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
       const failure = error instanceof CallError
         ? new CallError(error.code, withoutSecrets(error.message, request, call.credentials), error.origin)
-        : new CallError("UNAVAILABLE", `no answer within ${formatSeconds(patienceMs)}`, "no answer");
+        : new CallError("UNAVAILABLE", `no answer within ${formatSeconds(elapsed(started))}`, "no answer");
       note(failure.code, { error: failure.message });
       return this.#failed(call, member, channel, { failure, mayBeDone });
     }
+  }
+
+  /**
+   * Sends a change. While another member is ready, this one gets half of the time that is left, and no more than `silenceMs`
+   * without a sign of life.
+   */
+  async #change<I extends DescMessage, O extends DescMessage>(
+    { ctx, method, request }: ApiCall<I, O>,
+    member: Member,
+    channel: Channel,
+    options: CallOptions,
+  ): Promise<MessageShape<O>> {
+    if (!this.#isAnotherReady(member)) return await channel.call(method, request, options);
+    const halfMs = Math.max(1000, (ctx.deadline.getTime() - Date.now()) / 2);
+    using limit = timeLimit(ctx.signal, halfMs);
+    return await callUnlessSilent(
+      channel,
+      method,
+      request,
+      { ...options, signal: limit.signal },
+      Math.min(silenceMs, halfMs),
+    );
   }
 
   /** What an attempt that failed means for its member and for the call. */
