@@ -232,6 +232,36 @@ Deno.test("promise 10: a token or key that a server repeats is in no error and n
   ok(env.lines.every((line) => !line.includes(jwt) && !line.includes(key)));
 });
 
+Deno.test("what a server says without end is cut short in the error", async () => {
+  await using env = await start(1);
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  const message = "no ".repeat(3000);
+  env.simulator.control.fail({ rpc: "GetVolume", count: 0, code: "PERMISSION_DENIED", message });
+
+  await rejects(env.backend.getVolume(within(5000), none, id), (error: unknown) => {
+    refuses("PERMISSION_DENIED", /answered GetVolume with PERMISSION_DENIED: no no .* …; JWT: /)(error);
+    ok((error as Error).message.length < 2500);
+    return true;
+  });
+});
+
+Deno.test("a volume that many hosts have is refused to another one with some of their names and their number", async () => {
+  await using env = await start(1);
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  for (let at = 10; at < 25; at++) {
+    await env.backend.grantAccess(within(5000), none, id, { hostNqn: hostNqn(`node-${at}`), shared: true });
+  }
+
+  await rejects(
+    env.backend.grantAccess(within(5000), none, id, { hostNqn: host, shared: false }),
+    refuses("FAILED_PRECONDITION", /: node-10, node-11, .*node-19 and 5 others has it, and its access mode/),
+  );
+  await rejects(
+    env.backend.deleteVolume(within(5000), none, id),
+    refuses("FAILED_PRECONDITION", /: node-10, .*node-19 and 5 others may still connect to it/),
+  );
+});
+
 Deno.test("promise 12: an ill endpoint costs one attempt, is named once in the log, and shows in the metrics", async () => {
   await using env = await start(3);
   const [ill = ""] = env.endpoints;

@@ -375,7 +375,7 @@ async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId)
     if (hosts.length > 0) {
       throw new StatusError(
         "FAILED_PRECONDITION",
-        `Cannot ${action}: ${hosts.map(nodeIdOf).join(", ")} may still connect to it, detach it there first`,
+        `Cannot ${action}: ${nameHosts(hosts)} may still connect to it, detach it there first`,
       );
     }
     // First, for once the volume is gone nobody comes back for them.
@@ -403,6 +403,12 @@ async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId)
 // change. A label that remembers the mode, written with the list, was considered and left out: LightOS keeps 16 labels of
 // which some are the owner's, older versions do not change them, and a volume of the incumbent driver has none.
 
+/** Hosts for a message, which thousands of them would make longer than anybody reads. */
+function nameHosts(hosts: readonly string[]): string {
+  const named = hosts.slice(0, 10).map(nodeIdOf).join(", ");
+  return hosts.length <= 10 ? named : `${named} and ${hosts.length - 10} others`;
+}
+
 /** The ACL with this host in it, or undefined when it needs no change. */
 function aclWith(
   action: string,
@@ -421,7 +427,7 @@ function aclWith(
   if (!shared && others.length > 0) {
     throw new StatusError(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: ${others.map(nodeIdOf).join(", ")} has it, and its access mode is for one node; ` +
+      `Cannot ${action}: ${nameHosts(others)} has it, and its access mode is for one node; ` +
         `it must be detached there first`,
     );
   }

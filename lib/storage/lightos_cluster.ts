@@ -769,14 +769,17 @@ export async function repeatElsewhere<T>(change: () => Promise<T>): Promise<T> {
   }
 }
 
-/** What a server said, without the token and the keys of hosts that it may have repeated. */
+/** The longest words of a server that go into a message: Kubernetes keeps 1 KiB of an event. */
+const longestWords = 2000;
+
+/** What a server said, without the token and the keys of hosts that it may have repeated, and not without end. */
 function withoutSecrets(text: string, request: unknown, { jwt }: Credentials): string {
   const { hostSecret, targetSecret } = request as { readonly hostSecret?: string; readonly targetSecret?: string };
   let plain = text;
   for (const [secret, mark] of [[jwt, "[token]"], [hostSecret, "[key]"], [targetSecret, "[key]"]] as const) {
     if (secret !== undefined && secret !== "") plain = plain.replaceAll(secret, mark);
   }
-  return plain;
+  return plain.length <= longestWords ? plain : `${plain.slice(0, longestWords)} …`;
 }
 
 /** @param mayBeDone it was a change, so that a server which broke off in the middle may have made it */
