@@ -156,7 +156,8 @@ const commands: Readonly<Record<string, Command>> = {
     const defaultFsType = settings["default-fs"];
     const volumes = settings.config === undefined ? undefined : (await open()).ephemeral;
     const limit = volumeLimit(host, settings["max-volumes"], isSubsystemOf(settings.backend));
-    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit });
+    const allowSystemPaths = settings["allow-system-paths"];
+    const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit, allowSystemPaths });
     const handlers = nodeHandlers({
       host,
       attacher,
@@ -166,6 +167,7 @@ const commands: Readonly<Record<string, Command>> = {
       defaultFsType,
       maxVolumes: settings["max-volumes"],
       limit,
+      allowSystemPaths,
       luks: {
         cipher: settings["luks-cipher"],
         keyBits: settings["luks-key-size"],
@@ -578,7 +580,7 @@ async function measureMachine(
   metrics.gather(() => machineSamples(host, isSubsystemOf(backend)));
 }
 
-/** Serves CSI until SIGTERM or SIGINT, then lets running calls end. */
+/** Serves CSI until SIGTERM, SIGINT or SIGHUP, then lets running calls end. */
 async function serveCsi(
   settings: Settings<typeof serviceOptions>,
   log: Logger,
@@ -633,7 +635,7 @@ async function answersProbe(path: string): Promise<boolean> {
   }
 }
 
-const exitStatusOf = { SIGINT: 130, SIGTERM: 143 } as const;
+const exitStatusOf = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 } as const;
 
 /** Work for a person at a shell: it ends at its timeout or with the first signal, but lets running changes finish. */
 async function atShell(
@@ -646,7 +648,7 @@ async function atShell(
   using _survival = surviveUncaught(log, () => Promise.resolve(true), () => {});
   const stop = new AbortController();
   let status = 0;
-  for (const [signal, code] of Object.entries(exitStatusOf) as ["SIGINT" | "SIGTERM", number][]) {
+  for (const [signal, code] of Object.entries(exitStatusOf) as [keyof typeof exitStatusOf, number][]) {
     Deno.addSignalListener(signal, () => {
       // A command in the middle of a change is in a process group of its own and goes on.
       if (status !== 0) Deno.exit(status);
@@ -1065,9 +1067,12 @@ async function writeOut(text: string): Promise<void> {
   }
 }
 
+const stopSignals = ["SIGTERM", "SIGINT", "SIGHUP"] as const;
+
+/** SIGHUP too: a terminal that goes away must not leave a socket and half an answer behind. */
 function untilStopped(): Promise<Deno.Signal> {
   return new Promise((resolve) => {
-    for (const signal of ["SIGTERM", "SIGINT"] as const) Deno.addSignalListener(signal, () => resolve(signal));
+    for (const signal of stopSignals) Deno.addSignalListener(signal, () => resolve(signal));
   });
 }
 

@@ -281,6 +281,12 @@ export const nodeOptions = {
       "volumes that this node can take; the orchestrator is told, and more are refused; 0: the orchestrator decides",
     schema: wholeNumber(0, 100_000),
   },
+  "allow-system-paths": {
+    env: ["LB_CSI_ALLOW_SYSTEM_PATHS"],
+    meaning:
+      "mount volumes in directories of the operating system too (/etc, /usr …), where no orchestrator keeps them",
+    schema: switchSchema,
+  },
 } as const satisfies Options;
 
 /** IP addresses with or without a port, separated by commas. */

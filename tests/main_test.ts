@@ -87,8 +87,8 @@ for (
   });
 }
 
-for (const role of ["identity", "controller", "node"] as const) {
-  Deno.test(`lbcsi ${role} serves Identity on its socket and ends with 0 on SIGTERM`, async () => {
+for (const [role, signal] of [["identity", "SIGHUP"], ["controller", "SIGINT"], ["node", "SIGTERM"]] as const) {
+  Deno.test(`lbcsi ${role} serves Identity on its socket and ends with 0 on ${signal}`, async () => {
     const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
     const process = lbcsi([role, ...(role === "node" ? ["--node-id", "a.node"] : [])], {
       CSI_ENDPOINT: `unix://${directory}/csi.sock`,
@@ -98,7 +98,7 @@ for (const role of ["identity", "controller", "node"] as const) {
       const info = await untilAnswered(channel);
 
       strictEqual(info.name, "csi.lightbitslabs.com");
-      process.kill("SIGTERM");
+      process.kill(signal);
       const { code, stderr } = await process.output();
       strictEqual(code, 0, new TextDecoder().decode(stderr));
       strictEqual((await Array.fromAsync(Deno.readDir(directory))).length, 0, "the socket must be gone");

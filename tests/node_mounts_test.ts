@@ -232,6 +232,42 @@ nodeTest("what kubelet's own disk answers is told with the path and the disk", a
   );
 });
 
+nodeTest("promise 5: a staging path that holds files of the node is never mounted over", async () => {
+  await using n = await node();
+  await Deno.writeTextFile(join(n.staging, "precious"), "data of the node");
+
+  await rejects(
+    n.stage(n.stageRequest()),
+    "FAILED_PRECONDITION",
+    /the staging path ".*" holds files of the node's own disk/,
+  );
+
+  assert.deepEqual([await n.machine.mounts(), n.machine.commands], [[], []]);
+});
+
+nodeTest(
+  "volumes are mounted in no directory of the operating system, and never at their own staging path",
+  async () => {
+    await using n = await node();
+    const link = join(n.base, "link");
+    await Deno.symlink("/etc", link);
+    const system = /is a directory of the operating system, .* --allow-system-paths/;
+
+    for (const path of ["/etc", "/usr/lib", "/", join(link, "x")]) {
+      await rejects(n.stage(n.stageRequest(mountCapability(), {}, path)), "INVALID_ARGUMENT", system);
+    }
+    await n.stage(n.stageRequest());
+    await rejects(n.publish(n.publishRequest(mountCapability(), false, "/etc/target")), "INVALID_ARGUMENT", system);
+    await rejects(
+      n.publish(n.publishRequest(mountCapability(), false, n.staging)),
+      "INVALID_ARGUMENT",
+      /target_path and staging_target_path are both/,
+    );
+
+    assert.deepEqual(await n.machine.mounts(), [n.staging]);
+  },
+);
+
 /** Repeats a call while it is UNAVAILABLE, as kubelet does. */
 async function until(call: () => Promise<unknown>): Promise<void> {
   const giveUpAt = Date.now() + 30_000;

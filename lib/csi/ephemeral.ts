@@ -38,6 +38,7 @@ import { hostNqn, type RemoteNamespace } from "../namespace.ts";
 import type { EphemeralVolume, EphemeralVolumes } from "../storage/backend.ts";
 import type { NodePublishVolumeRequest, NodeUnpublishVolumeRequest } from "../../proto/gen/csi_pb.ts";
 import type { VolumeLimit } from "./limit.ts";
+import { assertMountPath } from "./paths.ts";
 import {
   isReaderOnly,
   isShared,
@@ -59,6 +60,8 @@ export interface InlineOptions {
   readonly volumes: EphemeralVolumes | undefined;
   /** Shared with the node service. */
   readonly limit?: VolumeLimit;
+  /** Whether volumes may be mounted in directories of the operating system. */
+  readonly allowSystemPaths?: boolean;
 }
 
 /** Whether a volume ID is one that kubelet makes up for an inline volume. No ID of this driver has that form. */
@@ -144,6 +147,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
 
       const target = await canonicalPath(host, given);
       if (target === undefined) throw refuse(`the directory of the target path "${given}" is missing`);
+      assertMountPath(action, "target_path", target, options.allowSystemPaths ?? false);
       const isMounted = mountsAt(await mountTable(host), target).length > 0;
       const isRepeat = isMounted || await onNodeDisk(host, target, "look at", () => host.kindOf(target)) !== "absent";
       using _counted = isMounted ? undefined : await options.limit?.admit(action, volumeId);

@@ -52,6 +52,7 @@ import type { Handlers } from "../rpc.ts";
 import { conditionProbe } from "./condition.ts";
 import { inlineUuid, type InlineVolumes, inlineVolumes, isInlineId, refuseInline } from "./ephemeral.ts";
 import { nodeHealthHandlers } from "./node_health.ts";
+import { assertMountPath } from "./paths.ts";
 import {
   type Access,
   isReaderOnly,
@@ -73,6 +74,8 @@ export interface NodeOptions extends StagingOptions {
   readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
   /** Inline volumes of pods; undefined: this node makes none, and says so. */
   readonly inline?: InlineVolumes;
+  /** Whether volumes may be mounted in directories of the operating system. */
+  readonly allowSystemPaths?: boolean;
   /** Whether volumes of this driver can grow. */
   readonly expansion?: boolean;
   /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
@@ -84,7 +87,7 @@ const announcedMs = 1000;
 
 /** The handlers of CSI's Node service. */
 export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
-  const { host, attacher, locks, parseId } = options;
+  const { host, attacher, locks, parseId, allowSystemPaths = false } = options;
   const inline = options.inline ?? inlineVolumes({ ...options, volumes: undefined });
   const probe = conditionProbe(host);
 
@@ -110,6 +113,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       host.pending.assertNothingOwed(id.uuid, `${action} ${id.uuid}`);
 
       const path = await canonicalPath(host, given);
+      if (path !== undefined) assertMountPath(`${action} ${id.uuid}`, "staging_target_path", path, allowSystemPaths);
       // What is mounted is not looked at: a file system that is shut down answers with an error (seen with xfs).
       const isMounted = path !== undefined && mountsAt(await mountTable(host), path).length > 0;
       const kind = path === undefined ? "absent" : isMounted ? "directory" : await kindOnDisk(path);
@@ -119,6 +123,13 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           `Cannot ${action} ${id.uuid}: the staging path "${given}" is ${
             kind === "absent" ? "missing" : "not a directory"
           }, the orchestrator has to make it`,
+        );
+      }
+      if (access.type === "mount" && !isMounted && !await isEmptyDirectory(host, path)) {
+        throw new StatusError(
+          "FAILED_PRECONDITION",
+          `Cannot ${action} ${id.uuid}: the staging path "${given}" holds files of the node's own disk, which the mount ` +
+            `would hide; move them away`,
         );
       }
       await stageVolume(options, ctx, {
@@ -201,6 +212,16 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const target = await canonicalPath(host, givenTarget);
       if (target === undefined) throw refuse(`the directory of the target path "${givenTarget}" is missing`);
       const staging = await canonicalPath(host, givenStaging);
+      assertMountPath(`${action} ${id.uuid}`, "target_path", target, allowSystemPaths);
+      if (target === staging) {
+        throw new StatusError(
+          "INVALID_ARGUMENT",
+          `Cannot ${action} ${id.uuid}: target_path and staging_target_path are both "${target}"`,
+        );
+      }
+      if (staging !== undefined) {
+        assertMountPath(`${action} ${id.uuid}`, "staging_target_path", staging, allowSystemPaths);
+      }
       const secrets = new Secrets(request.secrets);
       const wanted = { action, volumeId, id, access, namespace, secrets, mkfsOptions: "", isRepair: true } as const;
       const device = await stagedDevice(ctx, wanted, staging, refuse);
