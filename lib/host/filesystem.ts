@@ -382,7 +382,7 @@ export async function contentOf(
   }
 
   const read = readerOf(host, ctx, now, action);
-  const type = await typeOf(host, ctx, now, read, action);
+  const type = await typeOf(host, ctx, now, action);
   if (await isHalfMade(read, now, type)) return { kind: "unfinished" };
   if (type === "crypto_LUKS") return { kind: "luks" };
   if (type !== undefined) {
@@ -424,12 +424,11 @@ async function typeOf(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  read: Reader,
   action: string,
 ): Promise<FsType | "crypto_LUKS" | undefined> {
   const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
-  const probe = (...types: string[]) =>
-    probeSignatures(host, ctx, device, types.length === 0 ? [] : ["-n", types.join(",")], action);
+  const read = readerOf(host, ctx, device, action);
+  const probe = (...types: string[]) => probeSignatures(host, ctx, device, { types, action });
   const all = await probe();
   const tableError = refuse(`${device.path} holds a partition table (${all.partitions}), it is left alone`);
   const hasPartitions = all.partitions !== undefined && (all.partitions !== "dos" || !await hasNoPartition(read));
@@ -469,14 +468,14 @@ interface Signatures {
   readonly isNothing: boolean;
 }
 
-/** Asks `blkid -p`; throws UNAVAILABLE for an answer that is none. */
+/** Asks `blkid -p` for these types, for all if there are none; throws UNAVAILABLE for an answer that is none. */
 async function probeSignatures(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  filter: readonly string[],
-  action: string,
+  { types, action }: { readonly types: readonly string[]; readonly action: string },
 ): Promise<Signatures> {
+  const filter = types.length === 0 ? [] : ["-n", types.join(",")];
   const args = ["-p", ...filter, "-s", "TYPE", "-s", "PTTYPE", "-o", "export", device.path];
   const probed = await host.run("blkid", args, { signal: ctx.signal, onAbort: "kill", log: ctx.log });
   // blkid(8): 2 is "nothing found", 8 "ambivalent".

@@ -1,16 +1,15 @@
 /**
- * Marks a device while mkfs works on it, so that a mkfs that was killed half-way is known for one and begun again.
+ * Marks a device while mkfs runs, so that a mkfs that was killed half-way is recognised and run again.
  *
- * What such a mkfs leaves is neither blank nor a file system. ext4 writes its super block last, and the blocks before it
- * belong to nobody; xfs and btrfs zero what tells at the beginning of a second attempt. So the driver writes a mark, before
- * mkfs, on a device that is proved blank, and erases it after mkfs, before anything else can write to the device: before the
- * first mount, and before a pod gets the device itself.
+ * Such a mkfs leaves a device that is neither blank nor a file system. ext4 writes its super block last, and nothing in the
+ * blocks before it tells whose they are. xfs and btrfs say from the start that they are unfinished, but a second attempt
+ * erases that first. So the driver writes a mark before mkfs, on a device that is proved blank. It erases the mark after
+ * mkfs, before anything else can write to the device: before the first mount, and before a pod gets the device itself.
  *
  * The mark is a block of 4 KiB about 2 MiB before the end of the device. No mkfs writes there (seen with e2fsprogs 1.47,
- * xfsprogs 6.1 and btrfs-progs 6.2): all of them zero the head, and at the end btrfs zeroes 2 MiB, xfs and
- * ext4 up to 128 KiB;
- * their own blocks are at the beginnings of groups and chunks. Where the layout is so unusual that one is written over the
- * mark, a half-made file system is refused, as anything is that is not provably blank.
+ * xfsprogs 6.1 and btrfs-progs 6.2): each zeroes the head, and at the end btrfs zeroes 2 MiB, xfs and ext4 up to 128 KiB;
+ * their own blocks are at the beginnings of groups and chunks. If an unusual layout overwrites the mark, a half-made file
+ * system is refused, like everything that is not provably blank.
  *
  * The mark holds the namespace UUID and the size, so that a clone or snapshot of a half-made volume is not taken for one of
  * ours. It counts only where no file system is found, the head is as each mkfs leaves it until the end, and no sample of the
