@@ -406,6 +406,32 @@ for (const fsType of ["xfs", "btrfs"] as const) {
   });
 }
 
+for (const fsType of ["xfs", "btrfs"] as const) {
+  Deno.test({
+    name: `promise 1: what looks like a half-made ${fsType} of an earlier version is refused when it holds data`,
+    ignore,
+    fn: () =>
+      withDisk(320, async (disk) => {
+        const { machine, namespace } = disk;
+        await disk.mount({ ...wish, fsType });
+        await machine.tool("umount", disk.path);
+        if (fsType === "xfs") await write(namespace.path, 126, new Uint8Array([1]));
+        else await leaveHalfMadeBtrfs(disk);
+        await write(namespace.path, 300 * mib, crypto.getRandomValues(new Uint8Array(64 << 10)));
+        await write(namespace.path, 319 * mib, garbage);
+        const before = await copyOf(disk);
+
+        await rejects(
+          disk.mount({ ...wish, fsType }),
+          "FAILED_PRECONDITION",
+          /is not blank and|mount failed with exit/,
+        );
+
+        await assertSame(disk, before);
+      }),
+  });
+}
+
 /** The super block of a mkfs.btrfs that the earlier version gave a UUID. */
 async function leaveHalfMadeBtrfs({ namespace }: Disk): Promise<void> {
   await write(namespace.path, (64 << 10) + 32, Uint8Array.fromHex(fileSystemUuid(uuid).replaceAll("-", "")));

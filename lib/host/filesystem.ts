@@ -36,7 +36,7 @@ import {
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
 import { firstNonZero, samplesOf } from "./samples.ts";
 import { hasLuksHeader, hasNoPartition, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
-import { eraseMark, isUnfinished, markOffset, wasUnfinishedWhenSmaller, writeMark } from "./unfinished.ts";
+import { eraseMark, holdsData, isUnfinished, markOffset, wasUnfinishedWhenSmaller, writeMark } from "./unfinished.ts";
 
 /** The file systems that a volume can be given. */
 export const fsTypes = ["ext4", "xfs", "btrfs"] as const;
@@ -551,13 +551,13 @@ async function isHalfMade(
   const ours = fileSystemUuid(device.uuid);
   // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.
   const xfs = await read(0n, 4096);
-  const xfsMagic = textAt(xfs, 0, 4);
-  if ((xfsMagic === "XFSB" || xfsMagic === "\0\0\0\0") && uuidAt(xfs, 32) === ours && xfs[126] === 1) return true;
-  if (mountable === "xfs") return false;
+  const isXfs = ["XFSB", "\0\0\0\0"].includes(textAt(xfs, 0, 4)) && uuidAt(xfs, 32) === ours && xfs[126] === 1;
+  if (isXfs || mountable === "xfs") return isXfs && !await holdsData(read, device);
   // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at
   // 32, magic at 64 of the super block.
   const btrfs = await read(65536n, 4096);
-  return uuidAt(btrfs, 32) === ours && textAt(btrfs, 64, 8) === "!BHRfS_M";
+  if (uuidAt(btrfs, 32) !== ours || textAt(btrfs, 64, 8) !== "!BHRfS_M") return false;
+  return !await holdsData(read, device);
 }
 
 // ---------------------------------------------------------------------------------------------------- making, checking

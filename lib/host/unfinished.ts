@@ -91,10 +91,11 @@ export async function wasUnfinishedWhenSmaller(read: DeviceReader, device: Block
 }
 
 /**
- * Whether a marked device has, where it is looked at, what no mkfs writes: text, or blocks without gaps, as compressed, encrypted
- * and random data are. For a device that was used as it is and whose content imitates the mark.
+ * Whether a device with a half-made file system has, where it is looked at, what no mkfs writes: text, or blocks without
+ * gaps, as compressed, encrypted and random data are. For a device that was used as it is and whose content imitates a
+ * half-made file system.
  */
-async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boolean> {
+export async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boolean> {
   const own = markOffset(device);
   for (const { offsetBytes, lengthBytes } of partsOf(device.sizeBytes)) {
     const bytes = await read(offsetBytes, lengthBytes);
@@ -103,7 +104,8 @@ async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boole
     for (let at = first - first % unitBytes; at < bytes.length; at += unitBytes) {
       const place = offsetBytes + BigInt(at);
       if (own !== undefined && place >= own && place < own + BigInt(markBytes)) continue;
-      if (isData(bytes.subarray(at, at + unitBytes))) return true;
+      const unit = bytes.subarray(at, at + unitBytes);
+      if (firstNonZero(unit) !== undefined && isData(unit)) return true;
     }
   }
   return false;
