@@ -40,6 +40,7 @@ import {
   Secrets,
   sleep,
   timeLimit,
+  unlessAborted,
 } from "./lib/context.ts";
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
 import { parsePoseidonId, parseVolumeId } from "./lib/id.ts";
@@ -680,7 +681,7 @@ async function warnOfProblems(settings: Settings<typeof nodeOptions>, log: Logge
     const { linuxHost } = await import("./lib/host/host.ts");
     const { sysfs, dev, backend, "node-id": nodeId } = settings;
     const ctx = backgroundContext("look at this machine", log, longestLookMs, signal);
-    const checks = await machineChecks(ctx, {
+    const looking = machineChecks(ctx, {
       // Without metrics: these commands are no work of the driver.
       host: linuxHost({ log, sysfsRoot: sysfs, devRoot: dev }),
       nodeId,
@@ -691,7 +692,8 @@ async function warnOfProblems(settings: Settings<typeof nodeOptions>, log: Logge
       isOurs: isSubsystemOf(backend),
       defaultFsType: settings["default-fs"],
     });
-    if (signal.aborted) return;
+    // A mount that does not answer must not keep the rest back for ever.
+    const checks = await unlessAborted(looking, ctx.signal);
     // A simulated machine has no modules.
     const isThisMachine = sysfs === nodeOptions.sysfs.fallback && dev === nodeOptions.dev.fallback;
     logProblems(log, checks.filter(({ name }) => isThisMachine || name !== "NVMe/TCP"));
