@@ -160,6 +160,21 @@ for (const [system, open] of Object.entries(deployments)) {
     await eventually("nothing is left", () => JSON.stringify(t.leftovers()) === JSON.stringify(nothing));
   });
 
+  Deno.test(`promise 30: ${system} tells the scheduler its capacity as each csi-provisioner asks for it`, async () => {
+    await using t = await open(true);
+    const { controller: { call }, parameters } = t;
+    const capacityFor = async (request: object) =>
+      (await call(method.getCapacity, { parameters, accessibleTopology: { segments: {} }, ...request }))
+        .availableCapacity;
+    const unknown = { accessType: { case: "mount" as const, value: {} }, accessMode: { mode: Mode.UNKNOWN } };
+
+    const free = await capacityFor({});
+    ok(free > 0n);
+    strictEqual(await capacityFor({ volumeCapabilities: [unknown] }), free);
+    const shared = await capacityFor({ volumeCapabilities: [block(Mode.MULTI_NODE_MULTI_WRITER)] });
+    strictEqual(shared, t.sharesVolumes ? free : 0n);
+  });
+
   Deno.test(`a volume for several nodes on ${system} is shared or refused by name, never half`, async () => {
     await using t = await open(false);
     const { controller: { call }, parameters, secrets } = t;
