@@ -946,6 +946,33 @@ Deno.test("limits of a volume in use change, others than those given stay", asyn
   await rejects(modify({ maxbw: "60" }) ?? Promise.resolve(), refuses("FAILED_PRECONDITION", /4601 .*fe_qos\.enable/));
 });
 
+Deno.test("promise 13: lists of PoseidonOS show a volume under each ID that it may have, page by page", async () => {
+  await using sim = await startPoseidon();
+  const former = ["192.0.2.1:3000", "192.0.2.2:3000"];
+  const system = { name: "a", endpoint: sim.addresses.dagent, formerEndpoints: former, arrays: ["POSArray"] };
+  const files = { stamp: () => "1", read: () => JSON.stringify({ systems: [system] }) };
+  await using backend = poseidonBackend({ log: quiet, systems: knownSystems("/c.yaml", files, quiet) });
+  const made: string[] = [];
+  for (const [at, endpoint] of [sim.addresses.dagent, ...former].entries()) {
+    const [provisionerIP = "", provisionerPort = ""] = endpoint.split(":");
+    const parameters = { ...poseidonParameters(sim), provisionerIP, provisionerPort };
+    const wanted = { name: `pvc-${at}`, requiredBytes: gib, limitBytes: 0n, parameters };
+    made.push((await backend.createVolume(within(5000), none, wanted)).id);
+  }
+
+  for (const maxEntries of [0, 1, 2, 4, 9]) {
+    const seen: string[] = [];
+    for (let token = "", pages = 0; pages === 0 || token !== ""; pages++) {
+      const page = await backend.listing?.listVolumes(within(5000), { maxEntries, startingToken: token });
+      ok(page !== undefined && (maxEntries === 0 || page.entries.length <= maxEntries));
+      seen.push(...page.entries.map(({ id }) => id));
+      token = page.nextToken;
+    }
+    deepStrictEqual([seen.length, new Set(seen).size], [9, 9], `${maxEntries} each`);
+    deepStrictEqual(made.filter((id) => !seen.includes(id)), []);
+  }
+});
+
 Deno.test("promise 13: IDs of before a DAgent moved lead to where it is now", async () => {
   await using sim = await startPoseidon();
   const text =

@@ -2,13 +2,14 @@
  * Lists of volumes and the space that is left, on the arrays of the cluster file.
  *
  * Kubernetes compares volume IDs as texts. So an ID in a list is written as CreateVolume wrote it for a StorageClass whose
- * `provisionerIP` and `provisionerPort` are the `idEndpoint` of the system in the file. PoseidonOS lists a whole array at
+ * `provisionerIP` and `provisionerPort` are the `idEndpoint` of the system in the file; and where the file names former
+ * endpoints, a volume has an entry for each of them too, of which Kubernetes takes the one that it knows. PoseidonOS lists a whole array at
  * once, 256 volumes at most; a token names the array and the last volume of the page before it, nothing is kept in between.
  */
 import { createHash } from "node:crypto";
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
-import { isUuid, type PoseidonVolumeId } from "../id.ts";
+import { formatEndpoint, isUuid, type PoseidonVolumeId } from "../id.ts";
 import type { Capacity, Listing, Page, PageWanted, Volume } from "./backend.ts";
 import { AnswerPage } from "./listing_page.ts";
 import type { KnownSystem, KnownSystems } from "./poseidon_config.ts";
@@ -45,8 +46,16 @@ export function poseidonListing(dagents: Dagents, systems: KnownSystems, toVolum
     const dagent = dagents.at(system.endpoint);
     const { array, volumes } = await readVolumes(ctx, dagent, action, name);
     const subsystems = await readSubsystems(ctx, dagent, action);
-    return volumes.map((volume) => toVolume({ endpoint: system.idEndpoint, array: name }, array, volume, subsystems))
-      .sort((a, b) => a.uuid < b.uuid ? -1 : 1);
+    const endpoints = new Map(
+      [system.idEndpoint, ...system.formerEndpoints].map((endpoint) => [formatEndpoint(endpoint), endpoint]),
+    );
+    return volumes.toSorted((a, b) => a.uuid < b.uuid ? -1 : 1).flatMap((volume) =>
+      [...endpoints.values()].map((endpoint, at) => ({
+        volume: toVolume({ endpoint, array: name }, array, volume, subsystems),
+        /** How many entries of this volume are answered with this one; undefined: all. */
+        answered: at + 1 === endpoints.size ? undefined : at + 1,
+      }))
+    );
   };
   const list = async (
     ctx: RequestContext,
@@ -61,15 +70,17 @@ export function poseidonListing(dagents: Dagents, systems: KnownSystems, toVolum
         array,
       }))
     );
-    const start = startingToken === "" ? { at: 0, after: "" } : startOf(action, places, startingToken);
+    const start = startingToken === ""
+      ? { at: 0, after: "", answered: undefined }
+      : startOf(action, places, startingToken);
     const answer = new AnswerPage<Volume>(maxEntries);
     let nextToken = "";
     for (const [at, place] of places.entries()) {
       if (at < start.at) continue;
-      for (const volume of await volumesAt(ctx, action, place)) {
-        if ((at === start.at && volume.uuid <= start.after) || !belongs(volume)) continue;
+      for (const { volume, answered } of await volumesAt(ctx, action, place)) {
+        if ((at === start.at && isAnswered(start, volume.uuid, answered)) || !belongs(volume)) continue;
         if (!answer.add(volume)) return { entries: answer.entries, nextToken };
-        nextToken = `${place.key}.${volume.uuid}`;
+        nextToken = `${place.key}.${volume.uuid}${answered === undefined ? "" : `.${answered}`}`;
       }
     }
     return { entries: answer.entries, nextToken: "" };
@@ -81,14 +92,25 @@ export function poseidonListing(dagents: Dagents, systems: KnownSystems, toVolum
   };
 }
 
-function startOf(
-  action: string,
-  places: readonly Place[],
-  token: string,
-): { readonly at: number; readonly after: string } {
-  const [key, after = ""] = token.split(".", 2);
+/** Where a page starts: at an array, behind a volume of it, or behind so many of that volume's entries. */
+interface Start {
+  readonly at: number;
+  readonly after: string;
+  readonly answered: number | undefined;
+}
+
+/** Whether an entry was on an earlier page. */
+function isAnswered(start: Start, uuid: string, answered: number | undefined): boolean {
+  if (uuid !== start.after || start.answered === undefined) return uuid <= start.after;
+  return answered !== undefined && answered <= start.answered;
+}
+
+function startOf(action: string, places: readonly Place[], token: string): Start {
+  const [key, after = "", answered] = token.split(".", 3);
   const at = places.findIndex((place) => place.key === key);
-  if (at >= 0 && isUuid(after)) return { at, after };
+  if (at >= 0 && isUuid(after) && (answered === undefined || /^[1-9]\d{0,5}$/.test(answered))) {
+    return { at, after, answered: answered === undefined ? undefined : Number(answered) };
+  }
   throw new StatusError(
     "ABORTED",
     `Cannot ${action}: starting_token "${token}" is not one that leads on now, begin again without one`,
