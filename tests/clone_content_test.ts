@@ -298,8 +298,9 @@ Deno.test({
     const { target } = await env.stage(origin, mountCapability("ext4"));
     await write(target, { first: "1" });
     const source: ContentSource = { type: "volume", id: origin.id };
-    env.sim.control.fail({ rpc: "CreateVolume", code: "UNAVAILABLE" });
+    env.sim.control.fail({ rpc: "CreateVolume", count: 0, code: "UNAVAILABLE" });
     await assert.rejects(env.create("copy", 1, source), (error) => hasCode(error, "UNAVAILABLE"));
+    env.sim.control.clearFaults();
     await write(target, { second: "2" });
 
     const copy = await env.create("copy", 1, source);
