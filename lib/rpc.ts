@@ -769,8 +769,14 @@ function wordsWithoutAnswer(details: string, httpStatus: number, contentType: st
 function credentials({ address, tls: trust }: ChannelOptions): grpc.ChannelCredentials {
   if (trust === undefined) return grpc.credentials.createInsecure();
   const ca = trust.ca === undefined ? null : Buffer.from(trust.ca);
-  const certificateProblem = (certificate: tls.PeerCertificate) =>
-    tls.checkServerIdentity(nameOf(address, trust), certificate) ?? pinProblem(trust.pins, certificate);
+  const certificateProblem = (certificate: tls.PeerCertificate) => {
+    try {
+      return tls.checkServerIdentity(nameOf(address, trust), certificate) ?? pinProblem(trust.pins, certificate);
+    } catch (cause) {
+      // TLS asks in an event callback, where nobody could catch it.
+      return new Error(`the server's certificate cannot be checked (${messageOf(cause)})`, { cause });
+    }
+  };
   const leaves = trust.verify ? signedByOthers(trust.ca) : new Set<string>();
   const made = grpc.credentials.createSsl(ca, null, null, {
     rejectUnauthorized: trust.verify && leaves.size === 0,
