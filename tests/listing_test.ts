@@ -293,6 +293,17 @@ Deno.test("a page of ListVolumes costs one management call", async () => {
   }
 });
 
+Deno.test("ListVolumes of as many volumes as fit into one answer ends, maybe with an empty page", async () => {
+  await using env = await start({ capacityBytes: 1n << 60n, behaviour: behaviour() });
+  await makeMany(env.simulator, mostEntries);
+
+  const first = await env.listed({ maxEntries: mostEntries });
+  const rest = await env.listed({ maxEntries: mostEntries, startingToken: first.nextToken });
+
+  strictEqual(new Set(first.ids).size, mostEntries);
+  deepStrictEqual([rest.ids, rest.nextToken], [[], ""]);
+});
+
 Deno.test("promise 13: ListVolumes shows a volume under each ID that it may have, page by page", async () => {
   await using simulator = await startSimulator();
   const former = ["198.51.100.1:443,198.51.100.2:443", "198.51.100.7:443"];

@@ -193,7 +193,10 @@ const snapshotsIn: Kind<LightosSnapshot, Snapshot> = {
       : [],
 };
 
-/** One page of what is in `places`. Reads one object more than it answers, so that a token always leads to something. */
+/**
+ * One page of what is in `places`. Where LightOS lets it, it reads one object more than it answers, so that a token leads to
+ * something; a page as large as LightOS' own is not worth a second call for that, and its token may lead to an empty page.
+ */
 async function page<Raw extends { readonly UUID: string }, Entry extends Volume | Snapshot>(
   ctx: RequestContext,
   action: string,
@@ -230,6 +233,7 @@ async function page<Raw extends { readonly UUID: string }, Entry extends Volume 
         after = uuid;
       }
       if (found.length === 0) break;
+      if (answer.room === 0 && found.length === longestPage) return { entries: answer.entries, nextToken };
       if (after === offset) {
         throw new StatusError(
           "INTERNAL",

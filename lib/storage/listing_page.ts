@@ -4,11 +4,8 @@
  */
 import type { Snapshot, Volume } from "./backend.ts";
 
-/**
- * Most entries in one answer. LightOS gives 1000 objects at a time, and one of them only shows that there are more: so a page
- * costs one call.
- */
-export const mostEntries = 999;
+/** Most entries in one answer: as many as LightOS gives objects at a time, so that a page costs one call. */
+export const mostEntries = 1000;
 /** Most bytes in one answer, as far as `entryBytes` knows them. */
 export const mostBytes = 3 << 20;
 
