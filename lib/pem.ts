@@ -63,7 +63,7 @@ function read(text: string): PemCertificates {
 /** The certificate (DER) of one block, or what is wrong with it. */
 function readBlock(body: string | undefined): Uint8Array | string {
   if (body === undefined) return "has no END line";
-  // Whoever pastes a text into YAML may indent it.
+  // A text that was pasted into YAML may be indented.
   const base64 = body.replace(/\s+/g, "");
   if (base64 === "") return "is empty";
   if (!/^[A-Za-z0-9+/]+={0,2}$/.test(base64) || base64.length % 4 !== 0) return "is not base64";

@@ -525,7 +525,7 @@ export class CallError extends Error {
 export interface Trust {
   /**
    * PEM certificates to trust instead of the built-in ones, as `readPem` answers them. A server that shows one of them is
-   * trusted, whoever has signed it.
+   * trusted, no matter which CA has signed it.
    */
   readonly ca?: string;
   /** False accepts any certificate. */
