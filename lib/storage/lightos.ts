@@ -236,7 +236,10 @@ async function createVolume(
       ({ UUID, projectName }) => cluster.call(ctx, action, DurosAPI.method.getVolume, { UUID, projectName }),
     );
     if (created === undefined) continue;
-    refuseMisfit(cluster, action, wanted, leastBytes, { created, isOurs: isOurs && origin === undefined });
+    refuseMisfit(action, cluster.lastAddress, created, {
+      name: wanted.name,
+      ...(isOurs && origin === undefined ? { leastBytes, limitBytes: wanted.limitBytes } : {}),
+    });
     const differences = differencesOf(created, wanted, parameters, leastBytes);
     if (!isOurs) {
       const difference = origin === undefined
@@ -277,22 +280,22 @@ async function createVolume(
 /**
  * Throws INTERNAL for a volume that cannot be the one that LightOS has made for this name.
  *
- * @param isOurs it was made just now and empty, so that its size is not another request's or its source's
+ * @param address of the endpoint that shows it
+ * @param asked with sizes when it was made just now and empty: else the size is another request's, or its source's
  */
 function refuseMisfit(
-  cluster: Cluster,
   action: string,
-  { name, limitBytes }: VolumeWanted,
-  leastBytes: bigint,
-  { created, isOurs }: { readonly created: LightosVolume; readonly isOurs: boolean },
+  address: string,
+  created: LightosVolume,
+  asked: { readonly name: string; readonly leastBytes?: bigint; readonly limitBytes?: bigint },
 ): void {
   const refuse = (problem: string) =>
     new StatusError(
       "INTERNAL",
-      `Cannot ${action}: LightOS at ${cluster.lastAddress} shows the new volume ${created.UUID} with ${problem}`,
+      `Cannot ${action}: LightOS at ${address} shows the new volume ${created.UUID} with ${problem}`,
     );
+  const { name, leastBytes = 0n, limitBytes = 0n } = asked;
   if (created.name !== name) throw refuse(`name ${JSON.stringify(created.name)}`);
-  if (!isOurs) return;
   if (created.size < leastBytes) throw refuse(`${created.size} bytes, asked are ${leastBytes}`);
   if (limitBytes !== 0n && created.size > limitBytes) {
     throw refuse(`${created.size} bytes, asked are at most ${limitBytes}`);

@@ -575,22 +575,18 @@ class Connections implements Disposable {
     if (!this.#isAnotherReady(member)) return await channel.call(method, request, options);
     const halfMs = Math.max(1000, (ctx.deadline.getTime() - Date.now()) / 2);
     using limit = timeLimit(ctx.signal, halfMs);
-    return await callUnlessSilent(
-      channel,
-      method,
-      request,
-      { ...options, signal: limit.signal },
-      Math.min(silenceMs, halfMs),
-    );
+    const patienceMs = Math.min(silenceMs, halfMs);
+    return await callUnlessSilent(channel, method, request, { ...options, signal: limit.signal, patienceMs });
   }
 
   /** What an attempt that failed means for its member and for the call. */
   #failed<I extends DescMessage, O extends DescMessage>(
-    { action, method, credentials }: ApiCall<I, O>,
+    call: ApiCall<I, O>,
     member: Member,
     channel: Channel,
     { failure, mayBeDone }: { readonly failure: CallError; readonly mayBeDone: boolean },
   ): Exclude<Attempt<MessageShape<O>>, { kind: "answer" }> {
+    const { action, method } = call;
     const address = formatEndpoint(member.endpoint);
     const details = failure.message;
     if (failure.origin === "too large") {
@@ -598,7 +594,7 @@ class Connections implements Disposable {
       throw new LightosError("UNAVAILABLE", message, mayBeDone, { isTooLarge: true });
     }
     if (failure.origin === "server") {
-      const error = answered(action, address, method.name, failure, credentials, mayBeDone);
+      const error = answered(call, address, failure, mayBeDone);
       if (!illCodes.has(failure.code)) {
         member.failures = 0;
         this.#current = member;
@@ -703,17 +699,16 @@ function newMember(endpoint: Endpoint): Member {
  * Sends a change and waits for its answer as long as the server gives signs of life: a change may take its time, and a
  * server that has gone silent must not use up the time of the others.
  *
- * @param patienceMs how long the server may give no sign of life
+ * @param options `patienceMs` is how long the server may give no sign of life
  * @throws what `Channel.call` throws; DOMException when the server is silent
  */
 async function callUnlessSilent<I extends DescMessage, O extends DescMessage>(
   channel: Channel,
   method: DescMethodUnary<I, O>,
   request: MessageInitShape<I>,
-  options: CallOptions,
-  patienceMs: number,
+  options: CallOptions & { readonly patienceMs: number },
 ): Promise<MessageShape<O>> {
-  const { signal } = options;
+  const { signal, patienceMs } = options;
   const stop = new AbortController();
   const follow = () => stop.abort(signal.reason);
   if (signal.aborted) follow();
@@ -783,17 +778,15 @@ function withoutSecrets(text: string, request: unknown, { jwt }: Credentials): s
 }
 
 /** @param mayBeDone it was a change, so that a server which broke off in the middle may have made it */
-function answered(
-  action: string,
+function answered<I extends DescMessage, O extends DescMessage>(
+  { action, method, credentials }: ApiCall<I, O>,
   address: string,
-  method: string,
   { code, message: details }: CallError,
-  credentials: Credentials,
   mayBeDone: boolean,
 ): LightosError {
   const isRefused = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED";
   const token = isRefused ? `; JWT: ${credentials.source}${lifeOf(credentials)}` : "";
-  const message = `Cannot ${action}: LightOS at ${address} answered ${method} with ${code}: ${details}${token}`;
+  const message = `Cannot ${action}: LightOS at ${address} answered ${method.name} with ${code}: ${details}${token}`;
   const known = code === "UNKNOWN" || code === "DATA_LOSS" ? "INTERNAL" : code;
   return new LightosError(known, message, mayBeDone && illCodes.has(code));
 }
