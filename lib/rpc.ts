@@ -8,6 +8,7 @@
  */
 import { unreadableCertificates } from "./peer_certificate.ts";
 import { wasCalmedSince } from "./goaway.ts";
+import "./stream_limit.ts";
 import grpc from "@grpc/grpc-js";
 import { createHash, X509Certificate } from "node:crypto";
 import { chmodSync, lstatSync, mkdirSync, statSync, unlinkSync } from "node:fs";
@@ -99,6 +100,10 @@ export interface Server {
   stop(graceMs: number): Promise<void>;
 }
 
+/** Sidecars keep one each; kubelet opens one for each call, and a call for a hung volume can last minutes. */
+const mostConnections = 1000;
+/** external-provisioner has 100 workers on its connection. */
+const mostCallsOfConnection = 128;
 /** A call without a deadline is given this one. */
 const longestCallMs = 10 * 60 * 1000;
 const statusNumbers = grpc.status as unknown as Readonly<Record<string, number>>;
@@ -113,7 +118,10 @@ const statusNumbers = grpc.status as unknown as Readonly<Record<string, number>>
  *   removed
  */
 export async function serve(options: ServeOptions): Promise<Server> {
-  const server = new grpc.Server({ "grpc.max_receive_message_length": 16 << 20 });
+  const server = new grpc.Server({
+    "grpc.max_receive_message_length": 16 << 20,
+    "grpc.max_concurrent_streams": mostCallsOfConnection,
+  });
   const running = new Set<Promise<void>>();
   const state = { draining: false, calls: 0 };
   for (const { description, handlers } of options.services) {
@@ -137,6 +145,11 @@ export async function serve(options: ServeOptions): Promise<Server> {
   const injector = server.createConnectionInjector(grpc.ServerCredentials.createInsecure());
   const connections = new Set<Duplex>();
   const accept = (connection: Duplex) => {
+    if (connections.size >= mostConnections) {
+      options.log.warning("refused a connection, there are too many", { error: `${mostConnections} are open` });
+      connection.destroy();
+      return;
+    }
     connections.add(connection);
     connection.on("error", () => {}); // The close event follows, and grpc-js ends the calls of a lost connection.
     connection.on("close", () => connections.delete(connection));

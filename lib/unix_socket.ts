@@ -14,7 +14,12 @@ export interface UnixListener {
   close(): void;
 }
 
-const chunkBytes = 64 << 10;
+/**
+ * A read that waits holds its buffer, so an idle connection has a small one. It grows while reads fill it, and shrinks when
+ * they do not.
+ */
+const leastChunkBytes = 1 << 10;
+const mostChunkBytes = 64 << 10;
 /** Before the next try to accept after one that failed, as all do while the process has no descriptor left. */
 const pauseMs = 100;
 
@@ -77,6 +82,7 @@ export async function answers(path: string): Promise<boolean> {
 /** A connection as a stream, which owns it from now on. When the other side ends, so do we. */
 function streamOf(connection: Deno.UnixConn): Duplex {
   let reading = false;
+  let chunkBytes = leastChunkBytes;
   const stream = new Duplex({
     allowHalfOpen: false,
     read() {
@@ -86,6 +92,8 @@ function streamOf(connection: Deno.UnixConn): Duplex {
       const buffer = new Uint8Array(chunkBytes);
       connection.read(buffer).then((bytes) => {
         reading = false;
+        if (bytes === chunkBytes) chunkBytes = Math.min(chunkBytes * 4, mostChunkBytes);
+        else if ((bytes ?? 0) < chunkBytes / 4) chunkBytes = Math.max(chunkBytes / 4, leastChunkBytes);
         stream.push(bytes === null ? null : Buffer.from(buffer.buffer, 0, bytes));
       }, (error) => stream.destroy(error));
     },

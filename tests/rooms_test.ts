@@ -44,7 +44,7 @@ const mayImportTypes: Readonly<Record<string, readonly string[]>> = {
 /** What has one place. `node:fs` and its like are `Deno.` under another name. */
 const places: readonly (readonly [what: RegExp, where: readonly string[]])[] = [
   [/^npm:@grpc\//, ["lib/rpc.ts"]],
-  [/^node:http2$/, ["lib/goaway.ts"]],
+  [/^node:http2$/, ["lib/goaway.ts", "lib/stream_limit.ts"]],
   [/^node:tls$/, ["lib/rpc.ts", "lib/peer_certificate.ts", "lib/sim/"]],
   [/^node:(fs|fs\/promises|child_process|os|net|http|https|dgram|process)$/, [
     "lib/rpc.ts",
