@@ -12,7 +12,7 @@ interface Entry {
   readonly bytes: bigint;
 }
 
-/** What an object counts as, read from it anew by each `put`. */
+/** What an object counts as, read from it again by each `put`. */
 export interface Traits<T> {
   /** UUID of what it was made from, for `madeFrom`. */
   source(object: T): string | undefined;
