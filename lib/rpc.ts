@@ -585,8 +585,10 @@ export class Channel implements Disposable {
       "grpc.enable_http_proxy": 0,
       // Two channels to one server must be two connections: dropping one is how fail-over is done.
       "grpc.use_local_subchannel_pool": 1,
-      "grpc.keepalive_time_ms": 10_000,
-      "grpc.keepalive_timeout_ms": 10_000,
+      // A local server cannot vanish without a word, and one that is slow to answer must not lose the calls it works on.
+      ...(options.address.startsWith("unix:")
+        ? {}
+        : { "grpc.keepalive_time_ms": 10_000, "grpc.keepalive_timeout_ms": 10_000 }),
       "grpc.initial_reconnect_backoff_ms": 1000,
       "grpc.max_reconnect_backoff_ms": 7000,
       "grpc.max_receive_message_length": longestAnswerBytes,

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { createLogger } from "../lib/context.ts";
+import { createLogger, sleep } from "../lib/context.ts";
 import { controllerHandlers } from "../lib/csi/controller.ts";
 import { nodeHandlers } from "../lib/csi/node.ts";
 import type { StatusCode } from "../lib/error.ts";
@@ -147,14 +147,30 @@ interface Volume {
 
 const longestCallMs = 900_000;
 
+/**
+ * Calls as an orchestrator does: a call whose connection was lost is sent again until it is known what became of it. On a
+ * machine that is busy with other work this process, with both ends in it, can be late for its own keepalive.
+ */
 async function call<I extends DescMessage, O extends DescMessage>(
   channel: Channel,
   method: DescMethodUnary<I, O>,
   request: MessageInitShape<I>,
 ): Promise<MessageShape<O>> {
-  // Against a call that never ends, and no measure of speed: the machine may have other work for all of its processors.
+  // Against a call that never ends, and no measure of speed.
   const until = { signal: AbortSignal.timeout(longestCallMs + 5000), deadline: new Date(Date.now() + longestCallMs) };
-  return await channel.call(method, request, until);
+  for (let wasLost = false;;) {
+    try {
+      return await channel.call(method, request, until);
+    } catch (error) {
+      if (!(error instanceof CallError)) throw error;
+      const isLost = error.code === "UNAVAILABLE" &&
+        (error.origin !== "server" || /was lost during|no LightOS management endpoint answers/.test(error.message));
+      // What was lost may still be running.
+      if (!isLost && !(wasLost && error.code === "ABORTED")) throw error;
+      wasLost = true;
+      await sleep(100, until.signal);
+    }
+  }
 }
 
 /** Does `work` for each item, with so many in flight. */

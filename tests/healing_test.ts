@@ -127,7 +127,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
     // A server that has no replica of these volumes.
     looked.host.anaStates.set(first, "inaccessible");
 
-    assert.deepEqual(await looked.look(1000), []);
+    assert.deepEqual(await looked.look(200), []);
   });
 
   Deno.test(`${who} rescans the connection whose announcement of a path was lost, and no other`, async () => {
@@ -137,7 +137,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
     looked.host.hidden.set(`${second} ${uuid}`, "lost");
 
     assert.deepEqual(await looked.look(2), []);
-    assert.deepEqual(await looked.look(1000), [`nvme ns-rescan ${second}`]);
+    assert.deepEqual(await looked.look(200), [`nvme ns-rescan ${second}`]);
     assert.notEqual(first, second);
     assert.ok(events(looked.lines).includes(`${second} asks for the namespaces of a connection again`));
   });
@@ -164,11 +164,11 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
     for (const name of names) host.hidden.set(`${name} ${other}`, "withdrawn");
     host.devices.splice(host.devices.findIndex((device) => device.namespace.uuid === other), 1);
 
-    const done = await looked.look(2000);
+    const done = await looked.look(900);
 
     assert.deepEqual(new Set(done), new Set(names.map((name) => `nvme ns-rescan ${name}`)));
     assert.equal(done.length, 16);
-    assert.deepEqual(await looked.look(2000), []);
+    assert.deepEqual(await looked.look(200), []);
     const last = "does no more about this connection unless something else goes wrong with it";
     assert.deepEqual(
       events(looked.lines).filter((event) => event.endsWith(last)).sort(),
@@ -185,7 +185,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
 
     assert.deepEqual(await looked.look(6), []);
     assert.deepEqual(await looked.look(1), [`nvme reset ${first}`]);
-    assert.deepEqual(await looked.look(1000), [`nvme reset ${second}`]);
+    assert.deepEqual(await looked.look(100), [`nvme reset ${second}`]);
     const [line] = looked.lines.filter(({ event }) => event === "resets a connection that gives no usable path");
     assert.match(line?.error ?? "", new RegExp(`^namespace ${uuid} has had no usable path for \\d+ s, and this`));
     assert.equal(line?.level, "warning");
@@ -197,7 +197,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
     const [first, second] = namesOf(looked);
     for (const name of [first, second]) host.anaStates.set(name, "inaccessible");
     const at: number[] = [];
-    for (let turn = 0; turn < 2000; turn++) {
+    for (let turn = 0; turn < 900; turn++) {
       const done = await looked.look(1);
       assert.ok(done.length <= 1, `at once: ${done.join(", ")}`);
       if (done.includes(`nvme reset ${first}`)) at.push(turn);
@@ -222,7 +222,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
     // The second one carries the other namespace only.
     host.hidden.set(`${second} ${uuid}`, "withdrawn");
 
-    const done = await looked.look(1000);
+    const done = await looked.look(100);
 
     assert.deepEqual(done.filter((command) => command.endsWith(foreign)), []);
     assert.deepEqual(new Set(done.filter((command) => /reset/.test(command))), new Set([`nvme reset ${first}`]));
@@ -272,7 +272,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
     assert.deepEqual(done.filter((command) => command.includes("disconnect")), []);
     assert.equal(done.length, 16);
     assert.ok(looked.lines.some(({ error }) => error === "refused, nothing listens there"));
-    assert.deepEqual(await looked.look(1000), []);
+    assert.deepEqual(await looked.look(200), []);
   });
 
   Deno.test(`${who} makes a connection again that is dead or has been deleting for ever`, async () => {
@@ -310,7 +310,7 @@ Deno.test("direct.tend does nothing about a namespace that was detached, when th
   host.remote.splice(host.remote.findIndex((namespace) => namespace.uuid === other), 1);
   host.devices.splice(host.devices.findIndex((device) => device.namespace.uuid === other), 1);
 
-  assert.deepEqual(await look(1000), []);
+  assert.deepEqual(await look(100), []);
 });
 
 Deno.test("the daemon does nothing about a namespace whose file was removed, when the cluster takes it away", async () => {
@@ -321,7 +321,7 @@ Deno.test("the daemon does nothing about a namespace whose file was removed, whe
   host.remote.splice(host.remote.findIndex((namespace) => namespace.uuid === other), 1);
   host.devices.splice(host.devices.findIndex((device) => device.namespace.uuid === other), 1);
 
-  assert.deepEqual(await look(1000), []);
+  assert.deepEqual(await look(100), []);
 });
 
 Deno.test("direct.tend rescans and resets live connections that do not show what a volume waits for, and then lets it be", async () => {
@@ -330,7 +330,7 @@ Deno.test("direct.tend rescans and resets live connections that do not show what
   for (const name of ["nvme0", "nvme1"]) host.hidden.set(`${name} ${uuid}`, "withdrawn");
   await attacher.attach(callContext(), namespace);
 
-  const done = await look(2000);
+  const done = await look(1000);
 
   for (const what of ["ns-rescan nvme0", "ns-rescan nvme1", "reset nvme0", "reset nvme1"]) {
     assert.equal(done.filter((command) => command === `nvme ${what}`).length, 8, what);
