@@ -62,6 +62,7 @@ import {
   parsePassphrases,
   requirePath,
   requireText,
+  statedCapability,
 } from "./request.ts";
 import { refuseMounted, type StageRequest, stageVolume, type StagingOptions, type VolumeOnNode } from "./staging.ts";
 
@@ -324,7 +325,8 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
           `Cannot ${action}: capacity_range from ${requiredBytes} to ${limitBytes} bytes makes no sense`,
         );
       }
-      if (request.volumeCapability !== undefined) parseCapability(action, request.volumeCapability);
+      const capability = statedCapability(request.volumeCapability);
+      if (capability !== undefined) parseCapability(action, capability);
       refuseInline(action, volumeId);
       const id = parseId(volumeId);
       const ctx = call.with({ volume: id.uuid });
