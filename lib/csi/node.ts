@@ -16,6 +16,7 @@ import {
 import { type RequestContext, Secrets, sleep } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
 import { usersOf } from "../host/attach.ts";
+import { reasonOf } from "../host/command_reason.ts";
 import { ensureGrown, fsTypes, troubleOf } from "../host/filesystem.ts";
 import { closeMapper, growMapper } from "../host/luks.ts";
 import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
@@ -535,7 +536,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     const args = ["-o", readOnly ? "bind,ro" : "bind", source, target];
     const result = await host.run("mount", args, { signal: ctx.signal, onAbort: "finish", log: ctx.log });
     if (result.code === 0) return;
-    const { code, message } = refuse(`mount failed with exit ${result.code} (${result.stderr.trim()})`);
+    const { code, message } = refuse(`mount failed with exit ${result.code} (${reasonOf("mount", result)})`);
     // Read-only takes it two steps. A final answer would make the orchestrator forget the first.
     const isThere = mountsAt(await mountTable(host), target).length > 0;
     throw new StatusError(isThere ? "UNAVAILABLE" : code, message);
@@ -560,7 +561,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     if (result.code === 0) return;
     throw new StatusError(
       "FAILED_PRECONDITION",
-      `Cannot make ${device.path} ${readOnly ? "read-only" : "writable"}: ${result.stderr.trim()}`,
+      `Cannot make ${device.path} ${readOnly ? "read-only" : "writable"}: ${reasonOf("blockdev", result)}`,
     );
   }
 
