@@ -271,13 +271,17 @@ Deno.test("Host.kindOf tells what a path is without following a link", async () 
   });
 });
 
-Deno.test("Host.lookUp sees whether a directory is there, whatever is in it", async () => {
+Deno.test("Host.lookUp asks a directory without a trace, and fails where there is none", async () => {
   await inDirectory(async (directory) => {
     const host = quietHost();
-    await Deno.writeTextFile(join(directory, "file"), "");
+    const file = join(directory, "file");
+    await Deno.writeTextFile(file, "");
 
-    assert.deepEqual([await host.lookUp(directory), await host.lookUp(join(directory, "none"))], [true, false]);
+    await host.lookUp(directory);
+
     assert.deepEqual(await host.list(directory), ["file"]);
+    await assert.rejects(host.lookUp(join(directory, "none")), Deno.errors.NotFound);
+    await assert.rejects(host.lookUp(file), /is not a directory/);
   });
 });
 

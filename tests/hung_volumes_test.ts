@@ -57,7 +57,7 @@ Deno.test("promise 26: 100 operations that block leave threads for paths and for
 Deno.test("promise 26: a bound holds for operations that block, and the error says what to do", async () => {
   await using silent = await silentFiles(300);
   const threads = new VolumeThreads();
-  const ends = silent.paths.map((path) => threads.run("readBytes", path, 0n, 1).then(() => "ok", (error) => error));
+  const ends = silent.paths.map((path) => threads.perform("readBytes", path, 0n, 1).then(() => "ok", (error) => error));
 
   const first = await Promise.race(ends);
 

@@ -157,11 +157,11 @@ export function linuxHost(options: LinuxHostOptions): Host {
       (await Deno.open(path, { write: true, create: true, mode: 0o640 })).close();
     },
     removeEmpty,
-    readBytes: (path, offsetBytes, lengthBytes) => threads.run("readBytes", path, offsetBytes, lengthBytes),
-    writeDevice: (path, offsetBytes, bytes) => threads.run("writeDevice", path, offsetBytes, bytes),
-    lookUp: (directory) => threads.run("lookUp", directory),
-    tryWrite: (directory) => threads.run("tryWrite", directory),
-    usage: (path) => threads.run("usage", path),
+    readBytes: (path, offsetBytes, lengthBytes) => threads.perform("readBytes", path, offsetBytes, lengthBytes),
+    writeDevice: (path, offsetBytes, bytes) => threads.perform("writeDevice", path, offsetBytes, bytes),
+    lookUp: (directory) => threads.perform("lookUp", directory),
+    tryWrite: (directory) => threads.perform("tryWrite", directory),
+    usage: (path) => threads.perform("usage", path),
     async list(directory) {
       // The kernel's own directories answer from memory, 100 times as fast without the detour over a thread.
       if (isKernelPath(roots, directory)) {

@@ -41,7 +41,7 @@ export class VolumeThreads {
    * @throws what the operation throws; StatusError UNAVAILABLE when so many operations are blocked that no other may be
    *   begun
    */
-  async run<N extends Name>(name: N, ...args: Arguments<N>): Promise<Result<N>> {
+  async perform<N extends Name>(name: N, ...args: Arguments<N>): Promise<Result<N>> {
     const thread = await this.#ownThread();
     if (thread === undefined) return await this.#worker().run(name, args);
     try {
