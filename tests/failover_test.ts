@@ -353,6 +353,31 @@ Deno.test("a change that takes longer than an endpoint may be silent is waited f
   strictEqual(env.simulator.control.calls()["CreateVolume"]?.total, 1);
 });
 
+Deno.test("promise 12: a read that takes longer than an endpoint may be silent succeeds when the other endpoints are down", async () => {
+  await using env = await start(3);
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  for (const address of env.endpoints.slice(1)) await env.simulator.control.stopEndpoints({ address });
+  env.simulator.control.fail({ rpc: "GetVolume", count: 0, delayMs: 4000 });
+
+  strictEqual((await env.backend.getVolume(within(20_000), none, id)).id, id);
+});
+
+Deno.test("promise 12: a read that every endpoint is slow to answer has the answer of the first one", async () => {
+  await using env = await start(3);
+  const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  env.simulator.control.resetCalls();
+  // Beginning with the last endpoint none of them would be done in time.
+  env.simulator.control.fail({ rpc: "GetVolume", count: 0, delayMs: 5000 });
+
+  strictEqual((await env.backend.getVolume(within(8000), none, id)).id, id);
+
+  // The next call finds an endpoint that is in use.
+  env.simulator.control.clearFaults();
+  strictEqual((await env.backend.getVolume(within(1000), none, id)).id, id);
+  const [used = ""] = env.endpoints;
+  strictEqual(env.simulator.control.calls()["GetVolume"]?.endpoints[used], 2);
+});
+
 Deno.test("promise 12: a change that hangs at an endpoint which is alive is made at another one", async () => {
   await using env = await start(3);
   const { id, uuid } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));

@@ -305,6 +305,8 @@ interface ApiCall<I extends DescMessage, O extends DescMessage> {
   readonly request: MessageInitShape<I>;
   readonly headers: Readonly<Record<string, string>>;
   readonly credentials: Credentials;
+  /** Aborts with the caller's signal, and when another member has answered. */
+  readonly signal: AbortSignal;
 }
 
 /** What came of an attempt at one member. */
@@ -317,10 +319,18 @@ type Attempt<T> =
   /** The member cannot be reached, or is silent. Another member may be asked. */
   | { readonly kind: "gone" };
 
+/** An attempt that has ended. */
+interface Ended<T> {
+  readonly member: Member;
+  readonly attempt: Attempt<T>;
+}
+
 const apiVersion = "v2.0";
 const infoMs = 60_000;
 /** How long a member is waited for that gives no sign of life, while there are others. */
 const silenceMs = 3000;
+/** So much later than a connection is given up, so that the reason for that is what is reported. */
+const connectMarginMs = 50;
 /** How long to wait before a cluster is asked once more all of whose members say that they cannot. */
 const secondLookMs = 250;
 /** Codes with which a server says that it cannot answer now, and nothing of the request. */
@@ -426,54 +436,91 @@ class Connections implements Disposable {
     credentials: Credentials,
   ): Promise<MessageShape<O>> {
     this.#running++;
+    const running = new AbortController();
+    const follow = () => running.abort(ctx.signal.reason);
+    if (ctx.signal.aborted) follow();
+    else ctx.signal.addEventListener("abort", follow, { once: true });
     try {
       const authorization = credentials.jwt === undefined ? {} : { authorization: `Bearer ${credentials.jwt}` };
-      const call = { ctx, action, method, request, headers: { ...headers, ...authorization }, credentials };
-      return await this.#callAny(call);
+      const { signal } = running;
+      return await this.#callAny({
+        ctx,
+        action,
+        method,
+        request,
+        headers: { ...headers, ...authorization },
+        credentials,
+        signal,
+      });
     } finally {
+      ctx.signal.removeEventListener("abort", follow);
+      running.abort();
       this.#running--;
       this.#lastUse = performance.now();
     }
   }
 
-  /** One call at the members by turns, until one of them answers it or refuses it. */
+  /**
+   * One call at the members by turns, until one of them answers it or refuses it. A read that a member is slow with is
+   * sent to the next one too, and the first answer counts: a cluster whose members are all slow is not a silent one.
+   */
   async #callAny<I extends DescMessage, O extends DescMessage>(call: ApiCall<I, O>): Promise<MessageShape<O>> {
     const { ctx, action } = call;
+    const isRead = reads.has(call.method.name);
     const tried = new Set<Member>();
+    const running = new Map<Member, Promise<Ended<MessageShape<O>>>>();
     const ill: { readonly member: Member; readonly details: string }[] = [];
     let illness: LightosError | undefined;
     let looks = 1;
     for (;;) {
       const member = this.#next(tried);
+      const resting = this.#members.filter((member) => !tried.has(member));
+      let waitMs: number | undefined;
+      let channel: Channel | undefined;
       if (member !== undefined) {
         tried.add(member);
-        const attempt = await this.#try(call, member, tried.size < this.#members.length);
-        if (attempt.kind === "ill") {
-          illness = attempt.error;
-          ill.push({ member, details: attempt.details });
-        } else if (attempt.kind !== "gone") {
-          for (const { member, details } of ill) this.#restIll(member, details);
-          if (attempt.kind === "refusal") throw attempt.error;
-          return attempt.answer;
-        }
-        continue;
-      }
-      const resting = this.#members.filter((member) => !tried.has(member));
-      if (resting.length === 0) {
+        const hasOthers = tried.size < this.#members.length;
+        const patienceMs = patienceFor(ctx, hasOthers);
+        const attempt = this.#try(call, member, patienceMs).then((attempt) => ({ member, attempt }));
+        // It may end when nobody waits for it any more.
+        attempt.catch(() => {});
+        running.set(member, attempt);
+        channel = member.channel;
+        if (hasOthers && isRead) waitMs = patienceMs + connectMarginMs;
+      } else if (resting.length > 0) {
+        // What is left failed a moment ago, in another call: wait for the first that may be tried again.
+        waitMs = Math.max(1, Math.min(...resting.map((member) => member.retryAt)) - performance.now());
+      } else if (running.size === 0) {
         // A bad answer mostly passes at once. Of changes, the caller looks what has come of them.
-        const isWorthAnother = illness?.code === "UNAVAILABLE" && reads.has(call.method.name) && looks++ === 1;
+        const isWorthAnother = illness?.code === "UNAVAILABLE" && isRead && looks++ === 1;
         if (!isWorthAnother) throw illness ?? this.#allFailed("UNAVAILABLE", action);
         await sleep(secondLookMs, ctx.signal).catch(() => Promise.reject(illness));
         tried.clear();
         ill.length = 0;
         continue;
       }
-      // What is left failed a moment ago, in another call: wait for the first that may be tried again.
-      const next = Math.min(...resting.map((member) => member.retryAt));
+      let ended: Ended<MessageShape<O>> | undefined;
       try {
-        await sleep(Math.max(1, next - performance.now()), ctx.signal);
-      } catch {
+        ended = await firstOf([...running.values()], waitMs, ctx.signal);
+      } catch (error) {
+        if (error !== ctx.signal.reason) throw error;
         throw illness ?? this.#allFailed(codeOf(ctx.signal), action);
+      }
+      if (ended === undefined) {
+        if (member !== undefined && channel !== undefined) {
+          this.#rest(member, channel, `no answer within ${formatSeconds(waitMs ?? 0)}`);
+        }
+        continue;
+      }
+      running.delete(ended.member);
+      const { attempt } = ended;
+      if (attempt.kind === "ill") {
+        illness = attempt.error;
+        ill.push({ member: ended.member, details: attempt.details });
+      } else if (attempt.kind !== "gone") {
+        for (const { member, details } of ill) this.#restIll(member, details);
+        if (attempt.kind === "refusal") throw attempt.error;
+        return attempt.answer;
       }
     }
   }
@@ -503,21 +550,20 @@ class Connections implements Disposable {
   /**
    * One attempt at one member.
    *
+   * @param patienceMs how long to wait for the connection and its first answer; a read itself has all of the caller's time
    * @throws LightosError for a change of which nobody knows whether it was made; StatusError when the member is none of a
    *   LightOS that we know
    */
   async #try<I extends DescMessage, O extends DescMessage>(
     call: ApiCall<I, O>,
     member: Member,
-    hasOthers: boolean,
+    patienceMs: number,
   ): Promise<Attempt<MessageShape<O>>> {
     const { ctx, action, method, request, headers } = call;
     const address = formatEndpoint(member.endpoint);
     const isRead = reads.has(method.name);
-    const leftMs = Math.max(1, ctx.deadline.getTime() - Date.now());
-    // A server that accepted the connection and went silent must not use up the time of the others.
-    const patienceMs = hasOthers ? Math.min(silenceMs, Math.max(1000, leftMs / 2)) : Math.max(1000, leftMs);
-    using limit = timeLimit(ctx.signal, patienceMs);
+    // A read goes on beside those at other members.
+    using limit = timeLimit(call.signal, isRead ? patienceFor(ctx, false) : patienceMs);
     const connectTimeoutMs = Math.min(silenceMs, patienceMs);
     const started = performance.now();
     const channel = member.channel ??= this.#connect(address);
@@ -536,9 +582,14 @@ class Connections implements Disposable {
         : await this.#change(call, member, channel, { ...options, signal: ctx.signal });
       note("OK");
       member.failures = 0;
+      member.retryAt = 0;
       this.#current = member;
       return { kind: "answer", answer };
     } catch (error) {
+      if (call.signal.aborted && !ctx.signal.aborted) {
+        note("CANCELLED", { error: "another endpoint has answered" });
+        return { kind: "gone" };
+      }
       if (error instanceof StatusError && !ctx.signal.aborted) {
         note(error.code, { error: error.message });
         throw error;
@@ -693,6 +744,36 @@ class Connections implements Disposable {
 
 function newMember(endpoint: Endpoint): Member {
   return { endpoint, channel: undefined, checked: false, retryAt: 0, failures: 0, lastFailure: "not tried" };
+}
+
+/** How long to wait for a member; one that has gone silent must not use up the time of the others. */
+function patienceFor({ deadline }: RequestContext, hasOthers: boolean): number {
+  const leftMs = Math.max(1, deadline.getTime() - Date.now());
+  return hasOthers ? Math.min(silenceMs, Math.max(1000, leftMs / 2)) : Math.max(1000, leftMs);
+}
+
+/**
+ * The first of these attempts that ends; undefined when none has after `waitMs`.
+ *
+ * @param waitMs undefined: without end
+ * @throws what the attempt throws; without attempts `signal.reason` when it aborts
+ */
+async function firstOf<T>(
+  attempts: readonly Promise<T>[],
+  waitMs: number | undefined,
+  signal: AbortSignal,
+): Promise<T | undefined> {
+  if (waitMs === undefined) return await Promise.race(attempts);
+  if (attempts.length === 0) return await sleep(waitMs, signal).then(() => undefined);
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  try {
+    return await Promise.race([
+      ...attempts,
+      new Promise<undefined>((resolve) => timer = setTimeout(() => resolve(undefined), waitMs)),
+    ]);
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 /**
