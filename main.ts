@@ -903,6 +903,8 @@ function tending(attacher: import("./lib/host/attach.ts").Attacher, log: Logger)
 
 type LightosSettings = Settings<Pick<typeof controllerOptions, "mgmt-ca" | "mgmt-tls-verify" | "config">> & {
   readonly "jwt-path"?: string;
+  /** Undefined for commands whose user names the endpoint, or the volume, and the token. */
+  readonly "jwt-for-any-endpoint"?: boolean;
 };
 
 async function openLightos(settings: LightosSettings, log: Logger, metrics?: Metrics) {
@@ -918,6 +920,11 @@ async function lightosOptions(settings: LightosSettings, log: Logger): Promise<L
     log,
     globalJwt: () => jwtPath === undefined ? undefined : readIfThere(jwtPath),
     globalJwtPath: jwtPath ?? "file of a token",
+    globalJwtFor: settings["jwt-for-any-endpoint"] ?? true
+      ? "any endpoint"
+      : settings["mgmt-ca"] === undefined
+      ? "cluster file"
+      : "own CA",
     ca: settings["mgmt-ca"] === undefined ? machineCa(log) : requiredCertificates("--mgmt-ca", settings["mgmt-ca"]),
     verifyTls: settings["mgmt-tls-verify"],
     userAgent: `lbcsi/${version}`,
@@ -1026,6 +1033,7 @@ function refusePoseidon(
     [settings["mgmt-ca"] !== undefined, "--mgmt-ca", http],
     [settings["mgmt-tls-verify"] === false, "--mgmt-tls-verify", http],
     [jwtPath !== controllerOptions["jwt-path"].fallback, "--jwt-path", "it takes no tokens"],
+    [settings["jwt-for-any-endpoint"], "--jwt-for-any-endpoint", "it takes no tokens"],
     [
       settings["node-id"] !== undefined && settings.config !== undefined,
       "--config of a node",

@@ -117,6 +117,13 @@ export const controllerOptions = {
     meaning: "token for calls that bring none in their secrets; read at each use, so it may change or come later",
     schema: absolutePath,
   },
+  "jwt-for-any-endpoint": {
+    env: ["LB_CSI_JWT_FOR_ANY_ENDPOINT"],
+    meaning:
+      "send the token of --jwt-path to every endpoint that a StorageClass or volume ID names, over clear text too; " +
+      "default: over TLS only, to clusters of --config and to servers whose certificate --mgmt-ca verifies",
+    schema: switchSchema,
+  },
   ...trustOptions,
   config: {
     short: "c",

@@ -42,6 +42,7 @@ async function start(lies: Parameters<typeof startLiar>[1]) {
     log: quiet,
     globalJwt: () => simulator.addresses.jwt,
     globalJwtPath: "/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

@@ -651,6 +651,7 @@ function openBackend(simulator: TestSimulator, lines: string[] = []) {
     log: createLogger("debug", "json", (line) => lines.push(line)),
     globalJwt: () => simulator.addresses.jwt,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

@@ -45,6 +45,7 @@ async function start() {
     log,
     globalJwt: () => sim.addresses.jwt,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

@@ -303,6 +303,7 @@ function openBackend(changes: Partial<LightosOptions>) {
     log: quiet,
     globalJwt: () => undefined,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

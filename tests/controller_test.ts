@@ -42,6 +42,7 @@ async function start() {
     log,
     globalJwt: () => undefined,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

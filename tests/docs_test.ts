@@ -314,6 +314,7 @@ Deno.test({
       log,
       globalJwt: () => jwt,
       globalJwtPath: "/etc/lb-csi/jwt",
+      globalJwtFor: "any endpoint",
       ca: undefined,
       verifyTls: true,
       userAgent: "lbcsi/test",

@@ -555,6 +555,7 @@ const options = {
   log: createLogger("error", "json", () => {}),
   globalJwt: () => undefined,
   globalJwtPath: "/etc/lb-csi/jwt",
+  globalJwtFor: "any endpoint" as const,
   ca: undefined,
   verifyTls: true,
   userAgent: "lbcsi/test",

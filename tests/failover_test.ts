@@ -47,6 +47,7 @@ async function start(
       log: createLogger("debug", "json", (line) => lines.push(line)),
       globalJwt: () => simulator.addresses.jwt,
       globalJwtPath: "/etc/lb-csi/jwt",
+      globalJwtFor: "any endpoint",
       ca: undefined,
       verifyTls: true,
       userAgent: "lbcsi/test",

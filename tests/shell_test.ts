@@ -277,6 +277,7 @@ function backendOf(simulator: TestSimulator) {
     log: createLogger("error"),
     globalJwt: () => simulator.addresses.jwt,
     globalJwtPath: "/nowhere",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "test",

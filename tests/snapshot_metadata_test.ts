@@ -25,6 +25,7 @@ async function start() {
     log,
     globalJwt: () => simulator.addresses.jwt,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

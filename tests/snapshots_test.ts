@@ -118,6 +118,7 @@ function openBackend(simulator: TestSimulator): StorageBackend {
     log: quiet,
     globalJwt: () => simulator.addresses.jwt,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

@@ -45,6 +45,7 @@ async function start(cluster: Readonly<Record<string, unknown>> | undefined = un
     log,
     globalJwt: () => undefined,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls,
     userAgent: "lbcsi/test",

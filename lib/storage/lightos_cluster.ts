@@ -27,6 +27,15 @@ import { misfit } from "./lightos_answers.ts";
 import type { KnownCluster, KnownClusters } from "./lightos_config.ts";
 import { resolveTrust, trustSchema, type TrustWish, trustWish } from "./lightos_trust.ts";
 
+/**
+ * Which servers receive the token of the process:
+ *
+ * - `cluster file`: clusters of the cluster file, over TLS
+ * - `own CA`: these, and every server that proves itself by the certificates that the process itself was given
+ * - `any endpoint`: every server that a StorageClass or a volume ID names, over clear text too
+ */
+export type TokenAudience = "cluster file" | "own CA" | "any endpoint";
+
 /** What the process was told about reaching LightOS. */
 export interface LightosOptions {
   readonly log: Logger;
@@ -34,6 +43,8 @@ export interface LightosOptions {
   readonly globalJwt: () => string | undefined;
   /** Where that token comes from, for messages. */
   readonly globalJwtPath: string;
+  /** Which servers receive that token. */
+  readonly globalJwtFor: TokenAudience;
   /** PEM certificates to trust instead of the built-in ones, as `readPem` answers them. */
   readonly ca: string | undefined;
   /** False accepts any certificate of the management API. */
@@ -85,6 +96,8 @@ const secretsSchema = z.object({
   ...trustSchema,
 });
 
+type GivenSecrets = z.infer<typeof secretsSchema>;
+
 /** What may be told of a token: not a letter of it. */
 export interface TokenFacts {
   /** Where it came from, or why there is none. */
@@ -100,6 +113,30 @@ interface Credentials {
   readonly jwt: string | undefined;
   /** Where the token came from, for messages. */
   readonly source: string;
+}
+
+/** What a user can do when the token of the process is withheld. */
+const tokenAdvice =
+  'put "jwt" into the Secret of the StorageClass, or the cluster with its "jwt" into the cluster file ' +
+  "(--config), or give the CA of the clusters by --mgmt-ca and speak TLS, or start the controller with --jwt-for-any-endpoint";
+
+/**
+ * The token as a header can carry it.
+ *
+ * @param source where it comes from, for messages
+ * @param missing what a message says when there is none
+ * @throws StatusError INVALID_ARGUMENT when it holds blanks or control characters
+ */
+function usableToken(text: string | undefined, source: string, missing: string): Credentials {
+  const jwt = text?.trim() ?? "";
+  if (jwt === "") return { jwt: undefined, source: `none was given: ${missing}` };
+  if (!/^[\x21-\x7e]+$/.test(jwt)) {
+    throw new StatusError(
+      "INVALID_ARGUMENT",
+      `Cannot use the JWT of ${source}: it holds blanks or control characters`,
+    );
+  }
+  return { jwt, source };
 }
 
 /** How long an unused connection is kept. */
@@ -165,7 +202,7 @@ export class ClusterPool implements AsyncDisposable {
     }
     const isAlsoAt = (others: readonly Endpoint[]) =>
       known !== undefined && this.#options.clusters?.owning(others)?.name === known.name;
-    return new Cluster(connections, this.#credentials(given.jwt, known), isAlsoAt);
+    return new Cluster(connections, this.#credentials(given, known, trust), isAlsoAt);
   }
 
   /** How the cluster behind these endpoints has to prove who it is; undefined: it does not, for clear text is spoken. */
@@ -182,26 +219,50 @@ export class ClusterPool implements AsyncDisposable {
     return resolveTrust(ca, wish, trustWish(given), known?.trust ?? {}, { verify: this.#options.verifyTls });
   }
 
-  #credentials(fromSecrets: string | undefined, known: KnownCluster | undefined): Credentials {
+  #credentials(given: GivenSecrets, known: KnownCluster | undefined, trust: Trust | undefined): Credentials {
+    if (given.jwt !== undefined) {
+      return usableToken(given.jwt, 'key "jwt" of the call\'s secrets', 'key "jwt" in the secrets is empty');
+    }
+    const missing = (source: string) => `no key "jwt" in the secrets, and none that can be read in ${source}`;
+    if (known?.jwtPath !== undefined) {
+      const source = `${known.jwtPath} of cluster "${known.name}"`;
+      return usableToken(known.jwt(), source, missing(source));
+    }
     const { globalJwt, globalJwtPath } = this.#options;
-    const fromFile = known?.jwtPath === undefined
-      ? { text: globalJwt, path: globalJwtPath, owner: "" }
-      : { text: known.jwt, path: known.jwtPath, owner: ` of cluster "${known.name}"` };
-    const source = fromSecrets === undefined ? `${fromFile.path}${fromFile.owner}` : `key "jwt" of the call's secrets`;
-    const jwt = (fromSecrets ?? fromFile.text())?.trim() ?? "";
-    if (jwt === "") {
-      const missing = fromSecrets === undefined
-        ? `no key "jwt" in the secrets, and none that can be read in ${source}`
-        : `key "jwt" in the secrets is empty`;
-      return { jwt: undefined, source: `none was given: ${missing}` };
+    const token = globalJwt();
+    const obstacle = this.#obstacleToGlobalToken(given, known, trust);
+    if (obstacle === undefined || (token ?? "").trim() === "") {
+      return usableToken(token, globalJwtPath, missing(globalJwtPath));
     }
-    if (!/^[\x21-\x7e]+$/.test(jwt)) {
-      throw new StatusError(
-        "INVALID_ARGUMENT",
-        `Cannot use the JWT of ${source}: it holds blanks or control characters`,
-      );
+    const withheld =
+      `no key "jwt" in the secrets, and that of ${globalJwtPath} is not sent here: ${obstacle}; ${tokenAdvice}`;
+    return usableToken(undefined, globalJwtPath, withheld);
+  }
+
+  /**
+   * Why the server does not receive the token of the process; undefined: it does.
+   *
+   * Users who may write a StorageClass choose the endpoint, the Secret and with it the certificates to trust. They must
+   * not be able to have the token of the process sent to a server of their own, or readable on its way.
+   */
+  #obstacleToGlobalToken(
+    given: GivenSecrets,
+    known: KnownCluster | undefined,
+    trust: Trust | undefined,
+  ): string | undefined {
+    const { globalJwtFor, verifyTls } = this.#options;
+    if (globalJwtFor === "any endpoint") return undefined;
+    if (trust === undefined) return "clear text would show it";
+    if (known !== undefined) {
+      // Whether to verify a cluster of the file is for the operator to say, and not for a Secret.
+      const isVerifiedByOperator = known.trust.verify ?? verifyTls;
+      return trust.verify || !isVerifiedByOperator ? undefined : "the call's Secret turns verification off";
     }
-    return { jwt, source };
+    if (!trust.verify) return "the server's certificate is not verified";
+    if (globalJwtFor === "cluster file") return "the endpoint is not in the cluster file, and there is no --mgmt-ca";
+    return given["mgmt-ca.crt"] === undefined
+      ? undefined
+      : "the endpoint is not in the cluster file, and the certificate to trust is the call's and not that of --mgmt-ca";
   }
 
   #sweep(): void {

@@ -37,6 +37,7 @@ export async function startController(
     log,
     globalJwt,
     globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",

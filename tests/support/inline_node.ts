@@ -60,6 +60,7 @@ export function openInline(files: ConfigFiles, write: (line: string) => void = (
     log,
     globalJwt: () => undefined,
     globalJwtPath: "none",
+    globalJwtFor: "any endpoint",
     ca: undefined,
     verifyTls: true,
     userAgent: "lbcsi/test",
