@@ -797,15 +797,18 @@ function credentials({ address, tls: trust }: ChannelOptions): grpc.ChannelCrede
     rejectUnauthorized: trust.verify && leaves.size === 0,
     checkServerIdentity: (_name, certificate) => trust.verify ? certificateProblem(certificate) : undefined,
   });
-  if (leaves.size === 0) return made;
-  // TLS itself trusts what a certificate to trust has signed, and not such a certificate itself unless it has signed itself.
-  // So TLS only proves that the server has the key of what it shows, and what that is gets checked here.
+  if (!trust.verify) return made;
   const createConnector = made._createSecureConnector.bind(made);
   made._createSecureConnector = (...args) => {
     const connector = createConnector(...args);
     return {
       connect: async (socket) => {
-        const connected = await connector.connect(socket);
+        const connected = await connector.connect(socket).catch(async (error) => {
+          throw await datesProblemAt(address, trust) ?? error;
+        });
+        if (leaves.size === 0) return connected;
+        // TLS itself trusts what a certificate to trust has signed, and not such a certificate itself unless it has signed
+        // itself. So TLS only proves that the server has the key of what it shows, and what that is gets checked here.
         const secured = connected.socket as tls.TLSSocket;
         const problem = leafProblem(secured, leaves) ?? certificateProblem(secured.getPeerCertificate(true));
         if (problem === undefined) return connected;
@@ -840,17 +843,69 @@ const refusalWords: Readonly<Record<string, string>> = {
 /** Why a server is not to be trusted, its name and pins apart; undefined: it is. */
 function leafProblem(socket: tls.TLSSocket, leaves: ReadonlySet<string>): Error | undefined {
   if (socket.authorized) return undefined;
-  const { raw } = socket.getPeerCertificate(true) ?? {};
+  const shown = socket.getPeerCertificate(true);
+  const { raw } = shown ?? {};
   if (raw === undefined) return new Error(unreadableCertificates);
-  if (!leaves.has(Buffer.from(raw).toString("base64"))) {
-    // Deno gives an error where TLS itself refuses, and a code here.
-    const refusal: unknown = socket.authorizationError;
-    return new Error(refusal instanceof Error ? refusal.message : refusalWords[String(refusal)] ?? String(refusal));
+  // A certificate that is trusted itself needs none of the others that the server shows.
+  if (leaves.has(Buffer.from(raw).toString("base64"))) return datesProblemOf(shown.raw);
+  // Deno gives an error where TLS itself refuses, and a code here.
+  const refusal: unknown = socket.authorizationError;
+  return datesProblem(shown) ??
+    new Error(refusal instanceof Error ? refusal.message : refusalWords[String(refusal)] ?? String(refusal));
+}
+
+/** How long a server is waited for that is looked at once more, for better words: well below the 3 s of a connection. */
+const secondLookMs = 1000;
+
+/**
+ * Why a server that TLS has refused is refused, when it is the dates of its certificates; undefined: it is not, or that cannot
+ * be found out. Deno's TLS says of each bad chain only that it cannot be verified, and shows nothing of it, so the server is
+ * asked once more. Nothing is sent to it, and it is not trusted any more for it.
+ */
+async function datesProblemAt(address: string, trust: Trust): Promise<Error | undefined> {
+  try {
+    return await lookAtServer(address, trust, AbortSignal.timeout(secondLookMs), datesProblem);
+  } catch {
+    // The first error says what is wrong.
+    return undefined;
   }
-  const { validFrom, validTo } = new X509Certificate(raw);
+}
+
+/**
+ * What is wrong with the dates of the certificates that a server shows: its own, and those between that and a root. A root
+ * that it shows as well does not count for anybody.
+ */
+function datesProblem(shown: tls.DetailedPeerCertificate): Error | undefined {
+  const seen = new Set<tls.DetailedPeerCertificate>();
+  for (let at: tls.DetailedPeerCertificate | undefined = shown; at?.raw !== undefined; at = at.issuerCertificate) {
+    if (seen.has(at)) return undefined;
+    seen.add(at);
+    const { subject, issuer } = new X509Certificate(at.raw);
+    if (at !== shown && subject === issuer) return undefined;
+    const problem = datesProblemOf(at.raw);
+    if (problem !== undefined) return problem;
+  }
+  return undefined;
+}
+
+/** What is wrong with the dates of one certificate (DER). */
+function datesProblemOf(raw: Uint8Array): Error | undefined {
+  const { subject, subjectAltName, validFrom, validTo } = new X509Certificate(raw);
+  const name = oneLine(subject) || oneLine(subjectAltName) || "one without a name";
   const now = Date.now();
-  if (now < Date.parse(validFrom)) return new Error("certificate is not yet valid");
-  return now > Date.parse(validTo) ? new Error("certificate has expired") : undefined;
+  if (now < Date.parse(validFrom)) {
+    return new Error(`certificate is not yet valid: ${name} is valid from ${new Date(validFrom).toISOString()} on`);
+  }
+  if (now > Date.parse(validTo)) {
+    return new Error(`certificate has expired: ${name} was valid until ${new Date(validTo).toISOString()}`);
+  }
+  return undefined;
+}
+
+/** The name of a certificate, a part of which may be on a line of its own; not without end, for the server has made it. */
+function oneLine(name: string | undefined): string {
+  // deno-lint-ignore no-control-regex
+  return (name ?? "").trim().replaceAll(/[\x00-\x1f\x7f]+/g, ", ").slice(0, 200);
 }
 
 function pinProblem(pins: readonly string[] = [], certificate: tls.PeerCertificate): Error | undefined {
@@ -886,6 +941,30 @@ export interface ShownCertificate {
  * @throws what the system says when no TLS connection comes about; `signal.reason` when the signal aborts first
  */
 export function shownCertificate(address: string, trust: Trust, signal: AbortSignal): Promise<ShownCertificate> {
+  return lookAtServer(address, trust, signal, (shown) => {
+    const certificate = new X509Certificate(shown.raw);
+    return {
+      subject: oneLine(certificate.subject) || oneLine(certificate.subjectAltName) || "nobody",
+      issuer: oneLine(certificate.issuer) || "nobody",
+      validFrom: new Date(certificate.validFrom),
+      validTo: new Date(certificate.validTo),
+    };
+  });
+}
+
+/**
+ * What `read` finds in the certificates that a server shows. They are looked at and not trusted: nothing is sent, and the
+ * connection ends at once.
+ *
+ * @throws what the system says when no TLS connection comes about; what `read` throws; `signal.reason` when the signal
+ *   aborts first
+ */
+function lookAtServer<T>(
+  address: string,
+  trust: Trust,
+  signal: AbortSignal,
+  read: (shown: tls.DetailedPeerCertificate) => T,
+): Promise<T> {
   return new Promise((resolve, reject) => {
     signal.throwIfAborted();
     const socket = tls.connect({
@@ -908,14 +987,7 @@ export function shownCertificate(address: string, trust: Trust, signal: AbortSig
     socket.once("secureConnect", () =>
       end(() => {
         try {
-          const certificate = new X509Certificate(socket.getPeerCertificate(true).raw);
-          const text = (name: string | undefined) => (name ?? "").trim().replaceAll("\n", ", ");
-          resolve({
-            subject: text(certificate.subject) || text(certificate.subjectAltName) || "nobody",
-            issuer: text(certificate.issuer) || "nobody",
-            validFrom: new Date(certificate.validFrom),
-            validTo: new Date(certificate.validTo),
-          });
+          resolve(read(socket.getPeerCertificate(true)));
         } catch (error) {
           reject(error);
         }

@@ -1,4 +1,7 @@
 /** Which servers a Channel trusts, and that neither a text to trust nor a server's certificates end the process. */
+// tsyringe, inside @peculiar/x509, looks for this polyfill when it is loaded.
+import "reflect-metadata";
+import * as x509 from "@peculiar/x509";
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
@@ -7,6 +10,7 @@ import { createLogger } from "../lib/context.ts";
 import { pemProblem, readPem } from "../lib/pem.ts";
 import { CallError, Channel, publicKeyPin, serve, service, type Trust } from "../lib/rpc.ts";
 import { type Certificate, selfSigned } from "../lib/sim/certificate.ts";
+import { adviceFor } from "../lib/storage/lightos_advice.ts";
 import { Identity } from "../proto/gen/csi_pb.ts";
 import { needs } from "./support/needs.ts";
 
@@ -162,6 +166,99 @@ Deno.test("promise 11: without verification a server is taken with any certifica
     strictEqual(await probe(`127.0.0.1:${old.port}`, trust), true, "expired");
   }
   strictEqual(await probe(`127.0.0.1:${server.port}`, { ...trust, serverName: "other.example" }), true);
+});
+
+// ---------------------------------------------------------------------------------------------------------------- dates
+
+const dayMs = 24 * 3600 * 1000;
+const valid = [-30, 30] as const;
+
+interface Issued {
+  readonly cert: x509.X509Certificate;
+  readonly keys: CryptoKeyPair;
+}
+
+/** A certificate that is valid from and until so many days from now; without `issuer` it has signed itself. */
+async function issue(name: string, [from, until]: readonly [number, number], isCa: boolean, issuer?: Issued) {
+  const algorithm = { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" };
+  const keys = await crypto.subtle.generateKey(algorithm, true, ["sign", "verify"]) as CryptoKeyPair;
+  const cert = await x509.X509CertificateGenerator.create({
+    subject: `CN=${name}`,
+    issuer: issuer?.cert.subject ?? `CN=${name}`,
+    notBefore: new Date(Date.now() + from * dayMs),
+    notAfter: new Date(Date.now() + until * dayMs),
+    publicKey: keys.publicKey,
+    signingKey: (issuer?.keys ?? keys).privateKey,
+    signingAlgorithm: algorithm,
+    extensions: [
+      new x509.BasicConstraintsExtension(isCa, undefined, true),
+      new x509.SubjectAlternativeNameExtension([{ type: "ip", value: "127.0.0.1" }]),
+    ],
+  });
+  return { cert, keys };
+}
+
+const pemOf = (...issued: readonly Issued[]) => issued.map(({ cert }) => `${cert.toString("pem")}\n`).join("");
+
+/** Serves a certificate with the rest of its chain. */
+async function serveChain(leaf: Issued, ...chain: readonly Issued[]) {
+  const key = x509.PemConverter.encode(await crypto.subtle.exportKey("pkcs8", leaf.keys.privateKey), "PRIVATE KEY");
+  return await serveTls({ key, cert: pemOf(leaf, ...chain), ca: "" });
+}
+
+for (
+  const [dates, words, period] of [
+    ["expired", "certificate has expired: CN=NAME was valid until", [-30, -1]],
+    ["not yet valid", "certificate is not yet valid: CN=NAME is valid from", [1, 30]],
+  ] as const
+) {
+  const told = (name: string) =>
+    notConnected(new RegExp(`^${words.replace("NAME", name)} \\d{4}-\\d\\d-\\d\\dT[\\d:.]+Z( on)?$`));
+
+  Deno.test(`a server's certificate that is ${dates} is told as that, whoever has signed it and whatever is trusted`, async () => {
+    const [ca, other] = await Promise.all([issue("ca", valid, true), issue("other", valid, true)]);
+    const [own, leaf, another] = await Promise.all([
+      issue("own", period, false),
+      issue("leaf", period, false, ca),
+      issue("another", valid, false, ca),
+    ]);
+    await using bySelf = await serveChain(own);
+    await using byCa = await serveChain(leaf);
+    const trusts = [undefined, pemOf(ca), pemOf(other), pemOf(own), pemOf(leaf), pemOf(ca, another)];
+
+    for (const ca of trusts) {
+      const trust = ca === undefined ? { verify: true } : { verify: true, ca };
+      await rejects(probe(`127.0.0.1:${bySelf.port}`, trust), told("own"));
+      await rejects(probe(`127.0.0.1:${byCa.port}`, trust), told("leaf"));
+    }
+  });
+
+  Deno.test(`an intermediate certificate that is ${dates} is told as that, unless the server's own is trusted`, async () => {
+    const ca = await issue("ca", valid, true);
+    const middle = await issue("middle", period, true, ca);
+    const leaf = await issue("leaf", valid, false, middle);
+    await using server = await serveChain(leaf, middle);
+
+    await rejects(probe(`127.0.0.1:${server.port}`, { verify: true, ca: pemOf(ca) }), told("middle"));
+    strictEqual(await probe(`127.0.0.1:${server.port}`, { verify: true, ca: pemOf(leaf) }), true);
+  });
+
+  Deno.test(`a root that a server shows and that is ${dates} is not blamed when another one is trusted`, async () => {
+    const [root, other] = await Promise.all([issue("root", period, true), issue("other", valid, true)]);
+    const leaf = await issue("leaf", valid, false, root);
+    await using server = await serveChain(leaf, root);
+
+    await rejects(
+      probe(`127.0.0.1:${server.port}`, { verify: true, ca: pemOf(other) }),
+      notConnected(/^unable to verify the first certificate$/),
+    );
+  });
+}
+
+Deno.test("doctor's advice for a certificate with bad dates is to renew it", () => {
+  const reason = "certificate has expired: CN=lightos was valid until 2026-01-01T00:00:00.000Z";
+
+  match(adviceFor(reason, { verify: true }), /^renew the cluster's certificate/);
 });
 
 // ------------------------------------------------------------------------------------------------- servers that cheat
