@@ -138,7 +138,6 @@ nodeTest("node calls answer INVALID_ARGUMENT for each missing required field bef
       /from 2 to 1 bytes makes no sense/,
     ],
     [n.stage(n.stageRequest(mountCapability("ext4", Mode.SINGLE_NODE_WRITER, ["loop"]))), /mount flag "loop"/],
-    [n.stage(n.stageRequest(mountCapability("ext4"), { "mkfs-options": "-F" })), /-F is not one of/],
     [
       n.stage({ ...n.stageRequest(), publishContext: publishContext(other) }),
       /the publish context is of namespace 1b7e2c44/,
@@ -216,6 +215,38 @@ nodeTest("NodeStageVolume passes mount flags and mkfs options on", async () => {
   assert(table.find((mount) => mount.path === n.staging)?.options.includes("noatime"));
   assert.equal((await n.machine.tool("e2label", n.namespace.path)).trim(), "mine");
   await n.stage(n.stageRequest(capability));
+});
+
+nodeTest(
+  "NodeStageVolume of a blank volume with mkfs options that are not allowed answers INVALID_ARGUMENT and makes nothing",
+  async () => {
+    await using n = await node();
+
+    for (
+      const [text, message] of [["-F", /-F is not one of/], [
+        "-O +journal_dev",
+        /-O \+?journal_dev is not allowed/,
+      ]] as const
+    ) {
+      const staged = n.stage(n.stageRequest(mountCapability("ext4"), { "mkfs-options": text }));
+      await rejects(staged, "INVALID_ARGUMENT", message);
+    }
+
+    assert.deepEqual(n.machine.commands.filter((command) => command !== "blkid"), []);
+  },
+);
+
+// A PersistentVolume keeps its mkfs-options for ever, and a later version of the driver may allow less.
+nodeTest("NodeStageVolume mounts a file system that is there, whatever its mkfs options say", async () => {
+  await using n = await node();
+  await n.stage(n.stageRequest());
+  await n.unstage(n.unstageRequest);
+
+  for (const text of ["-F", "-e panic", "-O +journal_dev", "words"]) {
+    await n.stage(n.stageRequest(mountCapability("ext4"), { "mkfs-options": text }));
+    assert.deepEqual(await n.machine.mounts(), [n.staging]);
+    await n.unstage(n.unstageRequest);
+  }
 });
 
 nodeTest(

@@ -19,7 +19,7 @@ import { usersOf } from "../host/attach.ts";
 import { reasonOf } from "../host/command_reason.ts";
 import { ensureGrown, fsTypes, troubleOf } from "../host/filesystem.ts";
 import { closeMapper, growMapper } from "../host/luks.ts";
-import { parseMkfsOptions, parseMountFlags } from "../host/mkfs_options.ts";
+import { parseMountFlags } from "../host/mkfs_options.ts";
 import {
   canonicalPath,
   describeMount,
@@ -101,11 +101,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
       refuseInline(action, volumeId);
       const access = parseCapability(action, request.volumeCapability);
+      // Checked when a file system is made: a PersistentVolume keeps them for ever, and its volume is still mounted when a
+      // later version of the driver allows less.
       const mkfsOptions = request.volumeContext[mkfsOptionsKey] ?? "";
-      if (access.type === "mount") {
-        parseMountFlags(access.mountFlags);
-        parseMkfsOptions(access.fsType ?? options.defaultFsType, mkfsOptions);
-      }
+      if (access.type === "mount") parseMountFlags(access.mountFlags);
       const id = parseId(volumeId);
       const namespace = placeOf(action, id, request.publishContext);
       const secrets = new Secrets(request.secrets);
