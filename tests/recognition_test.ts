@@ -265,6 +265,61 @@ for (const head of ["ext4", "xfs"] as const) {
   });
 }
 
+/** Leaves of what is on the device its first 8 KiB, and bytes without any meaning behind them. */
+async function overwriteBody({ namespace }: Disk, sizeMib: number): Promise<void> {
+  const noise = new Uint8Array(64 << 10);
+  for (let at = 8 << 10; at < sizeMib * mib; at += noise.length) {
+    crypto.getRandomValues(noise);
+    await write(namespace.path, at, noise.subarray(0, Math.min(noise.length, sizeMib * mib - at)));
+  }
+}
+
+for (const { what, make } of [...atTheEnd, { what: "noise", make: () => [] }] satisfies Lookalike[]) {
+  Deno.test({
+    name: `promise 1: ${what} with the super block of an earlier ext4 at its head is refused, and no byte changes`,
+    ignore,
+    fn: () =>
+      withDisk(16, async (disk) => {
+        await makeWith(disk, "ext4");
+        await overwriteBody(disk, 16);
+        for (const [offset, bytes] of make(16 * mib)) await write(disk.namespace.path, offset, bytes);
+        const before = await copyOf(disk);
+
+        await rejects(disk.mount(wish), "FAILED_PRECONDITION", /it is left alone/);
+        await rejects(disk.mount({ ...wish, readOnly: true }), "FAILED_PRECONDITION", /it is left alone/);
+
+        await assertSame(disk, before);
+        assert(!disk.machine.commands.includes("e2fsck"));
+      }),
+  });
+}
+
+for (
+  const [what, mkfsOptions, change] of [
+    ["blocks of 1 KiB in clusters", "-b 1024 -O bigalloc", undefined],
+    ["descriptors of groups in each of them", "-O meta_bg,^resize_inode", undefined],
+    ["inodes of 128 bytes", "-I 128", undefined],
+    // The kernel counts one link of a directory with more than 65000 others in it.
+    ["65000 directories in its root", "", "set_inode_field <2> links_count 1"],
+  ] as const
+) {
+  Deno.test({
+    name: `promise 29: an intact ext4 with ${what} is mounted, also with content that looks like a RAID`,
+    ignore,
+    fn: () =>
+      withDisk(64, async (disk) => {
+        await makeWith(disk, "ext4", mkfsOptions);
+        if (change !== undefined) await disk.machine.tool("debugfs", "-w", "-R", change, disk.namespace.path);
+        await assertMounts(disk, "ext4");
+        await disk.machine.tool("umount", disk.path);
+        if (change !== undefined) await disk.machine.tool("debugfs", "-w", "-R", change, disk.namespace.path);
+        await write(disk.namespace.path, 64 * mib - 1024, ascii.encode("NVIDIA"));
+
+        await assertMounts(disk, "ext4");
+      }),
+  });
+}
+
 Deno.test({
   name: "promise 1: a partition table over an ext4 is refused, and no byte changes",
   ignore,

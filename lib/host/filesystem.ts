@@ -35,7 +35,7 @@ import {
 } from "./mounts.ts";
 import { type BlockDevice, nameUuid, recheckDevice } from "./nvme.ts";
 import { firstNonZero, samplesOf } from "./samples.ts";
-import { hasLuksHeader, hasNoPartition, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
+import { hasLuksHeader, hasNoPartition, isWholeExt4, owningFileSystem, textAt, uuidAt } from "./superblocks.ts";
 import { eraseMark, holdsData, isUnfinished, markOffset, wasUnfinishedWhenSmaller, writeMark } from "./unfinished.ts";
 
 /** The file systems that a volume can be given. */
@@ -415,7 +415,8 @@ export async function contentOf(
  *
  * blkid that is asked for everything takes a block near the end of the device for a member of a RAID, of DRBD or of ZFS, and
  * a second LUKS header in the middle for an encrypted volume. Either can be part of a tenant's file. So where it finds
- * anything else than one of our file systems, it is asked for those alone before the device is refused.
+ * anything else than one of our file systems, it is asked for those alone before the device is refused. One that it finds
+ * then has to be whole: the super block of an ext4 stays where ZFS or a RAID was made over it, and e2fsck would write there.
  *
  * @throws StatusError FAILED_PRECONDITION for anything else, for a partition table, and for several of ours of which none is
  *   provably the real one
@@ -435,13 +436,17 @@ async function typeOf(
   if (hasPartitions) throw tableError;
   if (all.isNothing) return undefined;
   const fsType = fsTypes.find((fsType) => fsType === all.type);
+  if (fsType === "ext4" && !await isWholeExt4(read, device.sizeBytes)) {
+    throw refuse(
+      `${device.path} has a super block of ext4 and no root directory where that leads to: it is damaged, or the remains ` +
+        `of an ext4 under other data; it is left alone, e2fsck -n shows what is there`,
+    );
+  }
   if (fsType !== undefined) return fsType;
   if (all.type === "crypto_LUKS" && await hasLuksHeader(read)) return "crypto_LUKS";
 
   const ours = await probe(...fsTypes, "crypto_LUKS");
-  const found = fsTypes.find((fsType) => fsType === ours.type);
-  if (found !== undefined) return found;
-  if (ours.type === "crypto_LUKS" || ours.isAmbiguous) {
+  if (ours.type !== undefined || ours.isAmbiguous) {
     if (ours.type === "crypto_LUKS" && await hasLuksHeader(read)) return "crypto_LUKS";
     const owner = await owningFileSystem(read, device.sizeBytes);
     // blkid tells ext4 from its predecessors, and checks checksums.

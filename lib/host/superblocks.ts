@@ -41,8 +41,11 @@ export async function owningFileSystem(
   return !ext4 && await isWholeBtrfs(read, sizeBytes) ? "btrfs" : undefined;
 }
 
-/** Whether there is a super block of ext4, and its root directory is where the super block leads to. */
-async function isWholeExt4(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
+/**
+ * Whether there is a super block of ext4, and its root directory is where the super block leads to. One that has only its super
+ * block is damaged, or the remains of an ext4 under data of another kind, which e2fsck would write into.
+ */
+export async function isWholeExt4(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
   const superBlock = new DataView((await read(0n, 4096)).slice(1024).buffer);
   if (superBlock.getUint16(0x38, true) !== 0xef53) return false;
   const logBlockSize = superBlock.getUint32(0x18, true);
@@ -50,14 +53,15 @@ async function isWholeExt4(read: DeviceReader, sizeBytes: bigint): Promise<boole
   const blockBytes = 1024n << BigInt(logBlockSize);
   const has64bit = (superBlock.getUint32(0x60, true) & 0x80) !== 0;
   const inodeBytes = superBlock.getUint32(0x4c, true) === 0 ? 128 : superBlock.getUint16(0x58, true);
-  const firstBlock = BigInt(superBlock.getUint32(0x14, true));
-  // The first group descriptor has the place of the inode table. Inode 2, the second of them, is the root directory.
-  const group = view(await read((firstBlock + 1n) * blockBytes, 64));
+  // The first group descriptor, in the block after that of the super block, has the place of the inode table. Inode 2, the second
+  // of them, is the root directory.
+  const group = view(await read(blockBytes === 1024n ? 2048n : blockBytes, 64));
   const high = has64bit ? BigInt(group.getUint32(0x28, true)) << 32n : 0n;
   const root = (high | BigInt(group.getUint32(8, true))) * blockBytes + BigInt(inodeBytes);
   if (root < 2048n || root + 128n > sizeBytes) return false;
   const inode = view(await read(root, 128));
-  return (inode.getUint16(0, true) & 0xf000) === 0x4000 && inode.getUint16(0x1a, true) >= 2;
+  // A directory with more than 65000 others in it counts one link (dir_nlink).
+  return (inode.getUint16(0, true) & 0xf000) === 0x4000 && inode.getUint16(0x1a, true) > 0;
 }
 
 /** Whether there is a super block of xfs, its other two headers follow, and the last allocation group has a copy of it. */

@@ -302,6 +302,14 @@ export class FakeHost implements Host {
         view.setUint32(4, Number(content.fsBytes / 4096n), true);
         view.setUint32(0x20, 32768, true);
       }
+      if (content?.fsType === "ext4") {
+        // The inode table is in the third block, and the root directory is its second inode of 128 bytes.
+        if (offsetBytes === 4096n) bytes.set([2], 8);
+        if (offsetBytes === 8192n + 128n) {
+          bytes.set([0xed, 0x41]);
+          bytes.set([3], 0x1a);
+        }
+      }
       for (const [at, written] of device.namespace.written ?? []) {
         if (at >= offsetBytes && at < offsetBytes + BigInt(lengthBytes)) bytes.set(written, Number(at - offsetBytes));
       }
