@@ -7,7 +7,7 @@ import { VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts
 import { subsystemNqn } from "./support/loop_machine.ts";
 import { type LoopNodeOptions, node, uuid } from "./support/loop_node.ts";
 import { needs } from "./support/needs.ts";
-import { blockCapability, mountCapability, rejects, volumeId } from "./support/node_calls.ts";
+import { blockCapability, mountCapability, publishContext, rejects, volumeId } from "./support/node_calls.ts";
 
 const ignore = !needs("root", "loop", "mkfs.ext4");
 
@@ -278,5 +278,66 @@ async function until(call: () => Promise<unknown>): Promise<void> {
       if (!hasCode(error, "UNAVAILABLE") || Date.now() > giveUpAt) throw error;
       await new Promise((resolve) => setTimeout(resolve, 10));
     }
+  }
+}
+
+nodeTest(
+  "promise 4: a raw block target whose device has gone is unpublished, also when another volume has got its number",
+  async () => {
+    await using n = await node();
+    await n.stage(n.stageRequest(blockCapability()));
+    await n.publish(n.publishRequest(blockCapability()));
+    await n.machine.hide(n.namespace);
+    // A bound device node does not keep the number of a device that has gone: the next device gets it, and the name too.
+    const other = "5a1f0d3c-7b52-4e0a-8f44-0c6d2e9b7a31";
+    await n.machine.show({ ...n.namespace, uuid: other });
+    const otherTarget = join(n.base, "other");
+    const otherStaging = join(n.base, "otherstaging");
+    await Deno.mkdir(otherStaging);
+    const volume = {
+      volumeId: volumeId(other),
+      stagingTargetPath: otherStaging,
+      publishContext: publishContext(other),
+    };
+    const capability = blockCapability(Mode.SINGLE_NODE_SINGLE_WRITER);
+
+    await n.stage({ ...volume, volumeCapability: capability });
+    await n.publish({ ...volume, targetPath: otherTarget, volumeCapability: capability });
+    await n.unpublish({ volumeId: volumeId(other), targetPath: otherTarget });
+    // The first volume's pod has not ended, and does not hold up the other volume.
+    await n.unstage({ volumeId: volumeId(other), stagingTargetPath: otherStaging });
+    await n.unpublish(n.unpublishRequest);
+    await n.unstage(n.unstageRequest);
+
+    assert.deepEqual(await n.machine.mounts(), []);
+    assert.equal(await exists(n.target), false);
+  },
+);
+
+nodeTest(
+  "a raw block target of a device that has gone is published again when the volume is back under its old number",
+  async () => {
+    await using n = await node();
+    await n.stage(n.stageRequest(blockCapability()));
+    await n.publish(n.publishRequest(blockCapability()));
+    await n.machine.hide(n.namespace);
+    await n.machine.show(n.namespace);
+
+    await n.publish(n.publishRequest(blockCapability()));
+
+    assert.equal((await n.machine.mounts()).length, 1);
+    assert.equal((await Deno.stat(n.target)).rdev, (await Deno.stat(n.namespace.loop)).rdev);
+    await n.unpublish(n.unpublishRequest);
+    await n.unstage(n.unstageRequest);
+    assert.deepEqual(await n.machine.mounts(), []);
+  },
+);
+
+async function exists(path: string): Promise<boolean> {
+  try {
+    await Deno.lstat(path);
+    return true;
+  } catch {
+    return false;
   }
 }

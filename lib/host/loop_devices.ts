@@ -36,7 +36,10 @@ async function placesOf(host: Host, table: readonly Mount[], path: string): Prom
   if (bound !== undefined) {
     for (const mount of table) if (isSamePlace(mount, bound)) places.add(mount.path);
   }
-  const node = bound === undefined ? path : `${host.roots.dev}/${nameIn(bound.root)}`;
+  // A node of that name is another device by now.
+  const node = bound === undefined || bound.root.endsWith("//deleted")
+    ? path
+    : `${host.roots.dev}/${nameIn(bound.root)}`;
   const number = await host.blockNumber(node);
   if (number === undefined || number !== await host.blockNumber(path)) return places;
   places.add(node);

@@ -150,6 +150,9 @@ export async function relationOf(host: Host, mount: Mount, device: BlockDevice |
     // A node of the directory of devices, bound to a file: the number behind the file is what I/O goes to.
     const number = await quietly(host.blockNumber(mount.path));
     if (number !== undefined) {
+      // The kernel removes the node with the device. A bound node does not keep the number: the next device can get that, and
+      // the name too.
+      if (mount.root.endsWith("//deleted")) return "dead";
       if (device !== undefined && number === device.number) return "our node";
       return await isPresent(host, number) ? "foreign" : "dead";
     }
