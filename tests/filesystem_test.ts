@@ -840,3 +840,23 @@ for (
 Deno.test("every file system has its own list of mkfs options", () => {
   for (const fsType of fsTypes) assert.deepEqual(parseMkfsOptions(fsType, "-L name"), ["-L", "name"]);
 });
+
+Deno.test({
+  name: "mountVolume names the mount flags when the kernel does not take one, and mounts without it",
+  ignore: !needs("root", "loop", "mkfs.ext4"),
+  fn: () =>
+    withDisk(64, async ({ mount, machine, path }) => {
+      // Quotas of projects are a feature that mkfs has to be asked for.
+      const flags = ["noatime", "prjquota"];
+
+      await rejects(
+        mount({ ...wish, flags }),
+        "FAILED_PRECONDITION",
+        /mount failed with exit 32 .*; its mount flags are noatime,prjquota, the kernel log \(dmesg\) says when/,
+      );
+
+      assert.deepEqual(await machine.mounts(), []);
+      await mount({ ...wish, flags: ["noatime"] });
+      assert.deepEqual(await machine.mounts(), [path]);
+    }),
+});

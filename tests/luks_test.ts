@@ -230,6 +230,40 @@ Deno.test("promise 15: an encrypted volume that grew while it was unstaged has t
   assert.equal(n.namespace.luks?.inner.content?.fsBytes, 2n * gib - (16n << 20n));
 });
 
+for (
+  const [files, holder] of [
+    [{ "/sys/block/loop7/loop/backing_file": "/dev/dm-2\n" }, /is in use by loop7$/],
+    [{ "/sys/class/block/dm-2/holders/dm-5": "" }, /is in use by dm-5$/],
+    [{ "/proc/swaps": "Filename Type Size\n/dev/dm-2   partition\t8\n" }, /is in use by the swap on it$/],
+    [{ "/proc/71/fd/4": "/dev/dm-2", "/proc/71/comm": "dd\n" }, /is in use by process 71 \(dd\) with "\/dev\/dm-2"$/],
+  ] as const
+) {
+  Deno.test(`NodeUnstageVolume names what keeps an encrypted block volume open: ${Object.keys(files)[0]}`, async () => {
+    const n = node();
+    const capability = blockCapability();
+    await n.stage({ "host-encryption-passphrase": passphrase }, capability);
+    const { list, readText, readLink, run } = n.host;
+    const texts = new Map<string, string>(Object.entries(files));
+    n.host.list = (directory) => {
+      const below = [...texts.keys()].filter((path) => path.startsWith(`${directory}/`));
+      if (below.length === 0) return list.call(n.host, directory);
+      return Promise.resolve([...new Set(below.map((path) => path.slice(directory.length + 1).split("/")[0] ?? ""))]);
+    };
+    n.host.readText = (path) => texts.has(path) ? Promise.resolve(texts.get(path)) : readText.call(n.host, path);
+    n.host.readLink = (path: string = "") => texts.has(path) ? Promise.resolve(texts.get(path)) : readLink.call(n.host);
+    n.host.run = (program, args, options) =>
+      args[0] === "close"
+        ? Promise.resolve({ code: 5, stdout: "", stderr: "Device is still in use." })
+        : run.call(n.host, program, args, options);
+
+    await rejects(n.unstage(), "FAILED_PRECONDITION", holder);
+
+    Object.assign(n.host, { list, readText, readLink, run });
+    await n.unstage();
+    assert.deepEqual([n.host.leftovers(), n.host.mappers], [[], []]);
+  });
+}
+
 Deno.test("promise 4: NodeUnstageVolume takes a closed mapper, and one whose device has gone", async () => {
   const n = node();
   await n.stage();

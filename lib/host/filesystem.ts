@@ -832,8 +832,17 @@ async function mount(
   }
   const failure = failed(action, "mount", mounted);
   const problem = await featureProblem(host, ctx, fsType, readerOf(host, ctx, device, action));
-  if (problem === undefined) throw failure;
-  throw new StatusError(failure.code, `${failure.message}; ${problem}: use a node with a newer kernel`);
+  if (problem !== undefined) {
+    throw new StatusError(failure.code, `${failure.message}; ${problem}: use a node with a newer kernel`);
+  }
+  if (wish.flags.length === 0) throw failure;
+  // mount has the same words for a damaged file system and for a flag that the kernel does not take.
+  throw new StatusError(
+    failure.code,
+    `${failure.message}; its mount flags are ${
+      wish.flags.join(",")
+    }, the kernel log (dmesg) says when it refuses one of them`,
+  );
 }
 
 async function changing(host: Host, ctx: RequestContext, program: string, args: readonly string[]) {

@@ -18,8 +18,10 @@ import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { reasonOf } from "./command_reason.ts";
 import type { CommandResult, Host } from "./host.ts";
+import { loopDevicesOn } from "./loop_devices.ts";
 import { mountsElsewhere, mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
 import { type BlockDevice, describeDevice, findMapper, mapperName, recheckDevice } from "./nvme.ts";
+import { holdersOfDevice } from "./users.ts";
 
 /** How new volumes are encrypted, and how mappers are opened. What exists tells its own cipher. */
 export interface LuksSettings {
@@ -161,9 +163,13 @@ export async function openMapper(
 export async function closeMapper(host: Host, ctx: RequestContext, uuid: string, action: string): Promise<void> {
   const mapper = await findMapper(host, uuid);
   if (mapper === undefined) return;
-  const mounts = await mountsOf(host, await mountTable(host), mapper);
-  const holders = await host.list(`${host.roots.sysfs}/class/block/${mapper.name}/holders`) ?? [];
-  const users = [...mounts.map(({ path }) => `the mount at "${path}"`), ...holders];
+  const table = await mountTable(host);
+  const mounts = await mountsOf(host, table, mapper);
+  const users = [
+    ...mounts.map(({ path }) => `the mount at "${path}"`),
+    ...await holdersOfDevice(host, mapper),
+    ...await loopDevicesOn(host, table, mapper.path),
+  ];
   const refuse = (users: string) =>
     new StatusError("FAILED_PRECONDITION", `Cannot ${action}: its encryption (${mapper.path}) is in use by ${users}`);
   if (users.length > 0) throw refuse(users.join(", "));
@@ -176,7 +182,10 @@ export async function closeMapper(host: Host, ctx: RequestContext, uuid: string,
       `Cannot ${action}: cryptsetup close succeeded, but ${mapper.path} is still there`,
     );
   }
-  if (closed.code === 5) throw refuse("something that this process cannot see");
+  if (closed.code === 5) {
+    const processes = await processesAt(host, (place) => place === mapper.path);
+    throw refuse(processes.length > 0 ? processes.join(", ") : "something that this process cannot see");
+  }
   throw failed(action, "UNAVAILABLE", "close", closed);
 }
 
