@@ -433,6 +433,64 @@ for (
   });
 }
 
+for (const code of ["INTERNAL", "RESOURCE_EXHAUSTED"] as const) {
+  Deno.test(`promise 30: CreateVolume is not final when the cluster made it, answered ${code}, and answers the look with that too`, async () => {
+    await using env = await start(1);
+    env.simulator.control.fail({ rpc: "CreateVolume", count: 0, code, message: "rpc fault", when: "after" });
+    env.simulator.control.fail({ rpc: "ListVolumes", count: 0, code, message: "rpc fault" });
+
+    await rejects(
+      env.backend.createVolume(within(5000), none, env.wanted("pvc-1")),
+      refuses("UNAVAILABLE", /answered CreateVolume with .*whether it is there already cannot be seen: .*ListVolumes/),
+    );
+    strictEqual(env.volumes().length, 1);
+  });
+}
+
+for (const code of ["INTERNAL", "UNAUTHENTICATED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"] as const) {
+  Deno.test(`promise 30: CreateVolume is not final when the volume is being made and the look at it is answered with ${code}`, async () => {
+    await using env = await start(1);
+    env.simulator.control.behave({ holdCreations: true });
+    env.simulator.control.fail({ rpc: "GetVolume", count: 0, code, message: "rpc fault" });
+
+    await rejects(
+      env.backend.createVolume(within(5000), none, env.wanted("pvc-1")),
+      refuses("UNAVAILABLE", new RegExp(`answered GetVolume with ${code}: rpc fault.*; repeat the call$`)),
+    );
+    strictEqual(env.volumes().length, 1);
+
+    env.simulator.control.clearFaults();
+    env.simulator.control.releaseCreations();
+    strictEqual((await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"))).uuid, env.volumes()[0]);
+  });
+}
+
+for (const code of ["INTERNAL", "RESOURCE_EXHAUSTED"] as const) {
+  Deno.test(`promise 30: CreateSnapshot and clones are not final while the look for what was made before is answered with ${code}`, async () => {
+    const unseen = new RegExp(`answered List(Snapshots|Volumes) with ${code}: rpc fault; repeat the call$`);
+    await using env = await start(1);
+    const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+    const { snapshots } = env.backend;
+    ok(snapshots);
+    env.simulator.control.fail({ rpc: "ListSnapshots", count: 0, code, message: "rpc fault" });
+
+    const snapshot = () => snapshots.createSnapshot(within(5000), none, { name: "s", sourceVolumeId: id });
+    await rejects(snapshot, refuses("UNAVAILABLE", unseen));
+    const clone = () =>
+      env.backend.createVolume(within(5000), none, env.wanted("pvc-2", { source: { type: "volume", id } }));
+    await rejects(clone, refuses("UNAVAILABLE", unseen));
+
+    env.simulator.control.clearFaults();
+    await clone();
+    env.simulator.control.fail({ rpc: "ListVolumes", count: 0, code, message: "rpc fault" });
+    await rejects(clone, refuses("UNAVAILABLE", unseen));
+    const states = env.simulator.control.cluster.snapshots.map(({ state }) => state).filter((state) =>
+      state !== "Deleting"
+    );
+    deepStrictEqual(states, [], "no helper is left");
+  });
+}
+
 Deno.test("promise 18: CreateVolume repeated on a full cluster that looks for space first answers the volume that is there", async () => {
   await using env = await start(1);
   env.simulator.control.behave({ nameCheckedLast: true });

@@ -20,6 +20,7 @@ import { inBandAuthKey, nodeIdOf, parseAddress, type RemoteNamespace, type Trans
 import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../proto/gen/lightos_pb.ts";
 import type { Authentication, StorageBackend, Volume, VolumeWanted } from "./backend.ts";
 import { lightosBlocks } from "./lightos_blocks.ts";
+import { quoted } from "./lightos_answers.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./lightos_cluster.ts";
 import { lightosEphemeral } from "./lightos_ephemeral.ts";
 import { ensureTrusted, trustedKeys } from "./lightos_hosts.ts";
@@ -54,6 +55,7 @@ import {
   changeVolume,
   growingDelays,
   hostsIn,
+  lookAgainLater,
   nobody,
   pause,
   readVolume,
@@ -194,7 +196,8 @@ async function createVolume(
   const delays = growingDelays();
   for (;;) {
     // With a source, a look comes first: a snapshot would be taken for nothing, and the source may be gone by now.
-    let found = origin === undefined ? undefined : await findByName(ctx, cluster, action, wanted.name, projectName);
+    const look = () => findByName(ctx, cluster, action, wanted.name, projectName);
+    let found = origin === undefined ? undefined : await lookAgainLater(look);
     let isOurs = false;
     if (found === undefined) {
       const beginning = await origin?.begin(ctx, (sourceBytes) => sizeWithSource(action, wanted, sourceBytes));
@@ -217,7 +220,7 @@ async function createVolume(
         if (!error.outcomeUnknown && !isFinal(error) && error.code !== "RESOURCE_EXHAUSTED") throw error;
         // Whatever the refusal: an earlier call for this name may have made the volume, and clusters do not all look for
         // the name before they look for space. A volume that is refused and there would belong to nobody.
-        found = await afterRefusal(action, error, () => findByName(ctx, cluster, action, wanted.name, projectName));
+        found = await afterRefusal(action, error, look);
         if (found === undefined) {
           // Nobody has the name. Where the cluster said so a moment ago, or the answer was lost, trying again is right.
           if (!isWorthAnother(error)) throw error;
@@ -295,7 +298,7 @@ function refuseMisfit(
       `Cannot ${action}: LightOS at ${address} shows the new volume ${created.UUID} with ${problem}`,
     );
   const { name, leastBytes = 0n, limitBytes = 0n } = asked;
-  if (created.name !== name) throw refuse(`name ${JSON.stringify(created.name)}`);
+  if (created.name !== name) throw refuse(`name ${quoted(created.name)}`);
   if (created.size < leastBytes) throw refuse(`${created.size} bytes, asked are ${leastBytes}`);
   if (limitBytes !== 0n && created.size > limitBytes) {
     throw refuse(`${created.size} bytes, asked are at most ${limitBytes}`);

@@ -100,6 +100,6 @@ function projectMisfit(what: string, { projectName: asked = "" }: Asked, found: 
 }
 
 /** For messages: visible, and not endless. */
-function quoted(text: string): string {
+export function quoted(text: string): string {
   return JSON.stringify(text.length <= 100 ? text : `${text.slice(0, 100)}…`);
 }

@@ -39,6 +39,7 @@ import { type Cluster, type ClusterPool, LightosError, readInParts } from "./lig
 import {
   afterRefusal,
   growingDelays,
+  lookAgainLater,
   pause,
   readVolume,
   settled,
@@ -316,11 +317,13 @@ async function* snapshotsIn(
     const { snapshots } = await readInParts(
       longestPage,
       (limit) =>
-        cluster.call(ctx, action, DurosAPI.method.listSnapshots, {
-          projectName: project ?? "",
-          offsetUUID: offset,
-          limit: BigInt(limit),
-        }),
+        lookAgainLater(() =>
+          cluster.call(ctx, action, DurosAPI.method.listSnapshots, {
+            projectName: project ?? "",
+            offsetUUID: offset,
+            limit: BigInt(limit),
+          })
+        ),
     );
     yield* snapshots;
     // Whether what LightOS leaves out counts towards the limit is not documented: only an empty page is the end for sure.
@@ -392,7 +395,8 @@ async function takeSnapshot(
   const delays = growingDelays();
   let refusals = 0;
   for (let look = first === "look first";; look = true) {
-    let snapshot = look ? await findByName(ctx, cluster, action, name, projectName) : undefined;
+    const find = () => findByName(ctx, cluster, action, name, projectName);
+    let snapshot = look ? await lookAgainLater(find) : undefined;
     if (snapshot === undefined) {
       try {
         snapshot = await cluster.call(ctx, action, DurosAPI.method.createSnapshot, {
@@ -405,17 +409,13 @@ async function takeSnapshot(
         if (!(error instanceof LightosError)) throw error;
         if (surelyNotDone.has(error.code)) {
           // It did not make one now; an earlier request may have, that reached the cluster after the look.
-          const earlier = await afterRefusal(
-            action,
-            error,
-            () => findByName(ctx, cluster, action, name, projectName),
-          );
+          const earlier = await afterRefusal(action, error, find);
           if (earlier === undefined) throw error;
           continue;
         }
         if (error.code === "FAILED_PRECONDITION") {
           // The source is in between states, or on its way out. In a steady state it is something else.
-          const { state } = await readVolume(ctx, cluster, action, source);
+          const { state } = await lookAgainLater(() => readVolume(ctx, cluster, action, source));
           const isSteady = state === VolumeState.Available || state === VolumeState.Migrating;
           if (isSteady && ++refusals > 2) throw error;
         }

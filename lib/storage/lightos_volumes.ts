@@ -3,7 +3,7 @@
  * (facts: spec/lightos.md sections 6.6 to 6.8).
  */
 import { type RequestContext, sleep } from "../context.ts";
-import { hasCode, messageOf, type StatusCode, StatusError } from "../error.ts";
+import { hasCode, isFinal, messageOf, type StatusCode, StatusError } from "../error.ts";
 import { formatVolumeId, type VolumeId } from "../id.ts";
 import {
   DurosAPI,
@@ -151,7 +151,7 @@ interface Made {
  * Waits until a new volume or snapshot can be used; undefined when it went away meanwhile.
  *
  * @throws StatusError UNAVAILABLE when its creation failed: the husk cannot be deleted and does not block the name, so the
- *   repeat makes another
+ *   repeat makes another; and when nobody can look at it any more
  */
 export async function settled<T extends Made>(
   ctx: RequestContext,
@@ -189,9 +189,35 @@ export async function settled<T extends Made>(
       now = await look(now);
     } catch (error) {
       if (hasCode(error, "NOT_FOUND")) return undefined;
-      throw error;
+      // It is made: a caller that forgets it now would leave it behind.
+      throw error instanceof LightosError && (isFinal(error) || isOverload(error)) ? repeatable(error) : error;
     }
   }
+}
+
+/**
+ * Looks for what an earlier call may have made.
+ *
+ * @throws StatusError UNAVAILABLE, which is not final, when the server fails with INTERNAL or is asked too much
+ *   (RESOURCE_EXHAUSTED); else what `look` throws
+ */
+export async function lookAgainLater<T>(look: () => Promise<T>): Promise<T> {
+  try {
+    return await look();
+  } catch (error) {
+    const isServers = error instanceof LightosError && (error.code === "INTERNAL" || isOverload(error));
+    throw isServers ? repeatable(error) : error;
+  }
+}
+
+/** Whether a look was refused for the server's sake: csi-provisioner gives up a volume after RESOURCE_EXHAUSTED. */
+function isOverload({ code }: LightosError): boolean {
+  return code === "RESOURCE_EXHAUSTED";
+}
+
+/** The error with a code after which a caller repeats its call. */
+function repeatable(error: LightosError): StatusError {
+  return new StatusError("UNAVAILABLE", `${error.message}; repeat the call`, { cause: error });
 }
 
 /** INTERNAL for a state that this driver does not know. */
@@ -225,7 +251,8 @@ export function* growingDelays(): Generator<number, never> {
 /**
  * What is found by `look` after the cluster has refused to make something of a name.
  *
- * @throws the refusal when the token is refused here too; UNAVAILABLE, which is not final, when nobody can tell whether it is there
+ * @throws the refusal when the look is refused for the same reason; UNAVAILABLE, which is not final, when nobody can tell
+ *   whether it is there
  */
 export async function afterRefusal<T>(action: string, refusal: LightosError, look: () => Promise<T>): Promise<T> {
   try {
@@ -233,7 +260,9 @@ export async function afterRefusal<T>(action: string, refusal: LightosError, loo
   } catch (error) {
     if (!(error instanceof LightosError)) throw error;
     if (error.code === "DEADLINE_EXCEEDED" || error.code === "CANCELLED") throw error;
-    if (error.code === refusal.code) throw refusal;
+    // A server that fails, or is asked too often, does not tell that nothing was made.
+    const isRefusedToo = error.code === refusal.code && isFinal(error) && !refusal.outcomeUnknown;
+    if (isRefusedToo || (error.code === refusal.code && error.code === "UNAVAILABLE")) throw refusal;
     const words = error.message.replace(`Cannot ${action}: `, "");
     throw new StatusError(
       "UNAVAILABLE",
