@@ -71,6 +71,8 @@ async function start(lies: Parameters<typeof startLiar>[1]) {
     other,
     snapshot,
     cluster: simulator.control.cluster,
+    jwt: simulator.addresses.jwt,
+    liar,
     calls: {
       "CreateVolume": () => create("pvc-3"),
       "CreateVolume, repeated": () => create("pvc-1"),
@@ -187,4 +189,61 @@ Deno.test("promise 28: CreateVolume is INTERNAL when LightOS shows the new volum
     match(error.message, new RegExp(`answered GetVolume with volume ${env.other.uuid}, asked was volume `));
     return true;
   });
+});
+
+for (
+  const [what, call, rpc, lie] of [
+    ["a name", "CreateVolume", "CreateVolume", (volume, token) => void (volume.name = `x ${token}`)],
+    ["a name later", "CreateVolume", "GetVolume", (volume, token) => void (volume.name = `x ${token}`)],
+    ["an endless name later", "CreateVolume", "GetVolume", (volume, token) => void (volume.name = token.repeat(20))],
+    ["a project", "ControllerGetVolume", "GetVolume", (volume, token) => void (volume.projectName = token)],
+    ["the start of it as a project", "ControllerGetVolume", "GetVolume", (volume, token) => {
+      volume.projectName = token.slice(0, 60);
+    }],
+    ["a UUID in a list", "ListVolumes", "ListVolumes", ({ volumes: [volume] }, token) => void (volume.UUID = token)],
+    ["the version of the API", "ControllerGetVolume", "GetVersion", (version, token) => {
+      version.apiVersion = `no version for ${token}`;
+    }],
+    // deno-lint-ignore no-explicit-any -- answers of several methods
+  ] as readonly (readonly [string, Call, string, (answer: any, token: string) => void])[]
+) {
+  Deno.test(`promise 10: a token that LightOS repeats as ${what} is in no error of ${call}`, async () => {
+    let token = "";
+    const creating = rpc === "GetVolume" && call === "CreateVolume"
+      ? { CreateVolume: (volume: { state: number }) => void (volume.state = 1) }
+      : {};
+    await using env = await start({ ...creating, [rpc]: (answer) => lie(answer, token) });
+    token = env.jwt;
+    if (rpc === "GetVersion") {
+      env.liar.dropConnections();
+      // The call that notices it.
+      await Promise.allSettled([env.calls[call]()]);
+    }
+
+    await rejects(async () => void await env.calls[call](), (error: unknown) => {
+      ok(error instanceof StatusError, String(error));
+      for (let at = 0; at + 24 <= token.length; at++) {
+        ok(!error.message.includes(token.slice(at, at + 24)), error.message);
+      }
+      match(error.message, /\[token\]/);
+      ok(error.message.length < 2500, `${error.message.length}`);
+      return true;
+    });
+  });
+}
+
+Deno.test("promise 10: a token that LightOS repeats as the progress of a rebuild is not in the condition of the volume", async () => {
+  let token = "";
+  await using env = await start({
+    GetVolume: (volume) => {
+      volume.protectionState = 2;
+      volume.rebuildProgress = token;
+    },
+  });
+  token = env.jwt;
+
+  const { trouble } = await env.calls.ControllerGetVolume();
+
+  ok(trouble !== undefined);
+  match(trouble.message, /\[token\]/);
 });

@@ -322,6 +322,7 @@ export class Cluster {
     headers: Readonly<Record<string, string>> = {},
   ): Promise<MessageShape<O>> {
     const answer = await this.#connections.call(ctx, action, method, request, headers, this.#credentials);
+    hideToken(answer, this.#credentials.jwt);
     const misfitting = misfit(method.name, request, answer);
     if (misfitting === undefined) return answer;
     const problem = withoutSecrets(misfitting, request, this.#credentials);
@@ -636,7 +637,7 @@ class Connections implements Disposable {
     let sent = false;
     try {
       const options = { signal: limit.signal, headers, connectTimeoutMs };
-      if (!member.checked) await this.#checkVersion(action, member, channel, options);
+      if (!member.checked) await this.#checkVersion(call, member, channel, options);
       sent = true;
       const answer = isRead
         ? await channel.call(method, request, options)
@@ -742,8 +743,8 @@ class Connections implements Disposable {
     });
   }
 
-  async #checkVersion(
-    action: string,
+  async #checkVersion<I extends DescMessage, O extends DescMessage>(
+    { action, request, credentials }: ApiCall<I, O>,
     member: Member,
     channel: Channel,
     options: { readonly signal: AbortSignal; readonly headers: Readonly<Record<string, string>> },
@@ -752,9 +753,9 @@ class Connections implements Disposable {
     if (version.apiVersion !== apiVersion) {
       throw new StatusError(
         "FAILED_PRECONDITION",
-        `Cannot ${action}: LightOS at ${
-          formatEndpoint(member.endpoint)
-        } speaks management API "${version.apiVersion}", ` +
+        `Cannot ${action}: LightOS at ${formatEndpoint(member.endpoint)} speaks management API "${
+          withoutSecrets(version.apiVersion, request, credentials)
+        }", ` +
           `this driver speaks "${apiVersion}"`,
       );
     }
@@ -909,14 +910,48 @@ export async function repeatElsewhere<T>(change: () => Promise<T>): Promise<T> {
 /** The longest words of a server that go into a message: Kubernetes keeps 1 KiB of an event. */
 const longestWords = 2000;
 
+/** A server may cut short what it repeats. Pieces of a secret that are shorter than this are of no use to anybody. */
+const leastPiece = 16;
+
 /** What a server said, without the token and the keys of hosts that it may have repeated, and not without end. */
 function withoutSecrets(text: string, request: unknown, { jwt }: Credentials): string {
   const { hostSecret, targetSecret } = request as { readonly hostSecret?: string; readonly targetSecret?: string };
+  const secrets = [[jwt, "[token]"], [hostSecret, "[key]"], [targetSecret, "[key]"]] as const;
   let plain = text;
-  for (const [secret, mark] of [[jwt, "[token]"], [hostSecret, "[key]"], [targetSecret, "[key]"]] as const) {
-    if (secret !== undefined && secret !== "") plain = plain.replaceAll(secret, mark);
+  for (const [secret = "", mark] of secrets) if (secret !== "") plain = plain.replaceAll(secret, mark);
+  const isCut = plain.length > longestWords;
+  plain = plain.slice(0, longestWords);
+  for (const [secret = "", mark] of secrets) plain = withoutPieces(plain, secret, mark);
+  return isCut ? `${plain} …` : plain;
+}
+
+/** The text with a mark in place of each piece of the secret. */
+function withoutPieces(text: string, secret: string, mark: string): string {
+  let plain = "";
+  for (let at = 0; at < text.length;) {
+    let end = at + leastPiece;
+    if (end > text.length || !secret.includes(text.slice(at, end))) {
+      plain += text.charAt(at++);
+      continue;
+    }
+    while (end < text.length && secret.includes(text.slice(at, end + 1))) end++;
+    plain += mark;
+    at = end;
   }
-  return plain.length <= longestWords ? plain : `${plain.slice(0, longestWords)} …`;
+  return plain;
+}
+
+/** Takes a token out of all texts of an answer, for names and states in it get into messages. */
+function hideToken(answer: unknown, jwt: string | undefined): void {
+  if (jwt === undefined || typeof answer !== "object" || answer === null || ArrayBuffer.isView(answer)) return;
+  const fields = answer as Record<string, unknown>;
+  for (const key of Object.keys(fields)) {
+    const value = fields[key];
+    if (typeof value === "object") hideToken(value, jwt);
+    else if (typeof value === "string" && value.length >= jwt.length && value.includes(jwt)) {
+      fields[key] = value.replaceAll(jwt, "[token]");
+    }
+  }
 }
 
 /** @param mayBeDone it was a change, so that a server which broke off in the middle may have made it */

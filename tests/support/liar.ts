@@ -8,6 +8,8 @@ import { DurosAPI } from "../../proto/gen/lightos_pb.ts";
 export interface Liar extends AsyncDisposable {
   /** `127.0.0.1:port`, clear text. */
   readonly address: string;
+  /** Ends the connections to it, so that the next call begins with a look at the version. */
+  dropConnections(): void;
 }
 
 // deno-lint-ignore no-explicit-any -- the answers of all methods, which each test knows the form of
@@ -44,6 +46,7 @@ export async function startLiar(
   });
   return {
     address: `127.0.0.1:${server.port}`,
+    dropConnections: () => server.dropConnections(),
     async [Symbol.asyncDispose]() {
       channel[Symbol.dispose]();
       await server.stop(100);
