@@ -70,13 +70,20 @@ function readBlock(body: string | undefined): Uint8Array | string {
   const der = Buffer.from(base64, "base64");
   try {
     // TLS makes both of it.
-    const certificate = new X509Certificate(der);
-    certificate.toLegacyObject();
-    // Of what follows a certificate nobody knows what it is.
-    return certificate.raw.length === der.length ? der : "has more than a certificate in it";
+    new X509Certificate(der).toLegacyObject();
+    // TLS passes over a certificate that something follows, and X509Certificate does not mind.
+    return lengthOfDer(der) === der.length ? der : "has more than a certificate in it";
   } catch {
     return "cannot be read as a certificate";
   }
+}
+
+/** How many bytes the first value of a DER text takes, as its head says (X.690, 8.1.3). */
+function lengthOfDer(der: Uint8Array): number {
+  const [, first = 0] = der;
+  if (first < 0x80) return 2 + first;
+  const size = first - 0x80;
+  return der.subarray(2, 2 + size).reduce((length, byte) => length * 256 + byte, 0) + 2 + size;
 }
 
 function pemOf(der: Uint8Array): string {

@@ -3,6 +3,7 @@
 import "reflect-metadata";
 import * as x509 from "@peculiar/x509";
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import { Buffer } from "node:buffer";
 import { X509Certificate } from "node:crypto";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -74,6 +75,24 @@ const texts: readonly (readonly [string, (good: string) => string, number, strin
     (good) => good + block("AAAA"),
     1,
     "certificate 2 cannot be read as a certificate",
+  ],
+  [
+    "bytes behind the certificate",
+    (good) => good + block(Buffer.concat([new X509Certificate(good).raw, Buffer.from("abc")]).toString("base64")),
+    1,
+    "certificate 2 has more than a certificate in it",
+  ],
+  [
+    "a certificate with OpenSSL's settings of trust",
+    (good) =>
+      good.replaceAll(" CERTIFICATE", " TRUSTED CERTIFICATE").replace(
+        /(?<=-\n)[^-]+/,
+        Buffer.concat([new X509Certificate(good).raw, Buffer.from("300c300a06082b06010505070301", "hex")]).toString(
+          "base64",
+        ),
+      ),
+    0,
+    "certificate 1 has more than a certificate in it",
   ],
   ["a lost line", (good) => good.replace(/\n[^\n-]{64}\n/, "\n"), 0, "certificate 1 cannot be read as a certificate"],
   ["a lost character", (good) => good.replace(/\n[^\n-]/, "\n"), 0, "certificate 1 is not base64"],
