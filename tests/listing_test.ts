@@ -557,6 +557,25 @@ Deno.test("ListSnapshots by source pages too, and the sources of its entries are
   for (const { snapshot } of [...first.entries, ...rest.entries]) strictEqual(snapshot?.sourceVolumeId, one);
 });
 
+Deno.test("a small page of ListSnapshots by source costs few management calls, however many other snapshots there are", async () => {
+  await using env = await start();
+  const { cluster } = env.simulator.control;
+  const [own, other] = [await env.create("one"), await env.create("two")];
+  const ours = await env.snapshot("ours", own);
+  const source = { uuid: parseVolumeId(other).uuid, name: "" };
+  for (let at = 0; at < 500; at++) {
+    const name = `s-${at}`;
+    await cluster.createSnapshot({ name, project: "default", source, description: "", retentionMs: undefined });
+  }
+  env.simulator.control.resetCalls();
+
+  const page = await env.snapshots({ sourceVolumeId: own, maxEntries: 1 });
+
+  deepStrictEqual([page.ids, page.nextToken], [[ours], ""]);
+  const calls = env.simulator.control.calls()["ListSnapshots"]?.total ?? 0;
+  ok(calls <= 12, `${calls} calls`);
+});
+
 Deno.test("ListSnapshots answers an empty list for unknown, foreign and deleted objects", async () => {
   await using env = await start();
   const volumeId = await env.create("one");

@@ -208,10 +208,13 @@ async function page<Raw extends { readonly UUID: string }, Entry extends Volume 
   const start = startingToken === "" ? { at: 0, after: "", within: undefined } : placeOf(action, places, startingToken);
   let nextToken = "";
   let after = start.after;
+  // A small page must not cost a call for each object that does not belong on it.
+  let leastLimit = 1;
   for (const place of places.slice(start.at)) {
     // Whether LightOS counts what it leaves out towards the limit is not documented, so only an empty page is the end.
     for (;;) {
-      const limit = kind.isRare ? longestPage : Math.min(longestPage, answer.room + 1);
+      const { room } = answer;
+      const limit = kind.isRare ? longestPage : Math.min(longestPage, Math.max(room + 1, leastLimit));
       const found = await readInParts(
         limit,
         (limit) =>
@@ -233,6 +236,7 @@ async function page<Raw extends { readonly UUID: string }, Entry extends Volume 
         after = uuid;
       }
       if (found.length === 0) break;
+      if (answer.room === room) leastLimit *= 4;
       if (answer.room === 0 && found.length === longestPage) return { entries: answer.entries, nextToken };
       if (after === offset) {
         throw new StatusError(
