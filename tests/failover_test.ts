@@ -379,6 +379,19 @@ Deno.test("promise 12: a read that every endpoint is slow to answer has the answ
   strictEqual(env.simulator.control.calls()["GetVolume"]?.endpoints[used], 2);
 });
 
+Deno.test("promise 12: a change that takes most of its time is waited for, and sent once, when the other endpoints are down", async () => {
+  await using env = await start(3);
+  await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));
+  for (const address of env.endpoints.slice(1)) await env.simulator.control.stopEndpoints({ address });
+  env.simulator.control.resetCalls();
+  env.simulator.control.fail({ rpc: "CreateVolume", count: 0, delayMs: 6000 });
+
+  const { uuid } = await env.backend.createVolume(within(10_000), none, env.wanted("pvc-2"));
+
+  ok(env.volumes().includes(uuid));
+  strictEqual(env.simulator.control.calls()["CreateVolume"]?.total, 1);
+});
+
 Deno.test("promise 12: a change that hangs at an endpoint which is alive is made at another one", async () => {
   await using env = await start(3);
   const { id, uuid } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));

@@ -676,20 +676,59 @@ class Connections implements Disposable {
   }
 
   /**
-   * Sends a change. While another member is ready, this one gets half of the time that is left, and no more than `silenceMs`
+   * Sends a change. While another member answers, this one gets half of the time that is left, and no more than `silenceMs`
    * without a sign of life.
    */
   async #change<I extends DescMessage, O extends DescMessage>(
-    { ctx, method, request }: ApiCall<I, O>,
+    call: ApiCall<I, O>,
     member: Member,
     channel: Channel,
     options: CallOptions,
   ): Promise<MessageShape<O>> {
+    const { ctx, method, request } = call;
     if (!this.#isAnotherReady(member)) return await channel.call(method, request, options);
     const halfMs = Math.max(1000, (ctx.deadline.getTime() - Date.now()) / 2);
-    using limit = timeLimit(ctx.signal, halfMs);
+    const stop = new AbortController();
+    const follow = () => stop.abort(ctx.signal.reason);
+    if (ctx.signal.aborted) follow();
+    else ctx.signal.addEventListener("abort", follow, { once: true });
+    // A member that is slow is better than others that are down.
+    const timer = setTimeout(async () => {
+      if (await this.#isAnotherAlive(call, member)) stop.abort(new DOMException("too slow", "TimeoutError"));
+    }, halfMs);
     const patienceMs = Math.min(silenceMs, halfMs);
-    return await callUnlessSilent(channel, method, request, { ...options, signal: limit.signal, patienceMs });
+    try {
+      return await callUnlessSilent(channel, method, request, { ...options, signal: stop.signal, patienceMs });
+    } finally {
+      clearTimeout(timer);
+      ctx.signal.removeEventListener("abort", follow);
+    }
+  }
+
+  /** Whether another member answers now. Those that cannot be reached are left alone from now on. Never throws. */
+  async #isAnotherAlive<I extends DescMessage, O extends DescMessage>(
+    { headers, signal }: ApiCall<I, O>,
+    member: Member,
+  ): Promise<boolean> {
+    const now = performance.now();
+    const looks = this.#members.filter((other) => other !== member && other.retryAt <= now).map(async (other) => {
+      const channel = other.channel ??= this.#connect(formatEndpoint(other.endpoint));
+      using limit = timeLimit(signal, silenceMs);
+      try {
+        await channel.call(DurosAPI.method.getVersion, {}, { signal: limit.signal, headers });
+      } catch (error) {
+        const isAnswer = error instanceof CallError && error.origin === "server";
+        if (!signal.aborted && !isAnswer) {
+          this.#rest(
+            other,
+            channel,
+            error instanceof CallError ? error.message : `no answer within ${silenceMs / 1000} s`,
+          );
+        }
+        throw error;
+      }
+    });
+    return await Promise.any(looks).then(() => true, () => false);
   }
 
   /** What an attempt that failed means for its member and for the call. */
