@@ -346,3 +346,47 @@ Deno.test("formatDeviceNumber reads glibc's encoding", () => {
 
   assert.deepEqual(numbers, ["7:0", "259:5", "259:300", "5000:70000"]);
 });
+
+Deno.test("a program that cannot be started for want of descriptors is UNAVAILABLE, and runs when there are some again", async () => {
+  await inDirectory(async (directory) => {
+    const script = join(directory, "short.ts");
+    const url = (path: string) => JSON.stringify(new URL(path, import.meta.url).href);
+    await Deno.writeTextFile(
+      script,
+      `import { linuxHost } from ${url("../lib/host/host.ts")};
+      import { createLogger } from ${url("../lib/context.ts")};
+      const host = linuxHost({ log: createLogger("error") });
+      const run = () => host.run("touch", [Deno.args[0] ?? ""], { signal: AbortSignal.timeout(20_000), onAbort: "finish" })
+        .then(({ code }) => ["ran", code], (error) => [error.code, error.message]);
+      const held: Deno.FsFile[] = [];
+      try {
+        for (;;) held.push(Deno.openSync("/dev/null"));
+      } catch { /* none is left */ }
+      const short = await run();
+      for (const file of held) file.close();
+      const isThere = () => Deno.stat(Deno.args[0] ?? "").then(() => true, () => false);
+      const before = await isThere();
+      console.log(JSON.stringify({ short, before, again: await run(), after: await isThere() }));`,
+    );
+    const { stdout, stderr } = await new Deno.Command("/bin/sh", {
+      args: [
+        "-c",
+        'ulimit -n 60; exec "$@"',
+        "sh",
+        Deno.execPath(),
+        ...["run", "-A", "--no-check", "--quiet", script, join(directory, "touched")],
+      ],
+    }).output();
+
+    assert.deepEqual(JSON.parse(new TextDecoder().decode(stdout) || new TextDecoder().decode(stderr)), {
+      short: [
+        "UNAVAILABLE",
+        "Cannot run touch: the driver has no file descriptor left, raise its limit (ulimit -n) or use fewer volumes at once " +
+        "on this node",
+      ],
+      before: false,
+      again: ["ran", 0],
+      after: true,
+    });
+  });
+});

@@ -7,7 +7,7 @@
  */
 import { basename } from "node:path";
 import type { Logger } from "../context.ts";
-import { messageOf, StatusError } from "../error.ts";
+import { messageOf, StatusError, systemCode } from "../error.ts";
 import type { Metrics } from "../metrics.ts";
 import { PendingAnswers } from "./pending.ts";
 import type { VolumeOperations } from "./volume_operations.ts";
@@ -333,6 +333,15 @@ async function runCommand(
   return result;
 }
 
+/** What the machine has too little of to start a program, by the code of the system, and what to do. */
+const shortages: Readonly<Record<string, string>> = {
+  EMFILE:
+    "the driver has no file descriptor left, raise its limit (ulimit -n) or use fewer volumes at once on this node",
+  ENFILE: "this node has no file descriptor left, raise fs.file-max or end what holds them",
+  EAGAIN: "this node allows no further process, raise the limit of processes (pids) of the pod or of the node",
+  ENOMEM: "this node has no memory left, give the pod or the node more",
+};
+
 function spawn(program: string, args: readonly string[], withInput: boolean): Deno.ChildProcess {
   try {
     return new Deno.Command(program, {
@@ -345,6 +354,11 @@ function spawn(program: string, args: readonly string[], withInput: boolean): De
       detached: true,
     }).spawn();
   } catch (error) {
+    const shortage = shortages[systemCode(error) ?? ""];
+    if (shortage !== undefined) {
+      // Nothing has run, so the caller can undo or repeat what it has begun.
+      throw new StatusError("UNAVAILABLE", `Cannot run ${program}: ${shortage}`, { cause: error });
+    }
     if (!(error instanceof Deno.errors.NotFound) && !(error instanceof Deno.errors.PermissionDenied)) throw error;
     const problem = error instanceof Deno.errors.NotFound ? absenceOf(program) : messageOf(error);
     throw new StatusError("FAILED_PRECONDITION", `Cannot run ${program}: ${problem}${needOf(program)}`, {
