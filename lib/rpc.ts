@@ -596,6 +596,11 @@ export class Channel implements Disposable {
     });
   }
 
+  /** Whether the connection stands. Does not begin to make one. */
+  get isConnected(): boolean {
+    return this.#client.getChannel().getConnectivityState(false) === grpc.connectivityState.READY;
+  }
+
   /**
    * Calls a unary method.
    *

@@ -1,5 +1,6 @@
 /** What the controller does when a management endpoint of LightOS is ill, silent, or not LightOS at all. */
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import net from "node:net";
 import { createLogger, type RequestContext, requestContext, Secrets } from "../lib/context.ts";
 import { type StatusCode, StatusError } from "../lib/error.ts";
 import { DhchapKey } from "../lib/dhchap.ts";
@@ -516,4 +517,63 @@ Deno.test("promise 18: CreateVolume repeated on a full cluster that looks for sp
     env.backend.createVolume(within(5000), none, { ...most, name: "pvc-2" }),
     refuses("RESOURCE_EXHAUSTED"),
   );
+});
+
+Deno.test("promise 12: a connection that a call gave up while it was made again is not kept for the next call", async () => {
+  await using simulator = await startSimulator({ servers: 1 });
+  const [server = ""] = simulator.addresses.grpc;
+  const [hostname = "", port = ""] = server.split(":");
+  // The first connection leads to the cluster, the second one to nothing that answers, the third one to the cluster.
+  const accepted: net.Socket[] = [];
+  const isSecond = Promise.withResolvers<void>();
+  const relay = net.createServer((socket) => {
+    socket.on("error", () => {});
+    accepted.push(socket);
+    if (accepted.length === 2) return isSecond.resolve();
+    const behind = net.connect(Number(port), hostname).on("error", () => socket.destroy());
+    socket.pipe(behind).pipe(socket);
+  });
+  await new Promise<void>((resolve) => relay.listen(0, "127.0.0.1", resolve));
+  const lines: string[] = [];
+  await using backend = lightosBackend({
+    log: createLogger("debug", "json", (line) => lines.push(line)),
+    globalJwt: () => simulator.addresses.jwt,
+    globalJwtPath: "/etc/lb-csi/jwt",
+    globalJwtFor: "any endpoint",
+    ca: undefined,
+    verifyTls: true,
+    userAgent: "lbcsi/test",
+  });
+  try {
+    const { port } = relay.address() as net.AddressInfo;
+    const parameters = {
+      "mgmt-endpoint": `127.0.0.1:${port}`,
+      "mgmt-scheme": "grpc",
+      "replica-count": "1",
+      "project-name": "default",
+    };
+    const wanted = { name: "pvc-1", requiredBytes: gib, limitBytes: 0n, parameters };
+    const { id } = await backend.createVolume(within(20_000), none, wanted);
+    const isClosed = new Promise((resolve) => accepted[0]?.once("close", resolve));
+    // It closes when the other side has noticed and has closed as well.
+    accepted[0]?.end();
+    await isClosed;
+    // The call ends when its connection is being made, whatever the speed of this machine.
+    const caller = new AbortController();
+    isSecond.promise.then(() => caller.abort(new StatusError("CANCELLED", "Cannot wait: the caller has left")));
+    const deadline = new Date(Date.now() + 20_000);
+    await rejects(
+      backend.getVolume(requestContext(caller.signal, deadline, createLogger("error", "json", () => {})), none, id),
+      refuses("CANCELLED", /LightOS at 127\.0\.0\.1:\d+ has not answered GetVolume/),
+    );
+    const lostBefore = lines.filter((line) => line.includes("lost a management endpoint")).length;
+
+    await backend.getVolume(within(20_000), none, id);
+
+    strictEqual(accepted.length, 3);
+    strictEqual(lines.filter((line) => line.includes("lost a management endpoint")).length, lostBefore);
+  } finally {
+    for (const socket of accepted) socket.destroy();
+    relay.close();
+  }
 });

@@ -659,8 +659,8 @@ class Connections implements Disposable {
       const mayBeDone = sent && !isRead;
       if (ctx.signal.aborted) {
         note(codeOf(ctx.signal));
-        // A connection that is not there yet may have been lost by the time of the next call.
-        if (!member.checked) this.#drop(member, channel);
+        // A connection that is not there yet, or not there again, may be lost by the time of the next call, and not be noticed.
+        if (!member.checked || !channel.isConnected) this.#drop(member, channel);
         const message = `Cannot ${action} in time: LightOS at ${address} has not answered ${method.name} after ${
           formatSeconds(elapsed(started))
         }`;
