@@ -165,7 +165,7 @@ Deno.test({
       await rejects(
         disk.mount({ ...wish, fsType: "xfs", flags: ["sunit=7"] }),
         "FAILED_PRECONDITION",
-        /mount failed with exit 32 \([^;]*\)$/,
+        /mount failed with exit 32 \([^;]*\); its mount flags are sunit=7, the kernel log \(dmesg\) says when it refuses one of them$/,
       );
     }),
 });
