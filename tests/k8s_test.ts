@@ -641,6 +641,33 @@ Deno.test({
 });
 
 Deno.test({
+  name: "certificates of the chart may have text around them, in files of any name, and private keys are refused",
+  ignore: !go,
+  fn: async () => {
+    const bundle = `# our CA\nsubject=CN = ca\n${pem}`;
+    const key = "-----BEGIN EC PRIVATE KEY-----\nMHcC\n-----END EC PRIVATE KEY-----\n";
+    const rendered = await unlessGoLacks(() =>
+      render([
+        requestFor("lb-csi-plugin", 37, { mgmtCa: bundle, caFiles: { "1e3": bundle.replaceAll("\n", "\r\n") } }),
+        requestFor("lb-csi-plugin", 37, { mgmtCa: `${pem}${key}` }),
+        requestFor("lb-csi-plugin", 37, { caFiles: { "ca.crt": `${key}${pem}` } }),
+        requestFor("lb-csi-plugin", 37, { mgmtCa: "/etc/ca.pem" }),
+      ])
+    );
+    if (rendered === undefined) return;
+    const [good, ...bad] = rendered;
+    assert.ok(good !== undefined && good.error === undefined, JSON.stringify(good));
+    const config = objectsOf(textOf(good)).find(({ kind }) => kind === "ConfigMap") as unknown as {
+      data: Record<string, string>;
+    };
+
+    assert.deepEqual(Object.keys(config.data).sort(), ["1e3", "ca.pem"]);
+    for (const text of Object.values(config.data)) assert.equal(text.trim(), bundle.trim());
+    for (const [at, { error }] of bad.entries()) assert.match(error ?? "", /mgmtCa|caFiles/, `${at}`);
+  },
+});
+
+Deno.test({
   name: "the notes of the chart find the pods of the release",
   ignore: !go,
   fn: async () => {
