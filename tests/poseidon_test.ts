@@ -230,6 +230,25 @@ Deno.test("promise 8: CreateVolume on PoseidonOS whose answer is lost finds the 
   strictEqual(t.calls("CreateVolume"), 1);
 });
 
+for (const isLost of [true, false]) {
+  Deno.test(`promise 30: CreateVolume on PoseidonOS is not final when the look after ${isLost ? "a lost" : "its"} answer is not understood`, async () => {
+    await using t = await start();
+    if (isLost) t.sim.control.fail({ rpc: "CreateVolume", drop: true, when: "after" });
+    t.sim.control.fail({ rpc: "ListVolumes", event: "CREATE_VOL_SIZE_NOT_ALIGNED", skip: 1, count: 1 });
+
+    await rejects(
+      t.create(),
+      refuses(
+        "UNAVAILABLE",
+        /^Cannot create volume "pvc-1": .* answered GET .*CREATE_VOL_SIZE_NOT_ALIGNED.*; repeat the call$/,
+      ),
+    );
+
+    strictEqual((await t.create()).uuid, t.volumes()[0]?.uuid);
+    strictEqual(t.calls("CreateVolume"), 1);
+  });
+}
+
 for (const event of ["VOL_REQ_PROCESSED_BUT_ERROR_OCCURED", "POS_UNREACHABLE", "VOL_MGR_BUSY"] as const) {
   Deno.test(`CreateVolume on PoseidonOS believes the volume and not the answer ${event}`, async () => {
     await using t = await start();

@@ -13,7 +13,7 @@
  */
 import * as z from "zod";
 import { type Fields, formatSeconds, type RequestContext, sleep, timeLimit, unlessAborted } from "../context.ts";
-import { messageOf, type StatusCode, StatusError } from "../error.ts";
+import { hasCode, messageOf, type StatusCode, StatusError } from "../error.ts";
 import { type Endpoint, formatEndpoint } from "../id.ts";
 import { KeyedLock } from "../lock.ts";
 import { countManagementCall, type Metrics } from "../metrics.ts";
@@ -410,7 +410,8 @@ export type Next<R> =
  * Looks, does the next thing that is missing, and looks again, until nothing is. After a failure or a lost answer the look
  * decides what to do, so that nothing is repeated blindly, and what happened although the answer denied it counts.
  *
- * @throws PoseidonError for a step that was refused for good and is still to be done
+ * @throws PoseidonError for a step that was refused for good and is still to be done; UNAVAILABLE, which is not final, when a
+ *   look after a change is answered with what nobody understands
  */
 export async function converge<W, R>(
   ctx: RequestContext,
@@ -422,6 +423,7 @@ export async function converge<W, R>(
   const delays = growingDelays();
   /** What stood in the way so far. */
   let seen: string | undefined;
+  let isChanged = false;
   let last: { readonly step: string; readonly refusal: PoseidonError | undefined } | undefined;
   for (;;) {
     let now: Next<R>;
@@ -430,6 +432,10 @@ export async function converge<W, R>(
     } catch (error) {
       // Of a look that the deadline cut off, what came before it says more.
       if (seen !== undefined && ctx.signal.aborted) throw tooLate(ctx, action, seen, error);
+      // Something may have been made. INTERNAL would be the last word to the caller, who could leave it behind.
+      if (isChanged && hasCode(error, "INTERNAL")) {
+        throw new StatusError("UNAVAILABLE", `${error.message}; repeat the call`, { cause: error });
+      }
       throw error;
     }
     if ("done" in now) return now.done;
@@ -445,6 +451,7 @@ export async function converge<W, R>(
       continue;
     }
     let refusal: PoseidonError | undefined;
+    isChanged = true;
     try {
       await dagent.change(ctx, action, now.change);
     } catch (error) {
