@@ -39,6 +39,33 @@ Deno.test("promise 27: a server that says GOAWAY together with its first SETTING
   }
 });
 
+for (const delayMs of [0, 5, 25, 100]) {
+  Deno.test(`promise 27: a server that says GOAWAY ${delayMs} ms after the connection, to calls that give up, stops no process`, async () => {
+    const server = net.createServer((socket) => {
+      socket.on("error", () => {});
+      const both = Buffer.concat([frame(frames.settings, 0, 0), goaway(0, "")]);
+      socket.once("data", () => setTimeout(() => socket.end(both), delayMs));
+    });
+    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    const { port } = server.address() as net.AddressInfo;
+    try {
+      const child = new Deno.Command(Deno.execPath(), {
+        args: ["run", "-A", "--no-check", "--quiet", support("failing_client.ts"), `127.0.0.1:${port}`, "10", "20"],
+        env: { MALLOC_PERTURB_: "165" },
+        stdout: "null",
+        stderr: "null",
+      }).spawn();
+      const killer = setTimeout(() => child.kill("SIGKILL"), 60_000);
+      const status = await child.status;
+      clearTimeout(killer);
+
+      assert.deepEqual([status.code, status.signal], [0, null]);
+    } finally {
+      server.close();
+    }
+  });
+}
+
 function goaway(code: number, words: string): Buffer {
   const head = Buffer.alloc(8);
   head.writeUInt32BE(code, 4);

@@ -1,12 +1,14 @@
-// A process that calls a server by turns which fails every call, and exits when it has been told so: <host:port> <calls>.
+// A process that calls a server by turns which fails every call, and exits when it has been told so: <host:port> <calls>
+// [ms after which it gives up every other call].
 import { CallError, Channel } from "../../lib/rpc.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 
-const [address = "", calls = "1"] = Deno.args;
+const [address = "", calls = "1", impatientMs = "5000"] = Deno.args;
 using channel = new Channel({ address });
 for (let call = 0; call < Number(calls); call++) {
   try {
-    await channel.call(Identity.method.probe, {}, { signal: AbortSignal.timeout(5000) });
+    const signal = AbortSignal.timeout(call % 2 === 0 ? Number(impatientMs) : 5000);
+    await channel.call(Identity.method.probe, {}, { signal });
     throw new Error("the call did not fail");
   } catch (error) {
     if (!(error instanceof CallError) && !(error instanceof DOMException)) throw error;
