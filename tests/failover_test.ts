@@ -234,6 +234,47 @@ Deno.test("promise 10: a token or key that a server repeats is in no error and n
   ok(env.lines.every((line) => !line.includes(jwt) && !line.includes(key)));
 });
 
+for (
+  const [form, write] of [
+    ["percent-encoded", (token: string) => encodeURIComponent(token)],
+    ["in base64", (token: string) => btoa(token)],
+    ["in base64 without padding", (token: string) => btoa(token).replace(/=+$/, "")],
+    ["without padding", (token: string) => token.replace(/=+$/, "")],
+    ["by its last part, percent-encoded", (token: string) => encodeURIComponent(token.split(".")[2] ?? "")],
+    ["by its last part", (token: string) => token.split(".")[2] ?? ""],
+  ] as const
+) {
+  Deno.test(`promise 10: a token that a server repeats ${form} is in no error and no log line`, async () => {
+    const token = "first+part/of=a.second+part/of=a.third+part/of+the+token==";
+    await using server = await answerHttp2(() => ({
+      headers: { ":status": 200, "content-type": "application/grpc" },
+      body: "",
+      trailers: { "grpc-status": "16", "grpc-message": encodeURI(`who is ${write(token)}?`) },
+    }));
+    await using env = await start(1);
+    const { backend, wanted } = env.open([server.address]);
+
+    await rejects(
+      backend.createVolume(within(5000), new Secrets({ jwt: token }), wanted("pvc-1")),
+      refuses("UNAUTHENTICATED", /who is \[token\]=*\?; JWT: /),
+    );
+    ok(env.lines.every((line) => !line.includes(write(token))));
+  });
+}
+
+Deno.test("promise 10: a token that a server repeats in its API version is in no error and no log line", async () => {
+  const token = "a-token-of-some-length";
+  await using server = await answerHttp2(() => grpcAnswer(VersionSchema, { apiVersion: `v1 for Bearer ${token}` }));
+  await using env = await start(1);
+  const { backend, wanted } = env.open([server.address]);
+
+  await rejects(
+    backend.createVolume(within(5000), new Secrets({ jwt: token }), wanted("pvc-1")),
+    refuses("FAILED_PRECONDITION", /speaks management API "v1 for Bearer \[token\]", this driver speaks/),
+  );
+  ok(env.lines.every((line) => !line.includes(token)));
+});
+
 Deno.test("what a server says without end is cut short in the error", async () => {
   await using env = await start(1);
   const { id } = await env.backend.createVolume(within(5000), none, env.wanted("pvc-1"));

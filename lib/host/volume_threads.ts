@@ -92,7 +92,10 @@ export class VolumeThreads {
           `another; restore the way to their storage, or thaw what is frozen`,
       );
     }
-    const worker = new OperationWorker(() => this.#workers.splice(this.#workers.indexOf(worker), 1));
+    const worker = new OperationWorker(() => {
+      const at = this.#workers.indexOf(worker);
+      if (at >= 0) this.#workers.splice(at, 1);
+    });
     this.#workers.push(worker);
     return worker;
   }

@@ -957,11 +957,30 @@ function withoutSecrets(text: string, request: unknown, { jwt }: Credentials): s
   const { hostSecret, targetSecret } = request as { readonly hostSecret?: string; readonly targetSecret?: string };
   const secrets = [[jwt, "[token]"], [hostSecret, "[key]"], [targetSecret, "[key]"]] as const;
   let plain = text;
-  for (const [secret = "", mark] of secrets) if (secret !== "") plain = plain.replaceAll(secret, mark);
+  for (const [secret = "", mark] of secrets) for (const form of formsOf(secret)) plain = plain.replaceAll(form, mark);
   const isCut = plain.length > longestWords;
   plain = plain.slice(0, longestWords);
   for (const [secret = "", mark] of secrets) plain = withoutPieces(plain, secret, mark);
   return isCut ? `${plain} …` : plain;
+}
+
+/**
+ * The texts by which a server may repeat a secret, the longest first: as it is, without padding, in base64, and each of these
+ * percent-encoded. A server that wants to hide it better can.
+ */
+function formsOf(secret: string): readonly string[] {
+  if (secret === "") return [];
+  const base64 = Buffer.from(secret).toString("base64");
+  const others = [
+    secret.replace(/=+$/, ""),
+    base64,
+    base64.replace(/=+$/, ""),
+    Buffer.from(secret).toString("base64url"),
+    ...secret.split(/[.:]/),
+  ];
+  const plain = [secret, ...others.filter((form) => form.length >= leastPiece)];
+  const forms = new Set(plain.flatMap((form) => [form, encodeURIComponent(form)]));
+  return [...forms].sort((one, other) => other.length - one.length);
 }
 
 /** The text with a mark in place of each piece of the secret. */
