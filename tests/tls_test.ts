@@ -234,7 +234,7 @@ for (
   const told = (name: string) =>
     notConnected(new RegExp(`^${words.replace("NAME", name)} \\d{4}-\\d\\d-\\d\\dT[\\d:.]+Z( on)?$`));
 
-  Deno.test(`a server's certificate that is ${dates} is told as that, whoever has signed it and whatever is trusted`, async () => {
+  Deno.test(`a server's certificate that is ${dates} is told as that, by any signer and with any trust`, async () => {
     const [ca, other] = await Promise.all([issue("ca", valid, true), issue("other", valid, true)]);
     const [own, leaf, another] = await Promise.all([
       issue("own", period, false),
