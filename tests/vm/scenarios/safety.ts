@@ -186,7 +186,9 @@ export const scenario = of([
 
       // What the node says at the deadline may come too late for the caller on a busy machine; its log has it.
       const said = () =>
-        world.logOf("node").split("\n").filter((line) => /Cannot find a block device .* is live/.test(line));
+        world.logOf("node").split("\n").filter((line) =>
+          line.includes(volume.uuid) && /Cannot find a block device .* is live/.test(line)
+        );
       await rejects(volume.stage(6));
       await until("the node has said why", () => said().length === 1);
       const empty = `${world.home}/empty`;
