@@ -115,6 +115,7 @@ export async function stageVolume(
     shared: isShared(access.mode),
     mkfsOptions: request.mkfsOptions,
     formats: !request.isRepair,
+    ...(request.isRepair ? { unformattedAdvice: blankAdvice } : {}),
   });
   return device;
 }
@@ -163,9 +164,14 @@ async function attachedBefore(host: Host, action: string, uuid: string): Promise
   throw new StatusError(
     "FAILED_PRECONDITION",
     `Cannot ${action} ${uuid}: its publish context was made by another driver and the device is not here; delete ` +
-      `the VolumeAttachment of this volume and node, so that it is attached anew`,
+      `the VolumeAttachment of this volume and node, so that it is attached again`,
   );
 }
+
+/** What an operator can do for a volume whose staging cannot be mended, because nothing is on it. */
+const blankAdvice =
+  "and publish makes none: if the volume was used before, its data is gone from the storage, look there; if " +
+  "not, it has to be staged first";
 
 /** What an operator can do for a volume that cannot be mended without a secret. */
 const restageAdvice =

@@ -56,6 +56,8 @@ export interface MountWish {
   readonly mkfsOptions: string;
   /** Whether a blank device is given a file system. Absent: it is, for that is what a volume's first mount means. */
   readonly formats?: boolean;
+  /** Ends the error for a blank device that is not to be formatted; absent: that it takes a request to have it formatted. */
+  readonly unformattedAdvice?: string;
 }
 
 /**
@@ -171,7 +173,7 @@ async function mountAsItIs(
         "FAILED_PRECONDITION",
         `Cannot ${action}: ${device.path} ${
           found.kind === "blank" ? "is blank" : "holds a file system that was never finished"
-        }, and none is made unless it is asked for`,
+        }, ${wish.unformattedAdvice ?? "and none is made unless it is asked for"}`,
       );
     }
     fsType = wish.fsType ?? wish.defaultFsType;

@@ -1,7 +1,7 @@
 /**
- * What volumes owe an answer to. A file system without a path, or a frozen one, keeps whoever asks in the kernel, and what was
- * asked cannot be taken back: it holds a thread until the volume answers, also after the call that asked has ended. So a
- * volume that owes an answer is asked nothing more until it has given it. One memory serves all calls of a node: stage,
+ * What volumes owe an answer to. A file system without a path, or a frozen one, keeps the thread that asks in the kernel, and
+ * what was asked cannot be taken back: the thread is held until the volume answers, also after the call that asked has ended.
+ * So a volume that owes an answer is asked nothing more until it has given it. One memory serves all calls of a node: stage,
  * publish, unpublish, unstage, expand and the statistics.
  */
 import { timeLimit, unlessAborted } from "../context.ts";
