@@ -294,11 +294,33 @@ for (const { what, make } of [...atTheEnd, { what: "noise", make: () => [] }] sa
   });
 }
 
+Deno.test({
+  name: "promise 1: an ext4 of which only the root directory's inode is left is refused, and no byte changes",
+  ignore,
+  fn: () =>
+    withDisk(16, async (disk) => {
+      await makeWith(disk, "ext4");
+      const whole = await Deno.readFile(disk.namespace.file);
+      await overwriteBody(disk, 16);
+      // The inode table is in the descriptor of the first group; the inode of the root directory is the second of it.
+      const table = new DataView(whole.buffer).getUint32(2048 + 8, true) * 1024;
+      await write(disk.namespace.path, table + 256, whole.subarray(table + 256, table + 512));
+      const before = await copyOf(disk);
+
+      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /it is left alone/);
+
+      await assertSame(disk, before);
+      assert(!disk.machine.commands.includes("e2fsck"));
+    }),
+});
+
 for (
   const [what, mkfsOptions, change] of [
     ["blocks of 1 KiB in clusters", "-b 1024 -O bigalloc", undefined],
     ["descriptors of groups in each of them", "-O meta_bg,^resize_inode", undefined],
     ["inodes of 128 bytes", "-I 128", undefined],
+    ["lists of blocks in place of extents", "-O ^extents,^64bit", undefined],
+    ["directories inside their inodes", "-O inline_data", undefined],
     // The kernel counts one link of a directory with more than 65000 others in it.
     ["65000 directories in its root", "", "set_inode_field <2> links_count 1"],
   ] as const

@@ -42,8 +42,10 @@ export async function owningFileSystem(
 }
 
 /**
- * Whether there is a super block of ext4, and its root directory is where the super block leads to. One that has only its super
- * block is damaged, or the remains of an ext4 under data of another kind, which e2fsck would write into.
+ * Whether there is a super block of ext4, and its root directory is where the super block leads to: the inode, and in its
+ * first block the entries "." and "..", both of inode 2. One that has only its super block is damaged, or the remains of an ext4
+ * under data of another kind, which e2fsck would write into. The inode alone proves nothing: one in sixteen random ones has
+ * the mode of a directory.
  */
 export async function isWholeExt4(read: DeviceReader, sizeBytes: bigint): Promise<boolean> {
   const superBlock = new DataView((await read(0n, 4096)).slice(1024).buffer);
@@ -61,7 +63,44 @@ export async function isWholeExt4(read: DeviceReader, sizeBytes: bigint): Promis
   if (root < 2048n || root + 128n > sizeBytes) return false;
   const inode = view(await read(root, 128));
   // A directory with more than 65000 others in it counts one link (dir_nlink).
-  return (inode.getUint16(0, true) & 0xf000) === 0x4000 && inode.getUint16(0x1a, true) > 0;
+  if ((inode.getUint16(0, true) & 0xf000) !== 0x4000 || inode.getUint16(0x1a, true) === 0) return false;
+  const isInline = (inode.getUint32(0x20, true) & 0x10000000) !== 0;
+  // A directory in its inode (inline_data) begins with the number of its parent, which is itself for the root.
+  if (isInline) return inode.getUint32(0x28, true) === 2;
+  const block = await firstExt4Block(read, inode, { blockBytes, sizeBytes });
+  return block !== undefined && isExt4RootBlock(view(await read(block * blockBytes, 24)));
+}
+
+/** Where the first block of an inode lies: by its extents, or by its first direct block. Undefined when it has none on the device. */
+async function firstExt4Block(
+  read: DeviceReader,
+  inode: DataView,
+  { blockBytes, sizeBytes }: { readonly blockBytes: bigint; readonly sizeBytes: bigint },
+): Promise<bigint | undefined> {
+  const isOnDevice = (block: bigint) => block > 0n && (block + 1n) * blockBytes <= sizeBytes;
+  const hasExtents = (inode.getUint32(0x20, true) & 0x80000) !== 0;
+  let block = BigInt(inode.getUint32(0x28, true));
+  if (!hasExtents) return isOnDevice(block) ? block : undefined;
+  let node = new DataView(inode.buffer, inode.byteOffset + 0x28, 60);
+  // The kernel's own bound for the depth of a tree of extents is 5.
+  for (let left = 5; left >= 0; left--) {
+    if (node.getUint16(0, true) !== 0xf30a || node.getUint16(2, true) === 0) return undefined;
+    const isLeaf = node.getUint16(6, true) === 0;
+    const [low, high] = isLeaf ? [20, 18] : [16, 20];
+    block = (BigInt(node.getUint16(high, true)) << 32n) | BigInt(node.getUint32(low, true));
+    if (!isOnDevice(block)) return undefined;
+    if (isLeaf) return block;
+    node = view(await read(block * blockBytes, 60));
+  }
+  return undefined;
+}
+
+/** Whether a directory's block begins with "." and "..", both of inode 2. */
+function isExt4RootBlock(block: DataView): boolean {
+  const isEntry = (at: number, name: string) =>
+    block.getUint32(at, true) === 2 && block.getUint8(at + 6) === name.length &&
+    textAt(new Uint8Array(block.buffer, block.byteOffset), at + 8, name.length) === name;
+  return isEntry(0, ".") && isEntry(12, "..");
 }
 
 /** Whether there is a super block of xfs, its other two headers follow, and the last allocation group has a copy of it. */
