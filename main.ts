@@ -2,7 +2,7 @@
  * lbcsi: a CSI driver for NVMe/TCP storage. This file turns the command line into settings and is the only place where
  * concrete parts meet. Subcommands load what they need when they start, so a node plugin never pays for a simulator.
  */
-import "./lib/goaway.ts";
+import "./lib/grpc/goaway.ts";
 import { readFileSync, statSync } from "node:fs";
 import { dirname } from "node:path";
 import * as z from "zod";
@@ -30,7 +30,7 @@ import {
   sweepOptions,
   sweepText,
   volumeOptions,
-} from "./lib/command_options.ts";
+} from "./lib/cli/option_groups.ts";
 import {
   backgroundContext,
   createLogger,
@@ -43,7 +43,7 @@ import {
   unlessAborted,
 } from "./lib/context.ts";
 import { hasCode, messageOf, StatusError } from "./lib/error.ts";
-import { parsePoseidonId, parseVolumeId } from "./lib/id.ts";
+import { parsePoseidonId, parseVolumeId } from "./lib/volume_id.ts";
 import type { Metrics } from "./lib/metrics.ts";
 import { pemProblem, readPem } from "./lib/pem.ts";
 import { hostNqn, inBandAuthKey, isSubsystemOf, nodeIdProblem, type TransportAddress } from "./lib/namespace.ts";
@@ -55,11 +55,11 @@ import {
   switchSchema,
   unknownVariables,
   UsageError,
-} from "./lib/options.ts";
-import { surviveUncaught } from "./lib/uncaught.ts";
-import type { MachineOptions } from "./lib/shell/machine_checks.ts";
+} from "./lib/cli/options.ts";
+import { surviveUncaught } from "./lib/cli/uncaught.ts";
+import type { MachineOptions } from "./lib/cli/doctor/machine.ts";
 import type { SystemReport } from "./lib/storage/backend.ts";
-import type { LightosOptions } from "./lib/storage/lightos_cluster.ts";
+import type { LightosOptions } from "./lib/storage/lightos/cluster.ts";
 import { suggestion } from "./lib/suggestion.ts";
 
 /** Name of the CSIDriver object and the StorageClass provisioner, by storage system. */
@@ -98,10 +98,10 @@ const commands: Readonly<Record<string, Command>> = {
       refuseOutOfReach(settings);
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "controller" });
       warnOfUnknownVariables(log);
-      const { controllerHandlers, nodeServiceOfController } = await import("./lib/csi/controller.ts");
-      const { snapshotMetadataHandlers } = await import("./lib/csi/snapshot_metadata.ts");
+      const { controllerHandlers, nodeServiceOfController } = await import("./lib/csi/controller/service.ts");
+      const { snapshotMetadataHandlers } = await import("./lib/csi/controller/changed_blocks.ts");
       const { KeyedLock } = await import("./lib/lock.ts");
-      const { service } = await import("./lib/rpc.ts");
+      const { service } = await import("./lib/grpc/server.ts");
       const { Controller, Node, SnapshotMetadata } = await import("./proto/gen/csi_pb.ts");
       const metrics = await serveMetrics(settings, "controller", settings.backend, log);
       await using backend = settings.backend === "poseidon"
@@ -131,12 +131,12 @@ const commands: Readonly<Record<string, Command>> = {
     if (problem !== undefined) throw new UsageError(`--node-id "${settings["node-id"]}": ${problem}`);
     if (settings.backend === "poseidon") refusePoseidon(settings);
     else if (settings.attach !== "direct") refuseMistypedDirectory(settings["discovery-dir"]);
-    const { inlineVolumes, sweepUntilSettled } = await import("./lib/csi/ephemeral.ts");
-    const { volumeLimit } = await import("./lib/csi/limit.ts");
-    const { nodeHandlers } = await import("./lib/csi/node.ts");
+    const { inlineVolumes, sweepUntilSettled } = await import("./lib/csi/inline/inline_volumes.ts");
+    const { volumeLimit } = await import("./lib/csi/node/limit.ts");
+    const { nodeHandlers } = await import("./lib/csi/node/service.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
     const { KeyedLock } = await import("./lib/lock.ts");
-    const { service } = await import("./lib/rpc.ts");
+    const { service } = await import("./lib/grpc/server.ts");
     const { Node } = await import("./proto/gen/csi_pb.ts");
     const nodeId = settings["node-id"];
     const metrics = await serveMetrics(settings, "node", settings.backend, log);
@@ -244,7 +244,7 @@ const commands: Readonly<Record<string, Command>> = {
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "simulator" });
       const stopped = untilStopped();
       if (settings.backend === "poseidon") {
-        const { defaultPoseidonSettings, simulatePoseidon } = await import("./lib/sim/simulate_poseidon.ts");
+        const { defaultPoseidonSettings, simulatePoseidon } = await import("./lib/simulator/poseidon/simulator.ts");
         const simulator = await simulatePoseidon({
           ...defaultPoseidonSettings,
           host: settings.host,
@@ -263,7 +263,7 @@ const commands: Readonly<Record<string, Command>> = {
         await simulator.stop();
         return 0;
       }
-      const { defaultSimulateSettings, simulate } = await import("./lib/sim/simulate.ts");
+      const { defaultSimulateSettings, simulate } = await import("./lib/simulator/lightos/simulator.ts");
       const simulator = await simulate({
         ...defaultSimulateSettings,
         host: settings.host,
@@ -331,7 +331,7 @@ const commands: Readonly<Record<string, Command>> = {
           `--format: the volume is encrypted on its host (${work.hostEncryption}), not in clear text`,
         );
       }
-      const { assertReady, mountPrograms } = await import("./lib/shell/readiness.ts");
+      const { assertReady, mountPrograms } = await import("./lib/cli/readiness.ts");
       await assertReady("attach the volume", work.machine.host, {
         rights: settings.attach === "direct" || mount !== undefined,
         nvme: true,
@@ -340,7 +340,7 @@ const commands: Readonly<Record<string, Command>> = {
           ...(mount === undefined ? {} : mountPrograms(fs ?? (format ? "ext4" : undefined))),
         },
       });
-      const { attachVolume } = await import("./lib/shell/attach.ts");
+      const { attachVolume } = await import("./lib/cli/attach_volume.ts");
       const wish = mount === undefined ? undefined : { path: mount, fsType: fs, readOnly, format };
       const { device, mount: mounted } = await attachVolume(ctx, work.machine, work.wanted, wish);
       const { uuid, path, sizeBytes, subsystemNqn } = device;
@@ -361,10 +361,10 @@ const commands: Readonly<Record<string, Command>> = {
       refuseMistypedDirectory(settings["discovery-dir"]);
       return await atShell("detach the volume", settings, async (ctx) => {
         await using work = await volumeWork(settings, ctx.log, { addresses: [], discovery: [] });
-        const { allControllers } = await import("./lib/host/nvme.ts");
+        const { allControllers } = await import("./lib/host/nvme/sysfs.ts");
         const { host, hostNqn: us } = work.machine;
         const isConnected = (await allControllers(host)).some(({ hostNqn }) => hostNqn === us);
-        const { assertReady, mountPrograms } = await import("./lib/shell/readiness.ts");
+        const { assertReady, mountPrograms } = await import("./lib/cli/readiness.ts");
         await assertReady("detach the volume", host, {
           rights: settings.attach === "direct" || settings.mount !== undefined,
           // What is connected has the module, and without connections there is nothing to do.
@@ -374,7 +374,7 @@ const commands: Readonly<Record<string, Command>> = {
             ...(settings.mount === undefined ? {} : mountPrograms(undefined)),
           },
         });
-        const { detachVolume } = await import("./lib/shell/attach.ts");
+        const { detachVolume } = await import("./lib/cli/attach_volume.ts");
         await detachVolume(ctx, work.machine, work.wanted, settings.mount);
       });
     },
@@ -388,8 +388,8 @@ const commands: Readonly<Record<string, Command>> = {
       refuseMistypedDirectory(settings["discovery-dir"]);
       return await atShell("list volumes", { ...settings, timeout: 60 }, async (ctx) => {
         const { linuxHost } = await import("./lib/host/host.ts");
-        const { listAsJson, listAsText, listVolumes } = await import("./lib/shell/list.ts");
-        const { describeCheck, missingFor } = await import("./lib/shell/readiness.ts");
+        const { listAsJson, listAsText, listVolumes } = await import("./lib/cli/listed_volumes.ts");
+        const { describeCheck, missingFor } = await import("./lib/cli/readiness.ts");
         const host = linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
         // It shows what there is all the same.
         for (const check of await missingFor(host, { rights: true, nvme: true, programs: {} })) {
@@ -416,7 +416,7 @@ const commands: Readonly<Record<string, Command>> = {
     async (settings) => {
       const machine = settings.checks === "cluster" ? undefined : machineOf(settings);
       return await atShell("look at this machine", settings, async (ctx) => {
-        const { doctorAsJson, doctorAsText, examine, tally } = await import("./lib/shell/doctor.ts");
+        const { doctorAsJson, doctorAsText, examine, tally } = await import("./lib/cli/doctor/report.ts");
         const { linuxHost } = await import("./lib/host/host.ts");
         const host = linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
         const reports = settings.checks === "machine" ? Promise.resolve([]) : systemReports(settings, ctx);
@@ -438,7 +438,7 @@ const commands: Readonly<Record<string, Command>> = {
       );
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
       warnOfUnknownVariables(log);
-      const { discoveryDaemon } = await import("./lib/discovery/client.ts");
+      const { discoveryDaemon } = await import("./lib/discovery/daemon.ts");
       const { linuxHost } = await import("./lib/host/host.ts");
       const { host: key, controller } = await readKeys(settings);
       const stop = new AbortController();
@@ -460,7 +460,7 @@ const commands: Readonly<Record<string, Command>> = {
         keys: key === undefined ? undefined : { host: key, controller },
       });
       log.info("watches", { path: settings["discovery-dir"], version });
-      const { logProblems, missingFor } = await import("./lib/shell/readiness.ts");
+      const { logProblems, missingFor } = await import("./lib/cli/readiness.ts");
       logProblems(log, await missingFor(host, { rights: true, nvme: true, programs: { "nvme-cli": ["nvme"] } }));
       // Kubernetes kills 30 s after SIGTERM unless the manifest says otherwise.
       await daemon.run(stop.signal, 25_000);
@@ -482,7 +482,7 @@ const commands: Readonly<Record<string, Command>> = {
       },
     },
     async ({ shell }) => {
-      const { completionScript } = await import("./lib/shell/completion.ts");
+      const { completionScript } = await import("./lib/cli/completion_scripts.ts");
       const described = Object.entries(commands).map(([name, { summary, options }]) => ({ name, summary, options }));
       await writeOut(completionScript(shell, described));
       return 0;
@@ -577,7 +577,7 @@ async function measureMachine(
   host: import("./lib/host/host.ts").Host,
   backend: keyof typeof driverNames,
 ): Promise<void> {
-  const { machineSamples } = await import("./lib/host/measure.ts");
+  const { machineSamples } = await import("./lib/host/nvme/metrics.ts");
   metrics.gather(() => machineSamples(host, isSubsystemOf(backend)));
 }
 
@@ -585,13 +585,13 @@ async function measureMachine(
 async function serveCsi(
   settings: Settings<typeof serviceOptions>,
   log: Logger,
-  services: readonly import("./lib/rpc.ts").Service[],
+  services: readonly import("./lib/grpc/server.ts").Service[],
   metrics: Metrics | undefined,
   onServing: () => void = () => {},
 ): Promise<number> {
-  const { serve, service } = await import("./lib/rpc.ts");
+  const { serve, service } = await import("./lib/grpc/server.ts");
   const { identityHandlers } = await import("./lib/csi/identity.ts");
-  const { servingCheck } = await import("./lib/serving.ts");
+  const { servingCheck } = await import("./lib/cli/serving.ts");
   const { describeRequest, redactRequest } = await import("./lib/csi/request.ts");
   const { Identity } = await import("./proto/gen/csi_pb.ts");
   const stopped = untilStopped();
@@ -625,7 +625,7 @@ async function serveCsi(
 
 /** Whether this process answers on its own socket; it may be busy. */
 async function answersProbe(path: string): Promise<boolean> {
-  const { CallError, Channel } = await import("./lib/rpc.ts");
+  const { CallError, Channel } = await import("./lib/grpc/server.ts");
   const { Identity } = await import("./proto/gen/csi_pb.ts");
   using channel = new Channel({ address: `unix://${path}` });
   try {
@@ -676,8 +676,8 @@ const longestLookMs = 60_000;
  */
 async function warnOfProblems(settings: Settings<typeof nodeOptions>, log: Logger, signal: AbortSignal): Promise<void> {
   try {
-    const { machineChecks } = await import("./lib/shell/machine_checks.ts");
-    const { logProblems } = await import("./lib/shell/readiness.ts");
+    const { machineChecks } = await import("./lib/cli/doctor/machine.ts");
+    const { logProblems } = await import("./lib/cli/readiness.ts");
     const { linuxHost } = await import("./lib/host/host.ts");
     const { sysfs, dev, backend, "node-id": nodeId } = settings;
     const ctx = backgroundContext("look at this machine", log, longestLookMs, signal);
@@ -736,12 +736,12 @@ async function systemReports(
     const { "node-id": _node, ...others } = settings;
     refusePoseidon(others);
     useNoProxy();
-    const { poseidonReports } = await import("./lib/storage/poseidon_checkup.ts");
+    const { poseidonReports } = await import("./lib/storage/poseidon/checks.ts");
     const [endpoint, ...surplus] = endpoints ?? [];
     if (surplus.length > 0) throw new UsageError("--mgmt-endpoint: a PoseidonOS has one DAgent");
     return await poseidonReports(ctx, await poseidonSystems(settings, ctx.log), endpoint);
   }
-  const { lightosReports } = await import("./lib/storage/lightos_checkup.ts");
+  const { lightosReports } = await import("./lib/storage/lightos/checks.ts");
   const options = await lightosOptions(settings, ctx.log);
   // Once: a token that comes through a pipe (/dev/stdin) can be read once.
   const jwt = options.globalJwt();
@@ -760,8 +760,8 @@ async function volumeWork(
   log: Logger,
   addresses: { readonly addresses: readonly TransportAddress[]; readonly discovery: readonly TransportAddress[] },
   volumeContext: Readonly<Record<string, string>> = {},
-  tuning: import("./lib/host/nvme.ts").ConnectionTuning = {},
-  keys: import("./lib/dhchap.ts").GivenKeys = { host: undefined, controller: undefined },
+  tuning: import("./lib/host/nvme/sysfs.ts").ConnectionTuning = {},
+  keys: import("./lib/auth_key.ts").GivenKeys = { host: undefined, controller: undefined },
 ) {
   const { volume, uuid, nqn, "node-id": nodeId, ...rest } = settings;
   const problem = nodeIdProblem(nodeId);
@@ -777,7 +777,7 @@ async function volumeWork(
   const machine = { host, attacher, hostNqn: hostNqn(nodeId), discoveryDirectory };
   const kind = authOf(keys);
   await using ending = new AsyncDisposableStack();
-  let wanted: import("./lib/shell/attach.ts").Wanted;
+  let wanted: import("./lib/cli/attach_volume.ts").Wanted;
   if (volume !== undefined) {
     const secrets = settings.secrets === undefined ? {} : await readSecrets(settings.secrets);
     wanted = {
@@ -813,8 +813,8 @@ async function volumeWork(
 /** The keys in the files that the options name; what is wrong with one is told without a word of it. */
 async function readKeys(
   settings: Settings<typeof keyOptions>,
-): Promise<import("./lib/dhchap.ts").GivenKeys> {
-  const { DhchapKey } = await import("./lib/dhchap.ts");
+): Promise<import("./lib/auth_key.ts").GivenKeys> {
+  const { DhchapKey } = await import("./lib/auth_key.ts");
   const read = (option: keyof typeof keyOptions) => {
     const path = settings[option];
     if (path === undefined) return undefined;
@@ -838,12 +838,12 @@ async function readKeys(
 }
 
 /** What a volume says of its connections that are made with these keys. */
-function authOf({ host, controller }: import("./lib/dhchap.ts").GivenKeys) {
+function authOf({ host, controller }: import("./lib/auth_key.ts").GivenKeys) {
   return host === undefined ? undefined : controller === undefined ? "unidirectional" : "bidirectional";
 }
 
 async function readSecrets(path: string): Promise<Readonly<Record<string, string>>> {
-  const { parseSecretFile } = await import("./lib/shell/secret_file.ts");
+  const { parseSecretFile } = await import("./lib/cli/secret_file.ts");
   const text = readRequired("--secrets", path);
   try {
     return parseSecretFile(text);
@@ -856,16 +856,16 @@ async function attacherOf(
   settings: Settings<Pick<typeof nodeOptions, "attach" | "discovery-dir" | "node-id">>,
   host: import("./lib/host/host.ts").Host,
   locks: import("./lib/lock.ts").KeyedLock,
-  tuning: import("./lib/host/nvme.ts").ConnectionTuning,
+  tuning: import("./lib/host/nvme/sysfs.ts").ConnectionTuning,
 ) {
-  const { direct, discoveryClient, hostIdOf } = await import("./lib/host/attach.ts");
+  const { direct, discoveryClient, hostIdOf } = await import("./lib/host/attach/attacher.ts");
   const nodeId = settings["node-id"];
   return settings.attach === "direct"
     ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks, tuning })
     : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
 }
 
-function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme.ts").ConnectionTuning {
+function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme/sysfs.ts").ConnectionTuning {
   return {
     controllerLossSeconds: settings["ctrl-loss-tmo"],
     reconnectDelaySeconds: settings["reconnect-delay"],
@@ -879,10 +879,10 @@ function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/h
 const longestTendMs = 300_000;
 
 /** Looks after the connections from time to time, until it is disposed. */
-function tending(attacher: import("./lib/host/attach.ts").Attacher, log: Logger): Disposable {
+function tending(attacher: import("./lib/host/attach/attacher.ts").Attacher, log: Logger): Disposable {
   const stop = new AbortController();
   const tend = async () => {
-    const { lookMs } = await import("./lib/host/attach.ts");
+    const { lookMs } = await import("./lib/host/attach/attacher.ts");
     while (attacher.tend !== undefined) {
       // The kernel gives a connection up after minutes, so nobody is in a hurry.
       await sleep(lookMs, stop.signal);
@@ -908,7 +908,7 @@ type LightosSettings = Settings<Pick<typeof controllerOptions, "mgmt-ca" | "mgmt
 };
 
 async function openLightos(settings: LightosSettings, log: Logger, metrics?: Metrics) {
-  const { lightosBackend } = await import("./lib/storage/lightos.ts");
+  const { lightosBackend } = await import("./lib/storage/lightos/backend.ts");
   if (!settings["mgmt-tls-verify"]) log.warning("does not verify the certificates of management endpoints");
   return lightosBackend({ ...await lightosOptions(settings, log), metrics });
 }
@@ -1050,13 +1050,13 @@ async function openPoseidon(settings: Parameters<typeof refusePoseidon>[0], log:
   refusePoseidon(settings);
   useNoProxy();
   const systems = await poseidonSystems(settings, log);
-  const { poseidonBackend } = await import("./lib/storage/poseidon.ts");
+  const { poseidonBackend } = await import("./lib/storage/poseidon/backend.ts");
   return poseidonBackend({ log, systems, metrics });
 }
 
 async function poseidonSystems({ config }: { readonly config?: string | undefined }, log: Logger) {
   if (config === undefined) return undefined;
-  const { knownSystems } = await import("./lib/storage/poseidon_config.ts");
+  const { knownSystems } = await import("./lib/storage/poseidon/cluster_file.ts");
   return asUsage(() => knownSystems(config, configFiles, log));
 }
 
@@ -1103,7 +1103,7 @@ const configFiles = {
 };
 
 async function readClusters(path: string, log: Logger) {
-  const { knownClusters } = await import("./lib/storage/lightos_config.ts");
+  const { knownClusters } = await import("./lib/storage/lightos/cluster_file.ts");
   return asUsage(() => knownClusters(path, configFiles, log));
 }
 

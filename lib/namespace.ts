@@ -1,5 +1,5 @@
 import * as z from "zod";
-import { type AuthKind, authKinds } from "./dhchap.ts";
+import { type AuthKind, authKinds } from "./auth_key.ts";
 import { StatusError } from "./error.ts";
 
 /** Where a controller of a subsystem listens: NVMe's `traddr` and `trsvcid`, always over TCP. */

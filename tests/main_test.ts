@@ -1,6 +1,6 @@
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
-import { Channel } from "../lib/rpc.ts";
+import { Channel } from "../lib/grpc/server.ts";
 import {
   Controller,
   Identity,

@@ -43,11 +43,11 @@ const mayImportTypes: Readonly<Record<string, readonly string[]>> = {
 
 /** What has one place. `node:fs` and its like are `Deno.` under another name. */
 const places: readonly (readonly [what: RegExp, where: readonly string[]])[] = [
-  [/^npm:@grpc\//, ["lib/rpc.ts"]],
-  [/^node:http2$/, ["lib/goaway.ts", "lib/stream_limit.ts"]],
-  [/^node:tls$/, ["lib/rpc.ts", "lib/peer_certificate.ts", "lib/sim/"]],
+  [/^npm:@grpc\//, ["lib/grpc/server.ts"]],
+  [/^node:http2$/, ["lib/grpc/goaway.ts", "lib/grpc/stream_limit.ts"]],
+  [/^node:tls$/, ["lib/grpc/server.ts", "lib/grpc/peer_certificate.ts", "lib/sim/"]],
   [/^node:(fs|fs\/promises|child_process|os|net|http|https|dgram|process)$/, [
-    "lib/rpc.ts",
+    "lib/grpc/server.ts",
     "lib/host/",
     "lib/sim/",
   ]],
@@ -59,7 +59,7 @@ const mayUseDeno = [
   "lib/host/volume_operations.ts",
   "lib/host/volume_threads.ts",
   "lib/context.ts",
-  "lib/unix_socket.ts",
+  "lib/grpc/unix_socket.ts",
   "lib/sim/",
   "lib/demo/",
   "tests/",
@@ -140,7 +140,7 @@ Deno.test("every import keeps to the rooms: who may import whom", async () => {
   const all = await edges();
 
   assert.ok(all.length > 100);
-  assert.ok(all.some(({ from, to }) => from === "lib/rpc.ts" && to === "npm:@grpc/grpc-js@1.14.7"));
+  assert.ok(all.some(({ from, to }) => from === "lib/grpc/server.ts" && to === "npm:@grpc/grpc-js@1.14.7"));
   assert.deepEqual(all.map(problemOf).filter((problem) => problem !== undefined), []);
 });
 
@@ -161,55 +161,55 @@ Deno.test("rpc.ts loads the guard against GOAWAY before grpc-js, and main.ts bef
     all.filter(({ from, typeOnly }) => from === file && !typeOnly).map(({ to }) => to);
 
   const [first] = importsOf("main.ts");
-  const rpc = importsOf("lib/rpc.ts");
+  const rpc = importsOf("lib/grpc/server.ts");
 
-  assert.equal(first, "lib/goaway.ts");
-  assert.ok(rpc.indexOf("lib/goaway.ts") < rpc.findIndex((to) => to.startsWith("npm:@grpc/")));
+  assert.equal(first, "lib/grpc/goaway.ts");
+  assert.ok(rpc.indexOf("lib/grpc/goaway.ts") < rpc.findIndex((to) => to.startsWith("npm:@grpc/")));
 });
 
 const broken: readonly (readonly [from: string, to: string, typeOnly: boolean])[] = [
-  ["lib/id.ts", "lib/csi/request.ts", false],
-  ["lib/id.ts", "proto/gen/csi_pb.ts", true],
-  ["lib/id.ts", "npm:@grpc/grpc-js@1.14.7", false],
-  ["lib/csi/controller.ts", "lib/storage/lightos.ts", true],
-  ["lib/csi/controller.ts", "lib/storage/backend.ts", false],
-  ["lib/csi/controller.ts", "lib/sim/cluster.ts", true],
-  ["lib/csi/controller.ts", "proto/gen/lightos_pb.ts", false],
-  ["lib/csi/node.ts", "node:fs", false],
-  ["lib/storage/lightos.ts", "lib/csi/request.ts", false],
-  ["lib/storage/lightos.ts", "lib/host/host.ts", true],
-  ["lib/storage/lightos.ts", "lib/sim/lightos.ts", false],
-  ["lib/storage/lightos.ts", "proto/gen/csi_pb.ts", false],
-  ["lib/storage/lightos.ts", "npm:@grpc/grpc-js@1.14.7", false],
-  ["lib/host/nvme.ts", "lib/csi/request.ts", true],
-  ["lib/host/nvme.ts", "proto/gen/lightos_pb.ts", false],
-  ["lib/shell/attach.ts", "lib/csi/node.ts", false],
-  ["lib/shell/attach.ts", "lib/storage/backend.ts", false],
-  ["lib/shell/attach.ts", "lib/storage/lightos.ts", true],
-  ["lib/host/nvme.ts", "lib/shell/list.ts", true],
-  ["lib/discovery/client.ts", "lib/sim/discovery_client.ts", false],
-  ["lib/discovery/client.ts", "lib/storage/backend.ts", true],
+  ["lib/volume_id.ts", "lib/csi/request.ts", false],
+  ["lib/volume_id.ts", "proto/gen/csi_pb.ts", true],
+  ["lib/volume_id.ts", "npm:@grpc/grpc-js@1.14.7", false],
+  ["lib/csi/controller/service.ts", "lib/storage/lightos/backend.ts", true],
+  ["lib/csi/controller/service.ts", "lib/storage/backend.ts", false],
+  ["lib/csi/controller/service.ts", "lib/simulator/lightos/cluster.ts", true],
+  ["lib/csi/controller/service.ts", "proto/gen/lightos_pb.ts", false],
+  ["lib/csi/node/service.ts", "node:fs", false],
+  ["lib/storage/lightos/backend.ts", "lib/csi/request.ts", false],
+  ["lib/storage/lightos/backend.ts", "lib/host/host.ts", true],
+  ["lib/storage/lightos/backend.ts", "lib/simulator/lightos/service.ts", false],
+  ["lib/storage/lightos/backend.ts", "proto/gen/csi_pb.ts", false],
+  ["lib/storage/lightos/backend.ts", "npm:@grpc/grpc-js@1.14.7", false],
+  ["lib/host/nvme/sysfs.ts", "lib/csi/request.ts", true],
+  ["lib/host/nvme/sysfs.ts", "proto/gen/lightos_pb.ts", false],
+  ["lib/cli/attach_volume.ts", "lib/csi/node/service.ts", false],
+  ["lib/cli/attach_volume.ts", "lib/storage/backend.ts", false],
+  ["lib/cli/attach_volume.ts", "lib/storage/lightos/backend.ts", true],
+  ["lib/host/nvme/sysfs.ts", "lib/cli/listed_volumes.ts", true],
+  ["lib/discovery/daemon.ts", "lib/simulator/data_plane/discovery_client.ts", false],
+  ["lib/discovery/daemon.ts", "lib/storage/backend.ts", true],
   ["lib/discovery/input.ts", "node:net", false],
-  ["lib/csi/node.ts", "lib/discovery/client.ts", false],
-  ["lib/sim/lightos.ts", "lib/storage/lightos.ts", true],
-  ["lib/sim/lightos.ts", "lib/host/host.ts", false],
-  ["lib/sim/lightos.ts", "proto/gen/csi_pb.ts", false],
-  ["lib/demo/rig.ts", "lib/sim/simulate.ts", true],
-  ["lib/demo/demo.ts", "lib/csi/controller.ts", false],
+  ["lib/csi/node/service.ts", "lib/discovery/daemon.ts", false],
+  ["lib/simulator/lightos/service.ts", "lib/storage/lightos/backend.ts", true],
+  ["lib/simulator/lightos/service.ts", "lib/host/host.ts", false],
+  ["lib/simulator/lightos/service.ts", "proto/gen/csi_pb.ts", false],
+  ["lib/demo/testbed.ts", "lib/simulator/lightos/simulator.ts", true],
+  ["lib/demo/demo.ts", "lib/csi/controller/service.ts", false],
   ["lib/demo/machine.ts", "lib/host/host.ts", false],
-  ["lib/demo/tale.ts", "lib/storage/backend.ts", true],
+  ["lib/demo/scenario.ts", "lib/storage/backend.ts", true],
   ["lib/demo/demo.ts", "proto/gen/lightos_pb.ts", false],
   ["lib/demo/machine.ts", "node:fs", false],
   ["lib/demo/demo.ts", "main.ts", false],
-  ["lib/rpc.ts", "lib/demo/rig.ts", true],
-  ["lib/csi/node.ts", "lib/demo/machine.ts", false],
-  ["lib/sim/control.ts", "lib/demo/rig.ts", true],
-  ["lib/rpc.ts", "main.ts", false],
-  ["lib/rpc.ts", "tests/support/needs.ts", false],
-  ["lib/rpc.ts", "npm:left-pad@1.0.0", false],
-  ["lib/rpc.ts", "https://deno.land/std/assert/mod.ts", false],
+  ["lib/grpc/server.ts", "lib/demo/testbed.ts", true],
+  ["lib/csi/node/service.ts", "lib/demo/machine.ts", false],
+  ["lib/simulator/control.ts", "lib/demo/testbed.ts", true],
+  ["lib/grpc/server.ts", "main.ts", false],
+  ["lib/grpc/server.ts", "tests/support/needs.ts", false],
+  ["lib/grpc/server.ts", "npm:left-pad@1.0.0", false],
+  ["lib/grpc/server.ts", "https://deno.land/std/assert/mod.ts", false],
   ["main.ts", "jsr:@std/assert", false],
-  ["proto/gen/csi_pb.ts", "lib/rpc.ts", false],
+  ["proto/gen/csi_pb.ts", "lib/grpc/server.ts", false],
 ];
 
 for (const [from, to, typeOnly] of broken) {

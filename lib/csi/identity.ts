@@ -1,6 +1,6 @@
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { StatusError } from "../error.ts";
-import type { Handlers } from "../rpc.ts";
+import type { Handlers } from "../grpc/server.ts";
 import {
   type GetPluginCapabilitiesResponseSchema,
   type Identity,

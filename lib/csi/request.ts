@@ -9,9 +9,9 @@ import { reflect } from "@bufbuild/protobuf/reflect";
 import * as z from "zod";
 import type { Fields, Secrets } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
-import { type FsType, fsTypes } from "../host/filesystem.ts";
+import { type FsType, fsTypes } from "../host/filesystem/mount.ts";
 import type { Passphrases } from "../host/luks.ts";
-import { longestId, uuidInId } from "../id.ts";
+import { longestId, uuidInId } from "../volume_id.ts";
 import { csi_secret, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import type { Topology, VolumeCapability } from "../../proto/gen/csi_pb.ts";
 

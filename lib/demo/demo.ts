@@ -9,7 +9,7 @@
 import { join } from "node:path";
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { hostNqn } from "../namespace.ts";
-import type { Channel } from "../rpc.ts";
+import type { Channel } from "../grpc/server.ts";
 import {
   Controller,
   Identity,
@@ -18,11 +18,11 @@ import {
   VolumeUsage_Unit as Unit,
 } from "../../proto/gen/csi_pb.ts";
 import { checksum, differsAt, writeAt, writeFiles } from "./contents.ts";
-import { CheckFailed, Interrupted, interruptedStatus, interruptions } from "./ending.ts";
+import { CheckFailed, Interrupted, interruptedStatus, interruptions } from "./interrupt.ts";
 import { findPlace, fsLacks, kindOf, listNames, machineLacks, processesNaming } from "./machine.ts";
-import { type Backend, programOf, Rig } from "./rig.ts";
-import { formatBytes, Screen } from "./screen.ts";
-import { hostsIn, Tale } from "./tale.ts";
+import { type Backend, programOf, Rig } from "./testbed.ts";
+import { formatBytes, Screen } from "./terminal.ts";
+import { hostsIn, Tale } from "./scenario.ts";
 
 const demoFsTypes = ["ext4", "xfs", "btrfs"] as const;
 /** A file system that the demo can play. */

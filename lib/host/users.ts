@@ -7,7 +7,7 @@
  */
 import type { Host } from "./host.ts";
 import { mountTable } from "./mounts.ts";
-import type { BlockDevice } from "./nvme.ts";
+import type { BlockDevice } from "./nvme/sysfs.ts";
 
 /**
  * Everything that holds `device` or a partition of it, in words for an error message: `dm-3 (vg0-data)`, `md0 on its

@@ -13,7 +13,7 @@
  */
 import type { Check } from "../check.ts";
 import type { RequestContext, Secrets } from "../context.ts";
-import type { AuthKind, DhchapKeys } from "../dhchap.ts";
+import type { AuthKind, DhchapKeys } from "../auth_key.ts";
 import type { RemoteNamespace, TransportAddress } from "../namespace.ts";
 
 /** How large a volume is to be, in bytes; 0 when not given. */

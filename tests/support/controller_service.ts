@@ -1,15 +1,15 @@
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { match, ok, strictEqual } from "node:assert/strict";
-import { controllerHandlers, nodeServiceOfController } from "../../lib/csi/controller.ts";
+import { controllerHandlers, nodeServiceOfController } from "../../lib/csi/controller/service.ts";
 import { describeRequest, redactRequest } from "../../lib/csi/request.ts";
 import { createLogger, type Logger } from "../../lib/context.ts";
 import type { StatusCode } from "../../lib/error.ts";
 import { KeyedLock } from "../../lib/lock.ts";
-import { CallError, Channel, serve, service } from "../../lib/rpc.ts";
+import { CallError, Channel, serve, service } from "../../lib/grpc/server.ts";
 import type { StorageBackend } from "../../lib/storage/backend.ts";
-import { lightosBackend } from "../../lib/storage/lightos.ts";
-import type { LightosOptions } from "../../lib/storage/lightos_cluster.ts";
-import { knownClusters } from "../../lib/storage/lightos_config.ts";
+import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
+import type { LightosOptions } from "../../lib/storage/lightos/cluster.ts";
+import { knownClusters } from "../../lib/storage/lightos/cluster_file.ts";
 import { Controller, Node } from "../../proto/gen/csi_pb.ts";
 
 /** What the controller of a test is told. */

@@ -1,7 +1,7 @@
 /** A simulator in a process of its own, with two volumes on this machine; prints their devices, then waits to be killed. */
 import { join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
-import { defaultSimulateSettings, simulate } from "../../lib/sim/simulate.ts";
+import { defaultSimulateSettings, simulate } from "../../lib/simulator/lightos/simulator.ts";
 import { eventually } from "./simulator.ts";
 
 const [stateDir = "", host = ""] = Deno.args;

@@ -1,8 +1,8 @@
 /** One volume on a loop device of its own, to mount with filesystem.ts and to look at from outside. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { mountVolume, type MountWish } from "../../lib/host/filesystem.ts";
-import { type BlockDevice, findDevice } from "../../lib/host/nvme.ts";
+import { mountVolume, type MountWish } from "../../lib/host/filesystem/mount.ts";
+import { type BlockDevice, findDevice } from "../../lib/host/nvme/sysfs.ts";
 import { type LoopMachine, loopMachine, type LoopNamespace, subsystemNqn } from "./loop_machine.ts";
 import { callContext } from "./node_calls.ts";
 

@@ -2,7 +2,7 @@
 // instead of ours.
 import net from "node:net";
 import type { Duplex } from "node:stream";
-import { listenUnix } from "../../lib/unix_socket.ts";
+import { listenUnix } from "../../lib/grpc/unix_socket.ts";
 
 // Before descriptors are short: Deno takes some for its first listener.
 Deno.addSignalListener("SIGTERM", () => Deno.exit());

@@ -1,6 +1,6 @@
 /** A node service on a machine of loop devices (see loop_machine.ts), with what kubelet would send it at hand. */
 import { join } from "node:path";
-import { type Attacher, discoveryClient } from "../../lib/host/attach.ts";
+import { type Attacher, discoveryClient } from "../../lib/host/attach/attacher.ts";
 import type { Host } from "../../lib/host/host.ts";
 import type { KeyedLock } from "../../lib/lock.ts";
 import { loopMachine } from "./loop_machine.ts";

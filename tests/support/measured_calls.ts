@@ -5,8 +5,8 @@
 import { basename, join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import type { DemoFsType as FsType } from "../../lib/demo/demo.ts";
-import { countsBetween, Rig } from "../../lib/demo/rig.ts";
-import type { Channel } from "../../lib/rpc.ts";
+import { countsBetween, Rig } from "../../lib/demo/testbed.ts";
+import type { Channel } from "../../lib/grpc/server.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
 export type { FsType };

@@ -14,13 +14,13 @@ import {
   type VolumeCapabilitySchema,
 } from "../../proto/gen/csi_pb.ts";
 import { createLogger, type Logger, requestContext } from "../../lib/context.ts";
-import { inlineVolumes } from "../../lib/csi/ephemeral.ts";
-import { nodeHandlers, type NodeOptions } from "../../lib/csi/node.ts";
+import { inlineVolumes } from "../../lib/csi/inline/inline_volumes.ts";
+import { nodeHandlers, type NodeOptions } from "../../lib/csi/node/service.ts";
 import { type StatusCode, StatusError } from "../../lib/error.ts";
-import { parseVolumeId } from "../../lib/id.ts";
+import { parseVolumeId } from "../../lib/volume_id.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { toPublishContext } from "../../lib/namespace.ts";
-import type { CallContext, Handlers } from "../../lib/rpc.ts";
+import type { CallContext, Handlers } from "../../lib/grpc/server.ts";
 import type { EphemeralVolumes } from "../../lib/storage/backend.ts";
 import { subsystemNqn } from "./loop_machine.ts";
 

@@ -1,11 +1,11 @@
 import { createLogger } from "../../lib/context.ts";
-import { defaultPosBehaviour } from "../../lib/sim/poseidon_model.ts";
+import { defaultPosBehaviour } from "../../lib/simulator/poseidon/system.ts";
 import {
   defaultPoseidonSettings,
   type PoseidonSettings,
   type PoseidonSimulator,
   simulatePoseidon,
-} from "../../lib/sim/simulate_poseidon.ts";
+} from "../../lib/simulator/poseidon/simulator.ts";
 
 /** A simulated PoseidonOS in this process. Dispose it, with `await using`, to end it and remove every file of its own. */
 export type TestPoseidon = PoseidonSimulator & AsyncDisposable;

@@ -1,7 +1,7 @@
 /** An HTTP/2 client that sends exactly the bytes it is told to: what real clients no longer, or must not, send. */
 import assert from "node:assert/strict";
 import net from "node:net";
-import { encodeHuffman, HpackDecoder } from "../../lib/hpack.ts";
+import { encodeHuffman, HpackDecoder } from "../../lib/grpc/hpack.ts";
 
 export type Header = readonly [name: string, value: string];
 

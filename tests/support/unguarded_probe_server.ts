@@ -1,4 +1,4 @@
-// The same service as probe_server.ts by grpc-js alone: without lib/goaway.ts, a GOAWAY kills this process.
+// The same service as probe_server.ts by grpc-js alone: without lib/grpc/goaway.ts, a GOAWAY kills this process.
 import grpc from "@grpc/grpc-js";
 
 const [path = ""] = Deno.args;

@@ -16,7 +16,7 @@
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { Rig } from "../../lib/demo/rig.ts";
+import { Rig } from "../../lib/demo/testbed.ts";
 import { type Code, codeAt } from "./code.ts";
 import { boot, lastWords } from "./guest.ts";
 import { type Item, lay, remaining } from "./queue.ts";

@@ -6,7 +6,7 @@
  * address may change only while its port offers nothing.
  */
 import { join } from "node:path";
-import type { DhchapKeys } from "../../lib/dhchap.ts";
+import type { DhchapKeys } from "../../lib/auth_key.ts";
 import { names, tool } from "./world.ts";
 
 const root = "/sys/kernel/config/nvmet";

@@ -6,11 +6,11 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { type Backend, Rig, type Running } from "../../lib/demo/rig.ts";
+import { type Backend, Rig, type Running } from "../../lib/demo/testbed.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
-import { uuidInId } from "../../lib/id.ts";
+import { uuidInId } from "../../lib/volume_id.ts";
 import { hostNqn } from "../../lib/namespace.ts";
-import { CallError, type Channel } from "../../lib/rpc.ts";
+import { CallError, type Channel } from "../../lib/grpc/server.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { enter } from "../support/image_root.ts";
 import { codeAt } from "./code.ts";

@@ -4,9 +4,9 @@
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { DhchapKey, type DhchapKeys } from "../../../lib/dhchap.ts";
+import { DhchapKey, type DhchapKeys } from "../../../lib/auth_key.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import { Channel } from "../../../lib/rpc.ts";
+import { Channel } from "../../../lib/grpc/server.ts";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import { type Check, impatient, type Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";

@@ -1,7 +1,7 @@
 /** `lbcsi doctor` on a real kernel: what its sysfs and /dev/nvme-fabrics say of modules, names, paths and leftovers. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { hostIdOf } from "../../../lib/host/attach.ts";
+import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
 import type { Check, Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";

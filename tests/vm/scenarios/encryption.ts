@@ -255,7 +255,7 @@ export const scenario = of([
     name: "promise 8: a node that is killed while it encrypts a new volume leaves one that a repeat completes",
     limitSeconds: 180,
     async run(world) {
-      // The tools after it are too short to be met; tests/node_cutoff_test.ts has every step.
+      // The tools after it are too short to be met; tests/csi/node/cutoff_test.ts has every step.
       const volume = await encrypted(world);
       const staged = volume.stage().catch(() => {});
       const runs = async () => (await run("pgrep", "-x", "cryptsetup")).code === 0;

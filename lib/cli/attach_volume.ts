@@ -1,0 +1,184 @@
+/**
+ * Attaching and detaching a volume for the engineer at a shell: what controller and node do for a pod, in one go and
+ * without an orchestrator. It has no way of its own to connect, mount or let go; it calls the ones that the node calls.
+ *
+ * Both go forward only. Repeated after a failure, an interruption or a success, attach does what is missing, and detach
+ * undoes whatever part of attach is there. What attach was told, detach has to be told again: nothing is written down.
+ *
+ * A blank device is formatted only when that is asked for: an orchestrator mounts a volume for the first time on purpose,
+ * a person who types the ID of the wrong volume does not.
+ */
+import type { RequestContext, Secrets } from "../context.ts";
+import { type DhchapKeys, type GivenKeys, givenKeys, keysFor } from "../auth_key.ts";
+import { StatusError } from "../error.ts";
+import { allUsersOf, type Attacher } from "../host/attach/attacher.ts";
+import { refuseUnauthenticated } from "../host/nvme/authentication.ts";
+import { type FsType, mountVolume } from "../host/filesystem/mount.ts";
+import type { Host } from "../host/host.ts";
+import { canonicalPath, mountsAt, mountTable, refuseStuckUnmount, takeDown } from "../host/mounts.ts";
+import { type BlockDevice, findDevice, recheckDevice, refuseWithoutPath, waitForDevice } from "../host/nvme/sysfs.ts";
+import type { RemoteNamespace } from "../namespace.ts";
+import type { StorageBackend } from "../storage/backend.ts";
+
+/** This machine, and under which name it connects. */
+export interface Machine {
+  readonly host: Host;
+  readonly attacher: Attacher;
+  readonly hostNqn: string;
+  /** Where a Discovery-Client is told what to connect, when `attacher` is not the one that tells it. */
+  readonly discoveryDirectory: string | undefined;
+}
+
+/** Which volume: one that a cluster is asked for by its ID, or a place that is known already. */
+export type Wanted =
+  | {
+    readonly backend: StorageBackend;
+    readonly volumeId: string;
+    /** Attributes of the PersistentVolume, for backends that need them to grant access. */
+    readonly volumeContext: Readonly<Record<string, string>>;
+    readonly secrets: Secrets;
+  }
+  /** `inBandAuth` of the namespace says for what kind of authentication `keys` are. */
+  | { readonly namespace: RemoteNamespace; readonly keys?: GivenKeys };
+
+/** What is to be done with an attached volume; `path` is where to mount it. */
+export interface MountWanted {
+  readonly path: string;
+  /** The file system that has to be there; undefined: whichever is. */
+  readonly fsType: FsType | undefined;
+  readonly readOnly: boolean;
+  /** Whether a blank device is given a file system: `fsType`, or ext4. */
+  readonly format: boolean;
+}
+
+/** What attachVolume leaves. */
+export interface Attached {
+  readonly device: BlockDevice;
+  readonly mount: { readonly path: string; readonly fsType: string; readonly readOnly: boolean } | undefined;
+}
+
+/**
+ * Grants this host access (where a cluster is asked), connects, waits for the device, and mounts it. May be repeated.
+ *
+ * @throws StatusError FAILED_PRECONDITION when another host has access, the directory to mount at is missing, or the device
+ *   holds something else than asked for; UNAVAILABLE when it does not come before `ctx.signal` aborts; and what
+ *   StorageBackend.grantAccess, Attacher.attach and mountVolume throw
+ */
+export async function attachVolume(
+  ctx: RequestContext,
+  { host, attacher, hostNqn }: Machine,
+  wanted: Wanted,
+  mount: MountWanted | undefined,
+): Promise<Attached> {
+  // First, so that nothing has been done when it is refused.
+  const path = mount === undefined ? undefined : await mountPointOf(host, mount.path);
+  const namespace = "namespace" in wanted
+    ? wanted.namespace
+    : await wanted.backend.grantAccess(ctx, wanted.secrets, wanted.volumeId, {
+      hostNqn,
+      shared: false,
+      volumeContext: wanted.volumeContext,
+    });
+  const volume = ctx.with({ volume: namespace.uuid });
+  const { subsystemNqn, inBandAuth } = namespace;
+  await attacher.attach(
+    volume,
+    namespace,
+    attacher.takesKeys ? await keysOf(volume, hostNqn, namespace, wanted) : undefined,
+  );
+  const device = await waitForDevice(host, volume, namespace.uuid, { subsystemNqn, hint: attacher.hint });
+  if (inBandAuth !== undefined) {
+    await refuseUnauthenticated(host, subsystemNqn, inBandAuth, `attach namespace ${namespace.uuid}`);
+  }
+  if (mount === undefined || path === undefined) return { device, mount: undefined };
+  await refuseWithoutPath(host, device, `mount namespace ${namespace.uuid} at "${path}"`);
+  await mountVolume(host, volume, device, path, {
+    fsType: mount.fsType,
+    defaultFsType: "ext4",
+    flags: [],
+    readOnly: mount.readOnly,
+    shared: false,
+    mkfsOptions: "",
+    formats: mount.format,
+  });
+  const fsType = mountsAt(await mountTable(host), path).at(-1)?.fsType ?? "";
+  return { device, mount: { path, fsType, readOnly: mount.readOnly } };
+}
+
+const noKeys: GivenKeys = { host: undefined, controller: undefined };
+
+/** The keys to connect with: the cluster's where it is asked and nothing else gives them. */
+async function keysOf(
+  ctx: RequestContext,
+  hostNqn: string,
+  { uuid, inBandAuth: kind }: RemoteNamespace,
+  wanted: Wanted,
+): Promise<DhchapKeys | undefined> {
+  if (kind === undefined) return undefined;
+  return await keysFor(kind, "backend" in wanted ? givenKeys(wanted.secrets) : wanted.keys ?? noKeys, async () => {
+    const authentication = "backend" in wanted ? wanted.backend.authentication : undefined;
+    if ("backend" in wanted && authentication !== undefined) {
+      return await authentication.keysOf(ctx, wanted.secrets, wanted.volumeId, hostNqn, kind);
+    }
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot attach namespace ${uuid}: no key is given (--dhchap-key-file)`,
+    );
+  });
+}
+
+async function mountPointOf(host: Host, given: string): Promise<string> {
+  const path = await canonicalPath(host, given);
+  // What is mounted is not looked at, it may not answer.
+  if (path !== undefined && mountsAt(await mountTable(host), path).length > 0) return path;
+  const kind = path === undefined ? "absent" : await host.kindOf(path);
+  if (path !== undefined && kind === "directory") return path;
+  throw new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot mount at "${given}": ${kind === "absent" ? "there is no such directory" : "it is not a directory"}`,
+  );
+}
+
+/**
+ * Unmounts the volume at `mountPath` if that is given, lets go of its namespace, and takes this host's access away (where
+ * a cluster is asked). Nothing of that is there: done.
+ *
+ * @throws StatusError FAILED_PRECONDITION, before anything but `mountPath` was touched, when something else uses the volume
+ *   here; UNAVAILABLE when unmounting would wait for a path; and what Attacher.detach and revokeAccess throw
+ */
+export async function detachVolume(
+  ctx: RequestContext,
+  { host, attacher, hostNqn, discoveryDirectory }: Machine,
+  wanted: Wanted,
+  mountPath: string | undefined,
+): Promise<void> {
+  const uuid = "namespace" in wanted ? wanted.namespace.uuid : wanted.backend.uuidOf(wanted.volumeId);
+  const subsystemNqn = "namespace" in wanted ? wanted.namespace.subsystemNqn : undefined;
+  const action = `detach namespace ${uuid}`;
+  const volume = ctx.with({ volume: uuid });
+  const discoveryFile = `${discoveryDirectory}/${uuid}`;
+  if (discoveryDirectory !== undefined && await host.kindOf(discoveryFile) !== "absent") {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: "${discoveryFile}" asks the Discovery-Client to keep it connected, most likely for the node ` +
+        `service; detach it with --attach=discovery-client if nobody needs it`,
+    );
+  }
+  const device = await findDevice(host, uuid, subsystemNqn);
+  const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
+  if (path !== undefined) {
+    if (device !== undefined) {
+      await refuseStuckUnmount(host, volume, { device, path, action });
+    }
+    await takeDown(host, volume, path, device, action);
+  }
+  if (device !== undefined) await refuseWhileUsed(host, device, action);
+  await attacher.detach(volume, uuid, subsystemNqn);
+  if ("backend" in wanted) await wanted.backend.revokeAccess(volume, wanted.secrets, wanted.volumeId, hostNqn);
+}
+
+async function refuseWhileUsed(host: Host, device: BlockDevice, action: string): Promise<void> {
+  const users = await allUsersOf(host, await recheckDevice(host, device, action));
+  if (users.length === 0) return;
+  throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
+}

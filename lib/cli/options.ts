@@ -1,0 +1,179 @@
+/**
+ * Command-line options of a subcommand: a flag wins over its environment variable, that over the default; an empty text
+ * counts as not given. Every value is checked by a zod schema, and a bad one is reported with the place it came from.
+ *
+ * The table of options is also the help text, so the two cannot differ.
+ */
+import { parseArgs, type ParseArgsConfig } from "node:util";
+import * as z from "zod";
+import { closest, suggestion } from "../suggestion.ts";
+
+/** One option. `schema` reads the text given; it must accept `fallback`, or `undefined` where there is none. */
+export interface Option<S extends z.ZodType = z.ZodType> {
+  readonly short?: string;
+  /** It is a bare word on the command line, not a flag. Bare words follow one another in the order of the table. */
+  readonly word?: true;
+  /** Environment variables, the first that is set wins. */
+  readonly env?: readonly string[];
+  readonly fallback?: string;
+  /** How the value is called in the help text; none: a switch that takes no value. */
+  readonly value?: string;
+  readonly meaning: string;
+  readonly schema: S;
+}
+
+export type Options = Readonly<Record<string, Option>>;
+export type Settings<O extends Options> = { readonly [K in keyof O]: z.output<O[K]["schema"]> };
+
+/** Words on the command line that cannot be used; the message is for the person at the shell. */
+export class UsageError extends Error {
+  override readonly name = "UsageError";
+}
+
+/**
+ * The settings that `args` and `environment` give; throws UsageError that lists every bad one.
+ */
+export function readOptions<O extends Options>(
+  options: O,
+  args: readonly string[],
+  environment: (name: string) => string | undefined,
+): Settings<O> {
+  const config: NonNullable<ParseArgsConfig["options"]> = {};
+  const words = Object.entries(options).flatMap(([name, { word }]) => word ? [name] : []);
+  for (const [name, { short, value }] of Object.entries(options)) {
+    if (words.includes(name)) continue;
+    config[name] = { type: value === undefined ? "boolean" : "string", ...(short === undefined ? {} : { short }) };
+  }
+  const given = parseWords([...args], config, words);
+  const settings: Record<string, unknown> = {};
+  const problems: string[] = [];
+  for (const [name, option] of Object.entries(options)) {
+    const { text, source } = find(name, option, given[name], environment);
+    const parsed = option.schema.safeParse(text);
+    if (parsed.success) settings[name] = parsed.data;
+    else if (text === undefined) problems.push(`${shownName(name, option)} is missing${hint(option)}`);
+    else problems.push(`${source} "${text}": ${parsed.error.issues.map(({ message }) => message).join("; ")}`);
+  }
+  if (problems.length > 0) throw new UsageError(problems.join("\n"));
+  return settings as Settings<O>;
+}
+
+type Words = Readonly<Record<string, string | boolean | undefined>>;
+
+function parseWords(
+  args: string[],
+  config: NonNullable<ParseArgsConfig["options"]>,
+  words: readonly string[],
+): Words {
+  const allowPositionals = words.length > 0;
+  try {
+    const { values, positionals } = parseArgs({ args, options: config, strict: true, allowPositionals });
+    const surplus = positionals[words.length];
+    if (surplus !== undefined) throw new UsageError(`Unexpected argument '${surplus}'`);
+    return { ...values as Words, ...Object.fromEntries(words.map((name, at) => [name, positionals[at]])) };
+  } catch (error) {
+    const message = error instanceof Error ? error.message : String(error);
+    const [, unknown] = /^Unknown option '--([^']+)'/.exec(message) ?? [];
+    if (unknown === undefined) throw new UsageError(message);
+    const meant = closest(unknown, Object.keys(config));
+    throw new UsageError(`Unknown option '--${unknown}'${meant === undefined ? "" : `, did you mean '--${meant}'?`}`);
+  }
+}
+
+/** A variable of the environment that looks like an option and is none. */
+export interface UnknownVariable {
+  readonly name: string;
+  /** `, did you mean "LB_CSI_LOG_LEVEL"?`; empty when no known variable is close. */
+  readonly suggestion: string;
+}
+
+/** Those of `names` that start with `LB_CSI_`, as every option's variable does, and are no option's. */
+export function unknownVariables(names: readonly string[], known: readonly string[]): readonly UnknownVariable[] {
+  return names.filter((name) => name.startsWith("LB_CSI_") && !known.includes(name)).sort()
+    .map((name) => ({ name, suggestion: suggestion(name, known) }));
+}
+
+/** How a person writes it: `--node-id`, or `VOLUME_ID` for a bare word. */
+function shownName(name: string, { word, value }: Option): string {
+  return word ? value ?? name : `--${name}`;
+}
+
+function find(
+  name: string,
+  option: Option,
+  flag: string | boolean | undefined,
+  environment: (name: string) => string | undefined,
+): { readonly text: string | undefined; readonly source: string } {
+  if (flag !== undefined && flag !== "") return { text: String(flag), source: shownName(name, option) };
+  for (const variable of option.env ?? []) {
+    const text = environment(variable)?.trim();
+    if (text !== undefined && text !== "") return { text, source: variable };
+  }
+  return { text: option.fallback, source: `the default of --${name}` };
+}
+
+function hint({ env }: Option): string {
+  return env === undefined ? "" : ` (or set ${env.join(", ")})`;
+}
+
+/** The options as aligned help lines. */
+export function describeOptions(options: Options): string {
+  const rows = Object.entries(options).map(([name, option]) => {
+    const short = option.short === undefined ? "    " : `-${option.short}, `;
+    const flag = option.word
+      ? `  ${shownName(name, option)}`
+      : `  ${short}--${name}${option.value === undefined ? "" : ` ${option.value}`}`;
+    const facts = [
+      ...(option.fallback === undefined ? [] : [`default: ${option.fallback}`]),
+      ...(option.env === undefined ? [] : [`env: ${option.env.join(", ")}`]),
+    ];
+    return { flag, text: option.meaning + (facts.length === 0 ? "" : ` (${facts.join("; ")})`) };
+  });
+  const width = Math.min(40, Math.max(...rows.map(({ flag }) => flag.length)) + 2);
+  return rows.map(({ flag, text }) =>
+    flag.length < width ? flag.padEnd(width) + text : `${flag}\n${" ".repeat(width)}${text}`
+  ).join("\n");
+}
+
+/**
+ * The values that an option is limited to, in the order of its schema; none when it takes other texts too. What reads a
+ * text before the schema sees it (an alias, a default) does not hide them.
+ */
+export function choicesOf({ schema }: Option): readonly string[] {
+  return enumIn(schema)?.options.map(String) ?? [];
+}
+
+function enumIn(schema: z.core.$ZodType): z.ZodEnum | undefined {
+  if (schema instanceof z.ZodEnum) return schema;
+  if (schema instanceof z.ZodOptional || schema instanceof z.ZodDefault) return enumIn(schema.def.innerType);
+  if (schema instanceof z.ZodPipe) return enumIn(schema.def.out) ?? enumIn(schema.def.in);
+  return undefined;
+}
+
+/** A switch: off unless its flag is there or its variable says `true`. */
+export const switchSchema = z.enum(["true", "false"], { error: "is not true or false" }).default("false")
+  .transform((text) => text === "true");
+
+/** A whole number from `least` to `most`. */
+export function wholeNumber(least: number, most: number): z.ZodType<number, string> {
+  const problem = `is not a whole number from ${least} to ${most}`;
+  return z.string().regex(/^\d{1,15}$/, problem).transform(Number)
+    .refine((number) => number >= least && number <= most, problem);
+}
+
+/** A path from the root. */
+export const absolutePath = z.string().startsWith("/", "is not an absolute path");
+
+/** `192.0.2.1:9810`, `[::]:9810`; port 0 takes a free one. */
+export const listenAddress = z.string().transform((text, check) => {
+  // The last colon is the port's, so an IPv6 address may do without brackets.
+  const [, host = "", port = ""] = /^(.+):(\d{1,5})$/.exec(text) ?? [];
+  const hostname = host.replace(/^\[(.*)\]$/, "$1");
+  if (/^[0-9A-Za-z.:%_-]+$/.test(hostname) && Number(port) <= 65535) return { hostname, port: Number(port) };
+  check.addIssue("is not HOST:PORT");
+  return z.NEVER;
+});
+
+/** A CSI endpoint, `unix:///path`; gives the path. */
+export const unixEndpoint = z.string().regex(/^unix:\/\/\/[^/]/, "is not of the form unix:///path/to/csi.sock")
+  .transform((url) => url.slice("unix://".length));

@@ -1,0 +1,134 @@
+/**
+ * How a volume is on this node: whether its device is there, has a path, answers a read, and takes the writes that its
+ * mount promises. Asked once a minute for each volume in use (spec/csi.md section 11).
+ *
+ * A file system or device may never answer, and what was asked cannot be taken back: it holds a thread until the device
+ * answers or goes. So the answer comes after ten seconds at most, and a volume that has not answered since an earlier
+ * question is asked nothing more.
+ */
+import { type RequestContext, requestContext } from "../../context.ts";
+import { messageOf } from "../../error.ts";
+import { readTroubleOf, writeTroubleOf } from "../../host/filesystem/mount.ts";
+import type { Host } from "../../host/host.ts";
+import { describeMount, type Mount, mountsOf, mountTable } from "../../host/mounts.ts";
+import { type BlockDevice, controllersOf } from "../../host/nvme/sysfs.ts";
+import type { Usage } from "../../host/volume_operations.ts";
+import type { Trouble } from "../../storage/backend.ts";
+
+/** How long a volume is waited for. */
+export const longestAnswerMs = 10_000;
+
+/** What was found out about a volume. */
+export interface Condition {
+  /** Undefined when the file system does not tell. */
+  readonly usage: Usage | undefined;
+  /** What is wrong; undefined when the volume is well. */
+  readonly trouble: Trouble | undefined;
+}
+
+/** Asks volumes how they are. Its questions reject with the reason of `ctx.signal` and with nothing else. */
+export interface ConditionProbe {
+  /** A mounted file system. */
+  ofMount(ctx: RequestContext, device: BlockDevice, mount: Mount): Promise<Condition>;
+  /** A mounted file system whose device has gone; what it tells of its size, it tells from memory. */
+  ofDeadMount(ctx: RequestContext, uuid: string, mount: Mount): Promise<Condition>;
+  /** A raw block device. */
+  ofDevice(ctx: RequestContext, device: BlockDevice): Promise<Condition>;
+}
+
+/** @param longestMs how long a volume is waited for */
+export function conditionProbe(host: Host, longestMs: number = longestAnswerMs): ConditionProbe {
+  /** What `question` finds out; it is given a signal that never aborts, so that it ends when the machine has answered. */
+  async function ask(
+    ctx: RequestContext,
+    uuid: string,
+    what: string,
+    question: (ctx: RequestContext) => Promise<Condition>,
+  ): Promise<Condition> {
+    const asking = requestContext(new AbortController().signal, ctx.deadline, ctx.log);
+    try {
+      const asked = { volume: uuid, what: `a look at ${what}`, signal: ctx.signal, longestMs };
+      const answer = await host.pending.ask(asked, () => question(asking));
+      if (answer.kind === "answered") return answer.value;
+      const seconds = Math.round(answer.owed.ms / 1000);
+      const trouble = unusable("NotAnswering", `${what} has not answered for ${seconds} s`);
+      return { usage: undefined, trouble };
+    } catch (error) {
+      ctx.signal.throwIfAborted();
+      return { usage: undefined, trouble: unusable("Unreadable", `${what} cannot be looked at (${messageOf(error)})`) };
+    }
+  }
+
+  /** Why no I/O gets through to the device, as far as its connections show; undefined when they show nothing of it. */
+  async function pathTrouble(device: BlockDevice): Promise<Trouble | undefined> {
+    const controllers = await controllersOf(host, device.subsystemNqn);
+    if (controllers.length === 0 || controllers.some(({ state }) => state === "live")) return undefined;
+    const states = controllers.map(({ name, state }) => `${name} ${state}`).join(", ");
+    return unusable(
+      "NoLivePath",
+      `${device.path} has no live path to ${device.subsystemNqn} (${states}): reads and writes wait or fail`,
+    );
+  }
+
+  return {
+    ofMount: (ctx, device, mount) =>
+      ask(ctx, device.uuid, `${mount.fsType} of ${device.path} at "${mount.path}"`, async (asking) => {
+        const noPath = await pathTrouble(device);
+        const usage = await host.usage(mount.path);
+        if (noPath !== undefined) return { usage, trouble: noPath };
+        // A read-only target shares its file system with the staging mount. Where no mount of it is for writing, the
+        // volume is meant to be read only.
+        const mounts = await mountsOf(host, await mountTable(host), device);
+        const writable = mounts.find((other) => other.root === "/" && !other.options.includes("ro"));
+        const unreadable = await readTroubleOf(host, asking, device, writable ?? mount);
+        if (unreadable !== undefined) return { usage, trouble: unusable("Unreadable", unreadable) };
+        // A volume for writing that takes no writes is of no use to its pods.
+        const readOnly = writable === undefined ? undefined : await writeTroubleOf(host, asking, device, writable);
+        return { usage, trouble: readOnly === undefined ? undefined : unusable("ReadOnly", readOnly) };
+      }),
+    ofDeadMount: (ctx, uuid, mount) =>
+      ask(ctx, uuid, `${mount.fsType} at "${mount.path}"`, async () => {
+        const isNode = mount.root !== "/";
+        const trouble =
+          `${isNode ? "the device node" : describeMount(mount)} at "${mount.path}" has lost its device: ` +
+          `reads and writes fail, the pod has to be started anew`;
+        // Of a bound device node, statfs tells the size of the directory of devices.
+        return { usage: isNode ? undefined : await statfs(mount.path), trouble: unusable("DeviceGone", trouble) };
+      }),
+    ofDevice: (ctx, device) =>
+      ask(ctx, device.uuid, device.path, async () => {
+        const noPath = await pathTrouble(device);
+        if (noPath !== undefined) return { usage: undefined, trouble: noPath };
+        const blocks = device.sizeBytes / 4096n;
+        if (blocks === 0n) {
+          return { usage: undefined, trouble: unusable("Unreadable", `${device.path} has no size`) };
+        }
+        try {
+          // Somewhere, so that the answer does not come from a cache.
+          const block = BigInt(Math.floor(Math.random() * Number(blocks)));
+          await host.readBytes(device.path, block * 4096n, 4096);
+          return { usage: undefined, trouble: undefined };
+        } catch (error) {
+          const trouble = unusable("Unreadable", `${device.path} cannot be read (${messageOf(error)})`);
+          return { usage: undefined, trouble };
+        }
+      }),
+  };
+
+  async function statfs(path: string): Promise<Usage | undefined> {
+    try {
+      return await host.usage(path);
+    } catch {
+      // A dead file system need not answer; that it is dead is the answer.
+      return undefined;
+    }
+  }
+}
+
+/** Trouble that keeps a volume from being used. Status and reason are what orchestrators compare from call to call. */
+function unusable(
+  reason: "DeviceGone" | "NoLivePath" | "NotAnswering" | "Unreadable" | "ReadOnly",
+  message: string,
+): Trouble {
+  return { usable: false, reason, message };
+}

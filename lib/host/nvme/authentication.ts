@@ -1,0 +1,251 @@
+/**
+ * Connections that are authenticated with DH-HMAC-CHAP (dhchap.ts), the way of the kernel's initiator, 6.0 and later.
+ *
+ * The kernel is asked through /dev/nvme-fabrics itself, in one write. nvme-cli takes keys as arguments, which every user of
+ * the machine can read, and where the kernel knows no keys it leaves them out and connects without a word (seen with 2.3).
+ * A kernel before 6.0 answers the option by writing it, key and all, to its log. A later one that was built without takes it
+ * and connects without a key (seen with Debian's 6.1). So what the kernel is able to is looked at first, and what it made of
+ * a key afterwards.
+ *
+ * Whether a connection is authenticated decides the controller, when it is connected: it demands it or does not. What
+ * sysfs tells is which keys the host has for a connection, and nothing more.
+ */
+import { type RequestContext, sleep } from "../../context.ts";
+import { type AuthKind, DhchapKey, type DhchapKeys, type GivenKeys } from "../../auth_key.ts";
+import { messageOf, StatusError } from "../../error.ts";
+import { formatAddress } from "../../namespace.ts";
+import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
+import type { Host } from "../host.ts";
+import {
+  allControllers,
+  type ConnectWish,
+  controllersOf,
+  disconnectController,
+  isNeeded,
+  isUsable,
+  type NvmeController,
+} from "./sysfs.ts";
+
+/** Why this machine cannot authenticate its connections, and what is needed; undefined: nothing speaks against it. */
+export async function authenticationObstacle(host: Host, kind: AuthKind): Promise<string | undefined> {
+  const path = `${host.roots.dev}/nvme-fabrics`;
+  let options: string | undefined;
+  try {
+    options = await host.readText(path);
+  } catch (error) {
+    if ([1, 13].includes(kernelErrorNumber(error) ?? 0)) return describeConnectFailure(messageOf(error), "");
+    // Before 5.17 it answers EINVAL until something is connected.
+    return `the kernel does not tell which options of connections it knows (${path}: ${messageOf(error)}), ${needed}`;
+  }
+  if (options === undefined) return `${path} is missing, the kernel module nvme_tcp is needed`;
+  const known = new Set(options.split(/[,\n]/).map((option) => option.split("=")[0]));
+  const missing = ["dhchap_secret", ...(kind === "bidirectional" ? ["dhchap_ctrl_secret"] : [])]
+    .filter((option) => !known.has(option));
+  if (missing.length > 0) {
+    return `the kernel cannot authenticate NVMe connections (no ${
+      missing.join(", ")
+    } among the options of ${path}), ${needed}`;
+  }
+  return await isBuiltWithout(host)
+    ? `the kernel was built without the authentication of NVMe connections (it has no nvme_auth_negotiate), ${needed}`
+    : undefined;
+}
+
+const needed = "Linux 6.0 or later with CONFIG_NVME_AUTH (CONFIG_NVME_HOST_AUTH since 6.7) is needed";
+
+/** From the names of its functions, those of modules included; which it may keep to itself. */
+async function isBuiltWithout(host: Host): Promise<boolean> {
+  let symbols: string;
+  try {
+    symbols = await host.readText(`${host.roots.proc}/kallsyms`) ?? "";
+  } catch {
+    return false;
+  }
+  return /\bnvmf_connect_admin_queue\b/.test(symbols) && !/\bnvme_auth_negotiate\b/.test(symbols);
+}
+
+/** Why a connection with keys was not made: in words, and whether it is about the keys. */
+export interface ConnectProblem {
+  readonly problem: string;
+  readonly isAboutKeys: boolean;
+}
+
+export interface AuthenticatedWish extends ConnectWish {
+  readonly keys: DhchapKeys;
+  /** Makes another connection to an address that has one. */
+  readonly beside?: boolean;
+}
+
+/** As connectController, with keys, after authenticationObstacle has found none. */
+export async function connectAuthenticated(
+  host: Host,
+  ctx: RequestContext,
+  { keys, beside = false, ...wish }: AuthenticatedWish,
+): Promise<ConnectProblem | undefined> {
+  ctx.signal.throwIfAborted();
+  const started = performance.now();
+  let failure: unknown;
+  let name: string | undefined;
+  try {
+    name = await connectByKernel(host, wish, {
+      dhchapSecret: keys.host.reveal(),
+      dhchapControllerSecret: keys.controller?.reveal(),
+      duplicate: beside,
+    });
+  } catch (error) {
+    failure = error;
+  }
+  const facts = {
+    subsystem: wish.subsystemNqn,
+    address: formatAddress(wish.address),
+    ms: Math.round(performance.now() - started),
+  };
+  if (failure === undefined) ctx.log.info("connected with a key", facts);
+  else ctx.log.warning("could not connect with a key", { ...facts, error: messageOf(failure) });
+  ctx.signal.throwIfAborted();
+  if (failure !== undefined) return problemOf(failure, wish.hostNqn, keys);
+  // Undefined when it is gone, or was not named.
+  const made = (await allControllers(host)).find((controller) => controller.name === name);
+  if (made === undefined || await hasKeys(host, made, keys)) return undefined;
+  await disconnectController(host, ctx, made);
+  return {
+    problem: `the kernel has taken the key and does not use it, the connection was dropped again; ${needed}`,
+    isAboutKeys: true,
+  };
+}
+
+/** The kernel's answer in words. */
+function problemOf(error: unknown, hostNqn: string, keys: DhchapKeys): ConnectProblem {
+  const text = messageOf(error);
+  const both = keys.controller !== undefined;
+  const check = `see that host NQN ${hostNqn} has the same key${both ? "s" : ""} on the cluster as here`;
+  switch (kernelErrorNumber(error)) {
+    case 129: // EKEYREJECTED
+      return {
+        problem: `the key was refused${both ? ", or the controller's own is another one than here" : ""}; ${check}`,
+        isAboutKeys: true,
+      };
+    case 126: // ENOKEY
+      return { problem: `the kernel has no use for the key it was given (${text}); ${check}`, isAboutKeys: true };
+    case 5:
+      // EIO: whatever an NVMe controller answers, before 6.10 to a wrong key too. Seen with 6.12 as well, after 61 s: the
+      // controller hangs up when it has refused a key, sometimes before the host has read why, which then waits for it.
+      return {
+        problem:
+          `not allowed: the subsystem is unknown there, has no access for host NQN ${hostNqn}, or a key is wrong; ` +
+          `${check}, the kernel log (dmesg) tells which`,
+        isAboutKeys: false,
+      };
+    case 114:
+    case 115:
+      return { problem: "another connection was made there in between, by another program", isAboutKeys: false };
+    case 22:
+      return { problem: `the kernel does not take these settings of a connection (${text})`, isAboutKeys: false };
+    default:
+      return { problem: describeConnectFailure(text, hostNqn), isAboutKeys: false };
+  }
+}
+
+/** The keys that the kernel has for a connection. */
+export async function keysInUse(host: Host, controller: NvmeController): Promise<GivenKeys> {
+  const read = async (attribute: string) => {
+    const path = `${host.roots.sysfs}/class/nvme/${controller.name}/${attribute}`;
+    try {
+      return DhchapKey.parse(await host.readText(path) ?? "");
+    } catch {
+      // "none", or the connection is on its way out.
+      return undefined;
+    }
+  };
+  return { host: await read("dhchap_secret"), controller: await read("dhchap_ctrl_secret") };
+}
+
+/** Whether the kernel has these keys for a connection; it may have one of the controller that is not asked for. */
+export async function hasKeys(host: Host, controller: NvmeController, wanted: DhchapKeys): Promise<boolean> {
+  const used = await keysInUse(host, controller);
+  return wanted.host.equals(used.host) &&
+    (wanted.controller === undefined || wanted.controller.equals(used.controller));
+}
+
+/**
+ * Whether the kernel shows one device for all connections to a namespace. Without that, a second connection to a subsystem
+ * shows each of its namespaces a second time.
+ */
+export async function hasMultipath(host: Host): Promise<boolean> {
+  return (await host.readText(`${host.roots.sysfs}/module/nvme_core/parameters/multipath`))?.trim() === "Y";
+}
+
+const takeOverMs = 5000;
+
+/**
+ * Drops our connections to a subsystem that have other keys than these, once each of their paths has a live one beside it
+ * over a connection that has them. What carries the last path to a namespace stays, and is logged.
+ */
+export async function dropOutdated(
+  host: Host,
+  ctx: RequestContext,
+  subsystemNqn: string,
+  hostNqn: string,
+  keys: DhchapKeys,
+): Promise<void> {
+  const giveUpAt = performance.now() + takeOverMs;
+  for (;;) {
+    const ours = (await controllersOf(host, subsystemNqn)).filter((controller) =>
+      controller.hostNqn === hostNqn && isUsable(controller)
+    );
+    const current: NvmeController[] = [];
+    const outdated: NvmeController[] = [];
+    for (const controller of ours) (await hasKeys(host, controller, keys) ? current : outdated).push(controller);
+    const left: NvmeController[] = [];
+    for (const controller of outdated) {
+      if (await isNeeded(host, controller, current)) {
+        left.push(controller);
+        continue;
+      }
+      // Names are used anew, by a connection that another one has made meanwhile.
+      const same = (await controllersOf(host, subsystemNqn)).find(({ name }) => name === controller.name);
+      if (same === undefined || same.hostNqn !== hostNqn || await hasKeys(host, same, keys)) continue;
+      await disconnectController(host, ctx, same);
+    }
+    if (left.length === 0) return;
+    if (performance.now() >= giveUpAt) {
+      const names = left.map(({ name }) => name).join(", ");
+      ctx.log.warning("left connections that have other keys, for nothing else leads to their namespaces", {
+        subsystem: subsystemNqn,
+        name: names,
+      });
+      return;
+    }
+    await sleep(50, ctx.signal);
+  }
+}
+
+/**
+ * Throws FAILED_PRECONDITION when a live connection to a subsystem was made without keys of this kind, by whomever: data
+ * would go over it as over any other.
+ */
+export async function refuseUnauthenticated(
+  host: Host,
+  subsystemNqn: string,
+  kind: AuthKind,
+  action: string,
+): Promise<void> {
+  for (const controller of await controllersOf(host, subsystemNqn)) {
+    if (controller.state !== "live" || controller.isDiscovery) continue;
+    const used = await keysInUse(host, controller);
+    const missing = used.host === undefined
+      ? "has no key"
+      : kind === "bidirectional" && used.controller === undefined
+      ? "has no key to authenticate the controller with"
+      : undefined;
+    if (missing === undefined) continue;
+    const obstacle = await authenticationObstacle(host, kind);
+    if (obstacle !== undefined) throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${obstacle}`);
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: in-band-auth is "${kind}", and the connection ${controller.name} of host ${controller.hostNqn} to ` +
+        `${subsystemNqn} ${missing}; whoever makes the connections needs the keys (with a Discovery-Client, in its own ` +
+        `settings), and this one has to be disconnected first`,
+    );
+  }
+}

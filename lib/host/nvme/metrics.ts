@@ -1,0 +1,38 @@
+/** How the machine's NVMe connections are, for metrics: read from sysfs at each reading, nothing is remembered. */
+import type { Sample } from "../../metrics.ts";
+import { isNodeHostNqn } from "../../namespace.ts";
+import type { Host } from "../host.ts";
+import { volumesInUse } from "../mounts.ts";
+import { allControllers, attachedVolumes, isLivePath, pathsOf } from "./sysfs.ts";
+
+/**
+ * Volumes and connections of the machine that were made under a host NQN of this driver. Touches no device.
+ *
+ * @param isOurs whether a subsystem is of this driver; a node can have another one
+ */
+export async function machineSamples(
+  host: Host,
+  isOurs: (subsystemNqn: string) => boolean,
+): Promise<readonly Sample[]> {
+  const controllers = (await allControllers(host)).filter(({ transport, hostNqn, subsystemNqn }) =>
+    transport === "tcp" && isNodeHostNqn(hostNqn) && isOurs(subsystemNqn)
+  );
+  const devices = (await attachedVolumes(host)).filter(({ subsystemNqn }) => isOurs(subsystemNqn));
+  const used = (await volumesInUse(host)).filter(({ subsystemNqn }) => isOurs(subsystemNqn));
+  let withoutPath = 0;
+  for (const device of devices) {
+    if (!(await pathsOf(host, device, controllers)).some(isLivePath)) withoutPath++;
+  }
+  return [
+    ["lbcsi_volumes_attached", [], devices.length],
+    ["lbcsi_volumes_in_use", [], used.length],
+    ["lbcsi_volumes_without_path", [], withoutPath],
+    ["lbcsi_volumes_not_answering", [], host.pending.debt.volumes],
+    ["lbcsi_longest_unanswered_seconds", [], host.pending.debt.longestMs / 1000],
+    ...controllers.map(({ isDiscovery, state }): Sample => [
+      "lbcsi_nvme_connections",
+      [isDiscovery ? "discovery" : "io", state],
+      1,
+    ]),
+  ];
+}

@@ -1,0 +1,215 @@
+/** What a StorageClass may say of a LightOS volume, and how large a volume can be (facts: spec/lightos.md 3.1 and 9.3). */
+import * as z from "zod";
+import { type AuthKind, authKinds } from "../../auth_key.ts";
+import { StatusError } from "../../error.ts";
+import {
+  type Endpoint,
+  isProjectName,
+  longestId,
+  longestIdBytes,
+  parseEndpoints,
+  type Scheme,
+  schemes,
+  type VolumeId,
+} from "../../volume_id.ts";
+import { inBandAuthKey } from "../../namespace.ts";
+import { unknownKeys } from "../../suggestion.ts";
+import type { CapacityRange } from "../backend.ts";
+import { qosParameters, type QosPolicy, qosPolicyOf } from "./modification.ts";
+import { trustSchema, type TrustWish, trustWish } from "./trust.ts";
+
+/** StorageClass parameters, checked. */
+export interface Parameters {
+  readonly endpoints: readonly Endpoint[];
+  readonly scheme: Scheme;
+  readonly replicaCount: number;
+  readonly compression: boolean;
+  readonly project: string | undefined;
+  readonly qosPolicy: QosPolicy | undefined;
+  readonly hostEncryption: VolumeId["hostEncryption"];
+  readonly inBandAuth: AuthKind | undefined;
+  readonly trust: TrustWish;
+}
+
+const onOff = (name: string) =>
+  z.enum(["enabled", "disabled", ""], { error: `is not "enabled" or "disabled"` }).default("").transform((text) =>
+    text === "enabled"
+  ).describe(name);
+
+/** How connections are authenticated; none: not. */
+const inBandAuth = z.enum(["none", ...authKinds, ""], { error: `is not one of none, ${authKinds.join(", ")}` })
+  .default("none").transform((kind) => kind === "none" || kind === "" ? undefined : kind);
+
+/** StorageClass parameters as texts (spec/lightos.md 3.1). */
+export const parametersSchema = z.strictObject({
+  "mgmt-endpoint": z.string({ error: "is missing, give host:port of one or more management endpoints" })
+    .transform((list, check) => {
+      const endpoints = parseEndpoints(list);
+      if (typeof endpoints !== "string") return endpoints;
+      check.addIssue(endpoints);
+      return z.NEVER;
+    }),
+  "mgmt-scheme": z.enum([...schemes, ""], { error: `is not one of ${schemes.join(", ")}` }).default("grpcs")
+    .transform((scheme): Scheme => scheme === "" ? "grpcs" : scheme),
+  "replica-count": z.string({ error: "is missing, give 1, 2 or 3" })
+    .regex(/^[1-9]\d{0,2}$/, "is not a number from 1 to 128").transform(Number)
+    .refine((count) => count <= 128, "is not a number from 1 to 128"),
+  "compression": onOff("compression"),
+  "project-name": z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')
+    .optional(),
+  "qos-policy-name": z.string().transform((name) => name === "" ? undefined : name).optional(),
+  "qos-policy-uuid": qosParameters["qos-policy-uuid"].optional(),
+  "host-encryption": onOff("host-encryption"),
+  [inBandAuthKey]: inBandAuth,
+  // The vendor's documents name these two and its driver never read them; classes that have them keep working.
+  "encryption-secret-name": z.string().optional(),
+  "encryption-secret-namespace": z.string().optional(),
+  ...trustSchema,
+});
+
+/** Throws INVALID_ARGUMENT that lists each bad parameter with what is wrong. */
+export function parseParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
+  const parsed = parametersSchema.safeParse(parameters);
+  if (!parsed.success) {
+    // The driver takes mkfs-options out before, for the node.
+    const known = [...Object.keys(parametersSchema.shape), "mkfs-options"];
+    const problems = problemsOf(parsed.error, parameters, known);
+    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problems.join("; ")}`);
+  }
+  const { data } = parsed;
+  const isEncrypted = data["host-encryption"];
+  if (isEncrypted && data.compression) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: StorageClass parameters "host-encryption" and "compression" are both enabled, but what is ` +
+        `encrypted on the host cannot be compressed by the cluster`,
+    );
+  }
+  const place = {
+    endpoints: data["mgmt-endpoint"],
+    scheme: data["mgmt-scheme"],
+    project: data["project-name"],
+    hostEncryption: isEncrypted ? "luks2" as const : undefined,
+  };
+  refuseLongId(action, place);
+  return {
+    ...place,
+    replicaCount: data["replica-count"],
+    compression: data.compression,
+    qosPolicy: qosPolicyOf(action, data),
+    inBandAuth: data[inBandAuthKey],
+    trust: trustWish(data),
+  };
+}
+
+/** Throws INVALID_ARGUMENT for endpoints that would make a volume ID which no other call takes: it could not be deleted. */
+function refuseLongId(action: string, place: Omit<VolumeId, "uuid">): void {
+  const bytes = longestIdBytes(place);
+  if (bytes <= longestId) return;
+  throw new StatusError(
+    "INVALID_ARGUMENT",
+    `Cannot ${action}: StorageClass parameter "mgmt-endpoint" has ${place.endpoints.length} endpoints, with which a volume ID has ` +
+      `up to ${bytes} bytes and ${longestId} are allowed; name fewer, the cluster tells the others`,
+  );
+}
+
+/**
+ * How connections to a volume are authenticated, by its context: that of an older volume, or one that a person wrote, may
+ * say nothing. Throws INVALID_ARGUMENT.
+ */
+export function parseAuthKind(action: string, context: Readonly<Record<string, string>>): AuthKind | undefined {
+  const parsed = inBandAuth.safeParse(context[inBandAuthKey]);
+  if (parsed.success) return parsed.data;
+  const problems = parsed.error.issues.map(({ message }) => message).join("; ");
+  throw new StatusError(
+    "INVALID_ARGUMENT",
+    `Cannot ${action}: volume attribute "${inBandAuthKey}" "${context[inBandAuthKey]}" ${problems}`,
+  );
+}
+
+/** What is wrong with a map of texts, key by key. */
+export function problemsOf(
+  error: z.ZodError,
+  given: Readonly<Record<string, string>>,
+  known: readonly string[],
+): readonly string[] {
+  return error.issues.map((issue) => {
+    if (issue.code === "unrecognized_keys") {
+      return unknownKeys(issue.keys, known);
+    }
+    const key = String(issue.path[0]);
+    const value = given[key];
+    // Some problems quote the value, or the part of it that they are about.
+    if (value === undefined || issue.message.includes(`"${value}"`)) return `"${key}" ${issue.message}`;
+    return `"${key}" "${value}"${issue.message.startsWith('"') ? ":" : ""} ${issue.message}`;
+  });
+}
+
+/** GetCapacity may come without a number of replicas. */
+export function parseCapacityParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
+  return parseParameters(action, { "replica-count": "1", ...parameters });
+}
+
+const gib = 1n << 30n;
+const largestInt64 = (1n << 63n) - 1n;
+
+/** The size to ask LightOS for: whole GiB, at least one (spec/lightos.md 9.3). Throws OUT_OF_RANGE, INVALID_ARGUMENT. */
+export function volumeSize(action: string, range: CapacityRange): bigint {
+  checkRange(action, range);
+  const { requiredBytes, limitBytes } = range;
+  const wanted = requiredBytes === 0n ? gib : requiredBytes;
+  const rounded = wholeGib(wanted);
+  if (rounded > largestInt64) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: ${requiredBytes} bytes rounded up to whole GiB are too many`,
+    );
+  }
+  if (limitBytes !== 0n && rounded > limitBytes) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: LightOS allocates whole GiB, and ${rounded} bytes are above limit_bytes ${limitBytes}`,
+    );
+  }
+  return rounded;
+}
+
+function wholeGib(bytes: bigint): bigint {
+  return (bytes + gib - 1n) / gib * gib;
+}
+
+/**
+ * The size of a volume made from a source of `sourceBytes`: the source's, or a larger one in whole GiB. Throws OUT_OF_RANGE
+ * when the source does not fit the range.
+ */
+export function sizeWithSource(action: string, range: CapacityRange, sourceBytes: bigint): bigint {
+  const { requiredBytes, limitBytes } = range;
+  if (requiredBytes > sourceBytes) return volumeSize(action, range);
+  // The source of this request has what an empty volume would have got, in whole GiB.
+  if (requiredBytes !== 0n && wholeGib(requiredBytes) < sourceBytes) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: its source has ${sourceBytes} bytes, required_bytes ${requiredBytes} are fewer`,
+    );
+  }
+  if (limitBytes !== 0n && limitBytes < sourceBytes) {
+    throw new StatusError(
+      "OUT_OF_RANGE",
+      `Cannot ${action}: its source has ${sourceBytes} bytes, limit_bytes ${limitBytes} are fewer`,
+    );
+  }
+  return sourceBytes;
+}
+
+/** Throws INVALID_ARGUMENT for a range that makes no sense. */
+export function checkRange(action: string, { requiredBytes, limitBytes }: CapacityRange): void {
+  if (requiredBytes < 0n || limitBytes < 0n) {
+    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);
+  }
+  if (limitBytes !== 0n && limitBytes < requiredBytes) {
+    throw new StatusError(
+      "INVALID_ARGUMENT",
+      `Cannot ${action}: limit_bytes ${limitBytes} is below required_bytes ${requiredBytes}`,
+    );
+  }
+}

@@ -1,0 +1,114 @@
+/**
+ * How a cluster's management API has to prove who it is, over TLS.
+ *
+ * Told by the secrets of a call, else by the cluster file, else by the process' own options. A StorageClass may tell it
+ * too, with the keys of the secrets. But only CreateVolume sees the class; the calls that publish, grow and delete the
+ * volume have its ID and their secrets, and the driver remembers nothing. A class that says what these calls could not
+ * know would make volumes that cannot be deleted, so it has to agree with what holds without it.
+ */
+import * as z from "zod";
+import { StatusError } from "../../error.ts";
+import type { Trust } from "../../grpc/server.ts";
+
+/** `192.0.2.1`, `lightos.example`; IPv6 without brackets. */
+const serverName = z.string().trim().regex(
+  /^[0-9A-Za-z]([0-9A-Za-z.:-]{0,251}[0-9A-Za-z])?$/,
+  "is not a host name or IP address",
+);
+
+const pins = z.string().transform((text) => text.split(",")).pipe(
+  z.array(
+    z.string().trim().regex(
+      /^sha256\/\/[0-9A-Za-z+/]{43}=$/,
+      'is not "sha256//" and the base64 of a SHA-256 (44 characters)',
+    ),
+  ),
+);
+
+const onOff = z.string().trim().toLowerCase().pipe(z.enum(["true", "false"], { error: 'is not "true" or "false"' }))
+  .transform((text) => text === "true");
+
+/** Keys of secrets and of StorageClass parameters. */
+export const trustSchema = {
+  "mgmt-server-name": serverName.optional(),
+  "mgmt-tls-pin": pins.optional(),
+  "mgmt-tls-verify": onOff.optional(),
+};
+
+/** The same as keys of the cluster file. */
+export const trustConfigSchema = {
+  serverName: serverName.optional(),
+  tlsPin: z.union([pins, z.array(z.string()).transform((list) => list.join(",")).pipe(pins)]).optional(),
+  tlsVerify: z.boolean({ error: "is not true or false" }).optional(),
+};
+
+/** What one place says of it. */
+export interface TrustWish {
+  readonly serverName?: string | undefined;
+  readonly pins?: readonly string[] | undefined;
+  readonly verify?: boolean | undefined;
+}
+
+/** The wish in values that `trustSchema` has read. */
+export function trustWish(values: {
+  readonly "mgmt-server-name"?: string | undefined;
+  readonly "mgmt-tls-pin"?: readonly string[] | undefined;
+  readonly "mgmt-tls-verify"?: boolean | undefined;
+}): TrustWish {
+  return {
+    serverName: values["mgmt-server-name"],
+    pins: values["mgmt-tls-pin"],
+    verify: values["mgmt-tls-verify"],
+  };
+}
+
+/**
+ * What holds: for each part the first place that says something.
+ *
+ * @throws StatusError INVALID_ARGUMENT when keys are pinned and the certificate is not verified, for then they are not
+ *   looked at
+ */
+export function resolveTrust(ca: string | undefined, ...places: readonly TrustWish[]): Trust {
+  const first = <T>(pick: (place: TrustWish) => T | undefined) => places.map(pick).find((value) => value !== undefined);
+  const pins = first((place) => place.pins);
+  const name = first((place) => place.serverName);
+  const verify = first((place) => place.verify) ?? true;
+  if (!verify && pins !== undefined) {
+    throw new StatusError(
+      "INVALID_ARGUMENT",
+      "Cannot trust the management API: a public key is pinned, but its certificate is not to be verified (mgmt-tls-verify); " +
+        "for a self-signed one, give the certificate itself as the CA",
+    );
+  }
+  return {
+    verify,
+    ...(ca === undefined ? {} : { ca }),
+    ...(name === undefined ? {} : { serverName: name }),
+    ...(pins === undefined ? {} : { pins: [...pins].sort() }),
+  };
+}
+
+/**
+ * Refuses a StorageClass that says something else than what holds without it.
+ *
+ * @param trust what holds; undefined: clear text
+ * @throws StatusError INVALID_ARGUMENT that names the parameters
+ */
+export function refuseOtherTrust(action: string, stated: TrustWish, trust: Trust | undefined): void {
+  const parts = [
+    ["mgmt-server-name", stated.serverName, trust?.serverName],
+    ["mgmt-tls-pin", stated.pins?.toSorted().join(","), trust?.pins?.join(",")],
+    ["mgmt-tls-verify", stated.verify, trust?.verify],
+  ] as const;
+  const refuse = (problem: string) =>
+    new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problem}`);
+  for (const [key, wanted, holds] of parts) {
+    if (wanted === undefined || wanted === holds) continue;
+    if (trust === undefined) throw refuse(`"${key}" is given, but "mgmt-scheme" is "grpc", which is clear text`);
+    throw refuse(
+      `"${key}" "${wanted}" is not what the secrets, the cluster file or the controller's options say (${
+        holds === undefined ? "nothing" : `"${holds}"`
+      }); calls that publish or delete the volume do not see the StorageClass, so put "${key}" into its Secret too`,
+    );
+  }
+}

@@ -1,0 +1,113 @@
+/**
+ * A look at PoseidonOS through DAgent, for `lbcsi doctor` (facts: spec/pos.md 5, 6, 11). It reads and changes nothing, and
+ * leaves out `GET /system`, which answers from a cache and starts 14 programs on the storage server.
+ */
+import { type Check, checked, reasonOf, simulatorCheck } from "../../check.ts";
+import { type RequestContext, requestContext, timeLimit } from "../../context.ts";
+import { type Endpoint, formatEndpoint } from "../../volume_id.ts";
+import { formatAddress, parseAddress } from "../../namespace.ts";
+import type { SystemReport } from "../backend.ts";
+import type { KnownSystems } from "./cluster_file.ts";
+import { type Dagent, Dagents } from "./dagent.ts";
+import { hasTcpTransport, mostVolumes, readSubsystems, readVolumes, troubleOf } from "./inventory.ts";
+
+/** DAgent answers one question at a time, and five seconds late when PoseidonOS is down. */
+const askMs = 10_000;
+/** An array with fewer volumes to go than this is soon full. */
+const fewVolumes = 16;
+
+/** Looks at the system behind `endpoint`, or else at each one of the file; what is wrong there is in the reports. */
+export async function poseidonReports(
+  ctx: RequestContext,
+  systems: KnownSystems | undefined,
+  endpoint: Endpoint | undefined,
+): Promise<readonly SystemReport[]> {
+  await using dagents = new Dagents();
+  const known = endpoint === undefined ? undefined : systems?.owning(endpoint);
+  const targets = endpoint === undefined
+    ? systems?.all() ?? []
+    : [known ?? { name: formatEndpoint(endpoint), endpoint, arrays: [] }];
+  return await Promise.all(
+    targets.map(async ({ name, endpoint, arrays }) => await look(ctx, dagents.at(endpoint), name, arrays)),
+  );
+}
+
+const action = "look at the system";
+
+async function look(
+  ctx: RequestContext,
+  dagent: Dagent,
+  name: string,
+  arrays: readonly string[],
+): Promise<SystemReport> {
+  const report = { name: `system ${name}`, discovery: [], connected: undefined, inBandAuth: false };
+  const started = performance.now();
+  let subsystems;
+  try {
+    subsystems = await within(ctx, (ctx) => readSubsystems(ctx, dagent, action));
+  } catch (error) {
+    const check: Check = {
+      name: `DAgent ${dagent.address}`,
+      verdict: "problem",
+      found: reasonOf(error),
+      advice: "is DAgent running, is its port open to the controller?",
+    };
+    return { ...report, addresses: [], checks: [check] };
+  }
+  const ms = Math.round(performance.now() - started);
+  const checks: Check[] = [{
+    name: `DAgent ${dagent.address}`,
+    verdict: "ok",
+    found: `answers after ${ms} ms, ${dagent.version === "" ? "of unknown version" : `PoseidonOS ${dagent.version}`}`,
+  }, {
+    name: "management API",
+    verdict: "warning",
+    found: "plain HTTP without credentials: whoever reaches the port may do everything",
+    advice: "keep its port reachable from the controller alone",
+  }];
+  const simulator = simulatorCheck(dagent.version);
+  if (simulator !== undefined) checks.push(simulator.check);
+  checks.push(
+    await checked(
+      "TCP transport",
+      async () =>
+        await within(ctx, (ctx) => hasTcpTransport(ctx, dagent, action))
+          ? { verdict: "ok", found: "there" }
+          : { verdict: "problem", found: "missing", advice: "make one on PoseidonOS: nodes connect over TCP" },
+    ),
+  );
+  for (const array of arrays) checks.push(await checked(`array ${array}`, () => arrayCheck(ctx, dagent, array)));
+  // Where volumes are exported now; without any, nothing tells the address that a StorageClass will name.
+  const listening = subsystems.flatMap(({ listenAddresses }) => listenAddresses)
+    .filter(({ transportType }) => transportType.toUpperCase() === "TCP")
+    .map(({ targetAddress, transportServiceId }) =>
+      parseAddress(formatAddress({ traddr: targetAddress, trsvcid: transportServiceId }))
+    ).filter((address) => address !== undefined);
+  const addresses = [...new Map(listening.map((address) => [formatAddress(address), address])).values()];
+  return { ...report, addresses, hasDataPath: simulator?.hasDataPath ?? true, checks };
+}
+
+async function arrayCheck(ctx: RequestContext, dagent: Dagent, name: string): Promise<Omit<Check, "name">> {
+  let seen;
+  try {
+    seen = await within(ctx, (ctx) => readVolumes(ctx, dagent, action, name));
+  } catch (error) {
+    return { verdict: "problem", found: reasonOf(error) };
+  }
+  const { array, volumes } = seen;
+  const free = array.capacity > array.used ? array.capacity - array.used : 0n;
+  const found = `${volumes.length} of ${mostVolumes} volumes, ${free} bytes left`;
+  const trouble = troubleOf(array);
+  if (trouble !== undefined) {
+    return { verdict: trouble.usable ? "warning" : "problem", found: `${trouble.message}; ${found}` };
+  }
+  const isFull = volumes.length >= mostVolumes || free === 0n;
+  if (!isFull && volumes.length <= mostVolumes - fewVolumes) return { verdict: "ok", found };
+  return { verdict: "warning", found, advice: "delete volumes, or use another array" };
+}
+
+async function within<T>(ctx: RequestContext, work: (ctx: RequestContext) => Promise<T>): Promise<T> {
+  using limit = timeLimit(ctx.signal, askMs);
+  const deadline = new Date(Math.min(Date.now() + askMs, ctx.deadline.getTime()));
+  return await work(requestContext(limit.signal, deadline, ctx.log));
+}

@@ -1,0 +1,132 @@
+/** Which CAs a process takes that was given none: the machine's. */
+import { match, ok, rejects, strictEqual } from "node:assert/strict";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { permissionsWith } from "../../k8s/image/permissions.ts";
+import { Rig } from "../../lib/demo/testbed.ts";
+import { CallError } from "../../lib/grpc/server.ts";
+import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+
+Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CERT_FILE, and not any other", async () => {
+  const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
+  const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
+  const rig = new Rig(home, program);
+  const patience = AbortSignal.timeout(60_000);
+  try {
+    await rig.startSimulator("none", patience);
+    const ca = join(home, "machine.pem");
+    await Deno.writeTextFile(ca, rig.addresses.ca ?? "");
+    const create = () =>
+      rig.controller.call(Controller.method.createVolume, {
+        name: "pvc-1",
+        capacityRange: { requiredBytes: 1n << 30n },
+        volumeCapabilities: [{
+          accessType: { case: "block", value: {} },
+          accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+        }],
+        parameters: rig.parameters,
+        secrets: rig.secrets,
+      }, { signal: patience, deadline: new Date(Date.now() + 10_000) });
+
+    await rig.startService("controller", [], patience);
+    await rejects(create(), (error) => {
+      ok(error instanceof CallError && /certificate/i.test(error.message), String(error));
+      return true;
+    });
+    await rig.running("controller")?.end("SIGTERM", 10_000);
+    await rig.startService("controller", [], patience, { SSL_CERT_FILE: ca });
+    const { volume } = await create();
+
+    strictEqual(volume?.capacityBytes, 1n << 30n);
+  } finally {
+    await rig.stopAll();
+    await rig.cleanUp(false);
+  }
+});
+
+Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not read, as images set it unasked", async () => {
+  const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-ca-" }));
+  const main = fileURLToPath(new URL("../../main.ts", import.meta.url));
+  const program = [Deno.execPath(), "run", "--no-check", ...permissionsWith([home], [home]), main];
+  const rig = new Rig(home, program);
+  try {
+    const env = { SSL_CERT_FILE: "/usr/share/nowhere/ca.pem" };
+    const { log } = await rig.startService(
+      "controller",
+      ["--jwt-path", join(home, "jwt")],
+      AbortSignal.timeout(60_000),
+      env,
+    );
+
+    match(await Deno.readTextFile(log), /SSL_CERT_FILE","role":"controller","path":"\/usr\/share\/nowhere\/ca\.pem"/);
+  } finally {
+    await rig.stopAll();
+    await rig.cleanUp(false);
+  }
+});
+
+Deno.test("promise 27: a damaged certificate among those of the machine is passed over with a warning", async () => {
+  const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
+  const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
+  const rig = new Rig(home, program);
+  const patience = AbortSignal.timeout(60_000);
+  try {
+    await rig.startSimulator("none", patience);
+    const ca = join(home, "machine.pem");
+    const damaged = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    await Deno.writeTextFile(ca, `${damaged}${rig.addresses.ca}`);
+
+    const { log } = await rig.startService("controller", [], patience, { SSL_CERT_FILE: ca });
+    const { volume } = await rig.controller.call(Controller.method.createVolume, {
+      name: "pvc-1",
+      capacityRange: { requiredBytes: 1n << 30n },
+      volumeCapabilities: [{
+        accessType: { case: "block", value: {} },
+        accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+      }],
+      parameters: rig.parameters,
+      secrets: rig.secrets,
+    }, { signal: patience, deadline: new Date(Date.now() + 20_000) });
+
+    strictEqual(volume?.capacityBytes, 1n << 30n);
+    match(
+      await Deno.readTextFile(log),
+      /"warning","event":"passes over a certificate to trust".*machine\.pem","error":"certificate 1 cannot be read as a/,
+    );
+  } finally {
+    await rig.stopAll();
+    await rig.cleanUp(false);
+  }
+});
+
+Deno.test("a controller does not start with a file in --mgmt-ca that has a damaged certificate, or none", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
+  try {
+    for (
+      const [text, words] of [
+        ["token", "holds no PEM certificate"],
+        ["-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n", "has a bad block: certificate 1 is empty"],
+      ] as const
+    ) {
+      const ca = join(directory, "ca.pem");
+      await Deno.writeTextFile(ca, text);
+      const { code, stderr } = await new Deno.Command(Deno.execPath(), {
+        args: [
+          "run",
+          "-A",
+          fileURLToPath(new URL("../../main.ts", import.meta.url)),
+          "controller",
+          "--endpoint",
+          `unix://${directory}/csi.sock`,
+          "--mgmt-ca",
+          ca,
+        ],
+      }).output();
+
+      strictEqual(code, 2);
+      match(new TextDecoder().decode(stderr), new RegExp(`--mgmt-ca "${ca}": ${words}`));
+    }
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});

@@ -1,0 +1,113 @@
+/** An exception that nobody catches costs what it came from; a process that cannot serve ends. */
+import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { Rig } from "../../lib/demo/testbed.ts";
+import { CallError, Channel } from "../../lib/grpc/server.ts";
+import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import { eventually } from "../support/simulator.ts";
+
+function run(...args: readonly string[]) {
+  const directory = mkdtempSync("/tmp/lbcsi-uncaught-");
+  const path = `${directory}/csi.sock`;
+  const child = new Deno.Command(Deno.execPath(), {
+    args: [
+      "run",
+      "-A",
+      "--no-check",
+      "--quiet",
+      fileURLToPath(new URL("../support/throwing_server.ts", import.meta.url)),
+    ]
+      .concat(path, ...args),
+    stdout: "null",
+    stderr: "piped",
+  }).spawn();
+  let isEnded = false;
+  const output = child.output().finally(() => isEnded = true);
+  return {
+    path,
+    kill: () => isEnded ? undefined : child.kill("SIGKILL"),
+    output: output.then(({ code, signal, stderr }) => ({ code, signal, stderr: new TextDecoder().decode(stderr) })),
+    async [Symbol.asyncDispose]() {
+      if (!isEnded) child.kill("SIGKILL");
+      await output;
+      rmSync(directory, { recursive: true });
+    },
+  };
+}
+
+Deno.test("promise 27: a process that serves goes on after exceptions out of callbacks, and logs each", async () => {
+  await using server = await run("after");
+  await eventually("the server listens", () => existsSync(server.path), 60_000);
+  using channel = new Channel({ address: `unix://${server.path}` });
+
+  await eventually("all exceptions are thrown, and it answers", async () => {
+    return (await channel.call(Identity.method.probe, {}, { signal: AbortSignal.timeout(20_000) })).ready;
+  }, 60_000);
+
+  server.kill();
+  const { stderr } = await server.output;
+  const lines = stderr.trim().split("\n").map((line) => JSON.parse(line));
+  deepStrictEqual(
+    lines.map(({ event, error }) => [event, String(error).split("\n")[0]]).sort(),
+    ["Error: out of a callback", "Error: that nobody handles", "Uncaught null"].map((error) => [
+      "goes on after an exception that nobody has caught",
+      error,
+    ]),
+  );
+});
+
+Deno.test("a process that throws before it is up ends with a status that says so", async () => {
+  await using server = await run("before");
+
+  const { code, signal } = await server.output;
+
+  deepStrictEqual([code, signal], [1, null]);
+});
+
+Deno.test("a process that can no longer serve after an exception ends with a status that says so", async () => {
+  await using server = await run("after", "deaf");
+
+  const { code, signal, stderr } = await server.output;
+
+  deepStrictEqual([code, signal], [1, null]);
+  match(stderr, /cannot serve any more after an exception that nobody has caught, ends/);
+});
+
+Deno.test("promise 27: a Secret with a damaged certificate costs its own calls, and the controller serves on", async () => {
+  const home = await Deno.makeTempDir({ prefix: "lbcsi-pem-" });
+  const rig = new Rig(home, [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))]);
+  const patience = AbortSignal.timeout(120_000);
+  try {
+    await rig.startSimulator("none", patience);
+    await rig.startService("controller", [], patience);
+    const good = rig.addresses.ca ?? "";
+    ok(good);
+    const create = (ca: string) =>
+      rig.controller.call(Controller.method.createVolume, {
+        name: "pvc-1",
+        capacityRange: { requiredBytes: 1n << 30n },
+        volumeCapabilities: [{
+          accessType: { case: "block", value: {} },
+          accessMode: { mode: Mode.SINGLE_NODE_WRITER },
+        }],
+        parameters: rig.parameters,
+        secrets: { ...rig.secrets, "mgmt-ca.crt": ca },
+      }, { signal: patience, deadline: new Date(Date.now() + 30_000) });
+
+    for (const body of ["", "AAAA", "!!!!"]) {
+      const bad = `${good}-----BEGIN CERTIFICATE-----\n${body}\n-----END CERTIFICATE-----\n`;
+      await rejects(create(bad), (error) => {
+        ok(error instanceof CallError, String(error));
+        deepStrictEqual([error.code, error.origin], ["INVALID_ARGUMENT", "server"], error.message);
+        match(error.message, /^Cannot use the secrets of this call: mgmt-ca\.crt: has a bad block: certificate 2 /);
+        return true;
+      });
+    }
+
+    strictEqual((await create(good)).volume?.capacityBytes, 1n << 30n);
+  } finally {
+    await rig.stopAll();
+    await rig.cleanUp(false);
+  }
+});
