@@ -625,7 +625,7 @@ async function serveCsi(
 
 /** Whether this process answers on its own socket; it may be busy. */
 async function answersProbe(path: string): Promise<boolean> {
-  const { CallError, Channel } = await import("./lib/grpc/server.ts");
+  const { CallError, Channel } = await import("./lib/grpc/client.ts");
   const { Identity } = await import("./proto/gen/csi_pb.ts");
   using channel = new Channel({ address: `unix://${path}` });
   try {
@@ -760,7 +760,7 @@ async function volumeWork(
   log: Logger,
   addresses: { readonly addresses: readonly TransportAddress[]; readonly discovery: readonly TransportAddress[] },
   volumeContext: Readonly<Record<string, string>> = {},
-  tuning: import("./lib/host/nvme/sysfs.ts").ConnectionTuning = {},
+  tuning: import("./lib/host/nvme/connect.ts").ConnectionTuning = {},
   keys: import("./lib/auth_key.ts").GivenKeys = { host: undefined, controller: undefined },
 ) {
   const { volume, uuid, nqn, "node-id": nodeId, ...rest } = settings;
@@ -856,16 +856,18 @@ async function attacherOf(
   settings: Settings<Pick<typeof nodeOptions, "attach" | "discovery-dir" | "node-id">>,
   host: import("./lib/host/host.ts").Host,
   locks: import("./lib/lock.ts").KeyedLock,
-  tuning: import("./lib/host/nvme/sysfs.ts").ConnectionTuning,
+  tuning: import("./lib/host/nvme/connect.ts").ConnectionTuning,
 ) {
-  const { direct, discoveryClient, hostIdOf } = await import("./lib/host/attach/attacher.ts");
+  const { hostIdOf } = await import("./lib/host/attach/attacher.ts");
+  const { direct } = await import("./lib/host/attach/direct.ts");
+  const { discoveryClient } = await import("./lib/host/attach/discovery_client.ts");
   const nodeId = settings["node-id"];
   return settings.attach === "direct"
     ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks, tuning })
     : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
 }
 
-function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme/sysfs.ts").ConnectionTuning {
+function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme/connect.ts").ConnectionTuning {
   return {
     controllerLossSeconds: settings["ctrl-loss-tmo"],
     reconnectDelaySeconds: settings["reconnect-delay"],
@@ -882,7 +884,7 @@ const longestTendMs = 300_000;
 function tending(attacher: import("./lib/host/attach/attacher.ts").Attacher, log: Logger): Disposable {
   const stop = new AbortController();
   const tend = async () => {
-    const { lookMs } = await import("./lib/host/attach/attacher.ts");
+    const { lookMs } = await import("./lib/host/attach/direct.ts");
     while (attacher.tend !== undefined) {
       // The kernel gives a connection up after minutes, so nobody is in a hurry.
       await sleep(lookMs, stop.signal);

@@ -1,6 +1,8 @@
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
-import { Channel } from "../lib/grpc/server.ts";
+import config from "../deno.json" with { type: "json" };
+import { permissionsWith } from "../k8s/image/permissions.ts";
+import { Channel } from "../lib/grpc/client.ts";
 import {
   Controller,
   Identity,
@@ -8,8 +10,6 @@ import {
   NodeServiceCapability_RPC_Type as NodeRpc,
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../proto/gen/csi_pb.ts";
-import config from "../deno.json" with { type: "json" };
-import { permissionsWith } from "../k8s/image/permissions.ts";
 import { poseidonParameters, startPoseidon } from "./support/poseidon.ts";
 import { startSimulator } from "./support/simulator.ts";
 

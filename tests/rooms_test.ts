@@ -16,51 +16,69 @@ const within = (path: string, rooms: readonly string[]) =>
   rooms.some((room) => room.endsWith("/") ? path.startsWith(room) : path === room);
 
 function roomOf(path: string): string {
-  if (!path.startsWith("lib/")) return path.startsWith("proto/gen/") ? "gen" : "outside";
-  return path.split("/").length === 2 ? "words" : path.split("/").slice(0, 2).join("/");
+  if (!path.startsWith("lib/")) {
+    return path.startsWith("proto/gen/") ? "gen" : "outside";
+  }
+  return path.split("/").length === 2 ? "lib" : path.split("/").slice(0, 2).join("/");
 }
 
-/** Which local files each room may import, besides its own and the words. */
+/** Which local files each room may import, besides its own and the shared vocabulary directly in lib/. */
 const mayImport: Readonly<Record<string, readonly string[]>> = {
-  "words": [],
+  "lib": [],
   "gen": [],
+  "lib/grpc": [],
   "lib/csi": ["proto/gen/csi_pb.ts", "lib/host/"],
-  "lib/storage": ["proto/gen/lightos_pb.ts", "proto/gen/lightos_schedule_pb.ts"],
+  "lib/storage": ["proto/gen/lightos_pb.ts", "proto/gen/lightos_schedule_pb.ts", "lib/grpc/"],
   "lib/host": [],
   // It plays LightOS' Discovery-Client on this machine.
   "lib/discovery": ["lib/host/"],
-  // A person at a shell in the orchestrator's place.
-  "lib/shell": ["lib/host/"],
-  "lib/sim": ["proto/gen/lightos_pb.ts", "proto/gen/lightos_schedule_pb.ts"],
-  // It knows the driver from outside, as an orchestrator does, and nobody but main.ts and tests knows it.
-  "lib/demo": ["proto/gen/csi_pb.ts"],
+  // The subcommands put the rooms together. The simulator and the demo are loaded by their entry files.
+  "lib/cli": [
+    "proto/gen/csi_pb.ts",
+    "lib/grpc/",
+    "lib/csi/",
+    "lib/storage/",
+    "lib/host/",
+    "lib/discovery/",
+    "lib/simulator/lightos/simulator.ts",
+    "lib/simulator/poseidon/simulator.ts",
+    "lib/demo/demo.ts",
+    "deno.json",
+  ],
+  // A mistake that it shared with the driver would hide itself.
+  "lib/simulator": ["proto/gen/lightos_pb.ts", "proto/gen/lightos_schedule_pb.ts", "lib/grpc/"],
+  // It sees the driver from outside, as an orchestrator does.
+  "lib/demo": ["proto/gen/csi_pb.ts", "lib/grpc/"],
 };
 /** And from where types alone may come. */
 const mayImportTypes: Readonly<Record<string, readonly string[]>> = {
-  "lib/csi": ["lib/storage/backend.ts"],
-  "lib/shell": ["lib/storage/backend.ts"],
+  "lib/csi": ["lib/storage/backend.ts", "lib/grpc/"],
 };
+/** Parts of rooms that know nothing of each other. */
+const strangers: readonly (readonly [string, string])[] = [["lib/storage/lightos/", "lib/storage/poseidon/"]];
 
 /** What has one place. `node:fs` and its like are `Deno.` under another name. */
 const places: readonly (readonly [what: RegExp, where: readonly string[]])[] = [
-  [/^npm:@grpc\//, ["lib/grpc/server.ts"]],
-  [/^node:http2$/, ["lib/grpc/goaway.ts", "lib/grpc/stream_limit.ts"]],
-  [/^node:tls$/, ["lib/grpc/server.ts", "lib/grpc/peer_certificate.ts", "lib/sim/"]],
+  [/^npm:@grpc\//, ["lib/grpc/"]],
+  [/^node:http2$/, ["lib/grpc/"]],
+  [/^node:tls$/, ["lib/grpc/", "lib/simulator/"]],
   [/^node:(fs|fs\/promises|child_process|os|net|http|https|dgram|process)$/, [
-    "lib/grpc/server.ts",
+    "lib/grpc/",
     "lib/host/",
-    "lib/sim/",
+    "lib/simulator/",
+    "lib/cli/",
   ]],
 ];
 
 const mayUseDeno = [
   "main.ts",
+  "lib/cli/",
   "lib/host/host.ts",
   "lib/host/volume_operations.ts",
   "lib/host/volume_threads.ts",
   "lib/context.ts",
   "lib/grpc/unix_socket.ts",
-  "lib/sim/",
+  "lib/simulator/",
   "lib/demo/",
   "tests/",
   "proto/generate.ts",
@@ -78,10 +96,17 @@ function problemOf({ from, to, typeOnly }: Edge): string | undefined {
   }
   if (/^(https?|jsr|data):/.test(to)) return refuse("only local files, npm: and node: are used");
   if (roomOf(to) === "outside") {
-    return room === "outside" ? undefined : refuse("nobody imports what is outside the rooms");
+    return room === "outside" || within(to, mayImport[room] ?? [])
+      ? undefined
+      : refuse("nobody imports what is outside the rooms");
   }
-  if (room === "outside" || roomOf(to) === room) return undefined;
-  if (roomOf(to) === "words") return room === "gen" ? refuse("generated code stands alone") : undefined;
+  if (room === "outside") return undefined;
+  const areStrangers = strangers.some(([one, other]) =>
+    (from.startsWith(one) && to.startsWith(other)) || (from.startsWith(other) && to.startsWith(one))
+  );
+  if (areStrangers) return refuse("storage systems know nothing of each other");
+  if (roomOf(to) === room) return undefined;
+  if (roomOf(to) === "lib") return room === "gen" ? refuse("generated code stands alone") : undefined;
   if (within(to, mayImport[room] ?? [])) return undefined;
   if (typeOnly && within(to, mayImportTypes[room] ?? [])) return undefined;
   return refuse(`${room} may not`);
@@ -140,7 +165,7 @@ Deno.test("every import keeps to the rooms: who may import whom", async () => {
   const all = await edges();
 
   assert.ok(all.length > 100);
-  assert.ok(all.some(({ from, to }) => from === "lib/grpc/server.ts" && to === "npm:@grpc/grpc-js@1.14.7"));
+  assert.ok(all.some(({ from, to }) => from === "lib/grpc/client.ts" && to === "npm:@grpc/grpc-js@1.14.7"));
   assert.deepEqual(all.map(problemOf).filter((problem) => problem !== undefined), []);
 });
 
@@ -155,16 +180,17 @@ Deno.test("Deno. appears only where the program meets its surroundings", () => {
   assert.deepEqual(users.filter((path) => !within(path, mayUseDeno)), []);
 });
 
-Deno.test("rpc.ts loads the guard against GOAWAY before grpc-js, and main.ts before anything else", async () => {
+Deno.test("the guard against GOAWAY is loaded before grpc-js, and by main.ts before anything else", async () => {
   const all = await edges();
   const importsOf = (file: string) =>
     all.filter(({ from, typeOnly }) => from === file && !typeOnly).map(({ to }) => to);
+  const usesGrpc = sources("lib/").filter((file) => importsOf(file).some((to) => to.startsWith("npm:@grpc/")));
 
   const [first] = importsOf("main.ts");
-  const rpc = importsOf("lib/grpc/server.ts");
 
   assert.equal(first, "lib/grpc/goaway.ts");
-  assert.ok(rpc.indexOf("lib/grpc/goaway.ts") < rpc.findIndex((to) => to.startsWith("npm:@grpc/")));
+  assert.ok(usesGrpc.includes("lib/grpc/server.ts") && usesGrpc.includes("lib/grpc/client.ts"));
+  for (const file of usesGrpc) assert.equal(importsOf(file)[0], "lib/grpc/goaway.ts", file);
 });
 
 const broken: readonly (readonly [from: string, to: string, typeOnly: boolean])[] = [
@@ -183,9 +209,13 @@ const broken: readonly (readonly [from: string, to: string, typeOnly: boolean])[
   ["lib/storage/lightos/backend.ts", "npm:@grpc/grpc-js@1.14.7", false],
   ["lib/host/nvme/sysfs.ts", "lib/csi/request.ts", true],
   ["lib/host/nvme/sysfs.ts", "proto/gen/lightos_pb.ts", false],
-  ["lib/cli/attach_volume.ts", "lib/csi/node/service.ts", false],
-  ["lib/cli/attach_volume.ts", "lib/storage/backend.ts", false],
-  ["lib/cli/attach_volume.ts", "lib/storage/lightos/backend.ts", true],
+  ["lib/cli/attach_volume.ts", "lib/simulator/lightos/cluster.ts", false],
+  ["lib/cli/attach_volume.ts", "lib/demo/testbed.ts", true],
+  ["lib/storage/poseidon/backend.ts", "lib/storage/lightos/volumes.ts", false],
+  ["lib/storage/lightos/backend.ts", "lib/storage/poseidon/codes.ts", true],
+  ["lib/host/nvme/connect.ts", "lib/grpc/client.ts", true],
+  ["lib/error.ts", "lib/grpc/client.ts", true],
+  ["lib/csi/node/service.ts", "lib/grpc/server.ts", false],
   ["lib/host/nvme/sysfs.ts", "lib/cli/listed_volumes.ts", true],
   ["lib/discovery/daemon.ts", "lib/simulator/data_plane/discovery_client.ts", false],
   ["lib/discovery/daemon.ts", "lib/storage/backend.ts", true],

@@ -8,15 +8,19 @@
  * A blank device is formatted only when that is asked for: an orchestrator mounts a volume for the first time on purpose,
  * a person who types the ID of the wrong volume does not.
  */
-import type { RequestContext, Secrets } from "../context.ts";
 import { type DhchapKeys, type GivenKeys, givenKeys, keysFor } from "../auth_key.ts";
+import type { RequestContext, Secrets } from "../context.ts";
 import { StatusError } from "../error.ts";
-import { allUsersOf, type Attacher } from "../host/attach/attacher.ts";
-import { refuseUnauthenticated } from "../host/nvme/authentication.ts";
-import { type FsType, mountVolume } from "../host/filesystem/mount.ts";
+import type { Attacher } from "../host/attach/attacher.ts";
+import type { FsType } from "../host/filesystem/fs_type.ts";
+import { mountVolume } from "../host/filesystem/mount.ts";
 import type { Host } from "../host/host.ts";
 import { canonicalPath, mountsAt, mountTable, refuseStuckUnmount, takeDown } from "../host/mounts.ts";
-import { type BlockDevice, findDevice, recheckDevice, refuseWithoutPath, waitForDevice } from "../host/nvme/sysfs.ts";
+import { refuseUnauthenticated } from "../host/nvme/authentication.ts";
+import { refuseWithoutPath } from "../host/nvme/paths.ts";
+import { type BlockDevice, findDevice } from "../host/nvme/sysfs.ts";
+import { recheckDevice, waitForDevice } from "../host/nvme/wait.ts";
+import { allUsersOf } from "../host/users.ts";
 import type { RemoteNamespace } from "../namespace.ts";
 import type { StorageBackend } from "../storage/backend.ts";
 

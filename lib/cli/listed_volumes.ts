@@ -8,19 +8,11 @@
  */
 import { type RequestContext, timeLimit } from "../context.ts";
 import { messageOf } from "../error.ts";
-import { fsTypes } from "../host/filesystem/mount.ts";
+import { fsTypes } from "../host/filesystem/fs_type.ts";
 import type { Host } from "../host/host.ts";
 import { type Mount, mountsOf, mountTable, relationOf } from "../host/mounts.ts";
-import {
-  addressOf,
-  allControllers,
-  allDevices,
-  type BlockDevice,
-  isLivePath,
-  type NamespacePath,
-  type NvmeController,
-  pathsOf,
-} from "../host/nvme/sysfs.ts";
+import { isLivePath, type NamespacePath, pathsOf } from "../host/nvme/paths.ts";
+import { addressOf, allControllers, allDevices, type BlockDevice, type NvmeController } from "../host/nvme/sysfs.ts";
 import { formatAddress, isNodeHostNqn } from "../namespace.ts";
 import { columns, printable } from "./table.ts";
 

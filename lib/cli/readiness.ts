@@ -7,7 +7,7 @@
 import { type Check, checked } from "../check.ts";
 import type { Logger } from "../context.ts";
 import { StatusError } from "../error.ts";
-import type { FsType } from "../host/filesystem/mount.ts";
+import type { FsType } from "../host/filesystem/fs_type.ts";
 import { type Host, programProblem } from "../host/host.ts";
 import { fileSystemTools, mountTools, nvmeTcp, rights, type Tool } from "./doctor/machine.ts";
 

@@ -7,13 +7,17 @@
 import { clone, type DescMessage, type DescMethod, hasOption, type Message, toJson } from "@bufbuild/protobuf";
 import { reflect } from "@bufbuild/protobuf/reflect";
 import * as z from "zod";
+import {
+  csi_secret,
+  type Topology,
+  type VolumeCapability,
+  VolumeCapability_AccessMode_Mode as Mode,
+} from "../../proto/gen/csi_pb.ts";
 import type { Fields, Secrets } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
-import { type FsType, fsTypes } from "../host/filesystem/mount.ts";
+import { type FsType, fsTypes } from "../host/filesystem/fs_type.ts";
 import type { Passphrases } from "../host/luks.ts";
 import { longestId, uuidInId } from "../volume_id.ts";
-import { csi_secret, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
-import type { Topology, VolumeCapability } from "../../proto/gen/csi_pb.ts";
 
 /** How a volume is to be used: `VolumeCapability`, checked. */
 export type Access = MountAccess | BlockAccess;

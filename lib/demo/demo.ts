@@ -8,8 +8,6 @@
  */
 import { join } from "node:path";
 import type { MessageInitShape } from "@bufbuild/protobuf";
-import { hostNqn } from "../namespace.ts";
-import type { Channel } from "../grpc/server.ts";
 import {
   Controller,
   Identity,
@@ -17,12 +15,14 @@ import {
   VolumeCapability_AccessMode_Mode as Mode,
   VolumeUsage_Unit as Unit,
 } from "../../proto/gen/csi_pb.ts";
+import type { Channel } from "../grpc/client.ts";
+import { hostNqn } from "../namespace.ts";
 import { checksum, differsAt, writeAt, writeFiles } from "./contents.ts";
 import { CheckFailed, Interrupted, interruptedStatus, interruptions } from "./interrupt.ts";
 import { findPlace, fsLacks, kindOf, listNames, machineLacks, processesNaming } from "./machine.ts";
-import { type Backend, programOf, Rig } from "./testbed.ts";
-import { formatBytes, Screen } from "./terminal.ts";
 import { hostsIn, Tale } from "./scenario.ts";
+import { formatBytes, Screen } from "./terminal.ts";
+import { type Backend, programOf, Rig } from "./testbed.ts";
 
 const demoFsTypes = ["ext4", "xfs", "btrfs"] as const;
 /** A file system that the demo can play. */

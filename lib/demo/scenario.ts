@@ -1,14 +1,19 @@
 /** The demo's teller: it does each step, looks before and after, shows what the step changed, and checks. */
 import { basename } from "node:path";
-import { type DescMessage, type DescMethodUnary, equals, type MessageInitShape } from "@bufbuild/protobuf";
-import type { MessageShape } from "@bufbuild/protobuf";
+import {
+  type DescMessage,
+  type DescMethodUnary,
+  equals,
+  type MessageInitShape,
+  type MessageShape,
+} from "@bufbuild/protobuf";
 import { messageOf, type StatusCode } from "../error.ts";
+import { CallError, type Channel } from "../grpc/client.ts";
 import { nodeIdOf } from "../namespace.ts";
-import { CallError, type Channel } from "../grpc/server.ts";
 import { CheckFailed } from "./interrupt.ts";
 import type { Mount } from "./machine.ts";
-import { countsBetween, emptyWorld, type RanCommand, type Rig, type Running, type World } from "./testbed.ts";
 import { formatBytes, type Outcome, type Screen } from "./terminal.ts";
+import { countsBetween, emptyWorld, type RanCommand, type Rig, type Running, type World } from "./testbed.ts";
 
 /** What must hold of a call besides its success. */
 interface CallTelling {

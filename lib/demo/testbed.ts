@@ -4,11 +4,11 @@
  */
 import { join } from "node:path";
 import * as z from "zod";
+import { Identity } from "../../proto/gen/csi_pb.ts";
 import { sleep } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
+import { CallError, Channel } from "../grpc/client.ts";
 import { hostNqn } from "../namespace.ts";
-import { CallError, Channel } from "../grpc/server.ts";
-import { Identity } from "../../proto/gen/csi_pb.ts";
 import { kindOf, listNames, loopsBelow, type Mount, mountsBelow, processesNaming, readText } from "./machine.ts";
 
 const addressesSchema = z.object({

@@ -21,10 +21,12 @@
  *
  * The rule behind the last points: losing a connection that is needed costs data, keeping one too many costs nothing.
  */
-import { backgroundContext, type Fields, type Logger, type RequestContext, sleep } from "../context.ts";
 import type { DhchapKeys } from "../auth_key.ts";
+import { backgroundContext, type Fields, type Logger, type RequestContext, sleep } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
-import { allUsersOf, hostIdOf, temporaryPrefix } from "../host/attach/attacher.ts";
+import { hostIdOf } from "../host/attach/attacher.ts";
+import { temporaryPrefix } from "../host/attach/discovery_client.ts";
+import { type Host, kindBehind } from "../host/host.ts";
 import {
   authenticationObstacle,
   connectAuthenticated,
@@ -32,25 +34,21 @@ import {
   hasKeys,
   hasMultipath,
 } from "../host/nvme/authentication.ts";
+import { connectController, type ConnectWish, disconnectController } from "../host/nvme/connect.ts";
+import { type DiscoveryLog, discoveryNqn, readDiscoveryLog } from "../host/nvme/discovery_log.ts";
 import { connectByKernel, describeConnectFailure } from "../host/nvme/fabrics.ts";
 import { applyRemedy, ConnectionWatch } from "../host/nvme/healing.ts";
-import { type Host, kindBehind } from "../host/host.ts";
+import { isNeeded } from "../host/nvme/paths.ts";
 import {
   addressOf,
   allControllers,
-  connectController,
-  type ConnectWish,
   devicesOf,
-  disconnectController,
-  type DiscoveryLog,
-  discoveryNqn,
   hasNamespaces,
   isAt,
-  isNeeded,
   isUsable,
   type NvmeController,
-  readDiscoveryLog,
 } from "../host/nvme/sysfs.ts";
+import { allUsersOf } from "../host/users.ts";
 import { formatAddress, nodeIdOf, parseAddress, type TransportAddress } from "../namespace.ts";
 import { discoveryInput, type Entry, isIpAddress } from "./input.ts";
 

@@ -12,7 +12,7 @@
 import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
-import { temporaryPrefix } from "../host/attach/attacher.ts";
+import { temporaryPrefix } from "../host/attach/discovery_client.ts";
 import { type Host, kindBehind } from "../host/host.ts";
 import { formatAddress, parseAddress } from "../namespace.ts";
 

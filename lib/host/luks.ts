@@ -20,7 +20,8 @@ import { reasonOf } from "./command_reason.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
 import { mountsElsewhere, mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
-import { type BlockDevice, describeDevice, findMapper, mapperName, recheckDevice } from "./nvme/sysfs.ts";
+import { type BlockDevice, describeDevice, findMapper, mapperName } from "./nvme/sysfs.ts";
+import { recheckDevice } from "./nvme/wait.ts";
 import { holdersOfDevice } from "./users.ts";
 
 /** How new volumes are encrypted, and how mappers are opened. What exists tells its own cipher. */

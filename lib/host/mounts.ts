@@ -9,7 +9,8 @@ import type { RequestContext } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
 import type { Host } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
-import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered, refuseWithoutPath } from "./nvme/sysfs.ts";
+import { refuseWithoutPath } from "./nvme/paths.ts";
+import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered } from "./nvme/sysfs.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
 export interface Mount {

@@ -6,7 +6,8 @@
  * (Documentation/ABI/testing/sysfs-block). Nothing here touches a device.
  */
 import type { Host } from "./host.ts";
-import { mountTable } from "./mounts.ts";
+import { loopDevicesOn } from "./loop_devices.ts";
+import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
 import type { BlockDevice } from "./nvme/sysfs.ts";
 
 /**
@@ -53,4 +54,30 @@ async function partitionsOf(host: Host, name: string): Promise<readonly string[]
 async function swapNames(host: Host): Promise<ReadonlySet<string>> {
   const text = await host.readText(`${host.roots.proc}/swaps`) ?? "";
   return new Set([...text.matchAll(/^\/dev\/(\S+)\s+partition\s/gm)].map(([, name = ""]) => name));
+}
+
+/** What holds a device on this machine, in words for an error message: devices on top of it, and mounts. */
+export async function usersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
+  const table = await mountTable(host);
+  const mounts = await mountsOf(host, table, device);
+  return [
+    ...await holdersOfDevice(host, device),
+    ...await loopDevicesOn(host, table, device.path),
+    ...mounts.map((mount) => `the mount at "${mount.path}"`),
+  ];
+}
+
+/**
+ * The same, with what it takes more work to see: who has the device open, and mounts that our own mount table does not
+ * show. Of those in containers that do not share their processes with us (`hostPID`) it sees the file system alone.
+ */
+export async function allUsersOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
+  const users = [
+    ...await usersOf(host, device),
+    ...await foreignMountsOf(host, device),
+    ...await processesAt(host, (place) => place === device.path),
+  ];
+  if (users.length > 0) return users;
+  const fsType = await mountedSomewhere(host, device);
+  return fsType === undefined ? [] : [`its ${fsType}, which is mounted where this process cannot see it`];
 }

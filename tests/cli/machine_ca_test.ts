@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { permissionsWith } from "../../k8s/image/permissions.ts";
 import { Rig } from "../../lib/demo/testbed.ts";
-import { CallError } from "../../lib/grpc/server.ts";
+import { CallError } from "../../lib/grpc/client.ts";
 import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
 Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CERT_FILE, and not any other", async () => {

@@ -6,9 +6,9 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { Rig } from "../../lib/demo/testbed.ts";
 import { DhchapKey } from "../../lib/auth_key.ts";
-import { CallError, type Channel } from "../../lib/grpc/server.ts";
+import { Rig } from "../../lib/demo/testbed.ts";
+import { CallError, type Channel } from "../../lib/grpc/client.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { needs } from "../support/needs.ts";
 

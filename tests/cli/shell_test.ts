@@ -2,16 +2,24 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import {
+  attachVolume,
+  detachVolume,
+  type Machine,
+  type MountWanted,
+  type Wanted,
+} from "../../lib/cli/attach_volume.ts";
+import { listAsJson, listAsText, listVolumes } from "../../lib/cli/listed_volumes.ts";
+import { describeCheck, missingFor } from "../../lib/cli/readiness.ts";
+import { parseSecretFile } from "../../lib/cli/secret_file.ts";
 import { createLogger, Secrets } from "../../lib/context.ts";
-import { direct, discoveryClient, hostIdOf } from "../../lib/host/attach/attacher.ts";
+import { hostIdOf } from "../../lib/host/attach/attacher.ts";
+import { direct } from "../../lib/host/attach/direct.ts";
+import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn, parseAddress, type TransportAddress } from "../../lib/namespace.ts";
-import { attachVolume, detachVolume, type Machine, type MountWanted, type Wanted } from "../../lib/cli/attach_volume.ts";
-import { listAsJson, listAsText, listVolumes } from "../../lib/cli/listed_volumes.ts";
-import { describeCheck, missingFor } from "../../lib/cli/readiness.ts";
-import { parseSecretFile } from "../../lib/cli/secret_file.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { poseidonBackend } from "../../lib/storage/poseidon/backend.ts";
 import { CutOff, FakeHost } from "../support/fake_host.ts";

@@ -3,7 +3,7 @@ import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/st
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { Rig } from "../../lib/demo/testbed.ts";
-import { CallError, Channel } from "../../lib/grpc/server.ts";
+import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { eventually } from "../support/simulator.ts";
 

@@ -6,16 +6,16 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger, requestContext, Secrets } from "../../lib/context.ts";
 import { hasCode } from "../../lib/error.ts";
-import { discoveryClient } from "../../lib/host/attach/attacher.ts";
-import type { FsType } from "../../lib/host/filesystem/mount.ts";
+import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
+import type { FsType } from "../../lib/host/filesystem/fs_type.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { hostNqn, toPublishContext } from "../../lib/namespace.ts";
 import type { ContentSource, Volume } from "../../lib/storage/backend.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
-import { needs } from "../support/needs.ts";
 import { loopMachine } from "../support/loop_machine.ts";
+import { needs } from "../support/needs.ts";
 import {
   blockCapability,
   type Capability,

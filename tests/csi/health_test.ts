@@ -10,18 +10,19 @@ import {
   type MessageShape,
 } from "@bufbuild/protobuf";
 import { createLogger } from "../../lib/context.ts";
-import { conditionProbe } from "../../lib/csi/node/condition.ts";
-import { nodeHandlers } from "../../lib/csi/node/service.ts";
-import { nodeHealthHandlers } from "../../lib/csi/node/health.ts";
 import { clipped } from "../../lib/csi/controller/health.ts";
+import { conditionProbe } from "../../lib/csi/node/condition.ts";
+import { nodeHealthHandlers } from "../../lib/csi/node/health.ts";
+import { nodeHandlers } from "../../lib/csi/node/service.ts";
 import { describeRequest, redactRequest } from "../../lib/csi/request.ts";
-import { discoveryClient } from "../../lib/host/attach/attacher.ts";
+import { Channel } from "../../lib/grpc/client.ts";
+import { serve, service } from "../../lib/grpc/server.ts";
+import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
 import { linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
-import { parseVolumeId } from "../../lib/volume_id.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn } from "../../lib/namespace.ts";
-import { Channel, serve, service } from "../../lib/grpc/server.ts";
+import { parseVolumeId } from "../../lib/volume_id.ts";
 import {
   Controller,
   ControllerServiceCapability_RPC_Type as ControllerRpc,

@@ -5,18 +5,16 @@ import net from "node:net";
 import tls from "node:tls";
 import { createLogger, sleep } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
+import { CallError, Channel } from "../../lib/grpc/client.ts";
 import {
   type CallContext,
-  CallError,
-  Channel,
   type Handlers,
   type Listen,
   serve,
   type ServeOptions,
   service,
-  shownCertificate,
-  type Trust,
 } from "../../lib/grpc/server.ts";
+import { shownCertificate, type Trust } from "../../lib/grpc/tls.ts";
 import { type Certificate, selfSigned } from "../../lib/simulator/certificate.ts";
 import { Identity, type ProbeResponse, SnapshotMetadata } from "../../proto/gen/csi_pb.ts";
 import { answerHttp2, type Http2Answer } from "../support/http2_answers.ts";

@@ -1,15 +1,17 @@
 /** Which servers a Channel trusts, and that neither a text to trust nor a server's certificates end the process. */
 // tsyringe, inside @peculiar/x509, looks for this polyfill when it is loaded.
 import "reflect-metadata";
-import * as x509 from "@peculiar/x509";
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { X509Certificate } from "node:crypto";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
+import * as x509 from "@peculiar/x509";
 import { createLogger } from "../../lib/context.ts";
+import { CallError, Channel } from "../../lib/grpc/client.ts";
+import { serve, service } from "../../lib/grpc/server.ts";
+import { publicKeyPin, type Trust } from "../../lib/grpc/tls.ts";
 import { pemProblem, readPem } from "../../lib/pem.ts";
-import { CallError, Channel, publicKeyPin, serve, service, type Trust } from "../../lib/grpc/server.ts";
 import { type Certificate, selfSigned } from "../../lib/simulator/certificate.ts";
 import { adviceFor } from "../../lib/storage/lightos/advice.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger, requestContext } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
-import { discoveryClient } from "../../lib/host/attach/attacher.ts";
+import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
 import { defaultLuksSettings, hasAes, markUsed, openMapper } from "../../lib/host/luks.ts";
 import { findDevice, findMapper } from "../../lib/host/nvme/sysfs.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";

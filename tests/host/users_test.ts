@@ -1,12 +1,11 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
-import { usersOf } from "../../lib/host/attach/attacher.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { loopDevicesOn } from "../../lib/host/loop_devices.ts";
 import { mountTable } from "../../lib/host/mounts.ts";
 import { findDevice } from "../../lib/host/nvme/sysfs.ts";
-import { holdersOfDevice } from "../../lib/host/users.ts";
+import { holdersOfDevice, usersOf } from "../../lib/host/users.ts";
 import { loopMachine } from "../support/loop_machine.ts";
 import { needs } from "../support/needs.ts";
 

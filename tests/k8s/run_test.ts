@@ -1,8 +1,9 @@
 /** The driver started as manifests start it, and asked for volumes as the examples ask. */
 import assert from "node:assert/strict";
 import { fileURLToPath } from "node:url";
+import { chartDirectory, documents, render, type Values } from "../../k8s/charts.ts";
+import { Channel } from "../../lib/grpc/client.ts";
 import { parseVolumeId } from "../../lib/volume_id.ts";
-import { Channel } from "../../lib/grpc/server.ts";
 import {
   Controller,
   ControllerServiceCapability_RPC_Type as Rpc,
@@ -10,7 +11,6 @@ import {
   Node,
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../../proto/gen/csi_pb.ts";
-import { chartDirectory, documents, render, type Values } from "../../k8s/charts.ts";
 import { unlessGoLacks } from "../support/go.ts";
 import { needs } from "../support/needs.ts";
 import { type Container, type KubeObject, objectsOf, podOf } from "../support/objects.ts";

@@ -11,7 +11,7 @@ import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import config from "../../deno.json" with { type: "json" };
 import { Rig, type Running } from "../../lib/demo/testbed.ts";
-import type { Channel } from "../../lib/grpc/server.ts";
+import type { Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { bounds, type Cost, firstVolume, type FsType, measureCalls } from "../support/measured_calls.ts";
 import { needs } from "../support/needs.ts";

@@ -31,7 +31,7 @@ import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } fro
 import * as z from "zod";
 import { type Backend, Rig } from "../../lib/demo/testbed.ts";
 import { messageOf } from "../../lib/error.ts";
-import { CallError, type Channel } from "../../lib/grpc/server.ts";
+import { CallError, type Channel } from "../../lib/grpc/client.ts";
 import {
   Controller,
   Node,

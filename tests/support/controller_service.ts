@@ -1,11 +1,12 @@
-import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { match, ok, strictEqual } from "node:assert/strict";
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
+import { createLogger, type Logger } from "../../lib/context.ts";
 import { controllerHandlers, nodeServiceOfController } from "../../lib/csi/controller/service.ts";
 import { describeRequest, redactRequest } from "../../lib/csi/request.ts";
-import { createLogger, type Logger } from "../../lib/context.ts";
 import type { StatusCode } from "../../lib/error.ts";
+import { CallError, Channel } from "../../lib/grpc/client.ts";
+import { serve, service } from "../../lib/grpc/server.ts";
 import { KeyedLock } from "../../lib/lock.ts";
-import { CallError, Channel, serve, service } from "../../lib/grpc/server.ts";
 import type { StorageBackend } from "../../lib/storage/backend.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import type { LightosOptions } from "../../lib/storage/lightos/cluster.ts";

@@ -1,6 +1,6 @@
 // A process that calls a server by turns which fails every call, and exits when it has been told so: <host:port> <calls>
 // [ms after which it gives up every other call].
-import { CallError, Channel } from "../../lib/grpc/server.ts";
+import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 
 const [address = "", calls = "1", impatientMs = "5000"] = Deno.args;

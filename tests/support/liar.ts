@@ -2,7 +2,8 @@
 import type { DescMethodUnary, Message } from "@bufbuild/protobuf";
 import { createLogger } from "../../lib/context.ts";
 import { type StatusCode, StatusError } from "../../lib/error.ts";
-import { type CallContext, CallError, Channel, serve, service } from "../../lib/grpc/server.ts";
+import { CallError, Channel } from "../../lib/grpc/client.ts";
+import { type CallContext, serve, service } from "../../lib/grpc/server.ts";
 import { DurosAPI } from "../../proto/gen/lightos_pb.ts";
 
 export interface Liar extends AsyncDisposable {

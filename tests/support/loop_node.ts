@@ -1,6 +1,7 @@
 /** A node service on a machine of loop devices (see loop_machine.ts), with what kubelet would send it at hand. */
 import { join } from "node:path";
-import { type Attacher, discoveryClient } from "../../lib/host/attach/attacher.ts";
+import type { Attacher } from "../../lib/host/attach/attacher.ts";
+import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../lib/host/host.ts";
 import type { KeyedLock } from "../../lib/lock.ts";
 import { loopMachine } from "./loop_machine.ts";

@@ -6,7 +6,7 @@ import { basename, join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import type { DemoFsType as FsType } from "../../lib/demo/demo.ts";
 import { countsBetween, Rig } from "../../lib/demo/testbed.ts";
-import type { Channel } from "../../lib/grpc/server.ts";
+import type { Channel } from "../../lib/grpc/client.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
 export type { FsType };

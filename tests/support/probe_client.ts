@@ -1,5 +1,5 @@
 // A process that connects, calls Probe, and closes with GOAWAY, again and again: <socket path> <calls> <connections>.
-import { Channel } from "../../lib/grpc/server.ts";
+import { Channel } from "../../lib/grpc/client.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 
 const [path = "", calls = "1", connections = "1"] = Deno.args;

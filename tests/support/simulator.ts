@@ -1,5 +1,10 @@
 import { createLogger } from "../../lib/context.ts";
-import { defaultSimulateSettings, simulate, type SimulateSettings, type Simulator } from "../../lib/simulator/lightos/simulator.ts";
+import {
+  defaultSimulateSettings,
+  simulate,
+  type SimulateSettings,
+  type Simulator,
+} from "../../lib/simulator/lightos/simulator.ts";
 
 /** A simulator in this process. Dispose it, with `await using`, to end it and remove every file of its own. */
 export type TestSimulator = Simulator & AsyncDisposable;

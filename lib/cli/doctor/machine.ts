@@ -6,21 +6,20 @@ import { type Check, checked, reasonOf, shortList } from "../../check.ts";
 import { type RequestContext, timeLimit } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import { hostIdOf } from "../../host/attach/attacher.ts";
-import { authenticationObstacle } from "../../host/nvme/authentication.ts";
-import { kernelErrorNumber } from "../../host/nvme/fabrics.ts";
-import type { FsType } from "../../host/filesystem/mount.ts";
+import type { FsType } from "../../host/filesystem/fs_type.ts";
 import { type Host, kindBehind } from "../../host/host.ts";
 import { hasAes } from "../../host/luks.ts";
 import { describeMount, type Mount, mountTable, relationOf, volumesInUse } from "../../host/mounts.ts";
+import { authenticationObstacle } from "../../host/nvme/authentication.ts";
+import { kernelErrorNumber } from "../../host/nvme/fabrics.ts";
+import { isLivePath, pathsOf } from "../../host/nvme/paths.ts";
 import {
   addressOf,
   allControllers,
   attachedVolumes,
   findMapper,
   hasNamespaces,
-  isLivePath,
   type NvmeController,
-  pathsOf,
 } from "../../host/nvme/sysfs.ts";
 import { formatAddress, hostNqn, isNodeHostNqn } from "../../namespace.ts";
 import { isOfTree } from "../listed_volumes.ts";

@@ -9,7 +9,11 @@ import type { MessageInitShape } from "@bufbuild/protobuf";
 import { Secrets } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import type { StorageBackend, Trouble } from "../../storage/backend.ts";
-import { type Controller, VolumeHealthErrorType as Status, type VolumeHealthSchema } from "../../../proto/gen/csi_pb.ts";
+import {
+  type Controller,
+  VolumeHealthErrorType as Status,
+  type VolumeHealthSchema,
+} from "../../../proto/gen/csi_pb.ts";
 import { pageWanted } from "./listing.ts";
 import { longestVolumeId, requireText } from "../request.ts";
 

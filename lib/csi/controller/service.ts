@@ -5,14 +5,6 @@
  * which call is running. The sections of the CSI specification are named at each handler.
  */
 import type { MessageInitShape } from "@bufbuild/protobuf";
-import { Secrets } from "../../context.ts";
-import { hasCode, messageOf, StatusError } from "../../error.ts";
-import type { FsType } from "../../host/filesystem/mount.ts";
-import { parseMkfsOptions, parseMountFlags } from "../../host/filesystem/options.ts";
-import type { KeyedLock } from "../../lock.ts";
-import { hostNqn, nodeIdProblem, toPublishContext } from "../../namespace.ts";
-import type { Handlers } from "../../grpc/server.ts";
-import type { StorageBackend } from "../../storage/backend.ts";
 import {
   type Controller,
   type ControllerGetCapabilitiesResponseSchema,
@@ -20,6 +12,14 @@ import {
   type Node,
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../../../proto/gen/csi_pb.ts";
+import { Secrets } from "../../context.ts";
+import { hasCode, messageOf, StatusError } from "../../error.ts";
+import type { Handlers } from "../../grpc/server.ts";
+import type { FsType } from "../../host/filesystem/fs_type.ts";
+import { parseMkfsOptions, parseMountFlags } from "../../host/filesystem/options.ts";
+import type { KeyedLock } from "../../lock.ts";
+import { hostNqn, nodeIdProblem, toPublishContext } from "../../namespace.ts";
+import type { StorageBackend } from "../../storage/backend.ts";
 import {
   type Access,
   assertNoTopology,

@@ -12,12 +12,15 @@
  * A final answer makes the orchestrator forget the volume without another call. So once there may be something on the
  * cluster, publish fails with UNAVAILABLE, whatever the reason: the orchestrator then asks for its removal in the end.
  */
+import type { NodePublishVolumeRequest, NodeUnpublishVolumeRequest } from "../../../proto/gen/csi_pb.ts";
 import { backgroundContext, type Logger, type RequestContext, Secrets, sleep } from "../../context.ts";
 import { hasCode, isFinal, messageOf, StatusError } from "../../error.ts";
 import type { Attacher } from "../../host/attach/attacher.ts";
-import { ensureFilesystem, type FsType, mountVolume } from "../../host/filesystem/mount.ts";
-import type { Host } from "../../host/host.ts";
+import { ensureFilesystem } from "../../host/filesystem/format.ts";
+import type { FsType } from "../../host/filesystem/fs_type.ts";
+import { mountVolume } from "../../host/filesystem/mount.ts";
 import { parseMkfsOptions, parseMountFlags } from "../../host/filesystem/options.ts";
+import type { Host } from "../../host/host.ts";
 import {
   canonicalPath,
   deviceUnder,
@@ -32,11 +35,12 @@ import {
   removeMountPoint,
   takeDown,
 } from "../../host/mounts.ts";
-import { allControllers, type BlockDevice, findDevice, refuseWithoutPath, waitForDevice } from "../../host/nvme/sysfs.ts";
+import { refuseWithoutPath } from "../../host/nvme/paths.ts";
+import { allControllers, type BlockDevice, findDevice } from "../../host/nvme/sysfs.ts";
+import { waitForDevice } from "../../host/nvme/wait.ts";
 import type { KeyedLock } from "../../lock.ts";
 import { hostNqn, type RemoteNamespace } from "../../namespace.ts";
 import type { EphemeralVolume, EphemeralVolumes } from "../../storage/backend.ts";
-import type { NodePublishVolumeRequest, NodeUnpublishVolumeRequest } from "../../../proto/gen/csi_pb.ts";
 import type { VolumeLimit } from "../node/limit.ts";
 import { assertMountPath } from "../node/paths.ts";
 import {

@@ -8,7 +8,7 @@
  */
 import { type RequestContext, requestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
-import { readTroubleOf, writeTroubleOf } from "../../host/filesystem/mount.ts";
+import { readTroubleOf, writeTroubleOf } from "../../host/filesystem/health.ts";
 import type { Host } from "../../host/host.ts";
 import { describeMount, type Mount, mountsOf, mountTable } from "../../host/mounts.ts";
 import { type BlockDevice, controllersOf } from "../../host/nvme/sysfs.ts";

@@ -7,19 +7,21 @@
  *
  * Order of checks: spec/csi.md 2.3.
  */
-import { Node } from "../../../proto/gen/csi_pb.ts";
 import {
+  Node,
   NodeServiceCapability_RPC_Type as Capability,
   VolumeCapability_AccessMode_Mode as Mode,
   VolumeUsage_Unit as Unit,
 } from "../../../proto/gen/csi_pb.ts";
 import { type RequestContext, Secrets, sleep } from "../../context.ts";
 import { hasCode, StatusError } from "../../error.ts";
-import { usersOf } from "../../host/attach/attacher.ts";
+import type { Handlers } from "../../grpc/server.ts";
 import { reasonOf } from "../../host/command_reason.ts";
-import { ensureGrown, fsTypes, troubleOf } from "../../host/filesystem/mount.ts";
-import { closeMapper, growMapper } from "../../host/luks.ts";
+import { fsTypes } from "../../host/filesystem/fs_type.ts";
+import { ensureGrown } from "../../host/filesystem/grow.ts";
+import { troubleOf } from "../../host/filesystem/health.ts";
 import { parseMountFlags } from "../../host/filesystem/options.ts";
+import { closeMapper, growMapper } from "../../host/luks.ts";
 import {
   canonicalPath,
   describeMount,
@@ -38,22 +40,15 @@ import {
   takeDown,
   unmount,
 } from "../../host/mounts.ts";
-import {
-  type BlockDevice,
-  findDevice,
-  findMapper,
-  recheckDevice,
-  refuseWithoutPath,
-  rescanNamespaces,
-} from "../../host/nvme/sysfs.ts";
-import type { VolumeId } from "../../volume_id.ts";
+import { refuseWithoutPath } from "../../host/nvme/paths.ts";
+import { rescanNamespaces } from "../../host/nvme/rescan.ts";
+import { type BlockDevice, findDevice, findMapper } from "../../host/nvme/sysfs.ts";
+import { recheckDevice } from "../../host/nvme/wait.ts";
+import { usersOf } from "../../host/users.ts";
 import type { KeyedLock } from "../../lock.ts";
 import { fromPublishContext, hostNqn, type RemoteNamespace } from "../../namespace.ts";
-import type { Handlers } from "../../grpc/server.ts";
-import { conditionProbe } from "./condition.ts";
+import type { VolumeId } from "../../volume_id.ts";
 import { inlineUuid, type InlineVolumes, inlineVolumes, isInlineId, refuseInline } from "../inline/inline_volumes.ts";
-import { nodeHealthHandlers } from "./health.ts";
-import { assertMountPath } from "./paths.ts";
 import {
   type Access,
   isReaderOnly,
@@ -65,6 +60,9 @@ import {
   requireText,
   statedCapability,
 } from "../request.ts";
+import { conditionProbe } from "./condition.ts";
+import { nodeHealthHandlers } from "./health.ts";
+import { assertMountPath } from "./paths.ts";
 import { refuseMounted, type StageRequest, stageVolume, type StagingOptions, type VolumeOnNode } from "./staging.ts";
 
 export interface NodeOptions extends StagingOptions {

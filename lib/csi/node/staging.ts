@@ -5,24 +5,28 @@
  * stages a volume once per node, and unstages it only when no pod of the node wants it any more. So when a device is lost
  * for good and comes back under a new name, nobody but NodePublishVolume can mend that for the next pod on the node.
  */
-import { hasCode, StatusError } from "../../error.ts";
+import type { DhchapKeys } from "../../auth_key.ts";
 import type { RequestContext, Secrets } from "../../context.ts";
+import { hasCode, StatusError } from "../../error.ts";
 import type { Attacher } from "../../host/attach/attacher.ts";
-import { refuseUnauthenticated } from "../../host/nvme/authentication.ts";
-import { contentOf, type FsType, mountVolume } from "../../host/filesystem/mount.ts";
+import { contentOf } from "../../host/filesystem/content.ts";
+import type { FsType } from "../../host/filesystem/fs_type.ts";
+import { mountVolume } from "../../host/filesystem/mount.ts";
+import { parseMountFlags } from "../../host/filesystem/options.ts";
+import { abandonUnfinished } from "../../host/filesystem/unfinished.ts";
 import type { Host } from "../../host/host.ts";
 import { defaultLuksSettings, type LuksSettings, markUsed, openMapper } from "../../host/luks.ts";
-import { parseMountFlags } from "../../host/filesystem/options.ts";
 import { describeMount, mountAs, mountsAt, mountTable, relationOf } from "../../host/mounts.ts";
-import { type BlockDevice, findDevice, recheckDevice, refuseWithoutPath, waitForDevice } from "../../host/nvme/sysfs.ts";
-import { abandonUnfinished } from "../../host/filesystem/unfinished.ts";
-import type { VolumeId } from "../../volume_id.ts";
-import type { DhchapKeys } from "../../auth_key.ts";
+import { refuseUnauthenticated } from "../../host/nvme/authentication.ts";
+import { refuseWithoutPath } from "../../host/nvme/paths.ts";
+import { type BlockDevice, findDevice } from "../../host/nvme/sysfs.ts";
+import { recheckDevice, waitForDevice } from "../../host/nvme/wait.ts";
 import type { RemoteNamespace } from "../../namespace.ts";
 import type { Authentication } from "../../storage/backend.ts";
+import type { VolumeId } from "../../volume_id.ts";
+import { type Access, hasPassphrase, isReaderOnly, isShared, parsePassphrases } from "../request.ts";
 import { connectionKeys } from "./authentication.ts";
 import type { VolumeLimit } from "./limit.ts";
-import { type Access, hasPassphrase, isReaderOnly, isShared, parsePassphrases } from "../request.ts";
 
 /** What of a volume ID is the node's business. */
 export type VolumeOnNode = Pick<VolumeId, "uuid"> & Partial<Pick<VolumeId, "hostEncryption">>;

@@ -8,8 +8,8 @@
  */
 import type { RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
-import type { FsType } from "./mount.ts";
 import type { Host } from "../host.ts";
+import type { FsType } from "./fs_type.ts";
 import type { DeviceReader } from "./superblocks.ts";
 
 /** Major and minor number of a kernel or a tool. */

@@ -3,7 +3,7 @@
  * other devices, read files of the node, stop the node, or overwrite data without asking.
  */
 import { StatusError } from "../../error.ts";
-import type { FsType } from "./mount.ts";
+import type { FsType } from "./fs_type.ts";
 
 interface Allowed {
   /** Options that take a value, with the keys that its comma list may have; "any": the value is no such list. */

@@ -18,7 +18,8 @@
 import type { RequestContext } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
-import { type BlockDevice, recheckDevice } from "../nvme/sysfs.ts";
+import type { BlockDevice } from "../nvme/sysfs.ts";
+import { recheckDevice } from "../nvme/wait.ts";
 import { firstNonZero, type Sample, samplesOf } from "./samples.ts";
 import { type DeviceReader, textAt } from "./superblocks.ts";
 

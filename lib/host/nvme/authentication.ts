@@ -10,21 +10,15 @@
  * Whether a connection is authenticated decides the controller, when it is connected: it demands it or does not. What
  * sysfs tells is which keys the host has for a connection, and nothing more.
  */
-import { type RequestContext, sleep } from "../../context.ts";
 import { type AuthKind, DhchapKey, type DhchapKeys, type GivenKeys } from "../../auth_key.ts";
+import { type RequestContext, sleep } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
-import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
 import type { Host } from "../host.ts";
-import {
-  allControllers,
-  type ConnectWish,
-  controllersOf,
-  disconnectController,
-  isNeeded,
-  isUsable,
-  type NvmeController,
-} from "./sysfs.ts";
+import { type ConnectWish, disconnectController } from "./connect.ts";
+import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
+import { isNeeded } from "./paths.ts";
+import { allControllers, controllersOf, isUsable, type NvmeController } from "./sysfs.ts";
 
 /** Why this machine cannot authenticate its connections, and what is needed; undefined: nothing speaks against it. */
 export async function authenticationObstacle(host: Host, kind: AuthKind): Promise<string | undefined> {

@@ -10,7 +10,7 @@
  */
 import { messageOf } from "../../error.ts";
 import type { Host } from "../host.ts";
-import type { ConnectWish } from "./sysfs.ts";
+import type { ConnectWish } from "./connect.ts";
 
 /** More options than nvme-cli is given. */
 export interface KernelOptions {

@@ -14,25 +14,20 @@
 import { type RequestContext, requestContext, sleep, timeLimit } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
-import { hasMultipath } from "./authentication.ts";
 import type { Host } from "../host.ts";
+import { hasMultipath } from "./authentication.ts";
+import { disconnectController, isSameController, resetController } from "./connect.ts";
+import { allPaths, isLivePath, isNeeded, type NamespacePath } from "./paths.ts";
+import { rescanController } from "./rescan.ts";
 import {
   addressOf,
   allControllers,
   allDevices,
-  allPaths,
   type BlockDevice,
   controllersOf,
-  disconnectController,
   isAt,
-  isLivePath,
-  isNeeded,
-  isSameController,
   isUsable,
-  type NamespacePath,
   type NvmeController,
-  rescanController,
-  resetController,
 } from "./sysfs.ts";
 
 /** A subsystem that this machine is to be connected to. */

@@ -11,14 +11,7 @@ import { type Logger, sleep } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import type { Faults } from "../faults.ts";
 import { type HttpAnswer, type HttpRequest, type HttpServer, serveHttp } from "../http.ts";
-import {
-  events,
-  type PosArray,
-  type PoseidonModel,
-  type PosEvent,
-  PosRefusal,
-  type PosVolume,
-} from "./system.ts";
+import { events, type PosArray, type PoseidonModel, type PosEvent, PosRefusal, type PosVolume } from "./system.ts";
 
 export interface PoseidonApiOptions {
   readonly model: PoseidonModel;

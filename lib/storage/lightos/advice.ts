@@ -1,5 +1,5 @@
 /** What to do about a management endpoint that no call gets through to: for errors and for `lbcsi doctor`. */
-import type { Trust } from "../../grpc/server.ts";
+import type { Trust } from "../../grpc/tls.ts";
 
 /**
  * @param reason what a call says of it

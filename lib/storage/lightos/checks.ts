@@ -2,12 +2,6 @@
  * A look at LightOS clusters through their management API, for `lbcsi doctor` (facts: spec/lightos.md 6, 15). It asks and
  * changes nothing. Each endpoint is asked by itself, for ordinary calls hide those that do not answer.
  */
-import { type Check, checked, reasonOf, simulatorCheck } from "../../check.ts";
-import { type RequestContext, requestContext, type Secrets, timeLimit } from "../../context.ts";
-import { hasCode } from "../../error.ts";
-import { type Endpoint, formatEndpoints, type Scheme } from "../../volume_id.ts";
-import { parseAddress, type TransportAddress } from "../../namespace.ts";
-import { shownCertificate, type Trust } from "../../grpc/server.ts";
 import {
   type ClusterHealth,
   ClusterHealth_State as Health,
@@ -15,6 +9,12 @@ import {
   type ClusterInfoV2,
   DurosAPI,
 } from "../../../proto/gen/lightos_pb.ts";
+import { type Check, checked, reasonOf, simulatorCheck } from "../../check.ts";
+import { type RequestContext, requestContext, type Secrets, timeLimit } from "../../context.ts";
+import { hasCode } from "../../error.ts";
+import { shownCertificate, type Trust } from "../../grpc/tls.ts";
+import { parseAddress, type TransportAddress } from "../../namespace.ts";
+import { type Endpoint, formatEndpoints, type Scheme } from "../../volume_id.ts";
 import type { SystemReport } from "../backend.ts";
 import { adviceFor } from "./advice.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions, type TokenFacts } from "./cluster.ts";

@@ -2,11 +2,12 @@
  * Calls to LightOS' management API (facts: spec/lightos.md section 6): several endpoints of one cluster of which one is in
  * use, fail-over and back-off, tokens, TLS, API version, and errors that name the endpoint and keep LightOS' own words.
  */
-import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { clearInterval, setInterval } from "node:timers";
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import * as z from "zod";
+import { type ClusterInfoV2, DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import {
   type Fields,
   formatSeconds,
@@ -17,11 +18,11 @@ import {
   timeLimit,
 } from "../../context.ts";
 import { type StatusCode, StatusError } from "../../error.ts";
-import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../../volume_id.ts";
+import { CallError, type CallOptions, Channel } from "../../grpc/client.ts";
+import type { Trust } from "../../grpc/tls.ts";
 import { countManagementCall, type Metrics, type Sample } from "../../metrics.ts";
 import { pemProblem, readPem } from "../../pem.ts";
-import { CallError, type CallOptions, Channel, type Trust } from "../../grpc/server.ts";
-import { type ClusterInfoV2, DurosAPI } from "../../../proto/gen/lightos_pb.ts";
+import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Scheme } from "../../volume_id.ts";
 import { adviceFor } from "./advice.ts";
 import { misfit } from "./answers.ts";
 import type { KnownCluster, KnownClusters } from "./cluster_file.ts";

@@ -8,7 +8,7 @@
  */
 import * as z from "zod";
 import { StatusError } from "../../error.ts";
-import type { Trust } from "../../grpc/server.ts";
+import type { Trust } from "../../grpc/tls.ts";
 
 /** `192.0.2.1`, `lightos.example`; IPv6 without brackets. */
 const serverName = z.string().trim().regex(

@@ -1,10 +1,10 @@
-import { type MessageInitShape, toBinary } from "@bufbuild/protobuf";
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
 import { fileURLToPath } from "node:url";
-import { formatEndpoints, parseEndpoints, parseVolumeId } from "../../../lib/volume_id.ts";
+import { type MessageInitShape, toBinary } from "@bufbuild/protobuf";
+import { Channel } from "../../../lib/grpc/client.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import { Channel } from "../../../lib/grpc/server.ts";
 import { mostEntries } from "../../../lib/storage/listing_page.ts";
+import { formatEndpoints, parseEndpoints, parseVolumeId } from "../../../lib/volume_id.ts";
 import {
   Controller,
   ControllerServiceCapability_RPC_Type as Rpc,

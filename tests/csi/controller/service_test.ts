@@ -1,13 +1,14 @@
-import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
+import { createLogger } from "../../../lib/context.ts";
 import { controllerHandlers } from "../../../lib/csi/controller/service.ts";
 import { identityHandlers } from "../../../lib/csi/identity.ts";
 import { describeRequest, redactRequest } from "../../../lib/csi/request.ts";
-import { createLogger } from "../../../lib/context.ts";
 import type { StatusCode } from "../../../lib/error.ts";
+import { CallError, Channel } from "../../../lib/grpc/client.ts";
+import { serve, service } from "../../../lib/grpc/server.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { fromPublishContext, hostNqn } from "../../../lib/namespace.ts";
-import { CallError, Channel, serve, service } from "../../../lib/grpc/server.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import {
   Controller,

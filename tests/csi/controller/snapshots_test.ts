@@ -1,17 +1,18 @@
 /** Snapshots, restores and clones through the controller service, over real sockets, against a simulated cluster. */
+import { deepStrictEqual, match, notStrictEqual, ok, rejects, strictEqual } from "node:assert/strict";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { timestampDate } from "@bufbuild/protobuf/wkt";
-import { deepStrictEqual, match, notStrictEqual, ok, rejects, strictEqual } from "node:assert/strict";
 import { createLogger, type RequestContext, requestContext, Secrets } from "../../../lib/context.ts";
 import { controllerHandlers } from "../../../lib/csi/controller/service.ts";
 import { describeRequest, redactRequest } from "../../../lib/csi/request.ts";
 import { type StatusCode, StatusError } from "../../../lib/error.ts";
-import { parseVolumeId } from "../../../lib/volume_id.ts";
+import { CallError, Channel } from "../../../lib/grpc/client.ts";
+import { serve, service } from "../../../lib/grpc/server.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
-import { CallError, Channel, serve, service } from "../../../lib/grpc/server.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
 import type { StorageBackend, VolumeWanted } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
+import { parseVolumeId } from "../../../lib/volume_id.ts";
 import {
   Controller,
   type CreateVolumeRequestSchema,

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { conditionProbe } from "../../../lib/csi/node/condition.ts";
-import { discoveryClient } from "../../../lib/host/attach/attacher.ts";
+import { StatusError } from "../../../lib/error.ts";
+import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../../lib/host/host.ts";
 import { mountsAt, mountTable } from "../../../lib/host/mounts.ts";
 import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
@@ -18,7 +19,6 @@ import {
   rejects,
   volumeId,
 } from "../../support/node_calls.ts";
-import { StatusError } from "../../../lib/error.ts";
 
 const ignore = !needs("root", "loop", "mkfs.ext4");
 const mib = 1 << 20;

@@ -1,7 +1,9 @@
 /** The node service is cut off at each single call to the machine, before and after its effect; the repeat must converge. */
 import assert from "node:assert/strict";
 import { DhchapKey } from "../../../lib/auth_key.ts";
-import { type Attacher, direct, discoveryClient } from "../../../lib/host/attach/attacher.ts";
+import type { Attacher } from "../../../lib/host/attach/attacher.ts";
+import { direct } from "../../../lib/host/attach/direct.ts";
+import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { CutOff, FakeHost } from "../../support/fake_host.ts";
 import { subsystemNqn } from "../../support/loop_machine.ts";

@@ -1,7 +1,8 @@
 /** How many volumes a node takes: what counts, what is refused, and that nothing was done for it then. */
 import assert from "node:assert/strict";
 import { volumeLimit } from "../../../lib/csi/node/limit.ts";
-import { direct, hostIdOf } from "../../../lib/host/attach/attacher.ts";
+import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
+import { direct } from "../../../lib/host/attach/direct.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { hostNqn, isSubsystemOf, poseidonNqnPrefix } from "../../../lib/namespace.ts";
 import { CutOff, FakeHost } from "../../support/fake_host.ts";

@@ -1,8 +1,8 @@
 /** The node service when connections are lost, on a make-believe machine; tests/vm/scenarios/paths.ts is the real one. */
 import assert from "node:assert/strict";
-import { direct } from "../../../lib/host/attach/attacher.ts";
-import { hostNqn } from "../../../lib/namespace.ts";
+import { direct } from "../../../lib/host/attach/direct.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
+import { hostNqn } from "../../../lib/namespace.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import { subsystemNqn } from "../../support/loop_machine.ts";
 import {

@@ -5,7 +5,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { StatusError } from "../../../lib/error.ts";
-import { discoveryClient } from "../../../lib/host/attach/attacher.ts";
+import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import { type LoopNamespace, subsystemNqn } from "../../support/loop_machine.ts";

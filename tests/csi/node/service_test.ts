@@ -1,8 +1,17 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
+import { create } from "@bufbuild/protobuf";
+import { StatusError } from "../../../lib/error.ts";
 import type { Attacher } from "../../../lib/host/attach/attacher.ts";
-import { discoveryClient } from "../../../lib/host/attach/attacher.ts";
+import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../../lib/host/host.ts";
+import { parseMountTable } from "../../../lib/host/mounts.ts";
+import {
+  NodeGetCapabilitiesRequestSchema,
+  NodeServiceCapability_RPC_Type as Rpc,
+  VolumeCapability_AccessMode_Mode as Mode,
+  VolumeUsage_Unit as Unit,
+} from "../../../proto/gen/csi_pb.ts";
 import { node, other, uuid } from "../../support/loop_node.ts";
 import { needs } from "../../support/needs.ts";
 import {
@@ -14,15 +23,6 @@ import {
   rejects,
   volumeId,
 } from "../../support/node_calls.ts";
-import {
-  NodeServiceCapability_RPC_Type as Rpc,
-  VolumeCapability_AccessMode_Mode as Mode,
-  VolumeUsage_Unit as Unit,
-} from "../../../proto/gen/csi_pb.ts";
-import { create } from "@bufbuild/protobuf";
-import { NodeGetCapabilitiesRequestSchema } from "../../../proto/gen/csi_pb.ts";
-import { StatusError } from "../../../lib/error.ts";
-import { parseMountTable } from "../../../lib/host/mounts.ts";
 
 const ignore = !needs("root", "loop", "mkfs.ext4");
 const mib = 1 << 20;

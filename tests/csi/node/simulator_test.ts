@@ -3,13 +3,20 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
-import { discoveryClient } from "../../../lib/host/attach/attacher.ts";
+import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
 import { type Host, linuxHost } from "../../../lib/host/host.ts";
 import { parseMountTable } from "../../../lib/host/mounts.ts";
-import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
 import { toPublishContext } from "../../../lib/namespace.ts";
+import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
 import { needs } from "../../support/needs.ts";
-import { blockCapability, callContext, mountCapability, nodeCalls, rejects, volumeId } from "../../support/node_calls.ts";
+import {
+  blockCapability,
+  callContext,
+  mountCapability,
+  nodeCalls,
+  rejects,
+  volumeId,
+} from "../../support/node_calls.ts";
 import { eventually, startSimulator } from "../../support/simulator.ts";
 
 const ignore = !needs("root", "loop", "mkfs.ext4");

@@ -1,9 +1,12 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
-import { allUsersOf, direct, discoveryClient, discoveryFile, hostIdOf, usersOf } from "../../../lib/host/attach/attacher.ts";
+import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
+import { direct } from "../../../lib/host/attach/direct.ts";
+import { discoveryClient, discoveryFile } from "../../../lib/host/attach/discovery_client.ts";
 import { linuxHost } from "../../../lib/host/host.ts";
 import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
+import { allUsersOf, usersOf } from "../../../lib/host/users.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import type { RemoteNamespace } from "../../../lib/namespace.ts";
 import { FakeHost } from "../../support/fake_host.ts";

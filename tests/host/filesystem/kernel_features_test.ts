@@ -1,6 +1,7 @@
 /** New file systems have no feature that the node's kernel does not know, and a mount that fails for one says so. */
 import assert from "node:assert/strict";
-import { type FsType, mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
+import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
+import { mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
 import type { Host } from "../../../lib/host/host.ts";
 import { type Disk, wish, withDisk } from "../../support/disk.ts";
 import { needs } from "../../support/needs.ts";

@@ -1,22 +1,17 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import {
-  contentOf,
-  ensureGrown,
-  fileSystemUuid,
-  type FsType,
-  fsTypes,
-  mountVolume,
-  type MountWish,
-  readTroubleOf,
-} from "../../../lib/host/filesystem/mount.ts";
+import { type StatusCode, StatusError } from "../../../lib/error.ts";
+import { contentOf } from "../../../lib/host/filesystem/content.ts";
+import { fileSystemUuid } from "../../../lib/host/filesystem/format.ts";
+import { type FsType, fsTypes } from "../../../lib/host/filesystem/fs_type.ts";
+import { ensureGrown } from "../../../lib/host/filesystem/grow.ts";
+import { readTroubleOf } from "../../../lib/host/filesystem/health.ts";
+import { mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
 import { mountFlags, parseMkfsOptions, parseMountFlags } from "../../../lib/host/filesystem/options.ts";
 import { canonicalPath, mountsElsewhere, parseMountTable } from "../../../lib/host/mounts.ts";
 import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
-import type { StatusCode } from "../../../lib/error.ts";
-import { StatusError } from "../../../lib/error.ts";
-import { FakeHost, type FakeNamespace } from "../../support/fake_host.ts";
 import { assertSame, copyOf, type Disk, mib, uuid, wish, withDisk, write } from "../../support/disk.ts";
+import { FakeHost, type FakeNamespace } from "../../support/fake_host.ts";
 import { subsystemNqn } from "../../support/loop_machine.ts";
 import { needs } from "../../support/needs.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";

@@ -1,7 +1,8 @@
 /** A file system is recognised by itself, whatever its files contain and whatever was written around it. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { contentOf, type FsType } from "../../../lib/host/filesystem/mount.ts";
+import { contentOf } from "../../../lib/host/filesystem/content.ts";
+import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
 import { assertSame, copyOf, type Disk, mib, wish, withDisk, write } from "../../support/disk.ts";
 import { needs } from "../../support/needs.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";

@@ -1,13 +1,23 @@
 /** A mkfs that is killed at any moment leaves a volume that the next stage finishes, and nobody else's data is taken for it. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { contentOf, fileSystemUuid, type FsType, mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
-import { discoveryClient } from "../../../lib/host/attach/attacher.ts";
-import type { Host } from "../../../lib/host/host.ts";
+import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { contentOf } from "../../../lib/host/filesystem/content.ts";
+import { fileSystemUuid } from "../../../lib/host/filesystem/format.ts";
+import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
+import { mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
 import { isUnfinished, markOffset } from "../../../lib/host/filesystem/unfinished.ts";
+import type { Host } from "../../../lib/host/host.ts";
 import { assertSame, copyOf, type Disk, mib, uuid, wish, withDisk, write } from "../../support/disk.ts";
 import { needs } from "../../support/needs.ts";
-import { blockCapability, callContext, nodeCalls, publishContext, rejects, volumeId } from "../../support/node_calls.ts";
+import {
+  blockCapability,
+  callContext,
+  nodeCalls,
+  publishContext,
+  rejects,
+  volumeId,
+} from "../../support/node_calls.ts";
 
 const ignore = !needs("root", "loop", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "strace");
 const changes = "pwrite64,pwritev,write,fallocate,fsync";

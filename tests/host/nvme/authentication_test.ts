@@ -4,15 +4,17 @@
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger, Secrets } from "../../../lib/context.ts";
 import { type AuthKind, DhchapKey, type DhchapKeys } from "../../../lib/auth_key.ts";
+import { attachVolume, type Machine } from "../../../lib/cli/attach_volume.ts";
+import { createLogger, Secrets } from "../../../lib/context.ts";
 import { discoveryDaemon } from "../../../lib/discovery/daemon.ts";
-import { direct, discoveryClient, hostIdOf } from "../../../lib/host/attach/attacher.ts";
-import { authenticationObstacle } from "../../../lib/host/nvme/authentication.ts";
+import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
+import { direct } from "../../../lib/host/attach/direct.ts";
+import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
 import { linuxHost } from "../../../lib/host/host.ts";
+import { authenticationObstacle } from "../../../lib/host/nvme/authentication.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { fromPublishContext, hostNqn, type RemoteNamespace, toPublishContext } from "../../../lib/namespace.ts";
-import { attachVolume, type Machine } from "../../../lib/cli/attach_volume.ts";
 import type { Authentication } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { CutOff, FakeHost } from "../../support/fake_host.ts";

@@ -2,8 +2,8 @@
 import assert from "node:assert/strict";
 import { createLogger } from "../../../lib/context.ts";
 import { discoveryDaemon } from "../../../lib/discovery/daemon.ts";
-import { direct } from "../../../lib/host/attach/attacher.ts";
-import { discoveryNqn } from "../../../lib/host/nvme/sysfs.ts";
+import { direct } from "../../../lib/host/attach/direct.ts";
+import { discoveryNqn } from "../../../lib/host/nvme/discovery_log.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { hostNqn, type RemoteNamespace } from "../../../lib/namespace.ts";
 import { type Controller, FakeHost } from "../../support/fake_host.ts";

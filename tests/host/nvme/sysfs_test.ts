@@ -3,18 +3,10 @@ import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { type Host, linuxHost } from "../../../lib/host/host.ts";
-import {
-  addressOf,
-  connectController,
-  controllersOf,
-  devicesOf,
-  disconnectController,
-  findDevice,
-  nameUuid,
-  recheckDevice,
-  rescanNamespaces,
-  waitForDevice,
-} from "../../../lib/host/nvme/sysfs.ts";
+import { connectController, disconnectController } from "../../../lib/host/nvme/connect.ts";
+import { rescanNamespaces } from "../../../lib/host/nvme/rescan.ts";
+import { addressOf, controllersOf, devicesOf, findDevice, nameUuid } from "../../../lib/host/nvme/sysfs.ts";
+import { recheckDevice, waitForDevice } from "../../../lib/host/nvme/wait.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import { needs } from "../../support/needs.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";

@@ -6,8 +6,8 @@ import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } fro
 import { parseAllDocuments } from "yaml";
 import { configDirectories, permissionsWith, socketDirectories } from "../../../k8s/image/permissions.ts";
 import { Rig, Running } from "../../../lib/demo/testbed.ts";
+import { Channel } from "../../../lib/grpc/client.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import { Channel } from "../../../lib/grpc/server.ts";
 import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
 import { podOf } from "../../support/objects.ts";
 

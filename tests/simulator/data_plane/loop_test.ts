@@ -1,11 +1,11 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
+import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
+import { Channel } from "../../../lib/grpc/client.ts";
 import { parseDiscoveryFile } from "../../../lib/simulator/data_plane/discovery_client.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
 import { defaultSimulateSettings, simulate, type SimulateSettings } from "../../../lib/simulator/lightos/simulator.ts";
-import { createLogger } from "../../../lib/context.ts";
-import { Channel } from "../../../lib/grpc/server.ts";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import { needs } from "../../support/needs.ts";
 import { eventually, startSimulator, type TestSimulator } from "../../support/simulator.ts";

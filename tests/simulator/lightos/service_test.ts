@@ -1,11 +1,11 @@
 import assert from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { CallError, Channel } from "../../../lib/grpc/server.ts";
 import { createLogger } from "../../../lib/context.ts";
-import { DurosAPI, Snapshot_StateEnum, Volume_StateEnum } from "../../../proto/gen/lightos_pb.ts";
+import { CallError, Channel } from "../../../lib/grpc/client.ts";
 import { selfSigned } from "../../../lib/simulator/certificate.ts";
 import { defaultSimulateSettings, simulate } from "../../../lib/simulator/lightos/simulator.ts";
+import { DurosAPI, Snapshot_StateEnum, Volume_StateEnum } from "../../../proto/gen/lightos_pb.ts";
 import { eventually, startSimulator, type TestSimulator } from "../../support/simulator.ts";
 
 const api = DurosAPI.method;

@@ -3,7 +3,7 @@ import { deepStrictEqual, match, ok, rejects, strictEqual, throws } from "node:a
 import tls from "node:tls";
 import { createLogger, type RequestContext, requestContext, Secrets } from "../../../lib/context.ts";
 import { type StatusCode, StatusError } from "../../../lib/error.ts";
-import { publicKeyPin } from "../../../lib/grpc/server.ts";
+import { publicKeyPin } from "../../../lib/grpc/tls.ts";
 import { selfSigned } from "../../../lib/simulator/certificate.ts";
 import type { VolumeWanted } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";

@@ -5,8 +5,8 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { DhchapKey, type DhchapKeys } from "../../../lib/auth_key.ts";
+import { Channel } from "../../../lib/grpc/client.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import { Channel } from "../../../lib/grpc/server.ts";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import { type Check, impatient, type Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";

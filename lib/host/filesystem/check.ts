@@ -1,0 +1,96 @@
+/** Checks a file system before it is mounted, and replays its journal. */
+import type { RequestContext } from "../../context.ts";
+import { StatusError } from "../../error.ts";
+import { reasonOf } from "../command_reason.ts";
+import type { Host } from "../host.ts";
+import { mountedSomewhere, mountsOf, mountTable } from "../mounts.ts";
+import type { BlockDevice } from "../nvme/sysfs.ts";
+import { recheckDevice } from "../nvme/wait.ts";
+import { changing, failed } from "./command.ts";
+import { readerOf } from "./content.ts";
+import type { FsType } from "./fs_type.ts";
+import { canGrowMountedExt4, viewOf } from "./grow.ts";
+
+export async function check(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  isSmaller: boolean,
+  action: string,
+): Promise<void> {
+  // xfs and btrfs put themselves right when they are mounted; their check tools are for people.
+  if (fsType !== "ext4") return;
+  // Mounted elsewhere on this machine (by an earlier staging path, or in a container that kept a copy of the mount): it is in
+  // order, and e2fsck would refuse.
+  if ((await mountsOf(host, await mountTable(host), device)).length > 0) return;
+  if (await mountedSomewhere(host, device) !== undefined) return;
+  // Once mounted it grows much faster, without a full check; but that takes a right which not every container has.
+  const growHere = isSmaller && !await canGrowMountedExt4(host);
+  await recheckDevice(host, device, action);
+  const checked = await changing(host, ctx, "e2fsck", growHere ? ["-f", "-p", device.path] : ["-p", device.path]);
+  // e2fsck(8): the exit code is a sum; 1 is "errors corrected", 2 is "and the system should be rebooted" (a mounted root).
+  if ((checked.code & ~3) === 0) {
+    if (!growHere) return;
+    await recheckDevice(host, device, action);
+    const grown = await changing(host, ctx, "resize2fs", [device.path]);
+    if (grown.code !== 0) throw failed(action, "resize2fs", grown);
+    return;
+  }
+  if ((checked.code & 4) !== 0) {
+    throw new StatusError(
+      "FAILED_PRECONDITION",
+      `Cannot ${action}: ext4 on ${device.path} has errors that e2fsck does not repair by itself, run e2fsck by hand ` +
+        `(${reasonOf("e2fsck", checked)})`,
+    );
+  }
+  throw failed(action, "e2fsck", checked);
+}
+
+/**
+ * Throws FAILED_PRECONDITION when the log of a file system holds changes that are not yet in their places, as in a copy of
+ * a volume in use. Shared read-only mounts leave the log alone, for other hosts read the device too; files would then be
+ * missing without a word (seen with xfs: an empty directory).
+ */
+export async function refuseUnreplayed(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  action: string,
+): Promise<void> {
+  if (!await hasUnreplayed(host, ctx, device, fsType, action)) return;
+  throw new StatusError(
+    "FAILED_PRECONDITION",
+    `Cannot ${action}: the log of its ${fsType} holds changes that a shared read-only mount would not show, as in a copy ` +
+      `of a volume in use; mount it once with access for one node, or make it from a source that was unmounted`,
+  );
+}
+
+async function hasUnreplayed(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  fsType: FsType,
+  action: string,
+): Promise<boolean> {
+  const read = readerOf(host, ctx, device, action);
+  switch (fsType) {
+    case "ext4":
+      // INCOMPAT_RECOVER in s_feature_incompat.
+      return (viewOf(await read(0n, 4096), 1024).getUint32(0x60, true) & 4) !== 0;
+    case "btrfs":
+      // log_root of the super block: what was synced file by file since the last commit.
+      return viewOf(await read(65536n, 4096), 0).getBigUint64(0x60, true) !== 0n;
+    case "xfs": {
+      const log = await host.run("xfs_logprint", ["-t", device.path], {
+        signal: ctx.signal,
+        onAbort: "kill",
+        log: ctx.log,
+      });
+      const state = /^\s*log tail: .* state: <(CLEAN|DIRTY)>/m.exec(log.stdout)?.[1];
+      if (state === undefined) throw failed(action, "xfs_logprint", log);
+      return state === "DIRTY";
+    }
+  }
+}

@@ -1,0 +1,209 @@
+/** What a device holds: a file system, an encrypted volume, or provably nothing. */
+import type { RequestContext } from "../../context.ts";
+import { isFinal, messageOf, StatusError } from "../../error.ts";
+import { reasonOf } from "../command_reason.ts";
+import type { Host } from "../host.ts";
+import { isNeverUsed } from "../luks.ts";
+import type { BlockDevice } from "../nvme/sysfs.ts";
+import { recheckDevice } from "../nvme/wait.ts";
+import { isHalfMade } from "./format.ts";
+import { type FsType, fsTypes } from "./fs_type.ts";
+import { sizeFromSuperBlock } from "./grow.ts";
+import { answersOf } from "./health.ts";
+import { firstNonZero, samplesOf } from "./samples.ts";
+import { hasLuksHeader, hasNoPartition, isWholeExt4, owningFileSystem } from "./superblocks.ts";
+import { isUnfinished, wasUnfinishedWhenSmaller } from "./unfinished.ts";
+
+type Content =
+  /** Encrypted on the host: luks.ts opens it. */
+  | { readonly kind: "luks" }
+  | { readonly kind: "filesystem"; readonly fsType: FsType; readonly isSmaller: boolean }
+  | { readonly kind: "blank" }
+  /** A mkfs of ours for this namespace that was cut off: see the head of this file. */
+  | { readonly kind: "unfinished" };
+
+/**
+ * What the device holds: a file system that we can mount, or provably nothing.
+ *
+ * @throws StatusError FAILED_PRECONDITION for everything else, naming it; UNAVAILABLE when the device cannot be read, has no
+ *   size, or is not this namespace any more
+ */
+export async function contentOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  action: string,
+): Promise<Content> {
+  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
+  const now = await recheckDevice(host, device, action);
+  if (now.sizeBytes === 0n) {
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${now.path} has no size, the namespace is not ready`);
+  }
+  const holders = await host.list(`${host.roots.sysfs}/class/block/${now.name}/holders`) ?? [];
+  if (holders.length > 0) throw refuse(`${now.path} is in use by ${holders.join(", ")}`);
+  const beneath = now.encrypts?.beneath;
+  if (beneath !== undefined && await isNeverUsed(beneath, readerOf(host, ctx, beneath, action))) {
+    return { kind: "unfinished" };
+  }
+
+  const read = readerOf(host, ctx, now, action);
+  const type = await typeOf(host, ctx, now, action);
+  if (await isHalfMade(read, now, type)) return { kind: "unfinished" };
+  if (type === "crypto_LUKS") return { kind: "luks" };
+  if (type !== undefined) {
+    const size = await sizeFromSuperBlock(read, type);
+    if (size === undefined) throw refuse(`the super block of ${type} on ${now.path} makes no sense`);
+    if (size.fsBytes > now.sizeBytes) {
+      throw refuse(
+        `${type} on ${now.path} has ${size.fsBytes} bytes, but the device only ${now.sizeBytes}: it has shrunk, and the ` +
+          `volume has to get its size back`,
+      );
+    }
+    return { kind: "filesystem", fsType: type, isSmaller: now.sizeBytes - size.fsBytes >= size.stepBytes };
+  }
+  if (now.encrypts !== undefined) {
+    // What was never written shows as noise. Only the mark of a new volume could tell, and it is gone.
+    throw refuse(`${now.path} holds no file system, and may have been used without one; it is left alone`);
+  }
+  if (await isUnfinished(read, now)) return { kind: "unfinished" };
+  try {
+    await proveBlank(read, now, refuse);
+  } catch (error) {
+    if (!isFinal(error) || !await wasUnfinishedWhenSmaller(read, now)) throw error;
+    return { kind: "unfinished" };
+  }
+  return { kind: "blank" };
+}
+
+/**
+ * What the device holds of the things that we can open; undefined: nothing at all.
+ *
+ * blkid that is asked for everything takes a block near the end of the device for a member of a RAID, of DRBD or of ZFS, and
+ * a second LUKS header in the middle for an encrypted volume. Either can be part of a tenant's file. So where it finds
+ * anything else than one of our file systems, it is asked for those alone before the device is refused. One that it finds
+ * then has to be whole: the super block of an ext4 stays where ZFS or a RAID was made over it, and e2fsck would write there.
+ *
+ * @throws StatusError FAILED_PRECONDITION for anything else, for a partition table, and for several of ours of which none is
+ *   provably the real one
+ */
+async function typeOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  action: string,
+): Promise<FsType | "crypto_LUKS" | undefined> {
+  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
+  const read = readerOf(host, ctx, device, action);
+  const probe = (...types: string[]) => probeSignatures(host, ctx, device, { types, action });
+  const all = await probe();
+  const tableError = refuse(`${device.path} holds a partition table (${all.partitions}), it is left alone`);
+  const hasPartitions = all.partitions !== undefined && (all.partitions !== "dos" || !await hasNoPartition(read));
+  if (hasPartitions) throw tableError;
+  if (all.isNothing) return undefined;
+  const fsType = fsTypes.find((fsType) => fsType === all.type);
+  if (fsType === "ext4" && !await isWholeExt4(read, device.sizeBytes)) {
+    throw refuse(
+      `${device.path} has a super block of ext4 and no root directory where that leads to: it is damaged, or the remains ` +
+        `of an ext4 under other data; it is left alone, e2fsck -n shows what is there`,
+    );
+  }
+  if (fsType !== undefined) return fsType;
+  if (all.type === "crypto_LUKS" && await hasLuksHeader(read)) return "crypto_LUKS";
+
+  const ours = await probe(...fsTypes, "crypto_LUKS");
+  if (ours.type !== undefined || ours.isAmbiguous) {
+    if (ours.type === "crypto_LUKS" && await hasLuksHeader(read)) return "crypto_LUKS";
+    const owner = await owningFileSystem(read, device.sizeBytes);
+    // blkid tells ext4 from its predecessors, and checks checksums.
+    if (owner !== undefined && (await probe(owner)).type === owner) return owner;
+    // cryptsetup repairs a lost first header from the second one.
+    if (ours.type === "crypto_LUKS" && (await probe(...fsTypes)).isNothing) return "crypto_LUKS";
+    throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
+  }
+  if (all.partitions !== undefined) throw tableError;
+  if (all.isAmbiguous) throw refuse(`${device.path} has signatures of more than one kind, it is left alone`);
+  throw refuse(
+    all.type === undefined
+      ? `blkid finds something on ${device.path} that it does not name, it is left alone`
+      : `${device.path} holds ${all.type}, which is none of ${fsTypes.join(", ")}; it is left alone`,
+  );
+}
+
+interface Signatures {
+  readonly type: string | undefined;
+  /** The kind of a partition table. */
+  readonly partitions: string | undefined;
+  readonly isAmbiguous: boolean;
+  /** blkid finds nothing, or cannot read the device: it answers the same for both. */
+  readonly isNothing: boolean;
+}
+
+/** Asks `blkid -p` for these types, for all if there are none; throws UNAVAILABLE for an answer that is none. */
+async function probeSignatures(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  { types, action }: { readonly types: readonly string[]; readonly action: string },
+): Promise<Signatures> {
+  const filter = types.length === 0 ? [] : ["-n", types.join(",")];
+  const args = ["-p", ...filter, "-s", "TYPE", "-s", "PTTYPE", "-o", "export", device.path];
+  const probed = await host.run("blkid", args, { signal: ctx.signal, onAbort: "kill", log: ctx.log });
+  // blkid(8): 2 is "nothing found", 8 "ambivalent".
+  if (probed.code !== 0 && probed.code !== 2 && probed.code !== 8) {
+    throw new StatusError(
+      "UNAVAILABLE",
+      `Cannot ${action}: blkid cannot tell what ${device.path} holds (exit ${probed.code}: ${
+        reasonOf("blkid", probed)
+      })`,
+    );
+  }
+  const facts = new Map(
+    probed.stdout.split("\n").map((line) => {
+      const equals = line.indexOf("=");
+      return [line.slice(0, equals), line.slice(equals + 1)] as const;
+    }),
+  );
+  return {
+    type: facts.get("TYPE"),
+    partitions: facts.get("PTTYPE"),
+    isAmbiguous: probed.code === 8,
+    isNothing: probed.code === 2,
+  };
+}
+
+export type Reader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
+
+export function readerOf(host: Host, ctx: RequestContext, device: BlockDevice, action: string): Reader {
+  return async (offsetBytes, lengthBytes) => {
+    try {
+      const answer = answersOf(host, ctx, device, action);
+      return await answer(`a read of ${device.path}`, () => host.readBytes(device.path, offsetBytes, lengthBytes));
+    } catch (error) {
+      if (error instanceof StatusError) throw error;
+      ctx.signal.throwIfAborted();
+      throw new StatusError(
+        "UNAVAILABLE",
+        `Cannot ${action}: ${device.path} cannot be read at byte ${offsetBytes} (${messageOf(error)})`,
+        { cause: error },
+      );
+    }
+  };
+}
+
+/** Reads head, tail, and samples in between; throws `refuse` at the first byte that is not zero. */
+export async function proveBlank(
+  read: Reader,
+  device: BlockDevice,
+  refuse: (problem: string) => StatusError,
+): Promise<void> {
+  for (const { offsetBytes, lengthBytes } of samplesOf(device.sizeBytes)) {
+    const at = firstNonZero(await read(offsetBytes, lengthBytes));
+    if (at === undefined) continue;
+    throw refuse(
+      `${device.path} is not blank and holds no file system: there is data at byte ${
+        offsetBytes + BigInt(at)
+      }; it is left ` +
+        `alone. If nothing on it is needed, delete the volume and make it anew`,
+    );
+  }
+}

@@ -1,0 +1,89 @@
+/** Whether a mounted volume can be read and written. */
+import type { RequestContext } from "../../context.ts";
+import { messageOf, StatusError } from "../../error.ts";
+import type { Host } from "../host.ts";
+import { describeMount, type Mount } from "../mounts.ts";
+import type { BlockDevice } from "../nvme/sysfs.ts";
+
+/**
+ * What is wrong with a mount of `device`, or undefined: the file system must look up a name in its root, the device must
+ * answer a read, and a mount for writing must take writes (the kernel makes a damaged file system read-only without a word in the
+ * mount table).
+ */
+export async function troubleOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  mount: Mount,
+  readOnly: boolean,
+): Promise<string | undefined> {
+  return await readTroubleOf(host, ctx, device, mount) ??
+    (readOnly ? undefined : await writeTroubleOf(host, ctx, device, mount));
+}
+
+/**
+ * Why a mount of `device` cannot be read, or undefined. A volume that does not answer is not looked at as broken, for a
+ * mount that hangs must be left alone.
+ *
+ * @throws the reason of `ctx.signal`; StatusError UNAVAILABLE while the volume owes an answer
+ */
+export async function readTroubleOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  mount: Mount,
+): Promise<string | undefined> {
+  const quote = `${describeMount(mount)} at "${mount.path}"`;
+  const answer = answersOf(host, ctx, device, `use ${quote}`);
+  try {
+    await answer(`a look at "${mount.path}"`, () => host.lookUp(mount.path));
+    // Somewhere, so that the answer does not come from a cache.
+    const blocks = device.sizeBytes / 4096n;
+    if (blocks === 0n) return `${device.path} has no size`;
+    const block = BigInt(Math.floor(Math.random() * Number(blocks)));
+    await answer(`a read of ${device.path}`, () => host.readBytes(device.path, block * 4096n, 4096));
+  } catch (error) {
+    if (error instanceof StatusError) throw error;
+    ctx.signal.throwIfAborted();
+    return `${quote} cannot be read (${messageOf(error)})`;
+  }
+  return undefined;
+}
+
+/** Why a mount for writing takes no writes, or undefined. Throws as readTroubleOf does. */
+export async function writeTroubleOf(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  mount: Mount,
+): Promise<string | undefined> {
+  const quote = `${describeMount(mount)} at "${mount.path}"`;
+  const state = ["ro", "emergency_ro", "shutdown"].find((option) => mount.superOptions.includes(option));
+  if (state !== undefined) {
+    return `${quote} is ${state === "shutdown" ? "shut down" : "read-only"} although it should not`;
+  }
+  if (mount.options.includes("ro")) return undefined;
+  try {
+    const answer = answersOf(host, ctx, device, `use ${quote}`);
+    await answer(`a write at "${mount.path}"`, () => host.tryWrite(mount.path));
+  } catch (error) {
+    if (error instanceof StatusError) throw error;
+    ctx.signal.throwIfAborted();
+    // A full file system, or one without unnamed files, is not a broken one.
+    if (/EROFS|EIO|ESHUTDOWN|EUCLEAN|ENODEV|ENXIO/.test(codeOf(error))) {
+      return `${quote} takes no writes (${messageOf(error)})`;
+    }
+  }
+  return undefined;
+}
+
+/** Asks the volume of `device`, until the caller gives up; a volume that owes an answer is UNAVAILABLE (see pending.ts). */
+export function answersOf(host: Host, ctx: RequestContext, { uuid }: BlockDevice, action: string) {
+  return <T>(what: string, question: () => Promise<T>): Promise<T> =>
+    host.pending.answer({ volume: uuid, what, signal: ctx.signal, action }, question);
+}
+
+function codeOf(error: unknown): string {
+  const code = error instanceof Error && "code" in error ? error.code : undefined;
+  return typeof code === "string" ? code : messageOf(error);
+}

@@ -1,0 +1,78 @@
+/** Reads the log page of a discovery controller: where a subsystem can be reached. */
+import * as z from "zod";
+import type { RequestContext } from "../../context.ts";
+import { StatusError } from "../../error.ts";
+import { formatAddress, parseAddress, type TransportAddress } from "../../namespace.ts";
+import type { Host } from "../host.ts";
+import { wordsOf } from "./nvme_cli.ts";
+import type { NvmeController } from "./sysfs.ts";
+
+/** The subsystem NQN that every discovery controller answers to, by the NVMe base specification. */
+export const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
+
+/** What a discovery controller tells. */
+export interface DiscoveryLog {
+  /** Changes with its content. */
+  readonly generation: bigint;
+  /** I/O controllers that it offers to this host NQN, over TCP. */
+  readonly controllers: readonly { readonly subsystemNqn: string; readonly address: TransportAddress }[];
+  /** Other discovery controllers, over TCP. */
+  readonly referrals: readonly TransportAddress[];
+}
+
+const discoverySchema = z.object({
+  genctr: z.number().int().nonnegative(),
+  records: z.array(z.object({
+    trtype: z.string(),
+    subtype: z.string(),
+    trsvcid: z.string(),
+    subnqn: z.string(),
+    traddr: z.string(),
+  })),
+});
+
+/**
+ * Reads the discovery log page over a connection that is there: it takes the ioctl of nvme-cli, sysfs does not show it.
+ *
+ * @param controller a live discovery controller; nvme-cli does not wait for one that is connecting
+ * @throws StatusError UNAVAILABLE when it cannot be read, INTERNAL when nvme-cli's answer cannot
+ */
+export async function readDiscoveryLog(
+  host: Host,
+  ctx: RequestContext,
+  controller: NvmeController,
+): Promise<DiscoveryLog> {
+  const action = `read the discovery log page over ${controller.name} (${controller.address})`;
+  const result = await host.run("nvme", ["discover", `--device=${controller.name}`, "--output-format=json"], {
+    signal: ctx.signal,
+    onAbort: "kill",
+    log: ctx.log,
+  });
+  if (result.code !== 0) {
+    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${wordsOf(result) || `nvme exits ${result.code}`}`);
+  }
+  let json: unknown;
+  try {
+    json = JSON.parse(result.stdout);
+  } catch (error) {
+    throw new StatusError("INTERNAL", `Cannot ${action}: nvme-cli's answer is not JSON`, { cause: error });
+  }
+  const parsed = discoverySchema.safeParse(json);
+  if (!parsed.success) {
+    const problems = parsed.error.issues.map(({ path, message }) => `${path.join(".")}: ${message}`).join("; ");
+    throw new StatusError("INTERNAL", `Cannot ${action}: nvme-cli's answer is not understood (${problems})`);
+  }
+  const records = parsed.data.records.filter(({ trtype }) => trtype === "tcp").flatMap((record) => {
+    // Padded with blanks by some targets, as the page's fields are of fixed length.
+    const text = record.traddr.trim();
+    const address = parseAddress(formatAddress({ traddr: text, trsvcid: record.trsvcid.trim() }));
+    return address === undefined ? [] : [{ subtype: record.subtype, subsystemNqn: record.subnqn.trim(), address }];
+  });
+  return {
+    generation: BigInt(parsed.data.genctr),
+    controllers: records.filter(({ subtype }) => subtype === "nvme subsystem")
+      .map(({ subsystemNqn, address }) => ({ subsystemNqn, address })),
+    referrals: records.filter(({ subtype }) => subtype === "discovery subsystem referral")
+      .map(({ address }) => address),
+  };
+}

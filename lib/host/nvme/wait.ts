@@ -1,0 +1,169 @@
+/** Waits until the device of a namespace is there, and checks later that it still is the same. */
+import type { RequestContext } from "../../context.ts";
+import { hasCode, StatusError } from "../../error.ts";
+import { formatAddress } from "../../namespace.ts";
+import type { Host } from "../host.ts";
+import { rescanAll } from "./rescan.ts";
+import {
+  addressOf,
+  type BlockDevice,
+  controllersOf,
+  describeDevice,
+  devicesWithUuid,
+  findDevice,
+  findMapper,
+  readDevice,
+} from "./sysfs.ts";
+
+// A cluster announces a namespace within 0.3 s where it was measured; then the kernel is asked to look.
+const announcedMs = 2000;
+
+const rescanEveryMs = 15_000;
+
+export interface WaitOptions {
+  /** Only a namespace of this subsystem will do. */
+  readonly subsystemNqn?: string | undefined;
+  /** What to look at when the device does not come. */
+  readonly hint: string;
+  readonly pollMs?: number;
+}
+
+/**
+ * The block device with this namespace UUID and its node in the directory of devices, as soon as both are there: sysfs is
+ * polled and the directory is watched, until `ctx.signal` aborts.
+ *
+ * @throws StatusError UNAVAILABLE at the deadline, saying what is there instead and what to look at; FAILED_PRECONDITION
+ *   as findDevice
+ */
+export async function waitForDevice(
+  host: Host,
+  ctx: RequestContext,
+  uuid: string,
+  options: WaitOptions,
+): Promise<BlockDevice> {
+  const ready = async () => {
+    const device = await findDevice(host, uuid, options.subsystemNqn);
+    if (device === undefined) return undefined;
+    return await host.blockNumber(device.path) === device.number && device.sizeBytes > 0n ? device : undefined;
+  };
+  const here = await ready();
+  if (here !== undefined) return here;
+  const started = performance.now();
+  // Watches before it looks again, or it would miss what came in between.
+  const bell = new Bell();
+  using _watch = host.watch(host.roots.dev, () => bell.ring());
+  let rescanAtMs = announcedMs;
+  for (;;) {
+    const device = await ready();
+    if (device !== undefined) {
+      ctx.log.debug("device arrived", { device: device.path, ms: Math.round(performance.now() - started) });
+      return device;
+    }
+    if (options.subsystemNqn !== undefined && performance.now() - started >= rescanAtMs) {
+      // The announcement of the namespace may be lost, as after a change of the access list during a reconnect. Each
+      // connection has announcements of its own, and it may be on one alone that the namespace is shown.
+      rescanAtMs += rescanEveryMs;
+      await rescanAll(host, ctx, options.subsystemNqn);
+    }
+    try {
+      await bell.wait(options.pollMs ?? 100, ctx.signal);
+    } catch (error) {
+      if (hasCode(error, "CANCELLED")) throw error;
+      const seconds = Math.round((performance.now() - started) / 1000);
+      throw new StatusError(
+        "UNAVAILABLE",
+        `Cannot find a block device of namespace ${uuid} after ${seconds} s: ` +
+          `${await describeAbsence(host, uuid, options.subsystemNqn)}; ${options.hint}`,
+        { cause: error },
+      );
+    }
+  }
+}
+
+/**
+ * The same device read again; use it before each step that would hurt another namespace.
+ *
+ * @throws StatusError UNAVAILABLE when its name is gone, or now belongs to another namespace or number
+ */
+export async function recheckDevice(host: Host, device: BlockDevice, action: string): Promise<BlockDevice> {
+  const refuse = (problem: string) =>
+    new StatusError("UNAVAILABLE", `Cannot ${action}: ${problem}, namespace ${device.uuid} has to be found again`);
+  if (device.encrypts !== undefined) {
+    const mapper = await findMapper(host, device.uuid);
+    if (mapper === undefined) throw refuse(`${device.encrypts.name} has been closed`);
+    if (mapper.number !== device.number) throw refuse(`${device.encrypts.name} has become device ${mapper.number}`);
+    if (mapper.encrypts?.beneath === undefined) throw refuse(`${device.encrypts.name} has lost its device`);
+    await recheckDevice(host, mapper.encrypts.beneath, action);
+    return mapper;
+  }
+  const now = await readDevice(host, device.name);
+  if (now === undefined) throw refuse(`${device.path} is gone`);
+  if (now.uuid !== device.uuid || now.subsystemNqn !== device.subsystemNqn) {
+    throw refuse(`${device.path} is ${describeDevice(now)} now`);
+  }
+  if (now.number !== device.number) throw refuse(`${device.path} has become device ${now.number}`);
+  const node = await host.blockNumber(device.path);
+  if (node !== now.number) {
+    throw refuse(`the node ${device.path} is device ${node ?? "none"}, sysfs says ${now.number}`);
+  }
+  return now;
+}
+
+async function describeAbsence(host: Host, uuid: string, subsystemNqn: string | undefined): Promise<string> {
+  const elsewhere = await devicesWithUuid(host, uuid);
+  const other = elsewhere.find((device) => device.subsystemNqn !== subsystemNqn);
+  if (subsystemNqn !== undefined && other !== undefined) {
+    return `${describeDevice(other)} has this UUID, but belongs to another subsystem than ${subsystemNqn}`;
+  }
+  const device = elsewhere[0];
+  if (device !== undefined) {
+    if (device.sizeBytes === 0n) return `sysfs has ${device.name}, but its size is zero`;
+    const node = await host.blockNumber(device.path);
+    return `sysfs has ${device.name} as device ${device.number}, but the node ${device.path} is ` +
+      `${node === undefined ? "missing" : `device ${node}`}`;
+  }
+  if (await host.list(`${host.roots.sysfs}/class/nvme`) === undefined) {
+    return `this machine has no NVMe controllers at all, the kernel module nvme_tcp is needed`;
+  }
+  if (subsystemNqn === undefined) return "sysfs has no such namespace";
+  const controllers = await controllersOf(host, subsystemNqn);
+  if (controllers.length === 0) return `this machine has no connection to ${subsystemNqn}`;
+  const list = controllers.map((controller) => {
+    const address = addressOf(controller);
+    return `${controller.name} to ${
+      address === undefined ? controller.address : formatAddress(address)
+    } is ${controller.state}`;
+  });
+  return `of ${subsystemNqn}, ${list.join(", ")}, but it shows no such namespace to this host`;
+}
+
+/** Wakes one waiter; a ring while nobody waits is kept for the next. */
+class Bell {
+  #rung = false;
+  #wake: (() => void) | undefined;
+  #end: (() => void) | undefined;
+
+  ring(): void {
+    this.#rung = true;
+    this.#wake?.();
+  }
+
+  /** Resolves at the next ring or after `ms`; rejects with `signal.reason`. */
+  wait(ms: number, signal: AbortSignal): Promise<void> {
+    return new Promise<void>((resolve, reject) => {
+      if (signal.aborted) return reject(signal.reason);
+      const timer = setTimeout(resolve, this.#rung ? 0 : ms);
+      this.#wake = resolve;
+      const giveUp = () => reject(signal.reason);
+      signal.addEventListener("abort", giveUp, { once: true });
+      this.#end = () => {
+        clearTimeout(timer);
+        signal.removeEventListener("abort", giveUp);
+      };
+    }).finally(() => {
+      this.#end?.();
+      this.#rung = false;
+      this.#wake = undefined;
+    });
+  }
+}
