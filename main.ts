@@ -155,7 +155,7 @@ const commands: Readonly<Record<string, Command>> = {
     let opening: ReturnType<typeof openLightos> | undefined;
     const open = () => opening ??= openLightos(settings, log, metrics).then((backend) => opened.use(backend));
     const defaultFsType = settings["default-fs"];
-    const volumes = settings.config === undefined ? undefined : (await open()).ephemeral;
+    const volumes = settings.config === undefined ? undefined : (await open()).inline;
     const limit = volumeLimit(host, settings["max-volumes"], isSubsystemOf(settings.backend));
     const allowSystemPaths = settings["allow-system-paths"];
     const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit, allowSystemPaths });
@@ -205,13 +205,13 @@ const commands: Readonly<Record<string, Command>> = {
     const problem = nodeIdProblem(nodeId);
     if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
     await using backend = await openLightos(settings, log);
-    const { ephemeral } = backend;
-    const obstacle = ephemeral?.obstacle();
-    if (ephemeral === undefined || obstacle !== undefined) {
+    const { inline } = backend;
+    const obstacle = inline?.obstacle();
+    if (inline === undefined || obstacle !== undefined) {
       throw new UsageError(`--config "${settings.config}": ${obstacle}`);
     }
     const ctx = backgroundContext(`sweep after ${nodeId}`, log, 600_000);
-    const { volumes, problems } = await ephemeral.listVolumes(ctx, nodeId);
+    const { volumes, problems } = await inline.listVolumes(ctx, nodeId);
     let failures = problems.length;
     for (const text of problems) console.error(`lbcsi sweep: ${text}`);
     for (const volume of volumes) {
@@ -223,7 +223,7 @@ const commands: Readonly<Record<string, Command>> = {
           if (isConnected && !settings["even-if-connected"]) {
             throw new StatusError("FAILED_PRECONDITION", "refused: the node is connected to it (--even-if-connected)");
           }
-          await ephemeral.removeVolume(ctx, volume);
+          await inline.removeVolume(ctx, volume);
         } catch (error) {
           failures++;
           outcome = messageOf(error);
@@ -416,11 +416,11 @@ const commands: Readonly<Record<string, Command>> = {
     async (settings) => {
       const machine = settings.checks === "cluster" ? undefined : machineOf(settings);
       return await atShell("look at this machine", settings, async (ctx) => {
-        const { doctorAsJson, doctorAsText, examine, tally } = await import("./lib/cli/doctor/report.ts");
+        const { doctorAsJson, doctorAsText, runChecks, tally } = await import("./lib/cli/doctor/report.ts");
         const { linuxHost } = await import("./lib/host/host.ts");
         const host = linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
         const reports = settings.checks === "machine" ? Promise.resolve([]) : systemReports(settings, ctx);
-        const sections = await examine(ctx, machine === undefined ? undefined : { host, ...machine }, reports);
+        const sections = await runChecks(ctx, machine === undefined ? undefined : { host, ...machine }, reports);
         await writeOut(`${settings.json ? doctorAsJson(sections) : doctorAsText(sections)}\n`);
         return tally(sections).problem === 0 ? 0 : 1;
       });
@@ -438,7 +438,7 @@ const commands: Readonly<Record<string, Command>> = {
       );
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
       warnOfUnknownVariables(log);
-      const { discoveryDaemon } = await import("./lib/discovery/daemon.ts");
+      const { createDiscoveryDaemon } = await import("./lib/discovery/daemon.ts");
       const { linuxHost } = await import("./lib/host/host.ts");
       const { host: key, controller } = await readKeys(settings);
       const stop = new AbortController();
@@ -449,7 +449,7 @@ const commands: Readonly<Record<string, Command>> = {
       const metrics = await serveMetrics(settings, "discovery-client", "lightos", log);
       const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
       if (metrics !== undefined) await measureMachine(metrics, host, "lightos");
-      const daemon = discoveryDaemon({
+      const daemon = createDiscoveryDaemon({
         host,
         directory: settings["discovery-dir"],
         log,
@@ -777,7 +777,7 @@ async function volumeWork(
   const machine = { host, attacher, hostNqn: hostNqn(nodeId), discoveryDirectory };
   const kind = authOf(keys);
   await using ending = new AsyncDisposableStack();
-  let wanted: import("./lib/cli/attach_volume.ts").Wanted;
+  let wanted: import("./lib/cli/attach_volume.ts").AttachRequest;
   if (volume !== undefined) {
     const secrets = settings.secrets === undefined ? {} : await readSecrets(settings.secrets);
     wanted = {
@@ -859,12 +859,12 @@ async function attacherOf(
   tuning: import("./lib/host/nvme/connect.ts").ConnectionTuning,
 ) {
   const { hostIdOf } = await import("./lib/host/attach/attacher.ts");
-  const { direct } = await import("./lib/host/attach/direct.ts");
-  const { discoveryClient } = await import("./lib/host/attach/discovery_client.ts");
+  const { createDirectAttacher } = await import("./lib/host/attach/direct.ts");
+  const { createDiscoveryClientAttacher } = await import("./lib/host/attach/discovery_client.ts");
   const nodeId = settings["node-id"];
   return settings.attach === "direct"
-    ? direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks, tuning })
-    : discoveryClient({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
+    ? createDirectAttacher({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks, tuning })
+    : createDiscoveryClientAttacher({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
 }
 
 function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme/connect.ts").ConnectionTuning {
@@ -885,12 +885,12 @@ function tending(attacher: import("./lib/host/attach/attacher.ts").Attacher, log
   const stop = new AbortController();
   const tend = async () => {
     const { lookMs } = await import("./lib/host/attach/direct.ts");
-    while (attacher.tend !== undefined) {
+    while (attacher.reconcile !== undefined) {
       // The kernel gives a connection up after minutes, so nobody is in a hurry.
       await sleep(lookMs, stop.signal);
       using limit = timeLimit(stop.signal, longestTendMs);
       try {
-        await attacher.tend(requestContext(limit.signal, new Date(Date.now() + longestTendMs), log));
+        await attacher.reconcile(requestContext(limit.signal, new Date(Date.now() + longestTendMs), log));
       } catch (error) {
         stop.signal.throwIfAborted();
         log.warning("could not look after the connections", { error: messageOf(error) });

@@ -55,7 +55,7 @@ export function simulatorCheck(
  * What `look` finds. What it throws makes the check one that was not made, for a look that fails says nothing about what
  * it was to see.
  */
-export async function checked(name: string, look: () => Promise<Omit<Check, "name">>): Promise<Check> {
+export async function runCheck(name: string, look: () => Promise<Omit<Check, "name">>): Promise<Check> {
   try {
     return { name, ...await look() };
   } catch (error) {

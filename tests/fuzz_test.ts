@@ -19,8 +19,8 @@ import { describeRequest, redactRequest } from "../lib/csi/request.ts";
 import { StatusError } from "../lib/error.ts";
 import { CallError, Channel } from "../lib/grpc/client.ts";
 import { serve, service } from "../lib/grpc/server.ts";
-import { direct } from "../lib/host/attach/direct.ts";
-import { discoveryClient } from "../lib/host/attach/discovery_client.ts";
+import { createDirectAttacher } from "../lib/host/attach/direct.ts";
+import { createDiscoveryClientAttacher } from "../lib/host/attach/discovery_client.ts";
 import { contentOf } from "../lib/host/filesystem/content.ts";
 import { parseMountTable } from "../lib/host/mounts.ts";
 import { controllersOf, findDevice } from "../lib/host/nvme/sysfs.ts";
@@ -263,8 +263,8 @@ for (const attach of ["discovery-client", "direct"] as const) {
       host.addNamespace(uuid, publishContext(uuid)["subsystem-nqn"] ?? "");
       const locks = new KeyedLock();
       const attacher = attach === "direct"
-        ? direct({ host, hostNqn: "nqn.h:n1", hostId: uuid, locks })
-        : discoveryClient({ host, directory: host.discoveryDirectory, hostNqn: "nqn.h:n1" });
+        ? createDirectAttacher({ host, hostNqn: "nqn.h:n1", hostId: uuid, locks })
+        : createDiscoveryClientAttacher({ host, directory: host.discoveryDirectory, hostNqn: "nqn.h:n1" });
       const handlers = nodeHandlers({
         host,
         attacher,
@@ -411,7 +411,7 @@ Deno.test("fuzz: bytes that are no message answer INVALID_ARGUMENT", async () =>
   const path = `${directory}/csi.sock`;
   const handlers = nodeHandlers({
     host: new FakeHost(),
-    attacher: discoveryClient({ host: new FakeHost(), directory: "/d", hostNqn: "nqn.h:n1" }),
+    attacher: createDiscoveryClientAttacher({ host: new FakeHost(), directory: "/d", hostNqn: "nqn.h:n1" }),
     locks: new KeyedLock(),
     nodeId: "n1.node",
     defaultFsType: "ext4",

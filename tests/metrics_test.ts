@@ -3,7 +3,7 @@ import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { permissionsWith } from "../k8s/image/permissions.ts";
-import { Rig } from "../lib/demo/testbed.ts";
+import { Testbed } from "../lib/demo/testbed.ts";
 import { type CallError, Channel } from "../lib/grpc/client.ts";
 import { callObserver, countManagementCall, families, Metrics, metricsResponse } from "../lib/metrics.ts";
 import { hostNqn } from "../lib/namespace.ts";
@@ -155,9 +155,9 @@ Deno.test("docs/metrics.md has each metric with its type and labels, and no othe
 // ----------------------------------------------------------------------------------------------------------- processes
 
 /** A cluster and processes of the driver, in a directory of their own. */
-async function withRig(backend: "lightos" | "poseidon", body: (rig: Rig, signal: AbortSignal) => Promise<void>) {
+async function withRig(backend: "lightos" | "poseidon", body: (rig: Testbed, signal: AbortSignal) => Promise<void>) {
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-metrics-" }));
-  const rig = new Rig(home, program, program, backend);
+  const rig = new Testbed(home, program, program, backend);
   try {
     await body(rig, AbortSignal.timeout(120_000));
   } finally {
@@ -166,7 +166,7 @@ async function withRig(backend: "lightos" | "poseidon", body: (rig: Rig, signal:
 }
 
 /** Reads the metrics of a service of the rig, at the address that it wrote to its log. */
-async function readMetrics(rig: Rig, role: string): Promise<{ text: string; values: ReadonlyMap<string, number> }> {
+async function readMetrics(rig: Testbed, role: string): Promise<{ text: string; values: ReadonlyMap<string, number> }> {
   const log = await Deno.readTextFile(join(rig.home, `${role}.log`));
   const address = /"event":"serves metrics".*?"address":"([^"]+)"/.exec(log)?.[1];
   ok(address, log);
@@ -376,7 +376,7 @@ Deno.test("the controller's metrics for PoseidonOS name routes, and neither arra
 Deno.test("lbcsi-controller has the right to serve metrics", async () => {
   const sockets = await Deno.makeTempDir({ prefix: "lbcsi-metrics-" });
   const restricted = [Deno.execPath(), "run", "--no-check", ...permissionsWith([sockets], [sockets]), mainPath];
-  const rig = new Rig(sockets, restricted, program);
+  const rig = new Testbed(sockets, restricted, program);
   try {
     const options = ["--jwt-path", join(sockets, "jwt"), "--log-level", "info", ...toAnyPort];
     // Where this machine names certificates for all programs is none of the directories that it may read.
@@ -457,7 +457,7 @@ Deno.test("lbcsi identity does not start when its metrics cannot be served, and 
 
 Deno.test("without --metrics-address nothing listens on TCP", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-metrics-" });
-  const rig = new Rig(home, program);
+  const rig = new Testbed(home, program);
   try {
     const running = await rig.startService("identity", ["--log-level", "info"], AbortSignal.timeout(60_000));
     using channel = new Channel({ address: `unix://${home}/identity.sock` });

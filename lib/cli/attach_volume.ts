@@ -15,9 +15,9 @@ import type { Attacher } from "../host/attach/attacher.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
 import { mountVolume } from "../host/filesystem/mount.ts";
 import type { Host } from "../host/host.ts";
-import { canonicalPath, mountsAt, mountTable, refuseStuckUnmount, takeDown } from "../host/mounts.ts";
-import { refuseUnauthenticated } from "../host/nvme/authentication.ts";
-import { refuseWithoutPath } from "../host/nvme/paths.ts";
+import { assertUnmountCanEnd, canonicalPath, mountsAt, mountTable, unmountAll } from "../host/mounts.ts";
+import { assertAuthenticated } from "../host/nvme/authentication.ts";
+import { assertHasPath } from "../host/nvme/paths.ts";
 import { type BlockDevice, findDevice } from "../host/nvme/sysfs.ts";
 import { recheckDevice, waitForDevice } from "../host/nvme/wait.ts";
 import { allUsersOf } from "../host/users.ts";
@@ -25,7 +25,7 @@ import type { RemoteNamespace } from "../namespace.ts";
 import type { StorageBackend } from "../storage/backend.ts";
 
 /** This machine, and under which name it connects. */
-export interface Machine {
+export interface LocalMachine {
   readonly host: Host;
   readonly attacher: Attacher;
   readonly hostNqn: string;
@@ -34,7 +34,7 @@ export interface Machine {
 }
 
 /** Which volume: one that a cluster is asked for by its ID, or a place that is known already. */
-export type Wanted =
+export type AttachRequest =
   | {
     readonly backend: StorageBackend;
     readonly volumeId: string;
@@ -46,7 +46,7 @@ export type Wanted =
   | { readonly namespace: RemoteNamespace; readonly keys?: GivenKeys };
 
 /** What is to be done with an attached volume; `path` is where to mount it. */
-export interface MountWanted {
+export interface MountRequest {
   readonly path: string;
   /** The file system that has to be there; undefined: whichever is. */
   readonly fsType: FsType | undefined;
@@ -70,9 +70,9 @@ export interface Attached {
  */
 export async function attachVolume(
   ctx: RequestContext,
-  { host, attacher, hostNqn }: Machine,
-  wanted: Wanted,
-  mount: MountWanted | undefined,
+  { host, attacher, hostNqn }: LocalMachine,
+  wanted: AttachRequest,
+  mount: MountRequest | undefined,
 ): Promise<Attached> {
   // First, so that nothing has been done when it is refused.
   const path = mount === undefined ? undefined : await mountPointOf(host, mount.path);
@@ -92,10 +92,10 @@ export async function attachVolume(
   );
   const device = await waitForDevice(host, volume, namespace.uuid, { subsystemNqn, hint: attacher.hint });
   if (inBandAuth !== undefined) {
-    await refuseUnauthenticated(host, subsystemNqn, inBandAuth, `attach namespace ${namespace.uuid}`);
+    await assertAuthenticated(host, subsystemNqn, inBandAuth, `attach namespace ${namespace.uuid}`);
   }
   if (mount === undefined || path === undefined) return { device, mount: undefined };
-  await refuseWithoutPath(host, device, `mount namespace ${namespace.uuid} at "${path}"`);
+  await assertHasPath(host, device, `mount namespace ${namespace.uuid} at "${path}"`);
   await mountVolume(host, volume, device, path, {
     fsType: mount.fsType,
     defaultFsType: "ext4",
@@ -116,7 +116,7 @@ async function keysOf(
   ctx: RequestContext,
   hostNqn: string,
   { uuid, inBandAuth: kind }: RemoteNamespace,
-  wanted: Wanted,
+  wanted: AttachRequest,
 ): Promise<DhchapKeys | undefined> {
   if (kind === undefined) return undefined;
   return await keysFor(kind, "backend" in wanted ? givenKeys(wanted.secrets) : wanted.keys ?? noKeys, async () => {
@@ -152,8 +152,8 @@ async function mountPointOf(host: Host, given: string): Promise<string> {
  */
 export async function detachVolume(
   ctx: RequestContext,
-  { host, attacher, hostNqn, discoveryDirectory }: Machine,
-  wanted: Wanted,
+  { host, attacher, hostNqn, discoveryDirectory }: LocalMachine,
+  wanted: AttachRequest,
   mountPath: string | undefined,
 ): Promise<void> {
   const uuid = "namespace" in wanted ? wanted.namespace.uuid : wanted.backend.uuidOf(wanted.volumeId);
@@ -172,16 +172,16 @@ export async function detachVolume(
   const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
   if (path !== undefined) {
     if (device !== undefined) {
-      await refuseStuckUnmount(host, volume, { device, path, action });
+      await assertUnmountCanEnd(host, volume, { device, path, action });
     }
-    await takeDown(host, volume, path, device, action);
+    await unmountAll(host, volume, path, device, action);
   }
-  if (device !== undefined) await refuseWhileUsed(host, device, action);
+  if (device !== undefined) await assertUnused(host, device, action);
   await attacher.detach(volume, uuid, subsystemNqn);
   if ("backend" in wanted) await wanted.backend.revokeAccess(volume, wanted.secrets, wanted.volumeId, hostNqn);
 }
 
-async function refuseWhileUsed(host: Host, device: BlockDevice, action: string): Promise<void> {
+async function assertUnused(host: Host, device: BlockDevice, action: string): Promise<void> {
   const users = await allUsersOf(host, await recheckDevice(host, device, action));
   if (users.length === 0) return;
   throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);

@@ -4,7 +4,7 @@
  *
  * It runs no program and waits for nothing.
  */
-import { type Check, checked } from "../check.ts";
+import { type Check, runCheck } from "../check.ts";
 import type { Logger } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
@@ -38,10 +38,10 @@ export async function missingFor(
   // Another place for /sys and /dev is most often a simulated machine, which has no modules and an nvme of its own.
   const isThisMachine = host.roots.sysfs === "/sys" && host.roots.dev === "/dev";
   const checks = await Promise.all([
-    ...(needsRights ? [checked("rights", () => rights(host))] : []),
-    ...(nvme && isThisMachine ? [checked("NVMe/TCP", () => nvmeTcp(host))] : []),
+    ...(needsRights ? [runCheck("rights", () => rights(host))] : []),
+    ...(nvme && isThisMachine ? [runCheck("NVMe/TCP", () => nvmeTcp(host))] : []),
     ...Object.entries(programs).map(([name, names]) =>
-      checked(name, () => {
+      runCheck(name, () => {
         const missing = names.flatMap((program) => {
           const problem = programProblem(program);
           return problem === undefined ? [] : [`${program}: ${problem}`];

@@ -20,9 +20,9 @@ import { hostNqn } from "../namespace.ts";
 import { checksum, differsAt, writeAt, writeFiles } from "./contents.ts";
 import { CheckFailed, Interrupted, interruptedStatus, interruptions } from "./interrupt.ts";
 import { findPlace, fsLacks, kindOf, listNames, machineLacks, processesNaming } from "./machine.ts";
-import { hostsIn, Tale } from "./scenario.ts";
-import { formatBytes, Screen } from "./terminal.ts";
-import { type Backend, programOf, Rig } from "./testbed.ts";
+import { hostsIn, Scenario } from "./scenario.ts";
+import { formatBytes, Terminal } from "./terminal.ts";
+import { type Backend, programOf, Testbed } from "./testbed.ts";
 
 const demoFsTypes = ["ext4", "xfs", "btrfs"] as const;
 /** A file system that the demo can play. */
@@ -53,7 +53,7 @@ export async function demo(
   print: (line: string) => void = console.log,
   program: readonly string[] = ownProgram(),
 ): Promise<number> {
-  const screen = new Screen(print, settings.verbose);
+  const screen = new Terminal(print, settings.verbose);
   const stop = new AbortController();
   const listeners = interruptions.map((signal) => [signal, () => stop.abort(new Interrupted(signal))] as const);
   for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
@@ -72,7 +72,7 @@ export function ownProgram(): readonly string[] {
 async function play(
   settings: DemoSettings,
   program: readonly string[],
-  screen: Screen,
+  screen: Terminal,
   signal: AbortSignal,
 ): Promise<number> {
   const wanted = settings.fs ?? ["ext4"];
@@ -88,11 +88,11 @@ async function play(
   }
   // The kernel's tables have paths without symbolic links.
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-demo-", dir: place.directory }));
-  const rig = new Rig(home, program, program, settings.backend);
+  const rig = new Testbed(home, program, program, settings.backend);
   let failure: unknown;
   try {
     await startAll(rig, screen, full, signal);
-    const tale = new Tale(rig, screen, signal);
+    const tale = new Scenario(rig, screen, signal);
     if (full) {
       for (const [number, fsType] of wanted.entries()) await fileSystemVolume(tale, fsType, number === 0);
       await blockVolume(tale);
@@ -132,7 +132,7 @@ const nodeId = "demo-1.node";
 const otherNodeId = "demo-2.node";
 const gib = 1n << 30n;
 
-async function startAll(rig: Rig, screen: Screen, full: boolean, signal: AbortSignal): Promise<void> {
+async function startAll(rig: Testbed, screen: Terminal, full: boolean, signal: AbortSignal): Promise<void> {
   screen.heading("start");
   screen.fact("directory", rig.home);
   const started = async (name: string, start: () => Promise<string>) => {
@@ -177,7 +177,7 @@ interface Subject {
   volumeContext: Record<string, string>;
 }
 
-async function subject(tale: Tale, name: string, capability: NonNullable<Capability>): Promise<Subject> {
+async function subject(tale: Scenario, name: string, capability: NonNullable<Capability>): Promise<Subject> {
   const staging = join(tale.rig.home, "staging", name);
   const pod = join(tale.rig.home, "pods", name);
   // The orchestrator makes the staging directory and the parent of the target, the driver makes the target.
@@ -186,7 +186,7 @@ async function subject(tale: Tale, name: string, capability: NonNullable<Capabil
 }
 
 /** @param thorough with crashes, a second node and every call twice */
-async function fileSystemVolume(tale: Tale, fsType: DemoFsType, thorough: boolean): Promise<void> {
+async function fileSystemVolume(tale: Scenario, fsType: DemoFsType, thorough: boolean): Promise<void> {
   const { rig, screen, signal } = tale;
   screen.heading(`${fsType} volume`);
   const volume = await subject(tale, `demo-${fsType}`, {
@@ -266,7 +266,7 @@ async function fileSystemVolume(tale: Tale, fsType: DemoFsType, thorough: boolea
   if (thorough) await remove(tale, volume, "again");
 }
 
-async function blockVolume(tale: Tale): Promise<void> {
+async function blockVolume(tale: Scenario): Promise<void> {
   const { screen } = tale;
   screen.heading("raw block volume");
   const volume = await subject(tale, "demo-block", {
@@ -305,7 +305,7 @@ async function blockVolume(tale: Tale): Promise<void> {
   await remove(tale, volume);
 }
 
-async function controlPlaneAlone(tale: Tale): Promise<void> {
+async function controlPlaneAlone(tale: Scenario): Promise<void> {
   tale.screen.heading("a volume on the control plane");
   const volume = await subject(tale, "demo", {
     accessType: { case: "mount", value: { fsType: "ext4" } },
@@ -329,7 +329,7 @@ async function controlPlaneAlone(tale: Tale): Promise<void> {
 type Repeat = "again" | undefined;
 
 /** Answers the size in bytes. */
-async function create(tale: Tale, volume: Subject, repeat?: Repeat): Promise<bigint> {
+async function create(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<bigint> {
   const answer = await tale.call(tale.rig.controller, Controller.method.createVolume, {
     name: volume.name,
     capacityRange: { requiredBytes: gib },
@@ -351,7 +351,7 @@ async function create(tale: Tale, volume: Subject, repeat?: Repeat): Promise<big
   return made?.capacityBytes ?? 0n;
 }
 
-function controllerPublishRequest(tale: Tale, volume: Subject, node: string) {
+function controllerPublishRequest(tale: Scenario, volume: Subject, node: string) {
   return {
     volumeId: volume.id,
     nodeId: node,
@@ -361,7 +361,7 @@ function controllerPublishRequest(tale: Tale, volume: Subject, node: string) {
   };
 }
 
-async function publish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
+async function publish(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<void> {
   const answer = await tale.call(
     tale.rig.controller,
     Controller.method.controllerPublishVolume,
@@ -373,7 +373,7 @@ async function publish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<vo
   volume.publishContext = answer.publishContext;
 }
 
-async function secondNodeIsRefused(tale: Tale, volume: Subject): Promise<void> {
+async function secondNodeIsRefused(tale: Scenario, volume: Subject): Promise<void> {
   await tale.refused(
     tale.rig.controller,
     Controller.method.controllerPublishVolume,
@@ -383,7 +383,7 @@ async function secondNodeIsRefused(tale: Tale, volume: Subject): Promise<void> {
   );
 }
 
-async function stage(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
+async function stage(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<void> {
   await tale.call(tale.rig.node, Node.method.nodeStageVolume, {
     volumeId: volume.id,
     publishContext: volume.publishContext,
@@ -393,7 +393,7 @@ async function stage(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void
   }, { unchanged: repeat === "again", free: true });
 }
 
-async function nodePublish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
+async function nodePublish(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<void> {
   await tale.call(tale.rig.node, Node.method.nodePublishVolume, {
     volumeId: volume.id,
     publishContext: volume.publishContext,
@@ -408,7 +408,7 @@ async function nodePublish(tale: Tale, volume: Subject, repeat?: Repeat): Promis
   );
 }
 
-async function nodeUnpublish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
+async function nodeUnpublish(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<void> {
   await tale.call(tale.rig.node, Node.method.nodeUnpublishVolume, {
     volumeId: volume.id,
     targetPath: volume.target,
@@ -416,7 +416,7 @@ async function nodeUnpublish(tale: Tale, volume: Subject, repeat?: Repeat): Prom
   tale.check("the target is gone", await kindOf(volume.target) === "absent", await kindOf(volume.target));
 }
 
-async function unstage(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
+async function unstage(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<void> {
   await tale.call(tale.rig.node, Node.method.nodeUnstageVolume, {
     volumeId: volume.id,
     stagingTargetPath: volume.staging,
@@ -428,7 +428,7 @@ async function unstage(tale: Tale, volume: Subject, repeat?: Repeat): Promise<vo
   );
 }
 
-async function unpublish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
+async function unpublish(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<void> {
   await tale.call(tale.rig.controller, Controller.method.controllerUnpublishVolume, {
     volumeId: volume.id,
     nodeId,
@@ -438,7 +438,7 @@ async function unpublish(tale: Tale, volume: Subject, repeat?: Repeat): Promise<
   tale.check("no host may connect", acl !== undefined && hostsIn(acl).length === 0, acl?.join(", "));
 }
 
-async function remove(tale: Tale, volume: Subject, repeat?: Repeat): Promise<void> {
+async function remove(tale: Scenario, volume: Subject, repeat?: Repeat): Promise<void> {
   await tale.call(tale.rig.controller, Controller.method.deleteVolume, {
     volumeId: volume.id,
     secrets: tale.rig.secrets,
@@ -453,7 +453,7 @@ async function remove(tale: Tale, volume: Subject, repeat?: Repeat): Promise<voi
 
 // ------------------------------------------------------------------------------------------------------------- the end
 
-async function nothingLeft(tale: Tale): Promise<void> {
+async function nothingLeft(tale: Scenario): Promise<void> {
   const { rig, screen } = tale;
   screen.heading("nothing left over");
   const left = await rig.clusterWhenIdle(tale.signal);

@@ -12,8 +12,15 @@ import { CallError, type Channel } from "../grpc/client.ts";
 import { nodeIdOf } from "../namespace.ts";
 import { CheckFailed } from "./interrupt.ts";
 import type { Mount } from "./machine.ts";
-import { formatBytes, type Outcome, type Screen } from "./terminal.ts";
-import { countsBetween, emptyWorld, type RanCommand, type Rig, type Running, type World } from "./testbed.ts";
+import { formatBytes, type Outcome, type Terminal } from "./terminal.ts";
+import {
+  countsBetween,
+  emptyInventory,
+  type Inventory,
+  type RanCommand,
+  type Running,
+  type Testbed,
+} from "./testbed.ts";
 
 /** What must hold of a call besides its success. */
 interface CallTelling {
@@ -24,16 +31,16 @@ interface CallTelling {
 }
 
 /** Does the steps, shows each with what it changed, and checks. */
-export class Tale {
-  readonly rig: Rig;
-  readonly screen: Screen;
+export class Scenario {
+  readonly rig: Testbed;
+  readonly screen: Terminal;
   readonly signal: AbortSignal;
   /** What was seen after the last call. */
-  world: World = emptyWorld;
+  world: Inventory = emptyInventory;
   /** Commands that the driver ran during the last call. */
   commands: readonly RanCommand[] = [];
 
-  constructor(rig: Rig, screen: Screen, signal: AbortSignal) {
+  constructor(rig: Testbed, screen: Terminal, signal: AbortSignal) {
     this.rig = rig;
     this.screen = screen;
     this.signal = signal;
@@ -138,13 +145,13 @@ export class Tale {
     if (!passed) throw new CheckFailed(found === undefined || found === "" ? what : `${what}: found ${found}`);
   }
 
-  async #look(): Promise<World> {
+  async #look(): Promise<Inventory> {
     this.signal.throwIfAborted();
     await this.rig.newLogLines();
     return this.world = await this.rig.observe();
   }
 
-  async #tell(before: World, outcome: Outcome, name: string, ms: number, telling: CallTelling): Promise<void> {
+  async #tell(before: Inventory, outcome: Outcome, name: string, ms: number, telling: CallTelling): Promise<void> {
     const after = this.world = await this.rig.observe();
     const log = await this.rig.newLogLines();
     this.commands = log.filter(({ event }) => event === "ran a command" || event === "ran a probe")
@@ -174,7 +181,7 @@ function inSeconds(seconds: number): Date {
   return new Date(Date.now() + seconds * 1000);
 }
 
-function changesBetween(rig: Rig, before: World, after: World) {
+function changesBetween(rig: Testbed, before: Inventory, after: Inventory) {
   const cluster: string[] = [];
   for (const volume of after.volumes) {
     const old = before.volumes.find(({ uuid }) => uuid === volume.uuid);

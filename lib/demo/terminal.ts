@@ -18,7 +18,7 @@ const timeWidth = 8;
 const placeWidth = 9;
 
 /** Lays the demo out: aligned, and with quiet colours where somebody looks. */
-export class Screen {
+export class Terminal {
   readonly #print: (line: string) => void;
   readonly #verbose: boolean;
   readonly #colours: boolean;

@@ -75,7 +75,7 @@ export function programOf(command: string): string {
 }
 
 /** What there is on the cluster and, of the rig, on the machine. */
-export interface World {
+export interface Inventory {
   readonly volumes: z.infer<typeof modelSchema>["volumes"];
   readonly calls: Readonly<Record<string, number>>;
   readonly mounts: readonly Mount[];
@@ -88,7 +88,7 @@ export interface World {
 }
 
 /** What there is before anything was looked at. */
-export const emptyWorld: World = { volumes: [], calls: {}, mounts: [], loops: [], devices: [], entries: [] };
+export const emptyInventory: Inventory = { volumes: [], calls: {}, mounts: [], loops: [], devices: [], entries: [] };
 
 /** How often each RPC was called between two looks at the counters. */
 export function countsBetween(
@@ -109,7 +109,7 @@ export type Backend = "lightos" | "poseidon";
  *
  * The benchmark and the tests of bounds use it too.
  */
-export class Rig {
+export class Testbed {
   readonly home: string;
   readonly backend: Backend;
   readonly #program: readonly string[];
@@ -305,7 +305,7 @@ export class Rig {
   }
 
   /** Looks at the cluster and at the machine, once hosts see what they may. */
-  async observe(): Promise<World> {
+  async observe(): Promise<Inventory> {
     await this.ask("GET", "/settled");
     const { devRoot, discoveryDir } = this.addresses;
     const names = devRoot === undefined ? [] : await listNames(devRoot) ?? [];
@@ -320,7 +320,7 @@ export class Rig {
     };
   }
 
-  async #volumes(): Promise<World["volumes"]> {
+  async #volumes(): Promise<Inventory["volumes"]> {
     const model = await this.ask("GET", "/model");
     if (this.backend === "lightos") return modelSchema.parse(model).volumes;
     const { arrays, subsystems } = poseidonModelSchema.parse(model);

@@ -34,7 +34,7 @@ import {
   hasKeys,
   hasMultipath,
 } from "../host/nvme/authentication.ts";
-import { connectController, type ConnectWish, disconnectController } from "../host/nvme/connect.ts";
+import { connectController, type ConnectOptions, disconnectController } from "../host/nvme/connect.ts";
 import { type DiscoveryLog, discoveryNqn, readDiscoveryLog } from "../host/nvme/discovery_log.ts";
 import { connectByKernel, describeConnectFailure } from "../host/nvme/fabrics.ts";
 import { applyRemedy, ConnectionWatch } from "../host/nvme/healing.ts";
@@ -125,7 +125,7 @@ const healEveryMs = 5000;
 const stuckMs = 120_000;
 
 /** See the head of this file. */
-export function discoveryDaemon(options: ClientOptions): Client {
+export function createDiscoveryDaemon(options: ClientOptions): Client {
   const { host, directory, log } = options;
   const now = options.now ?? (() => performance.now());
   const input = discoveryInput(host, directory, log, now);
@@ -392,7 +392,7 @@ export function discoveryDaemon(options: ClientOptions): Client {
     { hostNqn, subsystemNqn, controllerLossSeconds }: Pick<Pair, "hostNqn" | "subsystemNqn" | "controllerLossSeconds">,
     address: TransportAddress,
     hostId: string,
-  ): ConnectWish {
+  ): ConnectOptions {
     if (subsystemNqn === discoveryNqn) {
       return { address, subsystemNqn, hostNqn, hostId, keepAliveSeconds: discoveryKeepAliveSeconds };
     }

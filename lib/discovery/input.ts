@@ -154,7 +154,7 @@ export function discoveryInput(
   const files = new Map<string, File>();
   /** Why files cannot be read now, by name. */
   const unreadable = new Map<string, string>();
-  let trouble: string | undefined;
+  let condition: string | undefined;
 
   async function look(name: string): Promise<boolean> {
     const path = `${directory}/${name}`;
@@ -211,10 +211,10 @@ export function discoveryInput(
       } catch (error) {
         problem = messageOf(error);
       }
-      if (problem !== trouble && problem !== undefined) {
+      if (problem !== condition && problem !== undefined) {
         log.warning("cannot read its directory", { path: directory, error: problem });
       }
-      trouble = problem;
+      condition = problem;
       if (names === undefined) return undefined;
       const wanted = names.filter((name) => !name.startsWith(temporaryPrefix) && !name.startsWith(".."));
       const there = new Set<string>();

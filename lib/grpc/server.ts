@@ -29,7 +29,7 @@ import { type Fields, formatSeconds, type Logger, type RequestContext, requestCo
 import { messageOf, StatusError, systemCode } from "../error.ts";
 import { acceptAnyAuthority } from "./authority.ts";
 import { methodDefinition } from "./method.ts";
-import { answers, listenUnix, type UnixListener } from "./unix_socket.ts";
+import { isListening, listenUnix, type UnixListener } from "./unix_socket.ts";
 
 /** The context of one incoming call. */
 export interface CallContext extends RequestContext {
@@ -475,7 +475,7 @@ async function clearSocketPath(path: string): Promise<void> {
   const found = lstatSync(path, { throwIfNoEntry: false });
   if (found === undefined) return;
   if (!found.isSocket()) throw refuse("something that is not a socket is there");
-  if (await answers(path)) throw refuse("another process is listening there");
+  if (await isListening(path)) throw refuse("another process is listening there");
   unlinkSync(path);
 }
 

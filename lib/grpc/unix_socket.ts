@@ -70,7 +70,7 @@ export function listenUnix(
 }
 
 /** Whether a process listens at this path. */
-export async function answers(path: string): Promise<boolean> {
+export async function isListening(path: string): Promise<boolean> {
   try {
     (await Deno.connect({ transport: "unix", path })).close();
     return true;

@@ -19,7 +19,7 @@ import { StatusError } from "../error.ts";
 import { reasonOf } from "./command_reason.ts";
 import type { CommandResult, Host } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
-import { mountsElsewhere, mountsOf, mountTable, processesAt, takeDown } from "./mounts.ts";
+import { mountsElsewhere, mountsOf, mountTable, processesAt, unmountAll } from "./mounts.ts";
 import { type BlockDevice, describeDevice, findMapper, mapperName } from "./nvme/sysfs.ts";
 import { recheckDevice } from "./nvme/wait.ts";
 import { holdersOfDevice } from "./users.ts";
@@ -68,7 +68,7 @@ const newLabel = "lbcsi-new";
 const usedLabel = "lbcsi";
 
 /** Where and how a volume is to be opened. */
-export interface OpenWish {
+export interface OpenMapperOptions {
   /** Asked for when the volume is not open; throws when there are none. */
   readonly passphrases: () => Passphrases;
   readonly settings: LuksSettings;
@@ -95,7 +95,7 @@ export async function openMapper(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  wish: OpenWish,
+  wish: OpenMapperOptions,
 ): Promise<BlockDevice> {
   const action = `open the encryption of namespace ${device.uuid}`;
   const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
@@ -118,7 +118,7 @@ export async function openMapper(
         }; the pods there have to end first`,
       );
     }
-    await takeDown(host, ctx, wish.stagingPath, there, action);
+    await unmountAll(host, ctx, wish.stagingPath, there, action);
     await closeMapper(host, ctx, device.uuid, action);
   }
 
@@ -263,7 +263,9 @@ export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDev
   if (marked.code !== 0) throw failed(action, "UNAVAILABLE", "config", marked);
 }
 
-type OpenParameters = Pick<OpenWish, "settings" | "readOnly" | "shared"> & { readonly passphrases: Passphrases };
+type OpenParameters = Pick<OpenMapperOptions, "settings" | "readOnly" | "shared"> & {
+  readonly passphrases: Passphrases;
+};
 
 async function luksFormat(
   host: Host,

@@ -9,7 +9,7 @@ import type { RequestContext } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
 import type { Host } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
-import { refuseWithoutPath } from "./nvme/paths.ts";
+import { assertHasPath } from "./nvme/paths.ts";
 import { attachedVolumes, type BlockDevice, describeDevice, deviceNumbered } from "./nvme/sysfs.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
@@ -264,7 +264,7 @@ export interface ComingUnmount {
  * the kernel, without a mount by which somebody could thaw it. A repeat goes on when that has passed, or the last of the
  * device is gone: a dead mount is taken down at once.
  */
-export async function refuseStuckUnmount(
+export async function assertUnmountCanEnd(
   host: Host,
   ctx: RequestContext,
   { device, path, action }: ComingUnmount,
@@ -275,7 +275,7 @@ export async function refuseStuckUnmount(
   // Only the last unmount of a file system writes.
   if (here === undefined || here.superOptions.includes("ro") || here.fsType === "devtmpfs") return;
   if (mountsElsewhere(table, mounts, path).some((mount) => mount.fsType === here.fsType)) return;
-  await refuseWithoutPath(host, device, action);
+  await assertHasPath(host, device, action);
   if (here.options.includes("ro")) return;
   // The kernel shows nowhere that a file system is frozen; what tells is that a write waits.
   const write = async () => {
@@ -302,7 +302,7 @@ export async function refuseStuckUnmount(
  * Throws FAILED_PRECONDITION while the kernel has the file system of `device` active although this mount table has no mount
  * of it: what is in memory is written with the last unmount, and that one was not here.
  */
-export async function refuseActiveFileSystem(host: Host, device: BlockDevice, action: string): Promise<void> {
+export async function assertFileSystemInactive(host: Host, device: BlockDevice, action: string): Promise<void> {
   const fsType = await mountedSomewhere(host, device);
   if (fsType === undefined) return;
   const places = await foreignMountsOf(host, device);
@@ -323,7 +323,7 @@ export async function refuseActiveFileSystem(host: Host, device: BlockDevice, ac
  * @throws StatusError FAILED_PRECONDITION when something foreign is mounted there (left as it is), or the mount is busy,
  *   saying by whom; UNAVAILABLE when umount fails otherwise
  */
-export async function takeDown(
+export async function unmountAll(
   host: Host,
   ctx: RequestContext,
   path: string,

@@ -75,7 +75,9 @@ export interface Leftovers {
 }
 
 /** A fault to add: one call, before its effect, unless it says otherwise. */
-export type FaultWish = { readonly rpc: string } & { readonly [K in Exclude<keyof FaultRule, "rpc">]?: FaultRule[K] };
+export type FaultRequest =
+  & { readonly rpc: string }
+  & { readonly [K in Exclude<keyof FaultRule, "rpc">]?: FaultRule[K] };
 
 /** What can be done to the calls of a management API. */
 export interface CallControl {
@@ -84,7 +86,7 @@ export interface CallControl {
   /** Calls of all RPCs since the last reset. */
   callsInAll(): number;
   resetCalls(): void;
-  fail(fault: FaultWish): void;
+  fail(fault: FaultRequest): void;
   clearFaults(): void;
   /** Calls that a rule holds, oldest first. */
   held(): readonly HeldCall[];
@@ -370,12 +372,12 @@ function routesOf(control: Control, about: () => unknown): readonly Route[] {
     ...sharedRoutes(control),
     ["GET", /^\/behaviour$/, () => cluster.behaviour],
     ["PATCH", /^\/behaviour$/, ({ text }) => {
-      control.behave(defined(parse(behaviourSchema, text)));
+      control.behave(withoutUndefined(parse(behaviourSchema, text)));
       return cluster.behaviour;
     }],
     ["POST", /^\/creations\/release$/, () => control.releaseCreations()],
     ["PATCH", /^\/volumes\/([^/]+)$/, ({ text, argument }) => {
-      control.setVolume(argument, defined(parse(volumeSchema, text)));
+      control.setVolume(argument, withoutUndefined(parse(volumeSchema, text)));
     }],
     ["POST", /^\/projects$/, ({ text }) => control.addProject(parse(z.strictObject({ name: z.string() }), text).name)],
     ["POST", /^\/policies$/, ({ text }) => {
@@ -455,7 +457,7 @@ export function parse<T>(schema: z.ZodType<T>, text: string): T {
 }
 
 /** Without the keys whose value is undefined. */
-export function defined<T extends object>(value: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
+export function withoutUndefined<T extends object>(value: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
   return Object.fromEntries(Object.entries(value).filter(([, entry]) => entry !== undefined)) as {
     [K in keyof T]?: Exclude<T[K], undefined>;
   };

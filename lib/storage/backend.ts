@@ -23,7 +23,7 @@ export interface CapacityRange {
 }
 
 /** What CreateVolume asks for. */
-export interface VolumeWanted extends CapacityRange {
+export interface VolumeRequest extends CapacityRange {
   /** CSI's idempotency key. */
   readonly name: string;
   /** StorageClass parameters that are the backend's to read. */
@@ -52,13 +52,13 @@ export interface Volume {
   /** Host NQNs that may connect. */
   readonly hosts: readonly string[];
   /** What is wrong with the volume now, or undefined when it is well. */
-  readonly trouble: Trouble | undefined;
+  readonly condition: AbnormalCondition | undefined;
   /** What `grantAccess` has to be told of it again, for the orchestrator to keep; absent: nothing. */
   readonly context?: Readonly<Record<string, string>>;
 }
 
 /** Something that is wrong with a volume. */
-export interface Trouble {
+export interface AbnormalCondition {
   /** Whether reads and writes go on. */
   readonly usable: boolean;
   /** For programs: CamelCase, the same word for the same trouble as long as it lasts. */
@@ -90,7 +90,7 @@ export interface StorageBackend extends AsyncDisposable {
    * a source that these parameters cannot reach, NOT_FOUND for an absent source, UNAVAILABLE for one that is not ready.
    * Sources are for backends with `snapshots`.
    */
-  createVolume(ctx: RequestContext, secrets: Secrets, wanted: VolumeWanted): Promise<Volume>;
+  createVolume(ctx: RequestContext, secrets: Secrets, wanted: VolumeRequest): Promise<Volume>;
   /** Absent: done. Throws FAILED_PRECONDITION while a host may still connect; never succeeds while the volume exists. */
   deleteVolume(ctx: RequestContext, secrets: Secrets, volumeId: string): Promise<void>;
   /** Absent: NOT_FOUND. */
@@ -110,7 +110,7 @@ export interface StorageBackend extends AsyncDisposable {
   /** May come and go with the credentials of the process. */
   readonly capacity?: Capacity | undefined;
   readonly modification?: Modification;
-  readonly ephemeral?: EphemeralVolumes;
+  readonly inline?: InlineVolumeStore;
   readonly authentication?: Authentication;
 }
 
@@ -164,7 +164,7 @@ export interface ChangedBlocks {
 }
 
 /** What CreateSnapshot asks for. */
-export interface SnapshotWanted {
+export interface SnapshotRequest {
   /** CSI's idempotency key. */
   readonly name: string;
   /** CSI volume ID. */
@@ -195,7 +195,7 @@ export interface Snapshots {
    * Same name, same source: same snapshot; answers when it is ready. Throws ALREADY_EXISTS when the name is taken by a
    * snapshot of another volume, NOT_FOUND for an absent source, ABORTED while a namesake is being deleted.
    */
-  createSnapshot(ctx: RequestContext, secrets: Secrets, wanted: SnapshotWanted): Promise<Snapshot>;
+  createSnapshot(ctx: RequestContext, secrets: Secrets, wanted: SnapshotRequest): Promise<Snapshot>;
   /** Absent: done. Volumes made from it live on. */
   deleteSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<void>;
   /** Absent: NOT_FOUND. Also one that is not ready. */
@@ -208,7 +208,7 @@ export interface Snapshots {
     ctx: RequestContext,
     secrets: Secrets,
     filter: SnapshotFilter,
-    wanted: PageWanted,
+    wanted: PageRequest,
   ): Promise<Page<Snapshot>>;
 }
 
@@ -219,7 +219,7 @@ export interface SnapshotFilter {
 }
 
 /** Which part of a list is wanted. */
-export interface PageWanted {
+export interface PageRequest {
   /** 0: as many as the backend puts into one answer. */
   readonly maxEntries: number;
   /** `nextToken` of the page before; empty: the first page. */
@@ -239,9 +239,9 @@ export interface Page<T> {
  * cluster fails the call, for its volumes would seem to be gone.
  */
 export interface Listing {
-  listVolumes(ctx: RequestContext, wanted: PageWanted): Promise<Page<Volume>>;
+  listVolumes(ctx: RequestContext, wanted: PageRequest): Promise<Page<Volume>>;
   /** Those that are in trouble. */
-  listTroubled(ctx: RequestContext, secrets: Secrets, wanted: PageWanted): Promise<Page<Volume>>;
+  listAbnormal(ctx: RequestContext, secrets: Secrets, wanted: PageRequest): Promise<Page<Volume>>;
 }
 
 /** The backend can tell how much space is left. */
@@ -277,7 +277,7 @@ export interface Modification {
 }
 
 /** What a pod asks of a volume that lives as long as it does (a CSI inline volume). */
-export interface EphemeralWanted {
+export interface InlineVolumeRequest {
   /** CSI's volume ID: made by the orchestrator for this pod, and the same in all calls. */
   readonly volumeId: string;
   /** What the author of the pod wrote. It decides what is made, within what the operator allows, and never where. */
@@ -291,7 +291,7 @@ export interface EphemeralWanted {
 }
 
 /** An inline volume as the cluster shows it. */
-export interface EphemeralVolume {
+export interface InlineVolume {
   /** CSI's volume ID. */
   readonly volumeId: string;
   /** The ID that the other calls of this backend know it by. */
@@ -315,7 +315,7 @@ export interface EphemeralVolume {
  * A volume is told by a mark on the cluster that holds its CSI volume ID. What has the right name and not the mark is
  * neither used nor removed.
  */
-export interface EphemeralVolumes {
+export interface InlineVolumeStore {
   /** Why no volume can be made now, whatever is asked for; undefined: they can be. */
   obstacle(): string | undefined;
   /**
@@ -325,19 +325,19 @@ export interface EphemeralVolumes {
    * After a failure that is final (see `isFinal`), nothing of it is on the cluster. Throws INVALID_ARGUMENT for bad
    * attributes, OUT_OF_RANGE for a size that is not allowed, FAILED_PRECONDITION when a volume of that name is not ours.
    */
-  makeVolume(ctx: RequestContext, secrets: Secrets, wanted: EphemeralWanted): Promise<RemoteNamespace>;
+  makeVolume(ctx: RequestContext, secrets: Secrets, wanted: InlineVolumeRequest): Promise<RemoteNamespace>;
   /**
    * The volume of this CSI volume ID, wherever it is; undefined: nowhere. Throws UNAVAILABLE when it was not found and
    * some cluster could not be asked.
    */
-  findVolume(ctx: RequestContext, volumeId: string): Promise<EphemeralVolume | undefined>;
+  findVolume(ctx: RequestContext, volumeId: string): Promise<InlineVolume | undefined>;
   /** Takes access away from the node that it was made for, and removes it. Absent: done. */
-  removeVolume(ctx: RequestContext, volume: EphemeralVolume): Promise<void>;
+  removeVolume(ctx: RequestContext, volume: InlineVolume): Promise<void>;
   /** All volumes that were made for a node, and, for people, which clusters could not be asked. */
   listVolumes(
     ctx: RequestContext,
     nodeId: string,
-  ): Promise<{ readonly volumes: readonly EphemeralVolume[]; readonly problems: readonly string[] }>;
+  ): Promise<{ readonly volumes: readonly InlineVolume[]; readonly problems: readonly string[] }>;
 }
 
 /** A look at one storage system, for `lbcsi doctor`: see check.ts. Nothing there is changed by it. */

@@ -90,7 +90,7 @@ export function parseConfigText<T>(
 }
 
 /** A text with commas, or a list of texts. */
-export function texts(problem: string) {
+export function textFields(problem: string) {
   return z.union([z.string().transform((text) => text.split(",")), z.array(z.string()).min(1, "is empty")], {
     error: problem,
   });

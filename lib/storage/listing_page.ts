@@ -14,7 +14,7 @@ export function entryBytes(entry: Volume | Snapshot): number {
   const around = 64;
   if ("sourceVolumeId" in entry) return entry.id.length + entry.sourceVolumeId.length + around;
   const hosts = entry.hosts.reduce((sum, host) => sum + host.length + 4, 0);
-  return entry.id.length + hosts + (entry.trouble?.message.length ?? 0) + around;
+  return entry.id.length + hosts + (entry.condition?.message.length ?? 0) + around;
 }
 
 /** The entries of one answer, as they come in. */

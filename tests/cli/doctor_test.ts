@@ -8,7 +8,7 @@ import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
-import { doctorAsJson, doctorAsText, examine } from "../../lib/cli/doctor/report.ts";
+import { doctorAsJson, doctorAsText, runChecks } from "../../lib/cli/doctor/report.ts";
 import { machineChecks, type MachineOptions } from "../../lib/cli/doctor/machine.ts";
 import { selfSigned } from "../../lib/simulator/certificate.ts";
 import type { SystemReport } from "../../lib/storage/backend.ts";
@@ -193,7 +193,7 @@ Deno.test("doctor finds nothing wrong with a machine that has everything", async
 });
 
 /** Each change of a well machine, the one check that tells of it, and how. */
-const troubles: readonly (readonly [what: string, change: Change, name: string, verdict: string, found: RegExp])[] = [
+const conditions: readonly (readonly [what: string, change: Change, name: string, verdict: string, found: RegExp])[] = [
   [
     "promise 21: nvme_tcp is not loaded",
     { files: { "sys/module/nvme_tcp/refcnt": undefined, "dev/nvme-fabrics": undefined } },
@@ -456,7 +456,7 @@ const troubles: readonly (readonly [what: string, change: Change, name: string, 
   ],
 ];
 
-for (const [what, change, name, verdict, found] of troubles) {
+for (const [what, change, name, verdict, found] of conditions) {
   const isPromise = /^promise \d+: /.exec(what)?.[0] ?? "";
   Deno.test(`${isPromise}doctor says so, and nothing else, when: ${what.slice(isPromise.length)}`, async () => {
     await using ill = await machine(change);
@@ -825,7 +825,7 @@ Deno.test("promise 21: doctor finds another machine that is connected as this no
   await using here = await machine();
   await using lightos = await oddLightos({ host: { iPAddress: "192.0.2.77", hostname: "worker-9" } });
 
-  const sections = await examine(callContext(), here.options, lightos.report().then((report) => [report]));
+  const sections = await runChecks(callContext(), here.options, lightos.report().then((report) => [report]));
 
   const check = named(sections[1]?.checks ?? [], "connected as this node");
   strictEqual(check.verdict, "problem");
@@ -839,7 +839,7 @@ Deno.test("doctor knows this machine when it is the one that is connected", asyn
   await using here = await machine();
   await using lightos = await oddLightos({ host: { iPAddress: "127.0.0.1", hostname: "me" } });
 
-  const sections = await examine(callContext(), here.options, lightos.report().then((report) => [report]));
+  const sections = await runChecks(callContext(), here.options, lightos.report().then((report) => [report]));
 
   const check = named(sections[1]?.checks ?? [], "connected as this node");
   deepStrictEqual([check.verdict, check.found], ["ok", "this machine, from 127.0.0.1 (me)"]);
@@ -849,7 +849,7 @@ Deno.test("doctor says that the cluster demands an authentication that this mach
   await using here = await machine({ files: { "dev/nvme-fabrics": fabricsOptions.replace(/,dhchap.*/, "") } });
   await using lightos = await oddLightos({ mode: AuthenticationMode.Enabled });
 
-  const sections = await examine(callContext(), here.options, lightos.report().then((report) => [report]));
+  const sections = await runChecks(callContext(), here.options, lightos.report().then((report) => [report]));
 
   const check = named(sections[1]?.checks ?? [], "authentication of this node");
   strictEqual(check.verdict, "problem");
@@ -866,7 +866,7 @@ Deno.test("doctor connects to data addresses, and names those that it does not r
 
   const checkOf = async (lightos: typeof some) =>
     named(
-      (await examine(callContext(), here.options, lightos.report().then((report) => [report])))[1]?.checks ?? [],
+      (await runChecks(callContext(), here.options, lightos.report().then((report) => [report])))[1]?.checks ?? [],
       "data addresses",
     );
 
@@ -886,7 +886,7 @@ Deno.test("doctor knows a simulator, and does not try data addresses that nothin
   const reports = [await lightosReport(grpcs, { "jwt": adminJwt, "mgmt-ca.crt": ca }), ofPoseidon];
   ok(ofPoseidon !== undefined);
 
-  const sections = await examine(
+  const sections = await runChecks(
     callContext(),
     here.options,
     Promise.resolve(reports.filter((one) => one !== undefined)),

@@ -3,14 +3,14 @@ import { match, ok, rejects, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { permissionsWith } from "../../k8s/image/permissions.ts";
-import { Rig } from "../../lib/demo/testbed.ts";
+import { Testbed } from "../../lib/demo/testbed.ts";
 import { CallError } from "../../lib/grpc/client.ts";
 import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
 Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CERT_FILE, and not any other", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
   const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
-  const rig = new Rig(home, program);
+  const rig = new Testbed(home, program);
   const patience = AbortSignal.timeout(60_000);
   try {
     await rig.startSimulator("none", patience);
@@ -48,7 +48,7 @@ Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not rea
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-ca-" }));
   const main = fileURLToPath(new URL("../../main.ts", import.meta.url));
   const program = [Deno.execPath(), "run", "--no-check", ...permissionsWith([home], [home]), main];
-  const rig = new Rig(home, program);
+  const rig = new Testbed(home, program);
   try {
     const env = { SSL_CERT_FILE: "/usr/share/nowhere/ca.pem" };
     const { log } = await rig.startService(
@@ -68,7 +68,7 @@ Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not rea
 Deno.test("promise 27: a damaged certificate among those of the machine is passed over with a warning", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
   const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
-  const rig = new Rig(home, program);
+  const rig = new Testbed(home, program);
   const patience = AbortSignal.timeout(60_000);
   try {
     await rig.startSimulator("none", patience);

@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { DhchapKey } from "../../lib/auth_key.ts";
-import { Rig } from "../../lib/demo/testbed.ts";
+import { Testbed } from "../../lib/demo/testbed.ts";
 import { CallError, type Channel } from "../../lib/grpc/client.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { needs } from "../support/needs.ts";
@@ -53,7 +53,7 @@ Deno.test({
   ignore: !needs("root", "loop", "mkfs.ext4"),
   async fn() {
     const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-redaction-" }));
-    const rig = new Rig(home, program);
+    const rig = new Testbed(home, program);
     const signal = AbortSignal.timeout(120_000);
     const texts: string[] = [];
     try {

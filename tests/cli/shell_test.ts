@@ -3,19 +3,19 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import {
+  type AttachRequest,
   attachVolume,
   detachVolume,
-  type Machine,
-  type MountWanted,
-  type Wanted,
+  type LocalMachine,
+  type MountRequest,
 } from "../../lib/cli/attach_volume.ts";
 import { listAsJson, listAsText, listVolumes } from "../../lib/cli/listed_volumes.ts";
 import { describeCheck, missingFor } from "../../lib/cli/readiness.ts";
 import { parseSecretFile } from "../../lib/cli/secret_file.ts";
 import { createLogger, Secrets } from "../../lib/context.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
-import { direct } from "../../lib/host/attach/direct.ts";
-import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
+import { createDirectAttacher } from "../../lib/host/attach/direct.ts";
+import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { KeyedLock } from "../../lib/lock.ts";
@@ -33,13 +33,13 @@ const other = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";
 const nqn = "nqn.2019-09.com.example:cluster:1";
 const us = hostNqn("n1.node");
 const path = "/staging";
-const mounting: MountWanted = { path, fsType: undefined, readOnly: false, format: true };
+const mounting: MountRequest = { path, fsType: undefined, readOnly: false, format: true };
 
 function addresses(...texts: readonly string[]): readonly TransportAddress[] {
   return texts.map(parseAddress).filter((address) => address !== undefined);
 }
 
-const place: Wanted = {
+const place: AttachRequest = {
   namespace: {
     uuid,
     subsystemNqn: nqn,
@@ -52,9 +52,9 @@ function machine(kind: "direct" | "discovery-client" = "direct") {
   const host = new FakeHost();
   const namespace = host.addNamespace(uuid, nqn);
   const attacher = kind === "direct"
-    ? direct({ host, hostNqn: us, hostId: hostIdOf("n1.node"), locks: new KeyedLock() })
-    : discoveryClient({ host, hostNqn: us, directory: host.discoveryDirectory });
-  const tools: Machine = {
+    ? createDirectAttacher({ host, hostNqn: us, hostId: hostIdOf("n1.node"), locks: new KeyedLock() })
+    : createDiscoveryClientAttacher({ host, hostNqn: us, directory: host.discoveryDirectory });
+  const tools: LocalMachine = {
     host,
     attacher,
     hostNqn: us,
@@ -64,8 +64,9 @@ function machine(kind: "direct" | "discovery-client" = "direct") {
     host,
     namespace,
     tools,
-    attach: (wanted: Wanted = place, mount?: MountWanted) => attachVolume(callContext(), tools, wanted, mount),
-    detach: (wanted: Wanted = place, mountPath?: string) => detachVolume(callContext(), tools, wanted, mountPath),
+    attach: (wanted: AttachRequest = place, mount?: MountRequest) => attachVolume(callContext(), tools, wanted, mount),
+    detach: (wanted: AttachRequest = place, mountPath?: string) =>
+      detachVolume(callContext(), tools, wanted, mountPath),
     list: (options: { uuid?: string; all?: boolean } = {}) =>
       listVolumes(callContext(), {
         host,
@@ -297,7 +298,7 @@ Deno.test("attachVolume asks the cluster for access, detachVolume gives it back,
   await using simulator = await startSimulator();
   await using backend = backendOf(simulator);
   const { volume, id } = await clusterVolume(simulator);
-  const wanted: Wanted = { backend, volumeId: id, volumeContext: {}, secrets: new Secrets() };
+  const wanted: AttachRequest = { backend, volumeId: id, volumeContext: {}, secrets: new Secrets() };
 
   for (let at = 1, whole = false; !whole; at += 3) {
     const { host, attach, detach } = machine();
@@ -342,7 +343,7 @@ Deno.test("attachVolume and detachVolume work with a volume of PoseidonOS, whose
   const wish = { name: "pvc-1", requiredBytes: 1n << 30n, limitBytes: 0n, parameters: volumeContext };
   const volume = await backend.createVolume(callContext(), none, wish);
   const { host, tools, attach, detach } = machine();
-  const wanted: Wanted = { backend, volumeId: volume.id, volumeContext, secrets: none };
+  const wanted: AttachRequest = { backend, volumeId: volume.id, volumeContext, secrets: none };
   const place = await backend.grantAccess(callContext(), none, volume.id, {
     hostNqn: us,
     shared: false,

@@ -3,7 +3,7 @@ import { deepStrictEqual, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createLogger } from "../../lib/context.ts";
-import { Rig } from "../../lib/demo/testbed.ts";
+import { Testbed } from "../../lib/demo/testbed.ts";
 import { StatusError } from "../../lib/error.ts";
 import { CallError } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
@@ -139,7 +139,12 @@ for (const { name, scheme, options, cluster, secrets = {}, withheld, arrives } o
     : "gets no token";
   Deno.test(`promise 11: with --jwt-path, an endpoint that ${name} ${outcome}`, async () => {
     const home = await Deno.makeTempDir({ prefix: "lbcsi-token-" });
-    const rig = new Rig(home, [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))]);
+    const rig = new Testbed(home, [
+      Deno.execPath(),
+      "run",
+      "-A",
+      fileURLToPath(new URL("../../main.ts", import.meta.url)),
+    ]);
     const patience = AbortSignal.timeout(60_000);
     await using server = await startListener(scheme === "grpcs");
     try {

@@ -2,7 +2,7 @@
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { Rig } from "../../lib/demo/testbed.ts";
+import { Testbed } from "../../lib/demo/testbed.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { eventually } from "../support/simulator.ts";
@@ -76,7 +76,12 @@ Deno.test("a process that can no longer serve after an exception ends with a sta
 
 Deno.test("promise 27: a Secret with a damaged certificate costs its own calls, and the controller serves on", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-pem-" });
-  const rig = new Rig(home, [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))]);
+  const rig = new Testbed(home, [
+    Deno.execPath(),
+    "run",
+    "-A",
+    fileURLToPath(new URL("../../main.ts", import.meta.url)),
+  ]);
   const patience = AbortSignal.timeout(120_000);
   try {
     await rig.startSimulator("none", patience);

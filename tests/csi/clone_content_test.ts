@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger, requestContext, Secrets } from "../../lib/context.ts";
 import { hasCode } from "../../lib/error.ts";
-import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import type { FsType } from "../../lib/host/filesystem/fs_type.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
@@ -39,7 +39,10 @@ async function start() {
   const { discoveryDir = "", sysfsRoot = "", devRoot = "" } = sim.addresses;
   const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-clone-" }));
   const host = linuxHost({ log, sysfsRoot, devRoot });
-  const node = nodeCalls({ host, attacher: discoveryClient({ host, directory: discoveryDir, hostNqn: nqn }) });
+  const node = nodeCalls({
+    host,
+    attacher: createDiscoveryClientAttacher({ host, directory: discoveryDir, hostNqn: nqn }),
+  });
   const backend = lightosBackend({
     log,
     globalJwt: () => sim.addresses.jwt,

@@ -8,7 +8,7 @@ import { nodeHandlers } from "../../lib/csi/node/service.ts";
 import type { StatusCode } from "../../lib/error.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
-import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import { linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { KeyedLock } from "../../lib/lock.ts";
@@ -62,7 +62,7 @@ async function start() {
       Node,
       nodeHandlers({
         host,
-        attacher: discoveryClient({ host, directory: discoveryDir, hostNqn: hostNqn(nodeId) }),
+        attacher: createDiscoveryClientAttacher({ host, directory: discoveryDir, hostNqn: hostNqn(nodeId) }),
         locks: new KeyedLock(),
         nodeId,
         defaultFsType: "ext4",

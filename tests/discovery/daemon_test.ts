@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createLogger } from "../../lib/context.ts";
-import { discoveryDaemon } from "../../lib/discovery/daemon.ts";
+import { createDiscoveryDaemon } from "../../lib/discovery/daemon.ts";
 import { discoveryInput, parseInput } from "../../lib/discovery/input.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import { discoveryFile } from "../../lib/host/attach/discovery_client.ts";
@@ -348,7 +348,7 @@ function machine(host = quietHost()) {
   const clock = { ms: 0 };
   const lines: { event: string; error?: string; level: string; address?: string }[] = [];
   const make = () => {
-    const daemon = discoveryDaemon({
+    const daemon = createDiscoveryDaemon({
       host,
       directory: host.discoveryDirectory,
       log: createLogger("info", "json", (line) => void lines.push(JSON.parse(line))),

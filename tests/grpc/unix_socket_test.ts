@@ -4,7 +4,7 @@ import net from "node:net";
 import { once } from "node:events";
 import { join } from "node:path";
 import type { Duplex } from "node:stream";
-import { answers, listenUnix } from "../../lib/grpc/unix_socket.ts";
+import { isListening, listenUnix } from "../../lib/grpc/unix_socket.ts";
 import { support } from "../support/goaway.ts";
 import { needs } from "../support/needs.ts";
 
@@ -133,14 +133,14 @@ Deno.test("a Unix socket that nobody listens on any more is gone, and its connec
     const path = join(directory, "a.sock");
     const streams: Duplex[] = [];
     const listener = listenUnix(path, (stream) => streams.push(stream.pipe(stream)), nothingRefused);
-    assert.equal(await answers(path), true);
+    assert.equal(await isListening(path), true);
     const connection = await Deno.connect({ transport: "unix", path });
     await until("it is accepted", () => streams.length === 2);
 
     listener.close();
     listener.close();
 
-    assert.equal(await answers(path), false);
+    assert.equal(await isListening(path), false);
     assert.deepEqual([...Deno.readDirSync(directory)], []);
     await connection.write(new Uint8Array([7]));
     const answer = new Uint8Array(2);
@@ -166,7 +166,7 @@ async function withEcho(
       stderr: "null",
     }).spawn();
     try {
-      await until("it listens", () => answers(path));
+      await until("it listens", () => isListening(path));
       await body(path, directory);
     } finally {
       // The server ends with its stdin: a tracer would let go of it on a signal.

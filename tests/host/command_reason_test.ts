@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { reasonOf } from "../../lib/host/command_reason.ts";
-import { wish, withDisk } from "../support/disk.ts";
+import { mountOptions, withDisk } from "../support/disk.ts";
 import { needs } from "../support/needs.ts";
 import { rejects } from "../support/node_calls.ts";
 
@@ -22,7 +22,7 @@ for (
     ignore,
     fn: () =>
       withDisk(sizeMib, async ({ mount }) => {
-        await rejects(mount({ ...wish, fsType, mkfsOptions }), "FAILED_PRECONDITION", reason);
+        await rejects(mount({ ...mountOptions, fsType, mkfsOptions }), "FAILED_PRECONDITION", reason);
       }),
   });
 }

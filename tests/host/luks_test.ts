@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger, requestContext } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
-import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import { defaultLuksSettings, hasAes, markUsed, openMapper } from "../../lib/host/luks.ts";
 import { findDevice, findMapper } from "../../lib/host/nvme/sysfs.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
@@ -31,7 +31,7 @@ function node() {
   const host = new FakeHost();
   const namespace = host.addNamespace(uuid, subsystemNqn);
   const lines: string[] = [];
-  const attacher = discoveryClient({ host, directory: host.discoveryDirectory, hostNqn: "nqn.host" });
+  const attacher = createDiscoveryClientAttacher({ host, directory: host.discoveryDirectory, hostNqn: "nqn.host" });
   const calls = nodeCalls({ host, attacher });
   const call = {
     ...requestContext(

@@ -10,7 +10,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import config from "../../deno.json" with { type: "json" };
-import { Rig, type Running } from "../../lib/demo/testbed.ts";
+import { type Running, Testbed } from "../../lib/demo/testbed.ts";
 import type { Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { bounds, type Cost, firstVolume, type FsType, measureCalls } from "../support/measured_calls.ts";
@@ -180,11 +180,11 @@ function aboutHere() {
 // --------------------------------------------------------------------------------------------------------- measurements
 
 /** A rig in a directory of its own, which is gone afterwards. */
-async function withRig<T>(variant: Variant, work: (rig: Rig, signal: AbortSignal) => Promise<T>): Promise<T> {
+async function withRig<T>(variant: Variant, work: (rig: Testbed, signal: AbortSignal) => Promise<T>): Promise<T> {
   return await interruptible(async (signal) => {
     const home = await Deno.makeTempDir({ prefix: "lbcsi-bench-" });
     // The same simulator for every variant, so that its speed does not show in the comparison.
-    const rig = new Rig(home, variant.program, fromSource);
+    const rig = new Testbed(home, variant.program, fromSource);
     try {
       return await work(rig, signal);
     } finally {
@@ -210,7 +210,7 @@ async function interruptible<T>(work: (signal: AbortSignal) => Promise<T>): Prom
 }
 
 /** Starts a service as it runs in production: it logs what is worth a line at level info. */
-async function start(rig: Rig, role: Role, signal: AbortSignal): Promise<Running> {
+async function start(rig: Testbed, role: Role, signal: AbortSignal): Promise<Running> {
   switch (role) {
     case "identity":
       return await rig.startService(role, [], signal);
@@ -320,7 +320,7 @@ async function measureThroughput(
   });
 }
 
-function clusterCalls(rig: Rig, signal: AbortSignal) {
+function clusterCalls(rig: Testbed, signal: AbortSignal) {
   const { addresses, controller } = rig;
   const secrets = { jwt: addresses.jwt };
   const volumeCapability = {

@@ -29,7 +29,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import * as z from "zod";
-import { type Backend, Rig } from "../../lib/demo/testbed.ts";
+import { type Backend, Testbed } from "../../lib/demo/testbed.ts";
 import { messageOf } from "../../lib/error.ts";
 import { CallError, type Channel } from "../../lib/grpc/client.ts";
 import {
@@ -305,7 +305,7 @@ const flows: readonly Flow[] = [
 
 /** A simulator, a controller and a node that can be killed anywhere. */
 interface Place extends AsyncDisposable {
-  readonly rig: Rig;
+  readonly rig: Testbed;
   readonly shims: ToolShims;
   startNode(): Promise<void>;
   startController(): Promise<void>;
@@ -316,10 +316,10 @@ const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main
 const interruption = new AbortController();
 const patience = AbortSignal.any([AbortSignal.timeout(15 * 60_000), interruption.signal]);
 
-async function openPlace(keep: boolean, report: (trouble: string) => void): Promise<Place> {
+async function openPlace(keep: boolean, report: (condition: string) => void): Promise<Place> {
   // The kernel's tables have paths without symbolic links.
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-faults-" }));
-  const rig = new Rig(home, program, program, backend);
+  const rig = new Testbed(home, program, program, backend);
   const dispose = async () => {
     await rig.stopAll();
     for (const { done, what } of await rig.cleanUp(keep)) report(`${done ? "cleaned up" : "left"}: ${what}`);
@@ -521,7 +521,7 @@ async function take(step: Step, place: Place, volume: Volume): Promise<void> {
 }
 
 async function create(
-  rig: Rig,
+  rig: Testbed,
   volume: Volume,
   volumeContentSource?: MessageInitShape<typeof VolumeContentSourceSchema>,
 ): Promise<void> {
@@ -544,7 +544,7 @@ async function create(
 }
 
 /** What a pod does: it writes on the first occasion, and finds it again on every other. */
-async function data(rig: Rig, volume: Volume): Promise<void> {
+async function data(rig: Testbed, volume: Volume): Promise<void> {
   const { target, pattern } = volume;
   const places = volume.kind === "block"
     ? [0n, gib / 2n, gib - BigInt(pattern.length)].map((offset) => ({ path: target, offset }))
@@ -812,7 +812,7 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
   Deno.addSignalListener(signal, () => interruption.abort(new Error(`interrupted by ${signal}`)));
 }
 const started = performance.now();
-const troubles: string[] = [];
+const conditions: string[] = [];
 /** What PoseidonOS does not have. */
 const onLightosOnly: readonly Step[] = [
   ...["grow", "grow node", "snapshot", "delete snapshot", "restore", "clone", "delete the copy"] as const,
@@ -837,7 +837,7 @@ await Promise.all(Array.from({ length: Number(settings.workers) }, async () => {
     current = undefined;
     await old?.[Symbol.asyncDispose]();
   };
-  const place = async () => current ??= await openPlace(settings.keep, (trouble) => troubles.push(trouble));
+  const place = async () => current ??= await openPlace(settings.keep, (condition) => conditions.push(condition));
   for (let next = queue.shift(); next !== undefined && !patience.aborted; next = queue.shift()) {
     const result = results.get(next.flow);
     const rows = await playFlow(next.flow, next.direction, place, discard);
@@ -853,10 +853,10 @@ const rows = [...results.values()].flatMap((result) => result.rows);
 const bad = rows.filter((row) => !isGood(row)).length;
 const uncut = [...results.values()].filter((result) => result.rows.length === 0).length;
 console.log("");
-for (const trouble of troubles) console.log(trouble);
+for (const condition of conditions) console.log(condition);
 const seconds = Math.round((performance.now() - started) / 1000);
 console.log(
-  `${results.size} flows, ${rows.length} kills, ${bad} ended badly, ${troubles.length} things to clean up; ${seconds} s`,
+  `${results.size} flows, ${rows.length} kills, ${bad} ended badly, ${conditions.length} things to clean up; ${seconds} s`,
 );
 if (patience.aborted) console.log(`ended early: ${messageOf(patience.reason)}`);
-Deno.exit(bad + uncut + troubles.length === 0 && rows.length > 0 && !patience.aborted ? 0 : 1);
+Deno.exit(bad + uncut + conditions.length === 0 && rows.length > 0 && !patience.aborted ? 0 : 1);

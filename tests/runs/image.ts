@@ -15,7 +15,7 @@ import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { controllerPermissions } from "../../k8s/image/permissions.ts";
 import { type Kind, kinds, makeRoot, nodeTools, unpacked } from "../../k8s/image/root.ts";
-import { Rig, Running } from "../../lib/demo/testbed.ts";
+import { Running, Testbed } from "../../lib/demo/testbed.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { enter, type Entered } from "../support/image_root.ts";
@@ -176,7 +176,12 @@ async function runTools(entered: Entered, home: string): Promise<void> {
 
 /** Volumes with every file system, on loop devices, with controller and node in the image. */
 async function liveIn(entered: Entered, home: string, program: readonly string[]): Promise<void> {
-  const rig = new Rig(home, [...entered.words, ...program], [Deno.execPath(), "run", "-A", join(home, "js/main.js")]);
+  const rig = new Testbed(home, [...entered.words, ...program], [
+    Deno.execPath(),
+    "run",
+    "-A",
+    join(home, "js/main.js"),
+  ]);
   const signal = AbortSignal.timeout(120_000);
   const call = async <I extends DescMessage, O extends DescMessage>(
     channel: Channel,

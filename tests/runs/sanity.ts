@@ -11,7 +11,7 @@
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { type Backend, Rig } from "../../lib/demo/testbed.ts";
+import { type Backend, Testbed } from "../../lib/demo/testbed.ts";
 import { Controller, ControllerServiceCapability_RPC_Type as Rpc, Identity } from "../../proto/gen/csi_pb.ts";
 import { fetching } from "../support/go.ts";
 import { needs } from "../support/needs.ts";
@@ -40,7 +40,7 @@ const home = await Deno.makeTempDir({ prefix: "lbcsi-sanity-" });
 const backend = backends.find((name) => name === settings.backend);
 if (backend === undefined) throw new Error(`--backend ${settings.backend}: is not one of ${backends.join(", ")}`);
 const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
-const rig = new Rig(home, program, program, backend);
+const rig = new Testbed(home, program, program, backend);
 let failures = 0;
 try {
   const sanity = await fetching(install);

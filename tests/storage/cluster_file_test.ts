@@ -4,7 +4,7 @@ import { createLogger, type RequestContext, requestContext, Secrets } from "../.
 import { type StatusCode, StatusError } from "../../lib/error.ts";
 import { formatEndpoints } from "../../lib/volume_id.ts";
 import { hostNqn } from "../../lib/namespace.ts";
-import type { VolumeWanted } from "../../lib/storage/backend.ts";
+import type { VolumeRequest } from "../../lib/storage/backend.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import type { ConfigFiles } from "../../lib/storage/cluster_file.ts";
 import { selfSigned } from "../../lib/simulator/certificate.ts";
@@ -311,7 +311,7 @@ function openBackend(changes: Partial<LightosOptions>) {
   });
 }
 
-function wanted(simulator: TestSimulator, scheme: "grpc" | "grpcs" = "grpc"): VolumeWanted {
+function wanted(simulator: TestSimulator, scheme: "grpc" | "grpcs" = "grpc"): VolumeRequest {
   return {
     name: "pvc-1",
     requiredBytes: gib,

@@ -1,7 +1,7 @@
 /** One volume on a loop device of its own, to mount with filesystem.ts and to look at from outside. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { mountVolume, type MountWish } from "../../lib/host/filesystem/mount.ts";
+import { type MountOptions, mountVolume } from "../../lib/host/filesystem/mount.ts";
 import { type BlockDevice, findDevice } from "../../lib/host/nvme/sysfs.ts";
 import { type LoopMachine, loopMachine, type LoopNamespace, subsystemNqn } from "./loop_machine.ts";
 import { callContext } from "./node_calls.ts";
@@ -10,7 +10,7 @@ export const mib = 1 << 20;
 export const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 
 /** ext4, for writing, without any option. */
-export const wish: MountWish = {
+export const mountOptions: MountOptions = {
   fsType: undefined,
   defaultFsType: "ext4",
   flags: [],
@@ -24,7 +24,7 @@ export interface Disk {
   readonly namespace: LoopNamespace;
   readonly path: string;
   readonly device: () => Promise<BlockDevice>;
-  readonly mount: (wish: MountWish) => Promise<unknown>;
+  readonly mount: (wish: MountOptions) => Promise<unknown>;
 }
 
 /** Runs `act` with a blank volume of this size, and takes everything down afterwards. Needs root and loop devices. */
@@ -38,7 +38,7 @@ export async function withDisk(sizeMib: number, act: (disk: Disk) => Promise<voi
     assert(found);
     return found;
   };
-  const mount = async (wish: MountWish) => mountVolume(machine.host, callContext(), await device(), path, wish);
+  const mount = async (wish: MountOptions) => mountVolume(machine.host, callContext(), await device(), path, wish);
   await act({ machine, namespace, path, device, mount });
 }
 

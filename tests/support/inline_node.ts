@@ -3,8 +3,8 @@ import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
 import { volumeLimit } from "../../lib/csi/node/limit.ts";
-import { direct } from "../../lib/host/attach/direct.ts";
-import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
+import { createDirectAttacher } from "../../lib/host/attach/direct.ts";
+import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import { type Host, linuxHost } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { KeyedLock } from "../../lib/lock.ts";
@@ -67,8 +67,8 @@ export function openInline(files: ConfigFiles, write: (line: string) => void = (
     userAgent: "lbcsi/test",
     clusters: knownClusters("/clusters.yaml", files, log),
   });
-  assert(backend.ephemeral !== undefined);
-  return { backend, volumes: backend.ephemeral, log };
+  assert(backend.inline !== undefined);
+  return { backend, volumes: backend.inline, log };
 }
 
 /** What kubelet sends for the `n`th inline volume at `targetPath`. */
@@ -127,8 +127,8 @@ export async function inlineNode(
   const inDirectory = "discoveryDirectory" in host ? String(host.discoveryDirectory) : discoveryDir;
   const locks = new KeyedLock();
   const attacher = strategy === "direct"
-    ? direct({ host, hostNqn: inlineHost, hostId: podUid(0), locks })
-    : discoveryClient({ host, directory: inDirectory, hostNqn: inlineHost });
+    ? createDirectAttacher({ host, hostNqn: inlineHost, hostId: podUid(0), locks })
+    : createDiscoveryClientAttacher({ host, directory: inDirectory, hostNqn: inlineHost });
   const { backend, volumes, log } = openInline(files, (line) => lines.push(line));
   stack.use(backend);
   const limit = volumeLimit(host, maxVolumes, isSubsystemOf("lightos"));

@@ -1,7 +1,7 @@
 /** A node service on a machine of loop devices (see loop_machine.ts), with what kubelet would send it at hand. */
 import { join } from "node:path";
 import type { Attacher } from "../../lib/host/attach/attacher.ts";
-import { discoveryClient } from "../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../lib/host/host.ts";
 import type { KeyedLock } from "../../lib/lock.ts";
 import { loopMachine } from "./loop_machine.ts";
@@ -33,7 +33,8 @@ export async function node(options: LoopNodeOptions = {}) {
     const staging = join(base, "globalmount");
     await Deno.mkdir(staging);
     const host = options.host === undefined ? machine.host : options.host(machine.host);
-    const attacher = options.attach ?? discoveryClient({ host, directory: discovery, hostNqn: "nqn.h:n1" });
+    const attacher = options.attach ??
+      createDiscoveryClientAttacher({ host, directory: discovery, hostNqn: "nqn.h:n1" });
     const calls = nodeCalls({ host, attacher, ...(options.locks === undefined ? {} : { locks: options.locks }) });
     const target = join(base, "pod1");
     const stageRequest = (

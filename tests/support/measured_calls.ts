@@ -5,7 +5,7 @@
 import { basename, join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import type { DemoFsType as FsType } from "../../lib/demo/demo.ts";
-import { countsBetween, Rig } from "../../lib/demo/testbed.ts";
+import { countsBetween, Testbed } from "../../lib/demo/testbed.ts";
 import type { Channel } from "../../lib/grpc/client.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 
@@ -55,7 +55,7 @@ export async function measureCalls(
   signal: AbortSignal,
 ): Promise<readonly Cost[]> {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-bounds-" });
-  const rig = new Rig(home, program);
+  const rig = new Testbed(home, program);
   try {
     return await measure(rig, fsTypes, signal);
   } finally {
@@ -64,7 +64,7 @@ export async function measureCalls(
   }
 }
 
-async function measure(rig: Rig, fsTypes: readonly FsType[], signal: AbortSignal): Promise<readonly Cost[]> {
+async function measure(rig: Testbed, fsTypes: readonly FsType[], signal: AbortSignal): Promise<readonly Cost[]> {
   const withNode = fsTypes.length > 0;
   await rig.startSimulator(withNode ? "loop" : "none", signal);
   await rig.startController(signal);
@@ -110,7 +110,7 @@ type Meter = <I extends DescMessage, O extends DescMessage>(
 
 /** One volume from creation to deletion; on the node too when a file system is given or it is a block volume. */
 async function life(
-  rig: Rig,
+  rig: Testbed,
   label: string,
   type: "mount" | "block",
   fsType: FsType | undefined,

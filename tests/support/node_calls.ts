@@ -21,7 +21,7 @@ import { parseVolumeId } from "../../lib/volume_id.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { toPublishContext } from "../../lib/namespace.ts";
 import type { CallContext, Handlers } from "../../lib/grpc/server.ts";
-import type { EphemeralVolumes } from "../../lib/storage/backend.ts";
+import type { InlineVolumeStore } from "../../lib/storage/backend.ts";
 import { subsystemNqn } from "./loop_machine.ts";
 
 export type Capability = MessageInitShape<typeof VolumeCapabilitySchema>;
@@ -56,7 +56,7 @@ type Request<S extends Parameters<typeof create>[0]> = MessageInitShape<S>;
 /** The node service's RPCs, each with what a usual request has filled in. */
 export function nodeCalls(
   given: Partial<Omit<NodeOptions, "inline">> & Pick<NodeOptions, "host" | "attacher"> & {
-    readonly volumes?: EphemeralVolumes | undefined;
+    readonly volumes?: InlineVolumeStore | undefined;
   },
 ) {
   const options = {

@@ -5,7 +5,7 @@
  *   deno run -A inside.js --load FILE ...  only loads these bundles of scenarios, which fills Deno's cache
  */
 import { take } from "./queue.ts";
-import { modulesLoaded, read, World } from "./world.ts";
+import { modulesLoaded, read, VmInventory } from "./world.ts";
 import { type Check, type Report, reportMark, type Scenario } from "./scenario.ts";
 
 async function scenarioOf(file: string): Promise<Scenario> {
@@ -17,7 +17,7 @@ async function scenarioOf(file: string): Promise<Scenario> {
 const report = (report: Report) => console.log(reportMark + JSON.stringify(report));
 const uptime = () => read("/proc/uptime")?.split(" ")[0];
 
-async function run({ name, limitSeconds = 300, run }: Check, world: World): Promise<boolean> {
+async function run({ name, limitSeconds = 300, run }: Check, world: VmInventory): Promise<boolean> {
   const limit = new AbortController();
   const started = performance.now();
   const late = new Promise<never>((_resolve, reject) => {
@@ -43,7 +43,7 @@ async function run({ name, limitSeconds = 300, run }: Check, world: World): Prom
 }
 
 /** Has the world run that a scenario starts with; exits when there is none to be had. */
-async function prepare(world: World, { start }: Scenario, name: string): Promise<void> {
+async function prepare(world: VmInventory, { start }: Scenario, name: string): Promise<void> {
   if (start === undefined ? world.isIdle : world.isStarted(start)) return;
   const began = performance.now();
   try {
@@ -60,7 +60,7 @@ async function prepare(world: World, { start }: Scenario, name: string): Promise
 }
 
 async function runQueue(queue: string, boot: number): Promise<boolean> {
-  const world = new World((name, text) => report({ event: "measured", name, text }));
+  const world = new VmInventory((name, text) => report({ event: "measured", name, text }));
   report({ event: "measured", name: "booted", text: `${uptime()} s after the kernel's start` });
   await modulesLoaded();
   let failed = false;

@@ -16,7 +16,7 @@
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { Rig } from "../../lib/demo/testbed.ts";
+import { Testbed } from "../../lib/demo/testbed.ts";
 import { type Code, codeAt } from "./code.ts";
 import { boot, lastWords } from "./guest.ts";
 import { type Item, lay, remaining } from "./queue.ts";
@@ -190,7 +190,7 @@ async function makeCode(code: Code): Promise<void> {
   await lbcsi("detach", ...us, "--uuid", crypto.randomUUID(), "--nqn", "nqn.2019-09.org.example:nobody");
   for (const backend of ["lightos", "poseidon"] as const) {
     const program = [...deno, ...code.program];
-    const rig = new Rig(await Deno.makeTempDir({ prefix: "lbcsi-vm-rig-" }), program, program, backend);
+    const rig = new Testbed(await Deno.makeTempDir({ prefix: "lbcsi-vm-rig-" }), program, program, backend);
     const signal = AbortSignal.timeout(60_000);
     try {
       await rig.startSimulator("none", signal, backend === "lightos" ? ["--schemes", "grpc"] : []);

@@ -6,7 +6,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { type Backend, Rig, type Running } from "../../lib/demo/testbed.ts";
+import { type Backend, type Running, Testbed } from "../../lib/demo/testbed.ts";
 import { CallError, type Channel } from "../../lib/grpc/client.ts";
 import { parseMountTable } from "../../lib/host/mounts.ts";
 import { hostNqn } from "../../lib/namespace.ts";
@@ -136,7 +136,7 @@ export function mountsBelow(directory: string): readonly string[] {
 
 // ------------------------------------------------------------------------------------------------- the orchestrator
 
-export interface VolumeWish {
+export interface VmVolumeRequest {
   /** Default `ext4`; `block` for a raw block volume. */
   readonly use?: "ext4" | "xfs" | "btrfs" | "block" | "";
   readonly sizeBytes?: bigint;
@@ -152,7 +152,7 @@ export type Capability = NonNullable<MessageInitShape<typeof Node.method.nodeSta
 
 /** What an orchestrator says of a volume's use in every call. */
 export function capabilityOf(
-  use: NonNullable<VolumeWish["use"]>,
+  use: NonNullable<VmVolumeRequest["use"]>,
   mode = Mode.SINGLE_NODE_WRITER,
   mountFlags: readonly string[] = [],
 ): Capability {
@@ -162,7 +162,7 @@ export function capabilityOf(
 
 /** A volume and the calls that an orchestrator makes for it. Each may be made again. */
 export class Volume {
-  readonly world: World;
+  readonly world: VmInventory;
   readonly id: string;
   readonly uuid: string;
   /** What is at the volume's paths on the node is in here. */
@@ -181,7 +181,7 @@ export class Volume {
   nodePublishSecrets: Record<string, string> = {};
 
   constructor(
-    world: World,
+    world: VmInventory,
     id: string,
     context: Record<string, string>,
     directory: string,
@@ -319,10 +319,10 @@ export interface StartOptions {
 }
 
 /** What the checks of one boot share. */
-export class World {
+export class VmInventory {
   /** A directory in memory; sockets belong here. */
   readonly home = Deno.makeTempDirSync({ dir: "/tmp", prefix: "world-" });
-  rig = new Rig(this.home, program, program, "lightos", patienceMs);
+  rig = new Testbed(this.home, program, program, "lightos", patienceMs);
   readonly #measured: (name: string, text: string) => void;
   /** Of what runs; undefined: nothing does. */
   #options: StartOptions | undefined;
@@ -349,13 +349,13 @@ export class World {
     this.#options = options;
     this.#starts++;
     const { backend = "lightos" } = options;
-    if (backend !== this.rig.backend) this.rig = new Rig(this.home, program, program, backend, patienceMs);
+    if (backend !== this.rig.backend) this.rig = new Testbed(this.home, program, program, backend, patienceMs);
     if (options.image === true) {
       // Not below /tmp, which the image sees.
       const places = { "/deno-bin": "/deno", [code.directory]: code.directory };
       const { words } = await enter("/image", "/run/image", ["/tmp"], places);
       const inside = [...words, "/deno/deno", ...program.slice(1)];
-      this.rig = new Rig(this.home, inside, program, backend, patienceMs);
+      this.rig = new Testbed(this.home, inside, program, backend, patienceMs);
     }
     await this.startSimulator();
     const signal = AbortSignal.timeout(patienceMs);
@@ -419,7 +419,7 @@ export class World {
   }
 
   /** CreateVolume and, unless told otherwise, ControllerPublishVolume. */
-  async volume(wish: VolumeWish = {}, grant = true): Promise<Volume> {
+  async volume(wish: VmVolumeRequest = {}, grant = true): Promise<Volume> {
     const { use = "ext4", sizeBytes = 1n << 30n, mode = Mode.SINGLE_NODE_WRITER, mountFlags = [] } = wish;
     const capability = capabilityOf(use, mode, mountFlags);
     const name = `volume-${++this.#volumes}-${crypto.randomUUID().slice(0, 8)}`;

@@ -2,7 +2,7 @@
  * What `lbcsi doctor` looks at on this machine. Everything comes from sysfs, procfs, the mount table and directories, and
  * from tools that are asked for their version: no device is opened, no connection made, nothing written.
  */
-import { type Check, checked, reasonOf, shortList } from "../../check.ts";
+import { type Check, reasonOf, runCheck, shortList } from "../../check.ts";
 import { type RequestContext, timeLimit } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import { hostIdOf } from "../../host/attach/attacher.ts";
@@ -72,7 +72,7 @@ export async function machineChecks(ctx: RequestContext, options: MachineOptions
     ["mounts", () => deadMounts(host)],
     ["open encryption", () => openMappers(host)],
   ];
-  return await Promise.all(checks.map(([name, look]) => checked(name, look)));
+  return await Promise.all(checks.map(([name, look]) => runCheck(name, look)));
 }
 
 // ------------------------------------------------------------------------------------------------------------- kernel

@@ -25,7 +25,7 @@ export interface Section {
  * @param machine undefined: this machine is not to be looked at, and is no node
  * @param reports what storage systems said of themselves, while the machine is looked at
  */
-export async function examine(
+export async function runChecks(
   ctx: RequestContext,
   machine: MachineOptions | undefined,
   reports: Promise<readonly SystemReport[]>,

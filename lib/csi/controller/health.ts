@@ -8,13 +8,13 @@
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { Secrets } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
-import type { StorageBackend, Trouble } from "../../storage/backend.ts";
+import type { AbnormalCondition, StorageBackend } from "../../storage/backend.ts";
 import {
   type Controller,
   VolumeHealthErrorType as Status,
   type VolumeHealthSchema,
 } from "../../../proto/gen/csi_pb.ts";
-import { pageWanted } from "./listing.ts";
+import { pageRequest } from "./listing.ts";
 import { longestVolumeId, requireText } from "../request.ts";
 
 /** ControllerGetVolumeHealth, and ControllerListVolumeHealth for a backend that has clusters of its own. */
@@ -25,18 +25,20 @@ export function healthHandlers(backend: StorageBackend) {
     async controllerGetVolumeHealth(request, call) {
       const action = "tell the health of a volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
-      const { trouble } = await backend.getVolume(call, new Secrets(request.secrets), volumeId);
+      const { condition } = await backend.getVolume(call, new Secrets(request.secrets), volumeId);
       // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.
-      return { volumeHealth: toVolumeHealth(volumeId, trouble === undefined ? [] : [trouble]) };
+      return { volumeHealth: toVolumeHealth(volumeId, condition === undefined ? [] : [condition]) };
     },
 
     ...(listing === undefined ? {} : {
       /** CSI specification 1.13, "ControllerListVolumeHealth". */
       async controllerListVolumeHealth(request, call) {
-        const wanted = pageWanted("list the health of volumes", request);
-        const { entries, nextToken } = await listing.listTroubled(call, new Secrets(request.secrets), wanted);
+        const wanted = pageRequest("list the health of volumes", request);
+        const { entries, nextToken } = await listing.listAbnormal(call, new Secrets(request.secrets), wanted);
         return {
-          entries: entries.flatMap(({ id, trouble }) => trouble === undefined ? [] : [toVolumeHealth(id, [trouble])]),
+          entries: entries.flatMap(({ id, condition }) =>
+            condition === undefined ? [] : [toVolumeHealth(id, [condition])]
+          ),
           nextToken,
         };
       },
@@ -50,10 +52,10 @@ type VolumeHealth = MessageInitShape<typeof VolumeHealthSchema>;
  * A volume's health as CSI words it. What cannot be used is INACCESSIBLE, also when only writes fail: DEGRADED is for
  * volumes that can be used. DATA_LOSS is never said, for neither cluster nor node can tell it.
  */
-export function toVolumeHealth(volumeId: string, troubles: readonly Trouble[]): VolumeHealth {
+export function toVolumeHealth(volumeId: string, conditions: readonly AbnormalCondition[]): VolumeHealth {
   return {
     volumeId,
-    healthStatuses: troubles.map(({ usable, reason, message }) => ({
+    healthStatuses: conditions.map(({ usable, reason, message }) => ({
       status: usable ? Status.DEGRADED : Status.INACCESSIBLE,
       reason,
       message: clipped(message),

@@ -25,7 +25,7 @@ export function listingHandlers(backend: StorageBackend, listing: Listing) {
   return {
     /** CSI specification, "ListVolumes". */
     async listVolumes(request, call) {
-      const page = await listing.listVolumes(call, pageWanted("list volumes", request));
+      const page = await listing.listVolumes(call, pageRequest("list volumes", request));
       return { entries: page.entries.map(describeVolume), nextToken: page.nextToken };
     },
 
@@ -84,19 +84,19 @@ function isServed(
 }
 
 /** The page that a request asks for; throws INVALID_ARGUMENT for a negative number of entries. */
-export function pageWanted(action: string, request: { readonly maxEntries: number; readonly startingToken: string }) {
+export function pageRequest(action: string, request: { readonly maxEntries: number; readonly startingToken: string }) {
   const { maxEntries, startingToken } = request;
   if (maxEntries >= 0) return { maxEntries, startingToken };
   throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: max_entries ${maxEntries} is negative`);
 }
 
-function describeVolume({ id, capacityBytes, hosts, trouble }: Volume) {
+function describeVolume({ id, capacityBytes, hosts, condition }: Volume) {
   return {
     volume: { volumeId: id, capacityBytes },
     status: {
       // Hosts that were let in by somebody else are no nodes of the orchestrator's.
       publishedNodeIds: hosts.filter((nqn) => nodeIdOf(nqn) !== nqn).map(nodeIdOf),
-      volumeCondition: { abnormal: trouble !== undefined, message: trouble?.message ?? "healthy" },
+      volumeCondition: { abnormal: condition !== undefined, message: condition?.message ?? "healthy" },
     },
   };
 }

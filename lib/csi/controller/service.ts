@@ -35,7 +35,7 @@ import { whenFull } from "./full_cluster.ts";
 import { healthHandlers } from "./health.ts";
 import { capacityHandlers, listingHandlers } from "./listing.ts";
 import { modifyHandlers, withMutable } from "./modification.ts";
-import { madeFor, parseContentSource, refuseControlCharacters, snapshotHandlers } from "./snapshots.ts";
+import { assertNoControlCharacters, ownerOf, parseContentSource, snapshotHandlers } from "./snapshots.ts";
 
 export interface ControllerOptions {
   readonly backend: StorageBackend;
@@ -78,12 +78,12 @@ export function controllerHandlers(
     async createVolume(request, call) {
       const name = requireText("create a volume", "name", request.name);
       const action = `create volume "${name}"`;
-      refuseControlCharacters(action, name);
+      assertNoControlCharacters(action, name);
       if (request.volumeCapabilities.length === 0) {
         throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: volume_capabilities is missing`);
       }
       const accesses = request.volumeCapabilities.map((capability) => parseCapability(action, capability));
-      for (const access of accesses) refuseSharing(action, backend, access);
+      for (const access of accesses) assertSharingSupported(action, backend, access);
       const { requisite = [], preferred = [] } = request.accessibilityRequirements ?? {};
       assertNoTopology(action, "accessibility_requirements", [...requisite, ...preferred]);
       const source = parseContentSource(action, request.volumeContentSource);
@@ -104,10 +104,10 @@ export function controllerHandlers(
         limitBytes: request.capacityRange?.limitBytes ?? 0n,
         parameters,
         source,
-        madeFor: madeFor(request.parameters),
+        madeFor: ownerOf(request.parameters),
       });
-      if (volume.trouble !== undefined) {
-        call.log.warning("created a volume in trouble", { volume: volume.uuid, error: volume.trouble.message });
+      if (volume.condition !== undefined) {
+        call.log.warning("created a volume in trouble", { volume: volume.uuid, error: volume.condition.message });
       }
       return {
         volume: {
@@ -140,7 +140,7 @@ export function controllerHandlers(
       const nodeId = requireText("publish a volume", "node_id", request.nodeId, 256);
       const action = `publish volume "${volumeId}" to node "${nodeId}"`;
       const access = parseCapability(action, request.volumeCapability);
-      refuseSharing(action, backend, access);
+      assertSharingSupported(action, backend, access);
       if (request.readonly) {
         throw new StatusError(
           "INVALID_ARGUMENT",
@@ -217,7 +217,7 @@ export function controllerHandlers(
       await backend.getVolume(call, new Secrets(request.secrets), volumeId);
       try {
         for (const capability of request.volumeCapabilities) {
-          refuseSharing(action, backend, parseCapability(action, capability));
+          assertSharingSupported(action, backend, parseCapability(action, capability));
         }
       } catch (error) {
         if (!hasCode(error, "INVALID_ARGUMENT")) throw error;
@@ -264,7 +264,7 @@ function controllerCapabilities(backend: StorageBackend, volumeHealth: boolean):
 }
 
 /** Throws INVALID_ARGUMENT for an access mode of several nodes, where the backend can give a volume to one only. */
-function refuseSharing(action: string, backend: StorageBackend, access: Access): void {
+function assertSharingSupported(action: string, backend: StorageBackend, access: Access): void {
   if (backend.oneHostOnly === undefined || !isShared(access.mode)) return;
   throw new StatusError(
     "INVALID_ARGUMENT",

@@ -12,7 +12,7 @@ import type { Handlers } from "../../grpc/server.ts";
 import type { ContentSource, Snapshot, Snapshots } from "../../storage/backend.ts";
 import type { Controller, VolumeContentSource } from "../../../proto/gen/csi_pb.ts";
 import { whenFull } from "./full_cluster.ts";
-import { pageWanted } from "./listing.ts";
+import { pageRequest } from "./listing.ts";
 import { assertNoTopology, longestVolumeId, requireText, withoutOrchestratorKeys } from "../request.ts";
 
 /** The calls of the Controller service that are about snapshots. */
@@ -23,7 +23,7 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
       const action = "create a snapshot";
       const name = requireText(action, "name", request.name);
       const sourceVolumeId = requireText(action, "source_volume_id", request.sourceVolumeId, longestVolumeId);
-      refuseControlCharacters(`create snapshot "${name}"`, name);
+      assertNoControlCharacters(`create snapshot "${name}"`, name);
       const { requisite = [], preferred = [] } = request.accessibilityRequirements ?? {};
       assertNoTopology(`create snapshot "${name}"`, "accessibility_requirements", [...requisite, ...preferred]);
       const unknown = Object.keys(withoutOrchestratorKeys(request.parameters)).filter((key) =>
@@ -45,7 +45,7 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
           snapshots.createSnapshot(call, new Secrets(request.secrets), {
             name,
             sourceVolumeId,
-            madeFor: madeFor(request.parameters),
+            madeFor: ownerOf(request.parameters),
           }),
       );
       // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.
@@ -74,7 +74,7 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
 
     /** CSI specification, "ListSnapshots". */
     async listSnapshots(request, call) {
-      const wanted = pageWanted("list snapshots", request);
+      const wanted = pageRequest("list snapshots", request);
       const snapshotId = optionalId("snapshot_id", request.snapshotId);
       const sourceVolumeId = optionalId("source_volume_id", request.sourceVolumeId);
       const filter = { snapshotId, sourceVolumeId };
@@ -136,7 +136,7 @@ export function parseContentSource(action: string, source: VolumeContentSource |
 }
 
 /** Throws INVALID_ARGUMENT for a name with characters that CSI does not allow (spec/csi.md 2.2). */
-export function refuseControlCharacters(action: string, name: string): void {
+export function assertNoControlCharacters(action: string, name: string): void {
   // deno-lint-ignore no-control-regex
   if (!/[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]/.test(name)) return;
   throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: the name holds control characters`);
@@ -153,7 +153,7 @@ const metadataKeys: Readonly<Record<string, string>> = {
 };
 
 /** For whom an object is made, as far as the sidecars' keys among the parameters tell. */
-export function madeFor(parameters: Readonly<Record<string, string>>): Readonly<Record<string, string>> {
+export function ownerOf(parameters: Readonly<Record<string, string>>): Readonly<Record<string, string>> {
   return Object.fromEntries(
     Object.entries(metadataKeys).flatMap(([key, name]) => {
       const value = parameters[key];

@@ -22,6 +22,7 @@ import { mountVolume } from "../../host/filesystem/mount.ts";
 import { parseMkfsOptions, parseMountFlags } from "../../host/filesystem/options.ts";
 import type { Host } from "../../host/host.ts";
 import {
+  assertUnmountCanEnd,
   canonicalPath,
   deviceUnder,
   makeMountPoint,
@@ -31,16 +32,15 @@ import {
   mountsOf,
   mountTable,
   onNodeDisk,
-  refuseStuckUnmount,
   removeMountPoint,
-  takeDown,
+  unmountAll,
 } from "../../host/mounts.ts";
-import { refuseWithoutPath } from "../../host/nvme/paths.ts";
+import { assertHasPath } from "../../host/nvme/paths.ts";
 import { allControllers, type BlockDevice, findDevice } from "../../host/nvme/sysfs.ts";
 import { waitForDevice } from "../../host/nvme/wait.ts";
 import type { KeyedLock } from "../../lock.ts";
 import { hostNqn, type RemoteNamespace } from "../../namespace.ts";
-import type { EphemeralVolume, EphemeralVolumes } from "../../storage/backend.ts";
+import type { InlineVolume, InlineVolumeStore } from "../../storage/backend.ts";
 import type { VolumeLimit } from "../node/limit.ts";
 import { assertMountPath } from "../node/paths.ts";
 import {
@@ -61,7 +61,7 @@ export interface InlineOptions {
   readonly nodeId: string;
   readonly defaultFsType: FsType;
   /** Undefined: this node was not told of any cluster. */
-  readonly volumes: EphemeralVolumes | undefined;
+  readonly volumes: InlineVolumeStore | undefined;
   /** Shared with the node service. */
   readonly limit?: VolumeLimit;
   /** Whether volumes may be mounted in directories of the operating system. */
@@ -74,7 +74,7 @@ export function isInlineId(volumeId: string): boolean {
 }
 
 /** Throws INVALID_ARGUMENT for a call that makes no sense for an inline volume, and that kubelet never makes. */
-export function refuseInline(action: string, volumeId: string): void {
+export function assertNotInline(action: string, volumeId: string): void {
   if (!isInlineId(volumeId)) return;
   throw new StatusError(
     "INVALID_ARGUMENT",
@@ -194,8 +194,8 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       // is no other, and its data has to get there before anything else, also when the cluster does not answer.
       const mounted = there === undefined ? undefined : await deviceUnder(host, there);
       if (path !== undefined) {
-        if (mounted !== undefined) await refuseStuckUnmount(host, call, { device: mounted, path, action });
-        await takeDown(host, call, path, mounted, action);
+        if (mounted !== undefined) await assertUnmountCanEnd(host, call, { device: mounted, path, action });
+        await unmountAll(host, call, path, mounted, action);
       }
       const problem = obstacle();
       if (volumes === undefined || problem !== undefined) {
@@ -251,7 +251,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
     const { uuid, subsystemNqn } = namespace;
     await attacher.attach(ctx, namespace);
     const device = await waitForDevice(host, ctx, uuid, { subsystemNqn, hint: attacher.hint });
-    await refuseWithoutPath(host, device, action);
+    await assertHasPath(host, device, action);
     const table = await mountTable(host);
     const mounts = await mountsOf(host, table, device);
     // A directory of the volume that kubelet shows to a container (subPath) is not a target.
@@ -281,7 +281,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
     ctx: RequestContext,
     action: string,
     uuid: string,
-    volume: EphemeralVolume | undefined,
+    volume: InlineVolume | undefined,
   ): Promise<void> {
     const device = await findDevice(host, uuid);
     const mounts = device === undefined ? [] : await mountsOf(host, await mountTable(host), device);
@@ -296,7 +296,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
   }
 
   /** Answers whether the volume needs no other look. */
-  async function sweepOne(ctx: RequestContext, volumes: EphemeralVolumes, seen: EphemeralVolume): Promise<boolean> {
+  async function sweepOne(ctx: RequestContext, volumes: InlineVolumeStore, seen: InlineVolume): Promise<boolean> {
     const log = ctx.with({ volume: seen.uuid, name: seen.volumeId });
     const keep = ({ reason, isSettled }: Kept) => {
       if (isSettled) log.log.debug("kept an inline volume", { error: reason });
@@ -319,7 +319,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
 
   /** Why a volume of this node is not a leftover, or may not be one; undefined when it surely is. */
   async function reasonToKeep(
-    volume: EphemeralVolume,
+    volume: InlineVolume,
   ): Promise<Kept | undefined> {
     const doubt = (reason: string) => ({ reason, isSettled: false });
     const { targetPath, pod, uuid } = volume;

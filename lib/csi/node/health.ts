@@ -18,9 +18,9 @@ import {
 } from "../../host/nvme/sysfs.ts";
 import type { VolumeId } from "../../volume_id.ts";
 import type { Handlers } from "../../grpc/server.ts";
-import type { Trouble } from "../../storage/backend.ts";
+import type { AbnormalCondition } from "../../storage/backend.ts";
 import { type Node, StorageHealthErrorType as StorageStatus } from "../../../proto/gen/csi_pb.ts";
-import type { Condition, ConditionProbe } from "./condition.ts";
+import type { ConditionProbe, MountReport } from "./condition.ts";
 import { inlineUuid, isInlineId } from "../inline/inline_volumes.ts";
 import { clipped, toVolumeHealth } from "../controller/health.ts";
 import { longestVolumeId, requireText } from "../request.ts";
@@ -54,9 +54,9 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
         : parseId(volumeId);
       const ctx = call.with({ volume: uuid });
       const device = await (hostEncryption === undefined ? findDevice(host, uuid) : findMapper(host, uuid));
-      const troubles = await troublesOf(ctx, `${action} ${uuid}`, uuid, device, paths);
-      for (const { message } of troubles) ctx.log.warning("found a volume in trouble", { error: message });
-      return { volumeHealth: toVolumeHealth(volumeId, troubles) };
+      const conditions = await troublesOf(ctx, `${action} ${uuid}`, uuid, device, paths);
+      for (const { message } of conditions) ctx.log.warning("found a volume in trouble", { error: message });
+      return { volumeHealth: toVolumeHealth(volumeId, conditions) };
     },
 
     /** CSI specification 1.13, "NodeGetStorageHealth". A node that is connected to nothing has nothing to tell. */
@@ -98,7 +98,7 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
     uuid: string,
     device: BlockDevice | undefined,
     paths: readonly string[],
-  ): Promise<readonly Trouble[]> {
+  ): Promise<readonly AbnormalCondition[]> {
     const table = await mountTable(host);
     let ours: Mount | undefined;
     let dead: Mount | undefined;
@@ -113,8 +113,8 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
       if (relation === "dead") dead ??= mount;
       if (relation === "ours") ours ??= mount;
     }
-    const troubles: Trouble[] = [];
-    const add = ({ trouble }: Condition) => trouble === undefined ? undefined : troubles.push(trouble);
+    const conditions: AbnormalCondition[] = [];
+    const add = ({ condition }: MountReport) => condition === undefined ? undefined : conditions.push(condition);
     if (dead !== undefined) {
       add(await probe.ofDeadMount(ctx, uuid, dead));
     } else if (device !== undefined) {
@@ -122,13 +122,13 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
     } else {
       const problem = "this node has no block device of it";
       if (!wasTried) throw new StatusError("NOT_FOUND", `Cannot ${action}: ${problem}, and none of the paths is there`);
-      troubles.push({ usable: false, reason: "NoDevice", message: problem });
+      conditions.push({ usable: false, reason: "NoDevice", message: problem });
     }
     if (device !== undefined) {
       const controllers = await controllersOf(host, device.subsystemNqn);
       const down = downOf(controllers);
       if (down.length > 0 && down.length < controllers.length) {
-        troubles.push({
+        conditions.push({
           usable: true,
           reason: "PathsDown",
           message: `${down.length} of ${controllers.length} connections to ${device.subsystemNqn} are not live ` +
@@ -136,7 +136,7 @@ export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealth
         });
       }
     }
-    return troubles;
+    return conditions;
   }
 }
 

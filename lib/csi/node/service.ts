@@ -19,10 +19,12 @@ import type { Handlers } from "../../grpc/server.ts";
 import { reasonOf } from "../../host/command_reason.ts";
 import { fsTypes } from "../../host/filesystem/fs_type.ts";
 import { ensureGrown } from "../../host/filesystem/grow.ts";
-import { troubleOf } from "../../host/filesystem/health.ts";
+import { checkMount } from "../../host/filesystem/health.ts";
 import { parseMountFlags } from "../../host/filesystem/options.ts";
 import { closeMapper, growMapper } from "../../host/luks.ts";
 import {
+  assertFileSystemInactive,
+  assertUnmountCanEnd,
   canonicalPath,
   describeMount,
   isEmptyDirectory,
@@ -33,14 +35,12 @@ import {
   mountsOf,
   mountTable,
   onNodeDisk,
-  refuseActiveFileSystem,
-  refuseStuckUnmount,
   relationOf,
   removeMountPoint,
-  takeDown,
   unmount,
+  unmountAll,
 } from "../../host/mounts.ts";
-import { refuseWithoutPath } from "../../host/nvme/paths.ts";
+import { assertHasPath } from "../../host/nvme/paths.ts";
 import { rescanNamespaces } from "../../host/nvme/rescan.ts";
 import { type BlockDevice, findDevice, findMapper } from "../../host/nvme/sysfs.ts";
 import { recheckDevice } from "../../host/nvme/wait.ts";
@@ -48,7 +48,13 @@ import { usersOf } from "../../host/users.ts";
 import type { KeyedLock } from "../../lock.ts";
 import { fromPublishContext, hostNqn, type RemoteNamespace } from "../../namespace.ts";
 import type { VolumeId } from "../../volume_id.ts";
-import { inlineUuid, type InlineVolumes, inlineVolumes, isInlineId, refuseInline } from "../inline/inline_volumes.ts";
+import {
+  assertNotInline,
+  inlineUuid,
+  type InlineVolumes,
+  inlineVolumes,
+  isInlineId,
+} from "../inline/inline_volumes.ts";
 import {
   type Access,
   isReaderOnly,
@@ -63,7 +69,7 @@ import {
 import { conditionProbe } from "./condition.ts";
 import { nodeHealthHandlers } from "./health.ts";
 import { assertMountPath } from "./paths.ts";
-import { refuseMounted, type StageRequest, stageVolume, type StagingOptions, type VolumeOnNode } from "./staging.ts";
+import { assertNotMounted, type StageRequest, stageVolume, type StagingOptions, type VolumeOnNode } from "./staging.ts";
 
 export interface NodeOptions extends StagingOptions {
   /** Shared with the attacher: `volume <uuid>` is taken here, `subsystem <nqn>` there. */
@@ -97,7 +103,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const action = "stage the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
       const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
-      refuseInline(action, volumeId);
+      assertNotInline(action, volumeId);
       const access = parseCapability(action, request.volumeCapability);
       // Checked when a file system is made: a PersistentVolume keeps them for ever, and its volume is still mounted when a
       // later version of the driver allows less.
@@ -150,7 +156,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const action = "unstage the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
       const given = requirePath(action, "staging_target_path", request.stagingTargetPath);
-      refuseInline(action, volumeId);
+      assertNotInline(action, volumeId);
       const path = await canonicalPath(host, given);
       const id = await idUnlessIdle(volumeId, path);
       if (id === undefined) return {};
@@ -160,7 +166,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const what = `${action} ${id.uuid}`;
       const device = await deviceOf(id);
       if (path !== undefined) {
-        if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what });
+        if (device !== undefined) await assertUnmountCanEnd(host, ctx, { device, path, action: what });
         await takeDownUnlessOwed(ctx, path, device, id.uuid, what);
       }
       if (device !== undefined) {
@@ -173,7 +179,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
             }, unpublish it there first`,
           );
         }
-        await refuseActiveFileSystem(host, device, what);
+        await assertFileSystemInactive(host, device, what);
       }
       if (id.hostEncryption !== undefined) await closeMapper(host, ctx, id.uuid, what);
       await refuseHeld(id.uuid, what);
@@ -229,16 +235,16 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const there = mountsAt(table, target).at(-1);
       const relation = there === undefined ? undefined : await relationOf(host, there, device);
       if (there !== undefined && (relation === "ours" || relation === "our node")) {
-        refuseOtherPublish(`${action} ${id.uuid} at "${target}"`, there, relation, access, readOnly);
+        assertSamePublish(`${action} ${id.uuid} at "${target}"`, there, relation, access, readOnly);
         // An unpublish that was cut off may have made the device writable under a read-only mount.
         if (relation === "our node") await setReadOnly(ctx, device, readOnly);
         return {};
       }
       const others = mountsElsewhere(table, await mountsOf(host, table, device), staging, target);
-      refuseSecondTarget(access, others, readOnly, refuse);
-      if (access.type === "block") await refuseMounted(host, device, `${action} ${id.uuid} as a block device`);
+      assertSingleTarget(access, others, readOnly, refuse);
+      if (access.type === "block") await assertNotMounted(host, device, `${action} ${id.uuid} as a block device`);
       // What is dead there shows the pod nothing but errors; what is foreign is refused.
-      if (there !== undefined) await takeDown(host, ctx, target, device, `${action} ${id.uuid}`);
+      if (there !== undefined) await unmountAll(host, ctx, target, device, `${action} ${id.uuid}`);
 
       if (access.type === "block") {
         await makeMountPoint(host, target, "file", refuse);
@@ -291,7 +297,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         if (isNode && published.length === 0) await setReadOnly(ctx, device, false, there !== undefined);
       }
       const what = `${action} ${id.uuid}`;
-      if (device !== undefined) await refuseStuckUnmount(host, ctx, { device, path, action: what });
+      if (device !== undefined) await assertUnmountCanEnd(host, ctx, { device, path, action: what });
       await takeDownUnlessOwed(ctx, path, device, id.uuid, what);
       await removeMountPoint(host, path);
       return {};
@@ -325,7 +331,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       }
       const capability = statedCapability(request.volumeCapability);
       if (capability !== undefined) parseCapability(action, capability);
-      refuseInline(action, volumeId);
+      assertNotInline(action, volumeId);
       const id = parseId(volumeId);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeExpandVolume");
@@ -418,7 +424,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     const found = await deviceOf(id);
     const isDead = found?.encrypts !== undefined && found.encrypts.beneath === undefined;
     const device = found === undefined || isDead ? found : await recheckDevice(host, found, `${action} ${id.uuid}`);
-    if (device !== undefined) await refuseWithoutPath(host, device, `${action} ${id.uuid}`);
+    if (device !== undefined) await assertHasPath(host, device, `${action} ${id.uuid}`);
     const problem = await stagingProblem(ctx, device, staging, access, refuse);
     if (problem === undefined && device !== undefined) return device;
     const isHere = (device !== undefined && !isDead) || await findDevice(host, id.uuid) !== undefined;
@@ -493,7 +499,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       throw refuse(`it is staged as ${mounted.fsType}, the request wants ${access.fsType}`);
     }
     const readOnly = isReaderOnly(access.mode) || parseMountFlags(access.mountFlags).readOnly;
-    return await troubleOf(host, ctx, device, mounted, readOnly);
+    return await checkMount(host, ctx, device, mounted, readOnly);
   }
 
   /** Unmounts what is at `path`. A question that the volume has not answered keeps its mount busy, and that passes. */
@@ -505,7 +511,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     action: string,
   ): Promise<void> {
     try {
-      await takeDown(host, ctx, path, device, action);
+      await unmountAll(host, ctx, path, device, action);
     } catch (error) {
       if (hasCode(error, "FAILED_PRECONDITION")) host.pending.assertNothingOwed(uuid, action);
       throw error;
@@ -584,14 +590,16 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
 
   async function stats(ctx: RequestContext, action: string, id: VolumeOnNode, given: string) {
     const shown = await showing(action, id, given);
-    const { usage, trouble } = shown.kind === "mount"
+    const { usage, condition } = shown.kind === "mount"
       ? await probe.ofMount(ctx, shown.device, shown.mount)
       : shown.kind === "block"
       ? await probe.ofDevice(ctx, shown.device)
       : await probe.ofDeadMount(ctx, id.uuid, shown.mount);
-    const volumeCondition = { abnormal: trouble !== undefined, message: trouble?.message ?? "healthy" };
+    const volumeCondition = { abnormal: condition !== undefined, message: condition?.message ?? "healthy" };
     // Kubelet shows a condition to those only who have switched that on.
-    if (trouble !== undefined) ctx.log.warning("found a volume in trouble", { path: given, error: trouble.message });
+    if (condition !== undefined) {
+      ctx.log.warning("found a volume in trouble", { path: given, error: condition.message });
+    }
     if (usage === undefined) {
       // Kubelet passes over a condition that comes without any usage.
       const total = shown.kind === "dead" ? [] : [{ unit: Unit.BYTES, total: shown.device.sizeBytes }];
@@ -667,7 +675,7 @@ function placeOf(
 }
 
 /** Throws when the volume is published at this target in another way than is asked for. */
-function refuseOtherPublish(
+function assertSamePublish(
   action: string,
   mount: Mount,
   relation: "ours" | "our node",
@@ -692,7 +700,7 @@ function refuseOtherPublish(
  * Throws when another target of the volume on this node forbids this one (spec/csi.md 7.5). SINGLE_NODE_WRITER allows
  * it: orchestrators that do not know SINGLE_NODE_MULTI_WRITER mean that, and two pods of a node share the volume.
  */
-function refuseSecondTarget(
+function assertSingleTarget(
   access: Access,
   others: readonly Mount[],
   readOnly: boolean,

@@ -17,8 +17,8 @@ import { abandonUnfinished } from "../../host/filesystem/unfinished.ts";
 import type { Host } from "../../host/host.ts";
 import { defaultLuksSettings, type LuksSettings, markUsed, openMapper } from "../../host/luks.ts";
 import { describeMount, mountAs, mountsAt, mountTable, relationOf } from "../../host/mounts.ts";
-import { refuseUnauthenticated } from "../../host/nvme/authentication.ts";
-import { refuseWithoutPath } from "../../host/nvme/paths.ts";
+import { assertAuthenticated } from "../../host/nvme/authentication.ts";
+import { assertHasPath } from "../../host/nvme/paths.ts";
 import { type BlockDevice, findDevice } from "../../host/nvme/sysfs.ts";
 import { recheckDevice, waitForDevice } from "../../host/nvme/wait.ts";
 import type { RemoteNamespace } from "../../namespace.ts";
@@ -87,7 +87,7 @@ export async function stageVolume(
   const what = `${request.action} ${id.uuid}`;
   using _counted = await options.limit?.admit(what, id.uuid);
   const namespace = await attachedDevice(options, ctx, request);
-  await refuseWithoutPath(host, namespace, what);
+  await assertHasPath(host, namespace, what);
   const readOnly = isReaderOnly(access.mode) ||
     (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
   const device = id.hostEncryption === undefined ? namespace : await openMapper(host, ctx, namespace, {
@@ -103,8 +103,8 @@ export async function stageVolume(
     },
   });
   if (access.type === "block") {
-    await refuseStagedFileSystem(host, device, path, what);
-    await refuseMounted(host, device, `${what} as a block device`);
+    await assertNoFileSystemStaged(host, device, path, what);
+    await assertNotMounted(host, device, `${what} as a block device`);
     if (!readOnly) {
       await abandonUnfinished(host, ctx, device, what);
       await markUsed(host, ctx, device, what);
@@ -138,7 +138,7 @@ async function attachedDevice(
   const keys = await keysToAttach(options, ctx, request, namespace);
   if (keys !== "unknown") await attacher.attach(ctx, namespace, keys);
   const device = await waitForDevice(host, ctx, id.uuid, { subsystemNqn, hint: attacher.hint });
-  if (inBandAuth !== undefined) await refuseUnauthenticated(host, subsystemNqn, inBandAuth, what);
+  if (inBandAuth !== undefined) await assertAuthenticated(host, subsystemNqn, inBandAuth, what);
   return device;
 }
 
@@ -194,7 +194,7 @@ function passphrasesOf({ action, id, secrets, isRepair }: StageRequest) {
   return parsePassphrases(`${action} ${id.uuid}`, secrets);
 }
 
-async function refuseStagedFileSystem(host: Host, device: BlockDevice, path: string, what: string): Promise<void> {
+async function assertNoFileSystemStaged(host: Host, device: BlockDevice, path: string, what: string): Promise<void> {
   const mounted = mountsAt(await mountTable(host), path).at(-1);
   if (mounted === undefined || await relationOf(host, mounted, device) !== "ours") return;
   throw new StatusError(
@@ -204,7 +204,7 @@ async function refuseStagedFileSystem(host: Host, device: BlockDevice, path: str
 }
 
 /** Throws while a file system of the volume is mounted here: who writes to the device under it damages it. */
-export async function refuseMounted(host: Host, device: BlockDevice, action: string): Promise<void> {
+export async function assertNotMounted(host: Host, device: BlockDevice, action: string): Promise<void> {
   const mount = await mountAs(host, device, "ours");
   if (mount === undefined) return;
   throw new StatusError(

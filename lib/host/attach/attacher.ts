@@ -51,7 +51,7 @@ export interface Attacher {
    * It knows the addresses of what this process has attached: one that is started anew learns from sysfs those that are
    * connected, and the rest with the next attach.
    */
-  tend?(ctx: RequestContext): Promise<void>;
+  reconcile?(ctx: RequestContext): Promise<void>;
 }
 
 /**

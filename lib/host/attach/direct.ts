@@ -52,7 +52,7 @@ export interface DirectOptions {
  * one. Only our own connections are dropped, by controller and not by NQN: another program may be connected under another
  * host NQN.
  */
-export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOptions): Attacher {
+export function createDirectAttacher({ host, hostNqn, hostId, locks, tuning = {} }: DirectOptions): Attacher {
   /** Where the subsystems of attached namespaces answer, by NQN. Losing it is harmless, see `tend`. */
   const addresses = new Map<string, readonly TransportAddress[]>();
   /**
@@ -250,7 +250,7 @@ export function direct({ host, hostNqn, hostId, locks, tuning = {} }: DirectOpti
       await disconnect(ctx, nqn);
     },
 
-    async tend(ctx) {
+    async reconcile(ctx) {
       looks++;
       const ours = await ownControllers();
       const connected = new Set(ours.map((controller) => controller.subsystemNqn));

@@ -23,7 +23,7 @@ export const temporaryPrefix = "tmp.dc.";
  * The daemon takes up a file when it appears and ignores its removal until it starts again; connections stay. A file
  * that is right already is not written again, for every write makes the daemon read the directory anew.
  */
-export function discoveryClient({ host, directory, hostNqn }: DiscoveryClientOptions): Attacher {
+export function createDiscoveryClientAttacher({ host, directory, hostNqn }: DiscoveryClientOptions): Attacher {
   const fileOf = (uuid: string) => `${directory}/${uuid.toLowerCase()}`;
   const temporaryOf = (uuid: string) => `${directory}/${temporaryPrefix}${uuid.toLowerCase()}`;
   return {

@@ -11,7 +11,7 @@ import { readerOf } from "./content.ts";
 import type { FsType } from "./fs_type.ts";
 import { canGrowMountedExt4, viewOf } from "./grow.ts";
 
-export async function check(
+export async function checkFileSystem(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
@@ -52,7 +52,7 @@ export async function check(
  * a volume in use. Shared read-only mounts leave the log alone, for other hosts read the device too; files would then be
  * missing without a word (seen with xfs: an empty directory).
  */
-export async function refuseUnreplayed(
+export async function assertReplayed(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,

@@ -11,7 +11,7 @@ import { contentOf, proveBlank, type Reader, readerOf } from "./content.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
 import { viewOf } from "./grow.ts";
 import { featureOptions } from "./kernel_features.ts";
-import type { MountWish } from "./mount.ts";
+import type { MountOptions } from "./mount.ts";
 import { parseMkfsOptions } from "./options.ts";
 import { textAt, uuidAt } from "./superblocks.ts";
 import { eraseMark, holdsData, markOffset, writeMark } from "./unfinished.ts";
@@ -26,12 +26,12 @@ export async function ensureFilesystem(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  wish: Pick<MountWish, "fsType" | "defaultFsType" | "mkfsOptions">,
+  wish: Pick<MountOptions, "fsType" | "defaultFsType" | "mkfsOptions">,
 ): Promise<void> {
   const action = `make a file system on namespace ${device.uuid}`;
   const found = await contentOf(host, ctx, device, action);
   if (found.kind === "filesystem") return;
-  if (found.kind === "luks") throw refuseEncrypted(action, device);
+  if (found.kind === "luks") throw encryptedError(action, device);
   const fsType = wish.fsType ?? wish.defaultFsType;
   await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished", action);
 }
@@ -193,7 +193,7 @@ async function isFresh(read: Reader, fsType: FsType): Promise<boolean> {
   }
 }
 
-export function refuseEncrypted(action: string, device: BlockDevice): StatusError {
+export function encryptedError(action: string, device: BlockDevice): StatusError {
   return new StatusError(
     "FAILED_PRECONDITION",
     `Cannot ${action}: ${device.path} holds crypto_LUKS, which is none of ${fsTypes.join(", ")}; it is left alone`,

@@ -41,7 +41,7 @@ export async function ensureGrown(
 ): Promise<bigint> {
   const action = `grow the ${fsType} of namespace ${device.uuid} at "${path}"`;
   const now = await recheckDevice(host, device, action);
-  const before = await measure(host, ctx, now, path, fsType, action);
+  const before = await measureFileSystem(host, ctx, now, path, fsType, action);
   if (now.sizeBytes - before.fsBytes < before.stepBytes) return before.fsBytes;
   const mount = mountsAt(await mountTable(host), path).at(-1);
   // Some of the tools are told the path alone, and grow what they find on top there.
@@ -70,7 +70,7 @@ export async function ensureGrown(
   }[fsType];
   const grown = await changing(host, ctx, program as string, args);
   if (grown.code !== 0) throw failed(action, program as string, grown);
-  const after = await measure(host, ctx, now, path, fsType, action);
+  const after = await measureFileSystem(host, ctx, now, path, fsType, action);
   // resize2fs leaves out a last block group that is too small to hold its own tables.
   if (now.sizeBytes - after.fsBytes >= after.unusableBytes) {
     throw new StatusError(
@@ -81,7 +81,7 @@ export async function ensureGrown(
   return after.fsBytes;
 }
 
-export async function measure(
+export async function measureFileSystem(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,

@@ -10,15 +10,15 @@ import type { BlockDevice } from "../nvme/sysfs.ts";
  * answer a read, and a mount for writing must take writes (the kernel makes a damaged file system read-only without a word in the
  * mount table).
  */
-export async function troubleOf(
+export async function checkMount(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
   mount: Mount,
   readOnly: boolean,
 ): Promise<string | undefined> {
-  return await readTroubleOf(host, ctx, device, mount) ??
-    (readOnly ? undefined : await writeTroubleOf(host, ctx, device, mount));
+  return await checkReadable(host, ctx, device, mount) ??
+    (readOnly ? undefined : await checkWritable(host, ctx, device, mount));
 }
 
 /**
@@ -27,7 +27,7 @@ export async function troubleOf(
  *
  * @throws the reason of `ctx.signal`; StatusError UNAVAILABLE while the volume owes an answer
  */
-export async function readTroubleOf(
+export async function checkReadable(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
@@ -51,7 +51,7 @@ export async function readTroubleOf(
 }
 
 /** Why a mount for writing takes no writes, or undefined. Throws as readTroubleOf does. */
-export async function writeTroubleOf(
+export async function checkWritable(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,

@@ -24,23 +24,23 @@ import {
   mountsOf,
   mountTable,
   relationOf,
-  takeDown,
   unmount,
+  unmountAll,
 } from "../mounts.ts";
 import type { BlockDevice } from "../nvme/sysfs.ts";
 import { recheckDevice } from "../nvme/wait.ts";
-import { check, refuseUnreplayed } from "./check.ts";
+import { assertReplayed, checkFileSystem } from "./check.ts";
 import { changing, failed } from "./command.ts";
 import { contentOf, readerOf } from "./content.ts";
-import { eraseStaleMark, format, refuseEncrypted } from "./format.ts";
+import { encryptedError, eraseStaleMark, format } from "./format.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
-import { canGrowMountedExt4, ensureGrown, measure, viewOf } from "./grow.ts";
-import { troubleOf } from "./health.ts";
+import { canGrowMountedExt4, ensureGrown, measureFileSystem, viewOf } from "./grow.ts";
+import { checkMount } from "./health.ts";
 import { featureProblem } from "./kernel_features.ts";
 import { parseMountFlags } from "./options.ts";
 
 /** How a file system is to be mounted. */
-export interface MountWish {
+export interface MountOptions {
   /** Undefined: `defaultFsType` for a blank device, whatever is there otherwise. */
   readonly fsType: FsType | undefined;
   readonly defaultFsType: FsType;
@@ -76,7 +76,7 @@ export async function mountVolume(
   ctx: RequestContext,
   device: BlockDevice,
   path: string,
-  wish: MountWish,
+  wish: MountOptions,
 ): Promise<void> {
   const fsType = await mountAsItIs(host, ctx, device, path, wish);
   if (wish.readOnly || parseMountFlags(wish.flags).readOnly) return;
@@ -84,7 +84,7 @@ export async function mountVolume(
   if (fsType === "ext4" && !await canGrowMountedExt4(host)) {
     const action = `grow the ext4 of namespace ${device.uuid} at "${path}"`;
     const now = await recheckDevice(host, device, action);
-    const { fsBytes, stepBytes, unusableBytes } = await measure(host, ctx, now, path, fsType, action);
+    const { fsBytes, stepBytes, unusableBytes } = await measureFileSystem(host, ctx, now, path, fsType, action);
     // What resize2fs has just left out at the end, it leaves out again.
     const leastBytes = now.sizeBytes > device.sizeBytes ? stepBytes : unusableBytes;
     if (now.sizeBytes - fsBytes < leastBytes) return;
@@ -97,7 +97,7 @@ export async function mountVolume(
       return;
     }
     // Nobody uses it yet: unmounted it can grow.
-    await takeDown(host, ctx, path, device, action);
+    await unmountAll(host, ctx, path, device, action);
     await mountAsItIs(host, ctx, device, path, wish);
     return;
   }
@@ -116,7 +116,7 @@ async function mountAsItIs(
   ctx: RequestContext,
   device: BlockDevice,
   path: string,
-  wish: MountWish,
+  wish: MountOptions,
 ): Promise<FsType> {
   const action = `mount namespace ${device.uuid} at "${path}"`;
   const flags = parseMountFlags(wish.flags);
@@ -126,12 +126,12 @@ async function mountAsItIs(
   if (top !== undefined) {
     const relation = await relationOf(host, top, device);
     if (relation === "ours") {
-      const trouble = await troubleOf(host, ctx, device, top, readOnly);
-      if (trouble === undefined) return refuseOtherMount(action, top, wish, readOnly);
-      await refuseWhileUsedElsewhere(host, device, path, action, trouble);
-      ctx.log.warning("mounts again what does not work", { device: device.path, path, error: trouble });
+      const condition = await checkMount(host, ctx, device, top, readOnly);
+      if (condition === undefined) return assertSameMount(action, top, wish, readOnly);
+      await assertNotUsedElsewhere(host, device, path, action, condition);
+      ctx.log.warning("mounts again what does not work", { device: device.path, path, error: condition });
     }
-    await takeDown(host, ctx, path, device, action);
+    await unmountAll(host, ctx, path, device, action);
   }
 
   const node = await mountAs(host, device, "our node");
@@ -142,7 +142,7 @@ async function mountAsItIs(
     );
   }
   const found = await contentOf(host, ctx, device, action);
-  if (found.kind === "luks") throw refuseEncrypted(action, device);
+  if (found.kind === "luks") throw encryptedError(action, device);
   let fsType: FsType;
   if (found.kind === "filesystem") {
     fsType = found.fsType;
@@ -154,9 +154,9 @@ async function mountAsItIs(
     }
     if (!readOnly && !wish.shared) {
       await eraseStaleMark(host, ctx, device, fsType, action);
-      await check(host, ctx, device, fsType, found.isSmaller, action);
+      await checkFileSystem(host, ctx, device, fsType, found.isSmaller, action);
     }
-    if (readOnly && wish.shared) await refuseUnreplayed(host, ctx, device, fsType, action);
+    if (readOnly && wish.shared) await assertReplayed(host, ctx, device, fsType, action);
   } else {
     if (readOnly || wish.shared) {
       throw new StatusError(
@@ -188,17 +188,17 @@ async function mountAsItIs(
       } is there instead of ${device.path} (${device.number})`,
     );
   }
-  const trouble = await troubleOf(host, ctx, device, mounted, readOnly);
-  if (trouble !== undefined) throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${trouble}`);
+  const condition = await checkMount(host, ctx, device, mounted, readOnly);
+  if (condition !== undefined) throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${condition}`);
   return fsType;
 }
 
-async function refuseWhileUsedElsewhere(
+async function assertNotUsedElsewhere(
   host: Host,
   device: BlockDevice,
   path: string,
   action: string,
-  trouble: string,
+  condition: string,
 ): Promise<void> {
   const table = await mountTable(host);
   const others = mountsElsewhere(table, await mountsOf(host, table, device), path);
@@ -206,7 +206,7 @@ async function refuseWhileUsedElsewhere(
   // Mounted again beside them, it would be the same broken file system.
   throw new StatusError(
     "FAILED_PRECONDITION",
-    `Cannot ${action}: ${trouble}; it is still in use at ${
+    `Cannot ${action}: ${condition}; it is still in use at ${
       others.map((mount) => `"${mount.path}"`).join(", ")
     }, the pods there have to end first`,
   );
@@ -215,7 +215,7 @@ async function refuseWhileUsedElsewhere(
 // What of the options of a mount can be told from the mount table. The rest cannot be compared.
 const visibleOptions = ["noexec", "nosuid", "nodev", "noatime", "nodiratime", "sync", "dirsync"];
 
-function refuseOtherMount(action: string, mount: Mount, wish: MountWish, readOnly: boolean): FsType {
+function assertSameMount(action: string, mount: Mount, wish: MountOptions, readOnly: boolean): FsType {
   const shown = new Set([...mount.options, ...mount.superOptions]);
   const wanted = new Set(parseMountFlags(wish.flags).rest);
   const differences: string[] = [];

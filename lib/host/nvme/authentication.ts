@@ -15,7 +15,7 @@ import { type RequestContext, sleep } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
-import { type ConnectWish, disconnectController } from "./connect.ts";
+import { type ConnectOptions, disconnectController } from "./connect.ts";
 import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
 import { isNeeded } from "./paths.ts";
 import { allControllers, controllersOf, isUsable, type NvmeController } from "./sysfs.ts";
@@ -64,7 +64,7 @@ export interface ConnectProblem {
   readonly isAboutKeys: boolean;
 }
 
-export interface AuthenticatedWish extends ConnectWish {
+export interface AuthenticatedConnectOptions extends ConnectOptions {
   readonly keys: DhchapKeys;
   /** Makes another connection to an address that has one. */
   readonly beside?: boolean;
@@ -74,7 +74,7 @@ export interface AuthenticatedWish extends ConnectWish {
 export async function connectAuthenticated(
   host: Host,
   ctx: RequestContext,
-  { keys, beside = false, ...wish }: AuthenticatedWish,
+  { keys, beside = false, ...wish }: AuthenticatedConnectOptions,
 ): Promise<ConnectProblem | undefined> {
   ctx.signal.throwIfAborted();
   const started = performance.now();
@@ -218,7 +218,7 @@ export async function dropOutdated(
  * Throws FAILED_PRECONDITION when a live connection to a subsystem was made without keys of this kind, by whomever: data
  * would go over it as over any other.
  */
-export async function refuseUnauthenticated(
+export async function assertAuthenticated(
   host: Host,
   subsystemNqn: string,
   kind: AuthKind,

@@ -37,7 +37,7 @@ export interface ConnectionTuning {
   readonly queueSize?: number | undefined;
 }
 
-export interface ConnectWish extends ConnectionTuning {
+export interface ConnectOptions extends ConnectionTuning {
   readonly address: TransportAddress;
   readonly subsystemNqn: string;
   readonly hostNqn: string;
@@ -57,7 +57,7 @@ export interface ConnectWish extends ConnectionTuning {
 export async function connectController(
   host: Host,
   ctx: RequestContext,
-  wish: ConnectWish,
+  wish: ConnectOptions,
 ): Promise<string | undefined> {
   const { address, subsystemNqn, hostNqn, hostId, ...tuning } = wish;
   const settings = {
@@ -98,7 +98,7 @@ export async function connectController(
 }
 
 /** After nvme-cli has found a connection: done if it is ours and works, otherwise the kernel is asked for one beside it. */
-async function connectBeside(host: Host, ctx: RequestContext, wish: ConnectWish): Promise<string | undefined> {
+async function connectBeside(host: Host, ctx: RequestContext, wish: ConnectOptions): Promise<string | undefined> {
   const there = (await controllersOf(host, wish.subsystemNqn)).filter((controller) => isAt(controller, wish.address));
   const isOurs = (controller: NvmeController) => controller.hostNqn === wish.hostNqn;
   const other = there.find((controller) => !isOurs(controller)) ?? there[0];
@@ -116,7 +116,7 @@ async function connectBeside(host: Host, ctx: RequestContext, wish: ConnectWish)
 async function connectUnlessConnected(
   host: Host,
   ctx: RequestContext,
-  wish: ConnectWish,
+  wish: ConnectOptions,
 ): Promise<{ readonly text: string; readonly number: number | undefined } | undefined> {
   ctx.signal.throwIfAborted();
   const facts = { subsystem: wish.subsystemNqn, address: formatAddress(wish.address) };

@@ -10,7 +10,7 @@
  */
 import { messageOf } from "../../error.ts";
 import type { Host } from "../host.ts";
-import type { ConnectWish } from "./connect.ts";
+import type { ConnectOptions } from "./connect.ts";
 
 /** More options than nvme-cli is given. */
 export interface KernelOptions {
@@ -30,7 +30,7 @@ export interface KernelOptions {
  */
 export async function connectByKernel(
   host: Host,
-  { address, subsystemNqn, hostNqn, hostId, ...tuning }: ConnectWish,
+  { address, subsystemNqn, hostNqn, hostId, ...tuning }: ConnectOptions,
   { dhchapSecret, dhchapControllerSecret, duplicate = false }: KernelOptions = {},
 ): Promise<string | undefined> {
   const options = {

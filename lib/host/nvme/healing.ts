@@ -148,8 +148,8 @@ export class ConnectionWatch {
       }
       const missing = [...gone, ...pathless].filter((uuid) => !this.#released.has(uuid));
       if (missing.length === 0) return [];
-      const trouble = { kind: "rescan", subsystem: key, controller, about: missing } as const;
-      return this.#due({ ...trouble, reason: () => `it does not show ${named(missing)}` }, now, touched);
+      const condition = { kind: "rescan", subsystem: key, controller, about: missing } as const;
+      return this.#due({ ...condition, reason: () => `it does not show ${named(missing)}` }, now, touched);
     });
   }
 
@@ -179,8 +179,8 @@ export class ConnectionWatch {
         !controllers.some((other) => other.state === "live" && isAt(other, address));
     }).flatMap((controller) => {
       const reason = (seconds: number) => `its state has been ${controller.state} for ${seconds} s`;
-      const trouble = { kind: "reconnect", subsystem: key, controller, about: [controller.name], reason } as const;
-      return this.#due(trouble, now, touched);
+      const condition = { kind: "reconnect", subsystem: key, controller, about: [controller.name], reason } as const;
+      return this.#due(condition, now, touched);
     });
   }
 

@@ -79,7 +79,7 @@ export async function isNeeded(
  * reaches him, until a path comes back or the kernel gives the connection up (`ctrl_loss_tmo`; with live connections whose
  * ANA state is inaccessible, never). Shows sysfs nothing of its connections, that is no reason to refuse.
  */
-export async function refuseWithoutPath(host: Host, device: BlockDevice, action: string): Promise<void> {
+export async function assertHasPath(host: Host, device: BlockDevice, action: string): Promise<void> {
   const bare = device.encrypts === undefined ? device : device.encrypts.beneath;
   const paths = bare === undefined ? [] : await pathsOf(host, bare, await controllersOf(host, bare.subsystemNqn));
   if (paths.length === 0 || paths.some(isLivePath)) return;

@@ -50,7 +50,7 @@ export async function waitForDevice(
   if (here !== undefined) return here;
   const started = performance.now();
   // Watches before it looks again, or it would miss what came in between.
-  const bell = new Bell();
+  const bell = new Wakeup();
   using _watch = host.watch(host.roots.dev, () => bell.ring());
   let rescanAtMs = announcedMs;
   for (;;) {
@@ -138,7 +138,7 @@ async function describeAbsence(host: Host, uuid: string, subsystemNqn: string | 
 }
 
 /** Wakes one waiter; a ring while nobody waits is kept for the next. */
-class Bell {
+class Wakeup {
   #rung = false;
   #wake: (() => void) | undefined;
   #end: (() => void) | undefined;

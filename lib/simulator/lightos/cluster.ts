@@ -218,7 +218,7 @@ export interface ObjectRef {
   readonly name?: string;
 }
 
-export interface VolumeWish {
+export interface SimulatedVolumeRequest {
   readonly project: string;
   readonly name: string;
   /** Text form; empty with a source snapshot: the snapshot's size. */
@@ -246,7 +246,7 @@ export interface VolumeChange {
   readonly labels?: readonly { readonly key: string; readonly value: string }[] | undefined;
 }
 
-export interface SnapshotWish {
+export interface SimulatedSnapshotRequest {
   readonly project: string;
   readonly name: string;
   readonly description: string;
@@ -254,7 +254,7 @@ export interface SnapshotWish {
   readonly retentionMs: number | undefined;
 }
 
-export interface ListWish {
+export interface ListRequest {
   readonly project: string | undefined;
   readonly uuid?: string;
   readonly name?: string;
@@ -333,7 +333,7 @@ export class Cluster implements AsyncDisposable {
   // -------------------------------------------------------------------------------------------------------- volumes
 
   /** Starts the creation of a volume. @throws StatusError as LightOS would answer */
-  async createVolume(wish: VolumeWish): Promise<SimVolume> {
+  async createVolume(wish: SimulatedVolumeRequest): Promise<SimVolume> {
     const action = `create volume "${wish.name}"`;
     this.#checkProject(action, wish.project);
     checkName(action, wish.name);
@@ -391,7 +391,7 @@ export class Cluster implements AsyncDisposable {
     return volume;
   }
 
-  #checkNameIsFree(action: string, { project, name }: VolumeWish): void {
+  #checkNameIsFree(action: string, { project, name }: SimulatedVolumeRequest): void {
     const namesake = this.#liveVolume(project, name);
     if (namesake === undefined) return;
     throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: volume ${namesake.uuid} has this name`);
@@ -405,7 +405,7 @@ export class Cluster implements AsyncDisposable {
   }
 
   /** One page, ordered by UUID, without Deleting ones unless `showAll`. */
-  listVolumes(wish: ListWish): SimVolume[] {
+  listVolumes(wish: ListRequest): SimVolume[] {
     if (wish.project !== undefined) this.#checkProject("list volumes", wish.project);
     return page(
       candidates(this.#volumes, wish).filter((volume) =>
@@ -515,7 +515,7 @@ export class Cluster implements AsyncDisposable {
    * @throws StatusError FAILED_PRECONDITION while the source is neither Available nor Migrating. A name that a Deleting
    *   snapshot still has is accepted, and the new snapshot ends as Failed (spec/lightos.md 6.7)
    */
-  async createSnapshot(wish: SnapshotWish): Promise<SimSnapshot> {
+  async createSnapshot(wish: SimulatedSnapshotRequest): Promise<SimSnapshot> {
     const action = `create snapshot "${wish.name}"`;
     this.#checkProject(action, wish.project);
     checkName(action, wish.name);
@@ -575,7 +575,7 @@ export class Cluster implements AsyncDisposable {
     return this.#findSnapshot(action, ref);
   }
 
-  listSnapshots(wish: ListWish): SimSnapshot[] {
+  listSnapshots(wish: ListRequest): SimSnapshot[] {
     if (wish.project !== undefined) this.#checkProject("list snapshots", wish.project);
     return page(
       candidates(this.#snapshots, wish).filter((snapshot) => wish.showAll === true || snapshot.state !== "Deleting"),
@@ -845,7 +845,7 @@ export class Cluster implements AsyncDisposable {
     return this.#volumes.named(project, name).find(({ state }) => state !== "Deleting" && state !== "Failed");
   }
 
-  #sourceSnapshot(action: string, wish: VolumeWish): SimSnapshot | undefined {
+  #sourceSnapshot(action: string, wish: SimulatedVolumeRequest): SimSnapshot | undefined {
     const { uuid, name } = wish.sourceSnapshot;
     if (uuid === "" && name === "") return undefined;
     const snapshot = this.#snapshotLike(wish.project, uuid, name);
@@ -1207,7 +1207,7 @@ function checkLabels(
 /** Those that a list with this name or UUID can hold. */
 function candidates<T extends { readonly uuid: string; readonly name: string; readonly project: string }>(
   index: ObjectIndex<T>,
-  wish: ListWish,
+  wish: ListRequest,
 ): readonly T[] {
   if (wish.uuid) {
     const found = index.get(wish.uuid.toLowerCase());
@@ -1219,7 +1219,7 @@ function candidates<T extends { readonly uuid: string; readonly name: string; re
 
 function page<T extends { readonly uuid: string; readonly name: string; readonly project: string }>(
   all: readonly T[],
-  wish: ListWish,
+  wish: ListRequest,
 ): T[] {
   const limit = wish.limit ? wish.limit : longestPage;
   if (limit < 0 || limit > longestPage) throw invalid("list", `limit ${limit} is not between 1 and ${longestPage}`);

@@ -19,13 +19,13 @@ import {
   callControl,
   type ControlPort,
   type ControlPortOptions,
-  defined,
   type Leftovers,
   machineOf,
   parse,
   pathsOf,
   serveRoutes,
   sharedRoutes,
+  withoutUndefined,
 } from "../control.ts";
 import type { Machine, Paths } from "../data_plane/data_plane.ts";
 import type { Faults } from "../faults.ts";
@@ -104,11 +104,11 @@ export function servePoseidonControl(
     ["GET", /^\/leftovers$/, () => control.leftovers()],
     ["GET", /^\/behaviour$/, () => model.behaviour],
     ["PATCH", /^\/behaviour$/, ({ text }) => {
-      control.behave(defined(parse(behaviourSchema, text)));
+      control.behave(withoutUndefined(parse(behaviourSchema, text)));
       return model.behaviour;
     }],
     ["PATCH", /^\/arrays\/([^/]+)$/, ({ text, argument }) => {
-      control.setArray(argument, defined(parse(arraySchema, text)));
+      control.setArray(argument, withoutUndefined(parse(arraySchema, text)));
     }],
     ["POST", /^\/restart$/, async ({ text }) => {
       const { memory = true } = parse(z.strictObject({ memory: z.boolean().optional() }), text);

@@ -18,11 +18,11 @@ import { parseVolumeId, type VolumeId } from "../../volume_id.ts";
 import { KeyedLock } from "../../lock.ts";
 import { inBandAuthKey, nodeIdOf, parseAddress, type RemoteNamespace, type TransportAddress } from "../../namespace.ts";
 import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../../proto/gen/lightos_pb.ts";
-import type { Authentication, StorageBackend, Volume, VolumeWanted } from "../backend.ts";
+import type { Authentication, StorageBackend, Volume, VolumeRequest } from "../backend.ts";
 import { lightosBlocks } from "./changed_blocks.ts";
 import { quoted } from "./answers.ts";
 import { type Cluster, ClusterPool, LightosError, type LightosOptions } from "./cluster.ts";
-import { lightosEphemeral } from "./inline.ts";
+import { lightosInlineVolumes } from "./inline.ts";
 import { ensureTrusted, trustedKeys } from "./hosts.ts";
 import { lightosCapacity, lightosListing, lightosSnapshotList } from "./listing.ts";
 import { lightosModification, qosPolicyLike } from "./modification.ts";
@@ -44,25 +44,25 @@ import {
   originOf,
   removeHelpersOf,
   sourceDifference,
-  tidied,
   volumeLabels,
+  withCleanup,
 } from "./snapshots.ts";
-import { refuseOtherTrust } from "./trust.ts";
+import { assertSameTrust } from "./trust.ts";
 import {
+  aclAny,
+  aclNone,
   aclOf,
   afterRefusal,
-  anybody,
   changeVolume,
   growingDelays,
   hostsIn,
   lookAgainLater,
-  nobody,
+  notDoneCodes,
   pause,
   readVolume,
-  settled,
-  surelyNotDone,
   toVolume,
   unknownState,
+  waitUntilSettled,
 } from "./volumes.ts";
 
 /** The LightOS backend. Its connections are made on first use, shared by all calls, and closed after ten idle minutes. */
@@ -86,7 +86,7 @@ export function lightosBackend(options: LightosOptions): StorageBackend & { read
       const action = `create volume "${wanted.name}"`;
       const parameters = parseParameters(action, wanted.parameters);
       const { endpoints, scheme, trust } = parameters;
-      refuseOtherTrust(action, trust, clusters.trust(secrets, endpoints, scheme));
+      assertSameTrust(action, trust, clusters.trust(secrets, endpoints, scheme));
       const cluster = clusters.open(secrets, endpoints, scheme);
       if (wanted.source === undefined) {
         return await createVolume(ctx, cluster, action, wanted, parameters, volumeSize(action, wanted));
@@ -94,7 +94,7 @@ export function lightosBackend(options: LightosOptions): StorageBackend & { read
       checkRange(action, wanted);
       const origin = originOf(cluster, action, wanted.name, wanted.source, parameters);
       const inItsProject = { ...parameters, project: origin.project };
-      return await tidied(
+      return await withCleanup(
         ctx,
         origin,
         () => createVolume(ctx, cluster, action, wanted, inItsProject, wanted.requiredBytes, origin),
@@ -177,7 +177,10 @@ export function lightosBackend(options: LightosOptions): StorageBackend & { read
     },
   };
   // Added to the same object: a copy would keep what its getters say now.
-  return Object.assign(backend, known === undefined ? {} : { ephemeral: lightosEphemeral(backend, clusters, known) });
+  return Object.assign(
+    backend,
+    known === undefined ? {} : { inline: lightosInlineVolumes(backend, clusters, known) },
+  );
 }
 
 // ---------------------------------------------------------------------------------------------------------- volumes
@@ -187,7 +190,7 @@ async function createVolume(
   ctx: RequestContext,
   cluster: Cluster,
   action: string,
-  wanted: VolumeWanted,
+  wanted: VolumeRequest,
   parameters: Parameters,
   leastBytes: bigint,
   origin?: Origin,
@@ -205,7 +208,7 @@ async function createVolume(
         found = await cluster.call(ctx, action, DurosAPI.method.createVolume, {
           name: wanted.name,
           size: `${beginning?.sizeBytes ?? leastBytes}b`,
-          acl: { values: [nobody] },
+          acl: { values: [aclNone] },
           compression: String(parameters.compression),
           replicaCount: parameters.replicaCount,
           projectName,
@@ -229,7 +232,7 @@ async function createVolume(
         }
       }
     }
-    const created = await settled(
+    const created = await waitUntilSettled(
       ctx,
       cluster,
       action,
@@ -239,7 +242,7 @@ async function createVolume(
       ({ UUID, projectName }) => cluster.call(ctx, action, DurosAPI.method.getVolume, { UUID, projectName }),
     );
     if (created === undefined) continue;
-    refuseMisfit(action, cluster.lastAddress, created, {
+    assertSameVolume(action, cluster.lastAddress, created, {
       name: wanted.name,
       ...(isOurs && origin === undefined ? { leastBytes, limitBytes: wanted.limitBytes } : {}),
     });
@@ -286,7 +289,7 @@ async function createVolume(
  * @param address of the endpoint that shows it
  * @param asked with sizes when it was made just now and empty: else the size is another request's, or its source's
  */
-function refuseMisfit(
+function assertSameVolume(
   action: string,
   address: string,
   created: LightosVolume,
@@ -329,7 +332,7 @@ async function findByName(
 /** How a volume differs from the wish, its source apart. */
 function differencesOf(
   found: LightosVolume,
-  wanted: VolumeWanted,
+  wanted: VolumeRequest,
   parameters: Parameters,
   leastBytes: bigint,
 ): string[] {
@@ -394,7 +397,7 @@ async function deleteVolume(ctx: RequestContext, cluster: Cluster, id: VolumeId)
       return;
     } catch (error) {
       if (hasCode(error, "NOT_FOUND")) return;
-      if (!(error instanceof LightosError) || surelyNotDone.has(error.code)) throw error;
+      if (!(error instanceof LightosError) || notDoneCodes.has(error.code)) throw error;
       // INTERNAL is what older servers answer for a volume that is gone; the next look tells.
       const lastWords = messageOf(error);
       await pause(ctx, delays, action, lastWords);
@@ -422,10 +425,10 @@ function aclWith(
   hostNqn: string,
   shared: boolean,
 ): readonly string[] | undefined {
-  if (acl.includes(anybody)) {
+  if (acl.includes(aclAny)) {
     throw new StatusError(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: its access list is open to any host (${anybody}), set it to ${nobody} on LightOS first`,
+      `Cannot ${action}: its access list is open to any host (${aclAny}), set it to ${aclNone} on LightOS first`,
     );
   }
   const hosts = hostsIn(acl);
@@ -437,7 +440,7 @@ function aclWith(
         `it must be detached there first`,
     );
   }
-  if (hosts.includes(hostNqn) && !acl.includes(nobody)) return undefined;
+  if (hosts.includes(hostNqn) && !acl.includes(aclNone)) return undefined;
   return [...new Set([...hosts, hostNqn])].sort();
 }
 
@@ -445,9 +448,9 @@ function aclWith(
 function aclWithout(acl: readonly string[], hostNqn: string | undefined): readonly string[] | undefined {
   // An open list was never made by us; taking one host from it means nothing, taking every host does.
   if (hostNqn !== undefined && !acl.includes(hostNqn) && acl.length > 0) return undefined;
-  if (acl.length === 1 && acl[0] === nobody) return undefined;
+  if (acl.length === 1 && acl[0] === aclNone) return undefined;
   const left = hostNqn === undefined ? [] : acl.filter((entry) => entry !== hostNqn);
-  return left.length === 0 ? [nobody] : left;
+  return left.length === 0 ? [aclNone] : left;
 }
 
 async function changeAcl(

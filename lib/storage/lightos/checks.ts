@@ -9,7 +9,7 @@ import {
   type ClusterInfoV2,
   DurosAPI,
 } from "../../../proto/gen/lightos_pb.ts";
-import { type Check, checked, reasonOf, simulatorCheck } from "../../check.ts";
+import { type Check, reasonOf, runCheck, simulatorCheck } from "../../check.ts";
 import { type RequestContext, requestContext, type Secrets, timeLimit } from "../../context.ts";
 import { hasCode } from "../../error.ts";
 import { shownCertificate, type Trust } from "../../grpc/tls.ts";
@@ -145,7 +145,7 @@ async function certificateCheck(
   trust: Trust | undefined,
 ): Promise<Check | undefined> {
   if (trust === undefined) return undefined;
-  return await checked(`certificate of ${address}`, async () => {
+  return await runCheck(`certificate of ${address}`, async () => {
     const shown = await within(ctx, ({ signal }) => shownCertificate(address, trust, signal));
     const { subject, issuer, validFrom, validTo } = shown;
     const of = `${subject}, issued by ${issuer}`;
@@ -236,7 +236,7 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
   const addresses = toAddresses(info.nvmeEndpoints);
   const discovery = toAddresses(info.discoveryEndpoints);
   const [health, host] = await Promise.all([
-    checked("cluster health", async () => {
+    runCheck("cluster health", async () => {
       try {
         const { health } = await within(ctx, (ctx) => cluster.call(ctx, action, DurosAPI.method.getCluster, {}));
         return healthOf(health);
@@ -288,8 +288,8 @@ function healthOf(health: ClusterHealth | undefined): Omit<Check, "name"> {
     [numReadOnlyVolumes, "read-only volumes"],
     [numNotAvailableVolumes, "volumes not available"],
   ] as const;
-  const troubles = counts.filter(([count]) => count > 0).map(([count, what]) => `${count} ${what}`);
-  const found = [Health[health.state] ?? `state ${health.state}`, ...troubles].join(", ");
+  const conditions = counts.filter(([count]) => count > 0).map(([count, what]) => `${count} ${what}`);
+  const found = [Health[health.state] ?? `state ${health.state}`, ...conditions].join(", ");
   if (health.state === Health.OK) return { verdict: "ok", found };
   return { verdict: health.state === Health.Error ? "problem" : "warning", found, advice: "look at the cluster" };
 }

@@ -26,7 +26,7 @@ import { type Endpoint, formatEndpoint, formatEndpoints, parseEndpoints, type Sc
 import { adviceFor } from "./advice.ts";
 import { misfit } from "./answers.ts";
 import type { KnownCluster, KnownClusters } from "./cluster_file.ts";
-import { resolveTrust, trustSchema, type TrustWish, trustWish } from "./trust.ts";
+import { parseTrustOptions, resolveTrust, type TrustOptions, trustSchema } from "./trust.ts";
 
 /**
  * Which servers receive the token of the process:
@@ -167,7 +167,7 @@ export class ClusterPool implements AsyncDisposable {
    *
    * @param wish what else is known of the proof, before everything else
    */
-  open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme, wish: TrustWish = {}): Cluster {
+  open(secrets: Secrets, endpoints: readonly Endpoint[], scheme: Scheme, wish: TrustOptions = {}): Cluster {
     const known = this.#options.clusters?.owning(endpoints);
     return this.#at(known?.endpoints ?? endpoints, known, secrets, this.trust(secrets, endpoints, scheme, wish));
   }
@@ -211,13 +211,13 @@ export class ClusterPool implements AsyncDisposable {
     secrets: Secrets,
     endpoints: readonly Endpoint[],
     scheme: Scheme,
-    wish: TrustWish = {},
+    wish: TrustOptions = {},
   ): Trust | undefined {
     const known = this.#options.clusters?.owning(endpoints);
     if ((known?.scheme ?? scheme) === "grpc") return undefined;
     const given = secrets.parse(secretsSchema);
     const ca = given["mgmt-ca.crt"] ?? known?.ca() ?? this.#options.ca;
-    return resolveTrust(ca, wish, trustWish(given), known?.trust ?? {}, { verify: this.#options.verifyTls });
+    return resolveTrust(ca, wish, parseTrustOptions(given), known?.trust ?? {}, { verify: this.#options.verifyTls });
   }
 
   #credentials(given: GivenSecrets, known: KnownCluster | undefined, trust: Trust | undefined): Credentials {

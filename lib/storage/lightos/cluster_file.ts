@@ -38,9 +38,9 @@ import {
   type Scheme,
   schemes,
 } from "../../volume_id.ts";
-import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, texts } from "../cluster_file.ts";
+import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, textFields } from "../cluster_file.ts";
 import { pemProblem, readPem } from "../../pem.ts";
-import { trustConfigSchema, type TrustWish } from "./trust.ts";
+import { trustConfigSchema, type TrustOptions } from "./trust.ts";
 import { parseQuantity } from "../../quantity.ts";
 
 /** One cluster of the file, as text gives it. */
@@ -61,13 +61,13 @@ export interface ClusterEntry {
   readonly caPath: string | undefined;
   /** File of a token. */
   readonly jwtPath: string | undefined;
-  readonly trust: TrustWish;
+  readonly trust: TrustOptions;
   /** Which inline volumes pods may have here; undefined: none. With it there is a `jwtPath`. */
-  readonly ephemeral: EphemeralRules | undefined;
+  readonly ephemeral: InlineRules | undefined;
 }
 
 /** What a cluster allows the authors of pods. */
-export interface EphemeralRules {
+export interface InlineRules {
   /** Never empty. */
   readonly projects: readonly string[];
   /** The largest size of one volume. */
@@ -150,7 +150,7 @@ function known(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
 
 const endpointsProblem = "is not host:port, several with commas or as a list";
 
-const endpointList = texts(endpointsProblem).transform((list, check) => {
+const endpointList = textFields(endpointsProblem).transform((list, check) => {
   const endpoints = parseEndpoints(list.join(","));
   if (typeof endpoints !== "string") return endpoints;
   check.addIssue(endpoints);
@@ -176,7 +176,7 @@ const endpointGroups = z.union([z.string().transform((text) => [text]), z.array(
 
 const file = z.string({ error: "is not the path of a file" }).startsWith("/", "is not an absolute path");
 
-const projectList = texts("is not a project name, several with commas or as a list").pipe(
+const projectList = textFields("is not a project name, several with commas or as a list").pipe(
   z.array(z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')),
 );
 

@@ -17,16 +17,16 @@ import { formatEndpoints, formatVolumeId } from "../../volume_id.ts";
 import { hostNqn } from "../../namespace.ts";
 import { parseQuantity } from "../../quantity.ts";
 import { DurosAPI, type Volume as LightosVolume, Volume_StateEnum as State } from "../../../proto/gen/lightos_pb.ts";
-import type { EphemeralVolume, EphemeralVolumes, EphemeralWanted, StorageBackend } from "../backend.ts";
+import type { InlineVolume, InlineVolumeRequest, InlineVolumeStore, StorageBackend } from "../backend.ts";
 import { type ClusterPool, readInParts } from "./cluster.ts";
-import type { EphemeralRules, KnownCluster, KnownClusters } from "./cluster_file.ts";
+import type { InlineRules, KnownCluster, KnownClusters } from "./cluster_file.ts";
 import { qosPolicyOf } from "./modification.ts";
 import { parametersSchema, problemsOf, volumeSize } from "./parameters.ts";
 
 type Backend = Pick<StorageBackend, "createVolume" | "deleteVolume" | "grantAccess" | "revokeAccess">;
 
 /** A cluster that allows inline volumes. */
-type Open = KnownCluster & { readonly ephemeral: EphemeralRules };
+type Open = KnownCluster & { readonly ephemeral: InlineRules };
 
 /** A project of such a cluster. */
 interface Place {
@@ -38,12 +38,12 @@ interface Place {
 const operator = new Secrets();
 
 /** The inline volumes of the LightOS backend. */
-export function lightosEphemeral(backend: Backend, clusters: ClusterPool, known: KnownClusters): EphemeralVolumes {
+export function lightosInlineVolumes(backend: Backend, clusters: ClusterPool, known: KnownClusters): InlineVolumeStore {
   const openClusters = () => known.all().filter(isOpen);
   const places = (): readonly Place[] =>
     openClusters().flatMap((cluster) => cluster.ephemeral.projects.map((project) => ({ cluster, project })));
 
-  const self: EphemeralVolumes = {
+  const self: InlineVolumeStore = {
     obstacle: () =>
       openClusters().length > 0 ? undefined : "no cluster of the cluster file allows them, the key ephemeral is needed",
 
@@ -121,9 +121,9 @@ export function lightosEphemeral(backend: Backend, clusters: ClusterPool, known:
     action: string,
     wish: Wish,
     paying: Secrets | undefined,
-    wanted: EphemeralWanted,
+    wanted: InlineVolumeRequest,
     begins: () => void,
-  ): Promise<EphemeralVolume> {
+  ): Promise<InlineVolume> {
     const { place } = wish;
     let before: Look;
     try {
@@ -203,10 +203,10 @@ export function lightosEphemeral(backend: Backend, clusters: ClusterPool, known:
     return { own, foreign: own === undefined ? living[0]?.UUID : undefined };
   }
 
-  async function allIn(ctx: RequestContext, action: string, place: Place): Promise<readonly EphemeralVolume[]> {
+  async function allIn(ctx: RequestContext, action: string, place: Place): Promise<readonly InlineVolume[]> {
     const { endpoints, scheme } = place.cluster;
     const cluster = clusters.open(operator, endpoints, scheme);
-    const found: EphemeralVolume[] = [];
+    const found: InlineVolume[] = [];
     for (let offsetUUID = "";;) {
       const { volumes } = await readInParts(longestPage, (limit) => {
         const request = { projectName: place.project, offsetUUID, limit: BigInt(limit) };
@@ -229,7 +229,7 @@ const longestPage = 1000;
 
 /** Volumes with a certain name: ours, or the UUID of one that is not. */
 interface Look {
-  readonly own: EphemeralVolume | undefined;
+  readonly own: InlineVolume | undefined;
   readonly foreign: string | undefined;
 }
 
@@ -359,7 +359,7 @@ const podLabels = { namespace: "namespace", name: "pod", uid: "poduid" };
 const pathLabels = ["target", "targetb", "targetc", "targetd", "targete", "targetf"];
 const pathLabelLength = 252;
 
-function labelsOf({ volumeId, nodeId, targetPath, pod }: EphemeralWanted): Readonly<Record<string, string>> {
+function labelsOf({ volumeId, nodeId, targetPath, pod }: InlineVolumeRequest): Readonly<Record<string, string>> {
   // A path has characters that a label cannot have.
   const encoded = Buffer.from(targetPath).toString("base64url");
   const parts = pathLabels.map((key, at) =>
@@ -378,7 +378,7 @@ function labelsOf({ volumeId, nodeId, targetPath, pod }: EphemeralWanted): Reado
 }
 
 /** The inline volume that this is; undefined for any other volume. */
-function toEphemeral(place: Place, volume: LightosVolume): EphemeralVolume | undefined {
+function toEphemeral(place: Place, volume: LightosVolume): InlineVolume | undefined {
   const labels = new Map(volume.labels.map(({ key, value }) => [key, value]));
   const volumeId = labels.get(idLabel);
   // A clone or a restored volume has the labels of its origin, and another name.

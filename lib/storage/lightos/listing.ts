@@ -22,13 +22,13 @@ import {
   type Volume as LightosVolume,
   Volume_StateEnum as VolumeState,
 } from "../../../proto/gen/lightos_pb.ts";
-import type { Capacity, Listing, Page, PageWanted, Snapshot, Snapshots, Volume } from "../backend.ts";
+import type { Capacity, Listing, Page, PageRequest, Snapshot, Snapshots, Volume } from "../backend.ts";
 import { AnswerPage } from "../listing_page.ts";
 import { type Cluster, type ClusterPool, LightosError, readInParts } from "./cluster.ts";
 import type { KnownCluster, KnownClusters } from "./cluster_file.ts";
 import { encryptionOf, isHelperName, toSnapshot } from "./snapshots.ts";
-import type { TrustWish } from "./trust.ts";
-import { toVolume, troubleOf } from "./volumes.ts";
+import type { TrustOptions } from "./trust.ts";
+import { conditionOf, toVolume } from "./volumes.ts";
 
 /** Most objects in one of LightOS' pages (spec/lightos.md section 15.1). */
 const longestPage = 1000;
@@ -37,7 +37,7 @@ const longestPage = 1000;
 export function lightosListing(clusters: ClusterPool, known: KnownClusters): Listing {
   return {
     listVolumes: (ctx, wanted) => page(ctx, "list volumes", placesIn(clusters, known), wanted, volumesIn),
-    listTroubled: (ctx, secrets, wanted) =>
+    listAbnormal: (ctx, secrets, wanted) =>
       page(ctx, "list volumes in trouble", placesIn(clusters, known, secrets), wanted, troubledVolumesIn),
   };
 }
@@ -179,7 +179,7 @@ const volumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
 
 const troubledVolumesIn: Kind<LightosVolume, ReturnType<typeof toVolume>> = {
   ...volumesIn,
-  entries: (place, volume) => troubleOf(volume) === undefined ? [] : volumesIn.entries(place, volume),
+  entries: (place, volume) => conditionOf(volume) === undefined ? [] : volumesIn.entries(place, volume),
   isRare: true,
 };
 
@@ -201,7 +201,7 @@ async function page<Raw extends { readonly UUID: string }, Entry extends Volume 
   ctx: RequestContext,
   action: string,
   places: readonly Place[],
-  { maxEntries, startingToken }: PageWanted,
+  { maxEntries, startingToken }: PageRequest,
   kind: Kind<Raw, Entry>,
 ): Promise<Page<Entry>> {
   const answer = new AnswerPage<Entry>(maxEntries);
@@ -289,7 +289,7 @@ export interface CapacityParameters {
   readonly endpoints: readonly Endpoint[];
   readonly scheme: Scheme;
   readonly replicaCount: number;
-  readonly trust: TrustWish;
+  readonly trust: TrustOptions;
 }
 
 /**

@@ -16,7 +16,7 @@ import { inBandAuthKey } from "../../namespace.ts";
 import { unknownKeys } from "../../suggestion.ts";
 import type { CapacityRange } from "../backend.ts";
 import { qosParameters, type QosPolicy, qosPolicyOf } from "./modification.ts";
-import { trustSchema, type TrustWish, trustWish } from "./trust.ts";
+import { parseTrustOptions, type TrustOptions, trustSchema } from "./trust.ts";
 
 /** StorageClass parameters, checked. */
 export interface Parameters {
@@ -28,7 +28,7 @@ export interface Parameters {
   readonly qosPolicy: QosPolicy | undefined;
   readonly hostEncryption: VolumeId["hostEncryption"];
   readonly inBandAuth: AuthKind | undefined;
-  readonly trust: TrustWish;
+  readonly trust: TrustOptions;
 }
 
 const onOff = (name: string) =>
@@ -91,19 +91,19 @@ export function parseParameters(action: string, parameters: Readonly<Record<stri
     project: data["project-name"],
     hostEncryption: isEncrypted ? "luks2" as const : undefined,
   };
-  refuseLongId(action, place);
+  assertIdFits(action, place);
   return {
     ...place,
     replicaCount: data["replica-count"],
     compression: data.compression,
     qosPolicy: qosPolicyOf(action, data),
     inBandAuth: data[inBandAuthKey],
-    trust: trustWish(data),
+    trust: parseTrustOptions(data),
   };
 }
 
 /** Throws INVALID_ARGUMENT for endpoints that would make a volume ID which no other call takes: it could not be deleted. */
-function refuseLongId(action: string, place: Omit<VolumeId, "uuid">): void {
+function assertIdFits(action: string, place: Omit<VolumeId, "uuid">): void {
   const bytes = longestIdBytes(place);
   if (bytes <= longestId) return;
   throw new StatusError(

@@ -34,17 +34,17 @@ import {
   type Volume as LightosVolume,
   Volume_StateEnum as VolumeState,
 } from "../../../proto/gen/lightos_pb.ts";
-import type { ContentSource, Snapshot, Snapshots, VolumeWanted } from "../backend.ts";
+import type { ContentSource, Snapshot, Snapshots, VolumeRequest } from "../backend.ts";
 import { type Cluster, type ClusterPool, LightosError, readInParts } from "./cluster.ts";
 import {
   afterRefusal,
   growingDelays,
   lookAgainLater,
+  notDoneCodes,
   pause,
   readVolume,
-  settled,
-  surelyNotDone,
   unknownState,
+  waitUntilSettled,
 } from "./volumes.ts";
 
 /** The snapshots of the LightOS backend. A snapshot ID has the form of a volume ID, with the snapshot's UUID. */
@@ -240,7 +240,7 @@ export function sourceDifference(volume: LightosVolume, asked: string): string {
  * Makes a volume from `origin` and tidies up. After an error that makes the caller give up nothing is left that only the
  * creation needed; after one that makes it repeat, the repeat sees to that.
  */
-export async function tidied<T>(ctx: RequestContext, origin: Origin, make: () => Promise<T>): Promise<T> {
+export async function withCleanup<T>(ctx: RequestContext, origin: Origin, make: () => Promise<T>): Promise<T> {
   let made: T;
   try {
     made = await make();
@@ -407,7 +407,7 @@ async function takeSnapshot(
         });
       } catch (error) {
         if (!(error instanceof LightosError)) throw error;
-        if (surelyNotDone.has(error.code)) {
+        if (notDoneCodes.has(error.code)) {
           // It did not make one now; an earlier request may have, that reached the cluster after the look.
           const earlier = await afterRefusal(action, error, find);
           if (earlier === undefined) throw error;
@@ -430,7 +430,7 @@ async function takeSnapshot(
           `${snapshot.sourceVolumeUUID}, asked is volume ${source.uuid}`,
       );
     }
-    const taken = await settled(
+    const taken = await waitUntilSettled(
       ctx,
       cluster,
       action,
@@ -513,7 +513,7 @@ async function removeSnapshot(
       if (!(error instanceof LightosError)) throw error;
       // Of another state since it was read, or a refusal for good: the next look tells.
       const isRefusal = error.code === "FAILED_PRECONDITION" || error.code === "INVALID_ARGUMENT";
-      if (isRefusal ? ++refusals > 2 : surelyNotDone.has(error.code)) throw error;
+      if (isRefusal ? ++refusals > 2 : notDoneCodes.has(error.code)) throw error;
       await pause(ctx, delays, action, messageOf(error));
     }
   }
@@ -546,7 +546,7 @@ export function isMadeByUs(labels: Labels): boolean {
  * digits, "-", "_" and "." (spec/lightos.md 15.1); anything else in a value becomes "_".
  */
 export function volumeLabels(
-  madeFor: VolumeWanted["madeFor"],
+  madeFor: VolumeRequest["madeFor"],
   more: Readonly<Record<string, string>> = {},
 ): { key: string; value: string }[] {
   return Object.entries({ madeby: "lbcsi", ...madeFor, ...more })
@@ -555,7 +555,7 @@ export function volumeLabels(
 }
 
 /** What the description of a snapshot says of its maker: its labels are those of its volume, CreateSnapshot takes none. */
-function describe(madeFor: VolumeWanted["madeFor"]): string {
+function describe(madeFor: VolumeRequest["madeFor"]): string {
   const facts = Object.entries(madeFor ?? {}).map(([key, value]) => `${key}=${printable(value)}`);
   return ["made by lbcsi", ...facts].join(" ");
 }

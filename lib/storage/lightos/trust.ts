@@ -43,18 +43,18 @@ export const trustConfigSchema = {
 };
 
 /** What one place says of it. */
-export interface TrustWish {
+export interface TrustOptions {
   readonly serverName?: string | undefined;
   readonly pins?: readonly string[] | undefined;
   readonly verify?: boolean | undefined;
 }
 
 /** The wish in values that `trustSchema` has read. */
-export function trustWish(values: {
+export function parseTrustOptions(values: {
   readonly "mgmt-server-name"?: string | undefined;
   readonly "mgmt-tls-pin"?: readonly string[] | undefined;
   readonly "mgmt-tls-verify"?: boolean | undefined;
-}): TrustWish {
+}): TrustOptions {
   return {
     serverName: values["mgmt-server-name"],
     pins: values["mgmt-tls-pin"],
@@ -68,8 +68,9 @@ export function trustWish(values: {
  * @throws StatusError INVALID_ARGUMENT when keys are pinned and the certificate is not verified, for then they are not
  *   looked at
  */
-export function resolveTrust(ca: string | undefined, ...places: readonly TrustWish[]): Trust {
-  const first = <T>(pick: (place: TrustWish) => T | undefined) => places.map(pick).find((value) => value !== undefined);
+export function resolveTrust(ca: string | undefined, ...places: readonly TrustOptions[]): Trust {
+  const first = <T>(pick: (place: TrustOptions) => T | undefined) =>
+    places.map(pick).find((value) => value !== undefined);
   const pins = first((place) => place.pins);
   const name = first((place) => place.serverName);
   const verify = first((place) => place.verify) ?? true;
@@ -94,7 +95,7 @@ export function resolveTrust(ca: string | undefined, ...places: readonly TrustWi
  * @param trust what holds; undefined: clear text
  * @throws StatusError INVALID_ARGUMENT that names the parameters
  */
-export function refuseOtherTrust(action: string, stated: TrustWish, trust: Trust | undefined): void {
+export function assertSameTrust(action: string, stated: TrustOptions, trust: Trust | undefined): void {
   const parts = [
     ["mgmt-server-name", stated.serverName, trust?.serverName],
     ["mgmt-tls-pin", stated.pins?.toSorted().join(","), trust?.pins?.join(",")],

@@ -11,7 +11,7 @@ import {
   type Volume as LightosVolume,
   Volume_StateEnum as State,
 } from "../../../proto/gen/lightos_pb.ts";
-import type { Trouble, Volume } from "../backend.ts";
+import type { AbnormalCondition, Volume } from "../backend.ts";
 import { type Cluster, codeOf, LightosError } from "./cluster.ts";
 
 /** The volume; throws NOT_FOUND when it is absent, being deleted, or the husk of a failed creation. */
@@ -101,7 +101,7 @@ export function toVolume(id: VolumeId, volume: LightosVolume): Volume {
     name: volume.name,
     capacityBytes: volume.size,
     hosts: hostsIn(aclOf(volume)),
-    trouble: troubleOf(volume),
+    condition: conditionOf(volume),
   };
 }
 
@@ -109,7 +109,7 @@ export function toVolume(id: VolumeId, volume: LightosVolume): Volume {
  * What is wrong with a volume now; undefined when it is well. LightOS counts a volume that takes no writes as one that
  * cannot be used (spec/lightos.md section 6.6).
  */
-export function troubleOf({ state, protectionState, rebuildProgress }: LightosVolume): Trouble | undefined {
+export function conditionOf({ state, protectionState, rebuildProgress }: LightosVolume): AbnormalCondition | undefined {
   const rebuild = rebuildProgress === "" || rebuildProgress === "None" ? "" : `, rebuild ${rebuildProgress}`;
   switch (protectionState) {
     case Protection.Degraded:
@@ -153,7 +153,7 @@ interface Made {
  * @throws StatusError UNAVAILABLE when its creation failed: the husk cannot be deleted and does not block the name, so the
  *   repeat makes another; and when nobody can look at it any more
  */
-export async function settled<T extends Made>(
+export async function waitUntilSettled<T extends Made>(
   ctx: RequestContext,
   cluster: Cluster,
   action: string,
@@ -275,7 +275,7 @@ export async function afterRefusal<T>(action: string, refusal: LightosError, loo
 }
 
 /** Codes that the cluster gives before it begins anything. */
-export const surelyNotDone: ReadonlySet<StatusCode> = new Set(
+export const notDoneCodes: ReadonlySet<StatusCode> = new Set(
   [
     "INVALID_ARGUMENT",
     "UNAUTHENTICATED",
@@ -288,8 +288,8 @@ export const surelyNotDone: ReadonlySet<StatusCode> = new Set(
 );
 
 /** What an access list holds that lets no host in, and one that lets any host in (spec/lightos.md section 1). */
-export const nobody = "ALLOW_NONE";
-export const anybody = "ALLOW_ANY";
+export const aclNone = "ALLOW_NONE";
+export const aclAny = "ALLOW_ANY";
 
 /** The access list, sorted, each entry once. */
 export function aclOf(volume: LightosVolume): readonly string[] {
@@ -298,5 +298,5 @@ export function aclOf(volume: LightosVolume): readonly string[] {
 
 /** The host NQNs of an access list. */
 export function hostsIn(acl: readonly string[]): readonly string[] {
-  return acl.filter((entry) => entry !== nobody && entry !== anybody);
+  return acl.filter((entry) => entry !== aclNone && entry !== aclAny);
 }

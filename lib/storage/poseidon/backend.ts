@@ -24,7 +24,7 @@ import {
 } from "../../volume_id.ts";
 import type { Metrics } from "../../metrics.ts";
 import { nodeIdOf } from "../../namespace.ts";
-import type { StorageBackend, Volume, VolumeWanted } from "../backend.ts";
+import type { StorageBackend, Volume, VolumeRequest } from "../backend.ts";
 import type { KnownSystems } from "./cluster_file.ts";
 import { converge, type Dagent, Dagents, means, type Next } from "./dagent.ts";
 import { exportVolume, heldBy, hostsOf, unexportVolume } from "./exports.ts";
@@ -39,13 +39,13 @@ import {
   volumeSize,
 } from "./parameters.ts";
 import {
+  arrayConditionOf,
   mostVolumes,
   type PoseidonArray,
   type PoseidonSubsystem,
   type PoseidonVolume,
   readSubsystems,
   readVolumes,
-  troubleOf,
 } from "./inventory.ts";
 
 /** What the process was told about reaching PoseidonOS. */
@@ -196,7 +196,7 @@ function toVolume(
     name: volume.name,
     capacityBytes: volume.total,
     hosts: hostsOf(subsystems, volume, array.name),
-    trouble: troubleOf(array),
+    condition: arrayConditionOf(array),
   };
 }
 
@@ -223,7 +223,7 @@ async function createVolume(
   ctx: RequestContext,
   dagent: Dagent,
   action: string,
-  wanted: VolumeWanted,
+  wanted: VolumeRequest,
   parameters: PoseidonParameters,
   sizeBytes: bigint,
 ): Promise<Volume> {
@@ -242,7 +242,7 @@ async function createVolume(
       const volume = volumes.find((volume) => volume.uuid === uuid) ?? volumes.find((volume) => volume.name === name);
       if (volume !== undefined) return { done: { array, volume } };
       isNew = true;
-      refuseFull(action, dagent, array, volumes.length, sizeBytes);
+      assertSpaceLeft(action, dagent, array, volumes.length, sizeBytes);
       return {
         step: "make the volume",
         change: {
@@ -294,7 +294,13 @@ async function createVolume(
 }
 
 /** Throws RESOURCE_EXHAUSTED for what the array would refuse. */
-function refuseFull(action: string, dagent: Dagent, array: PoseidonArray, volumes: number, sizeBytes: bigint): void {
+function assertSpaceLeft(
+  action: string,
+  dagent: Dagent,
+  array: PoseidonArray,
+  volumes: number,
+  sizeBytes: bigint,
+): void {
   const where = `array "${array.name}" of PoseidonOS at ${dagent.address}`;
   if (volumes >= mostVolumes) {
     throw new StatusError(

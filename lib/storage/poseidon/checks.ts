@@ -2,14 +2,14 @@
  * A look at PoseidonOS through DAgent, for `lbcsi doctor` (facts: spec/pos.md 5, 6, 11). It reads and changes nothing, and
  * leaves out `GET /system`, which answers from a cache and starts 14 programs on the storage server.
  */
-import { type Check, checked, reasonOf, simulatorCheck } from "../../check.ts";
+import { type Check, reasonOf, runCheck, simulatorCheck } from "../../check.ts";
 import { type RequestContext, requestContext, timeLimit } from "../../context.ts";
 import { type Endpoint, formatEndpoint } from "../../volume_id.ts";
 import { formatAddress, parseAddress } from "../../namespace.ts";
 import type { SystemReport } from "../backend.ts";
 import type { KnownSystems } from "./cluster_file.ts";
 import { type Dagent, Dagents } from "./dagent.ts";
-import { hasTcpTransport, mostVolumes, readSubsystems, readVolumes, troubleOf } from "./inventory.ts";
+import { arrayConditionOf, hasTcpTransport, mostVolumes, readSubsystems, readVolumes } from "./inventory.ts";
 
 /** DAgent answers one question at a time, and five seconds late when PoseidonOS is down. */
 const askMs = 10_000;
@@ -68,7 +68,7 @@ async function look(
   const simulator = simulatorCheck(dagent.version);
   if (simulator !== undefined) checks.push(simulator.check);
   checks.push(
-    await checked(
+    await runCheck(
       "TCP transport",
       async () =>
         await within(ctx, (ctx) => hasTcpTransport(ctx, dagent, action))
@@ -76,7 +76,7 @@ async function look(
           : { verdict: "problem", found: "missing", advice: "make one on PoseidonOS: nodes connect over TCP" },
     ),
   );
-  for (const array of arrays) checks.push(await checked(`array ${array}`, () => arrayCheck(ctx, dagent, array)));
+  for (const array of arrays) checks.push(await runCheck(`array ${array}`, () => arrayCheck(ctx, dagent, array)));
   // Where volumes are exported now; without any, nothing tells the address that a StorageClass will name.
   const listening = subsystems.flatMap(({ listenAddresses }) => listenAddresses)
     .filter(({ transportType }) => transportType.toUpperCase() === "TCP")
@@ -97,9 +97,9 @@ async function arrayCheck(ctx: RequestContext, dagent: Dagent, name: string): Pr
   const { array, volumes } = seen;
   const free = array.capacity > array.used ? array.capacity - array.used : 0n;
   const found = `${volumes.length} of ${mostVolumes} volumes, ${free} bytes left`;
-  const trouble = troubleOf(array);
-  if (trouble !== undefined) {
-    return { verdict: trouble.usable ? "warning" : "problem", found: `${trouble.message}; ${found}` };
+  const condition = arrayConditionOf(array);
+  if (condition !== undefined) {
+    return { verdict: condition.usable ? "warning" : "problem", found: `${condition.message}; ${found}` };
   }
   const isFull = volumes.length >= mostVolumes || free === 0n;
   if (!isFull && volumes.length <= mostVolumes - fewVolumes) return { verdict: "ok", found };

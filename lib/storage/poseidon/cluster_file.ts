@@ -15,7 +15,7 @@
 import * as z from "zod";
 import type { Logger } from "../../context.ts";
 import { type Endpoint, formatEndpoint, isArrayName, parseEndpoints } from "../../volume_id.ts";
-import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, texts } from "../cluster_file.ts";
+import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, textFields } from "../cluster_file.ts";
 
 /** One PoseidonOS of the file. */
 export interface KnownSystem {
@@ -60,7 +60,7 @@ const systemSchema = z.strictObject({
   endpoint: endpointSchema,
   formerEndpoints: z.array(endpointSchema, { error: "is not a list of host:port" }).default([]),
   idEndpoint: endpointSchema.optional(),
-  arrays: texts("is not the name of an array, several with commas or as a list").pipe(
+  arrays: textFields("is not the name of an array, several with commas or as a list").pipe(
     z.array(z.string().refine(isArrayName, "is not the name of an array")),
   ).transform((names) => [...new Set(names)]),
 }, { error: "is not a map of keys" });

@@ -244,7 +244,7 @@ export async function unexportVolume(
       }
       const next = exporting.find(isMeant) ?? subsystems.find(isMeant);
       if (next !== undefined) {
-        refuseForeign(action, next, namespaceOf(next, known, array));
+        assertOwnSubsystem(action, next, namespaceOf(next, known, array));
         return {
           step: `delete ${next.nqn}`,
           // The key was `name` before POS 0.12.
@@ -262,7 +262,7 @@ export async function unexportVolume(
 }
 
 /** Deleting a subsystem takes away whatever is in it (spec/pos.md 6.11). */
-function refuseForeign(
+function assertOwnSubsystem(
   action: string,
   { nqn, namespaces }: PoseidonSubsystem,
   own: PoseidonNamespace | undefined,

@@ -10,7 +10,7 @@ import type { RequestContext } from "../../context.ts";
 import { StatusError } from "../../error.ts";
 import { isPoseidonVolumeName, isUuid } from "../../volume_id.ts";
 import { type Dagent, means } from "./dagent.ts";
-import type { Trouble } from "../backend.ts";
+import type { AbnormalCondition } from "../backend.ts";
 
 /** A number of up to 64 bits: a decimal text, a JSON number in older versions, absent when it is 0. */
 const wide = z.union([z.string().regex(/^\d{1,20}$/), z.int().min(0)]).default(0).transform(BigInt);
@@ -122,12 +122,17 @@ export async function readVolumes(
         `version 0.11 or later is needed`,
     );
   }
-  refuseBadVolumes(dagent, action, arrayName, volumes);
+  assertVolumesReadable(dagent, action, arrayName, volumes);
   return { array, volumes };
 }
 
 /** Throws INTERNAL for volumes that cannot be told apart, or whose names and UUIDs would not be those of an ID. */
-function refuseBadVolumes(dagent: Dagent, action: string, arrayName: string, volumes: readonly PoseidonVolume[]): void {
+function assertVolumesReadable(
+  dagent: Dagent,
+  action: string,
+  arrayName: string,
+  volumes: readonly PoseidonVolume[],
+): void {
   const refuse = (problem: string) =>
     new StatusError(
       "INTERNAL",
@@ -171,7 +176,7 @@ export function namespaceOf(
 }
 
 /** What is wrong with the volumes of an array; undefined when they are well (states: spec/pos.md 6.3). */
-export function troubleOf({ name, state, situation }: PoseidonArray): Trouble | undefined {
+export function arrayConditionOf({ name, state, situation }: PoseidonArray): AbnormalCondition | undefined {
   const told = `PoseidonOS: array "${name}" ${state}, ${situation}`;
   switch (situation) {
     case "DEGRADED":

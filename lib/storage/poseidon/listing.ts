@@ -10,7 +10,7 @@ import { createHash } from "node:crypto";
 import type { RequestContext } from "../../context.ts";
 import { StatusError } from "../../error.ts";
 import { formatEndpoint, isUuid, type PoseidonVolumeId } from "../../volume_id.ts";
-import type { Capacity, Listing, Page, PageWanted, Volume } from "../backend.ts";
+import type { Capacity, Listing, Page, PageRequest, Volume } from "../backend.ts";
 import { AnswerPage } from "../listing_page.ts";
 import type { KnownSystem, KnownSystems } from "./cluster_file.ts";
 import type { Dagents } from "./dagent.ts";
@@ -60,7 +60,7 @@ export function poseidonListing(dagents: Dagents, systems: KnownSystems, toVolum
   const list = async (
     ctx: RequestContext,
     action: string,
-    { maxEntries, startingToken }: PageWanted,
+    { maxEntries, startingToken }: PageRequest,
     belongs: (volume: Volume) => boolean,
   ): Promise<Page<Volume>> => {
     const places = systems.all().flatMap((system) =>
@@ -87,8 +87,8 @@ export function poseidonListing(dagents: Dagents, systems: KnownSystems, toVolum
   };
   return {
     listVolumes: (ctx, wanted) => list(ctx, "list volumes", wanted, () => true),
-    listTroubled: (ctx, _secrets, wanted) =>
-      list(ctx, "list volumes in trouble", wanted, ({ trouble }) => trouble !== undefined),
+    listAbnormal: (ctx, _secrets, wanted) =>
+      list(ctx, "list volumes in trouble", wanted, ({ condition }) => condition !== undefined),
   };
 }
 

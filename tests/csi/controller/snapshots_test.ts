@@ -10,7 +10,7 @@ import { CallError, Channel } from "../../../lib/grpc/client.ts";
 import { serve, service } from "../../../lib/grpc/server.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
-import type { StorageBackend, VolumeWanted } from "../../../lib/storage/backend.ts";
+import type { StorageBackend, VolumeRequest } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { parseVolumeId } from "../../../lib/volume_id.ts";
 import {
@@ -939,7 +939,7 @@ const none = new Secrets();
 async function cloning(type: "volume" | "snapshot" = "volume") {
   const env = await start();
   const { volumeId, snapshotId } = await sources(env);
-  const wanted: VolumeWanted = {
+  const wanted: VolumeRequest = {
     name: "copy",
     requiredBytes: 3n * gib,
     limitBytes: 0n,

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { Secrets } from "../../../lib/context.ts";
-import { Rig } from "../../../lib/demo/testbed.ts";
+import { Testbed } from "../../../lib/demo/testbed.ts";
 import {
   Node,
   NodeGetVolumeHealthRequestSchema,
@@ -543,7 +543,7 @@ inlineTest(
   async () => {
     const signal = AbortSignal.timeout(60_000);
     const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-inline-" }));
-    const rig = new Rig(home, lbcsi);
+    const rig = new Testbed(home, lbcsi);
     try {
       await rig.startSimulator("loop", signal);
       const { adminJwt, jwt, ca = "", grpcs, discoveryDir = "", devRoot = "", sysfsRoot = "" } = rig.addresses;

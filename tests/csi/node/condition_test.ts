@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { conditionProbe } from "../../../lib/csi/node/condition.ts";
 import { StatusError } from "../../../lib/error.ts";
-import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../../lib/host/host.ts";
 import { mountsAt, mountTable } from "../../../lib/host/mounts.ts";
 import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
@@ -36,7 +36,7 @@ async function published(capability: Capability, options: { readonly?: boolean; 
     await Deno.mkdir(discovery);
     await Deno.mkdir(staging);
     const callsOn = (host: Host) =>
-      nodeCalls({ host, attacher: discoveryClient({ host, directory: discovery, hostNqn: "nqn.h:n1" }) });
+      nodeCalls({ host, attacher: createDiscoveryClientAttacher({ host, directory: discovery, hostNqn: "nqn.h:n1" }) });
     const calls = callsOn(machine.host);
     const request = { volumeId: volumeId(uuid), stagingTargetPath: staging, volumeCapability: capability };
     if (capability.accessMode?.mode === Mode.MULTI_NODE_READER_ONLY) {
@@ -227,17 +227,17 @@ conditionTest("a volume that does not answer is reported in time, and asked noth
   const answers = [];
   for (let round = 0; round < 3; round++) answers.push(await probe.ofMount(callContext(), device, mount));
 
-  for (const { usage, trouble } of answers) {
+  for (const { usage, condition } of answers) {
     assert.equal(usage, undefined);
-    assert.match(trouble?.message ?? "", /^ext4 of .*nvme0n1 at ".*\/pod" has not answered for \d s$/);
+    assert.match(condition?.message ?? "", /^ext4 of .*nvme0n1 at ".*\/pod" has not answered for \d s$/);
   }
   assert.equal(asked, 1);
   held.resolve();
   const until = Date.now() + 10_000;
   for (;;) {
-    const { trouble } = await probe.ofMount(callContext(), device, mount);
-    if (trouble === undefined) break;
-    assert.ok(Date.now() < until, trouble.message);
+    const { condition } = await probe.ofMount(callContext(), device, mount);
+    if (condition === undefined) break;
+    assert.ok(Date.now() < until, condition.message);
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
 });

@@ -2,8 +2,8 @@
 import assert from "node:assert/strict";
 import { DhchapKey } from "../../../lib/auth_key.ts";
 import type { Attacher } from "../../../lib/host/attach/attacher.ts";
-import { direct } from "../../../lib/host/attach/direct.ts";
-import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
+import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { CutOff, FakeHost } from "../../support/fake_host.ts";
 import { subsystemNqn } from "../../support/loop_machine.ts";
@@ -24,8 +24,8 @@ const steps: readonly Step[] = ["stage", "publish", "unpublish", "unstage"];
 function driver(host: FakeHost, strategy: typeof strategies[number], kind: typeof kinds[number]) {
   const locks = new KeyedLock();
   const attacher: Attacher = strategy === "direct"
-    ? direct({ host, hostNqn: "nqn.host", hostId: "f4c1fb1c-0d56-4d0a-9d5d-9c36ed1ffa0c", locks })
-    : discoveryClient({ host, directory: host.discoveryDirectory, hostNqn: "nqn.host" });
+    ? createDirectAttacher({ host, hostNqn: "nqn.host", hostId: "f4c1fb1c-0d56-4d0a-9d5d-9c36ed1ffa0c", locks })
+    : createDiscoveryClientAttacher({ host, directory: host.discoveryDirectory, hostNqn: "nqn.host" });
   const calls = nodeCalls({ host, attacher, locks });
   const volumeCapability = kind.includes("block") ? blockCapability() : mountCapability();
   const isEncrypted = kind.startsWith("encrypted");

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { volumeLimit } from "../../../lib/csi/node/limit.ts";
 import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
-import { direct } from "../../../lib/host/attach/direct.ts";
+import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { hostNqn, isSubsystemOf, poseidonNqnPrefix } from "../../../lib/namespace.ts";
 import { CutOff, FakeHost } from "../../support/fake_host.ts";
@@ -23,7 +23,7 @@ async function node(most: number, count: number) {
     await host.makeDirectory(stagingOf(n));
   }
   const locks = new KeyedLock();
-  const attacher = direct({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks });
+  const attacher = createDirectAttacher({ host, hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId), locks });
   const limit = volumeLimit(host, most, isSubsystemOf("lightos"));
   const calls = nodeCalls({ host, attacher, locks, nodeId, maxVolumes: most, limit });
   return {

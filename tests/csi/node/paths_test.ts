@@ -1,6 +1,6 @@
 /** The node service when connections are lost, on a make-believe machine; tests/vm/scenarios/paths.ts is the real one. */
 import assert from "node:assert/strict";
-import { direct } from "../../../lib/host/attach/direct.ts";
+import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { FakeHost } from "../../support/fake_host.ts";
@@ -29,7 +29,7 @@ const publish = { ...stage, targetPath: target };
 function node() {
   const host = new FakeHost();
   const locks = new KeyedLock();
-  const attacher = direct({ host, hostNqn: hostNqn("n1.node"), hostId: "1", locks });
+  const attacher = createDirectAttacher({ host, hostNqn: hostNqn("n1.node"), hostId: "1", locks });
   const setStates = (state: string) => host.controllers.forEach((controller) => controller.state = state);
   return { host, setStates, ...nodeCalls({ host, attacher, locks }) };
 }

@@ -5,7 +5,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { StatusError } from "../../../lib/error.ts";
-import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import { type LoopNamespace, subsystemNqn } from "../../support/loop_machine.ts";
@@ -221,7 +221,7 @@ nodeTest("NodePublishVolume with the publish context of another volume is refuse
 Deno.test("promise 25: an encrypted volume whose device was lost says what to do when the call brings no passphrase", async () => {
   const host = new FakeHost();
   host.addNamespace(uuid, subsystemNqn);
-  const attacher = discoveryClient({ host, directory: host.discoveryDirectory, hostNqn: "nqn.host" });
+  const attacher = createDiscoveryClientAttacher({ host, directory: host.discoveryDirectory, hostNqn: "nqn.host" });
   const calls = nodeCalls({ host, attacher });
   const secrets = { "host-encryption-passphrase": "open sesame" };
   const volume = {

@@ -3,7 +3,7 @@ import { join } from "node:path";
 import { create } from "@bufbuild/protobuf";
 import { StatusError } from "../../../lib/error.ts";
 import type { Attacher } from "../../../lib/host/attach/attacher.ts";
-import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../../lib/host/host.ts";
 import { parseMountTable } from "../../../lib/host/mounts.ts";
 import {
@@ -509,7 +509,7 @@ nodeTest("NodeGetVolumeStats of a file system that hangs ends with its caller's 
   await n.stage(n.stageRequest());
   const hung = nodeCalls({
     host: { ...n.machine.host, usage: () => new Promise(() => {}) },
-    attacher: discoveryClient({ host: n.machine.host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
+    attacher: createDiscoveryClientAttacher({ host: n.machine.host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
   });
   const caller = new AbortController();
   const asked = hung.stats({ volumeId: volumeId(uuid), volumePath: n.staging }, callContext(caller.signal));
@@ -617,7 +617,7 @@ nodeTest("promise 2: NodeStageVolume does not believe a mount whose device gives
   const readBytes = () => Promise.reject(new Error("Input/output error (os error 5)"));
   const broken = nodeCalls({
     host: { ...n.machine.host, readBytes },
-    attacher: discoveryClient({ host: n.machine.host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
+    attacher: createDiscoveryClientAttacher({ host: n.machine.host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
   });
 
   await rejects(broken.stage(n.stageRequest()), "UNAVAILABLE", /cannot be read at byte 0 \(Input\/output error/);
@@ -923,7 +923,7 @@ nodeTest(
   async () => {
     await using n = await node();
     const host = withoutSysResource(n.machine.host);
-    const attacher = discoveryClient({ host, directory: n.discovery, hostNqn: "nqn.h:n1" });
+    const attacher = createDiscoveryClientAttacher({ host, directory: n.discovery, hostNqn: "nqn.h:n1" });
     const limited = nodeCalls({ host, attacher });
     await limited.stage(n.stageRequest());
     await n.machine.grow(n.namespace, 128 * mib);
@@ -976,7 +976,7 @@ for (const when of ["while it is being staged", "after it was staged"] as const)
     };
     const limited = nodeCalls({
       host,
-      attacher: discoveryClient({ host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
+      attacher: createDiscoveryClientAttacher({ host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
     });
     await limited.stage(n.stageRequest());
     if (when === "after it was staged") {
@@ -999,7 +999,7 @@ nodeTest("NodeStageVolume of a grown ext4 in use leaves it to its pods without C
   const host = withoutSysResource(n.machine.host);
   const limited = nodeCalls({
     host,
-    attacher: discoveryClient({ host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
+    attacher: createDiscoveryClientAttacher({ host, directory: n.discovery, hostNqn: "nqn.h:n1" }),
   });
   await limited.stage(n.stageRequest());
   await limited.publish(n.publishRequest());

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
-import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import { type Host, linuxHost } from "../../../lib/host/host.ts";
 import { parseMountTable } from "../../../lib/host/mounts.ts";
 import { toPublishContext } from "../../../lib/namespace.ts";
@@ -30,7 +30,10 @@ async function simulated() {
   const { discoveryDir = "", sysfsRoot = "", devRoot = "", subsystemNqn } = sim.addresses;
   const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-node-" }));
   const host: Host = linuxHost({ log: createLogger("error"), sysfsRoot, devRoot });
-  const calls = nodeCalls({ host, attacher: discoveryClient({ host, directory: discoveryDir, hostNqn }) });
+  const calls = nodeCalls({
+    host,
+    attacher: createDiscoveryClientAttacher({ host, directory: discoveryDir, hostNqn }),
+  });
   const staging = join(directory, "globalmount");
   const target = join(directory, "pod");
   await Deno.mkdir(staging);

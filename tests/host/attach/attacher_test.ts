@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
-import { direct } from "../../../lib/host/attach/direct.ts";
-import { discoveryClient, discoveryFile } from "../../../lib/host/attach/discovery_client.ts";
+import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
+import { createDiscoveryClientAttacher, discoveryFile } from "../../../lib/host/attach/discovery_client.ts";
 import { linuxHost } from "../../../lib/host/host.ts";
 import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
 import { allUsersOf, usersOf } from "../../../lib/host/users.ts";
@@ -32,13 +32,13 @@ const namespace: RemoteNamespace = {
 };
 
 async function withDirectory(
-  act: (attacher: ReturnType<typeof discoveryClient>, directory: string, log: string[]) => Promise<void>,
+  act: (attacher: ReturnType<typeof createDiscoveryClientAttacher>, directory: string, log: string[]) => Promise<void>,
 ): Promise<void> {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-attach-" });
   try {
     const log: string[] = [];
     const host = linuxHost({ log: createLogger("error") });
-    await act(discoveryClient({ host, directory, hostNqn }), directory, log);
+    await act(createDiscoveryClientAttacher({ host, directory, hostNqn }), directory, log);
   } finally {
     await Deno.remove(directory, { recursive: true }).catch(() => {});
   }
@@ -105,7 +105,7 @@ Deno.test("discoveryClient.attach writes into a directory that is a symbolic lin
     await Deno.mkdir(join(directory, "real"));
     await Deno.symlink("real", join(directory, "link"));
     const host = linuxHost({ log: createLogger("error") });
-    const attacher = discoveryClient({ host, directory: join(directory, "link"), hostNqn });
+    const attacher = createDiscoveryClientAttacher({ host, directory: join(directory, "link"), hostNqn });
 
     await attacher.attach(callContext(), namespace);
     assert.equal(await Deno.readTextFile(join(directory, "real", uuid)), discoveryFile(namespace, hostNqn));
@@ -114,7 +114,10 @@ Deno.test("discoveryClient.attach writes into a directory that is a symbolic lin
     assert.deepEqual([...Deno.readDirSync(join(directory, "real"))], []);
     await Deno.symlink("nowhere", join(directory, "dangling"));
     await rejects(
-      discoveryClient({ host, directory: join(directory, "dangling"), hostNqn }).attach(callContext(), namespace),
+      createDiscoveryClientAttacher({ host, directory: join(directory, "dangling"), hostNqn }).attach(
+        callContext(),
+        namespace,
+      ),
       "FAILED_PRECONDITION",
       /dangling is missing, the LightOS Discovery-Client has to be installed/,
     );
@@ -149,7 +152,7 @@ Deno.test("hostIdOf is the same for a node at each start, and differs between no
 function directHost() {
   const host = new FakeHost();
   host.addNamespace(uuid, nqn);
-  const attacher = direct({ host, hostNqn, hostId, locks: new KeyedLock() });
+  const attacher = createDirectAttacher({ host, hostNqn, hostId, locks: new KeyedLock() });
   const traddrs = () => host.controllers.map((controller) => controller.traddr);
   return { host, attacher, traddrs };
 }
@@ -402,7 +405,7 @@ Deno.test("direct.attach gives the settings of connections to nvme connect, and 
     queueSize: 64,
     fastIoFailSeconds: 30,
   };
-  const attacher = direct({ host, hostNqn, hostId, locks: new KeyedLock(), tuning });
+  const attacher = createDirectAttacher({ host, hostNqn, hostId, locks: new KeyedLock(), tuning });
 
   await attacher.attach(callContext(), { ...namespace, addresses: namespace.addresses.slice(0, 1) });
 
@@ -441,11 +444,11 @@ Deno.test("direct.detach leaves connections alone while somebody waits for anoth
 Deno.test("direct.tend makes a connection again that the kernel has given up, and does nothing when none is lost", async () => {
   const { host, attacher, traddrs } = directHost();
   await attacher.attach(callContext(), namespace);
-  await attacher.tend?.(callContext());
+  await attacher.reconcile?.(callContext());
   assert.equal(host.commands.length, 2);
   host.controllers.splice(0, 1);
 
-  await attacher.tend?.(callContext());
+  await attacher.reconcile?.(callContext());
 
   assert.deepEqual(traddrs(), ["192.0.2.2", "192.0.2.1"]);
 });
@@ -453,11 +456,11 @@ Deno.test("direct.tend makes a connection again that the kernel has given up, an
 Deno.test("direct.tend of a new process makes again what it has seen connected", async () => {
   const { host, attacher, traddrs } = directHost();
   await attacher.attach(callContext(), namespace);
-  const next = direct({ host, hostNqn, hostId, locks: new KeyedLock() });
-  await next.tend?.(callContext());
+  const next = createDirectAttacher({ host, hostNqn, hostId, locks: new KeyedLock() });
+  await next.reconcile?.(callContext());
   host.controllers.splice(1, 1);
 
-  await next.tend?.(callContext());
+  await next.reconcile?.(callContext());
 
   assert.deepEqual(traddrs(), ["192.0.2.1", "192.0.2.2"]);
 });
@@ -467,12 +470,12 @@ Deno.test("direct.tend leaves alone what was detached, and what has no device an
   await attacher.attach(callContext(), namespace);
   host.controllers.splice(0);
   host.devices.splice(0);
-  await attacher.tend?.(callContext());
+  await attacher.reconcile?.(callContext());
   assert.deepEqual(traddrs(), []);
   await attacher.attach(callContext(), namespace);
   await attacher.detach(callContext(), uuid);
 
-  await attacher.tend?.(callContext());
+  await attacher.reconcile?.(callContext());
 
   assert.deepEqual(traddrs(), []);
 });
@@ -481,13 +484,13 @@ Deno.test("promise 8: direct.tend drops connections that have shown no namespace
   const { host, attacher, traddrs } = directHost();
   await attacher.attach(callContext(), namespace);
   host.connect("nqn.other", "nqn.theirs", "192.0.2.9");
-  await attacher.tend?.(callContext());
+  await attacher.reconcile?.(callContext());
   await attacher.detach(callContext(), other);
   host.devices.splice(0);
 
-  await attacher.tend?.(callContext());
+  await attacher.reconcile?.(callContext());
   assert.equal(traddrs().length, 3);
-  await attacher.tend?.(callContext());
+  await attacher.reconcile?.(callContext());
 
   assert.deepEqual(traddrs(), ["192.0.2.9"]);
 });

@@ -1,9 +1,9 @@
 /** New file systems have no feature that the node's kernel does not know, and a mount that fails for one says so. */
 import assert from "node:assert/strict";
 import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
-import { mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
+import { type MountOptions, mountVolume } from "../../../lib/host/filesystem/mount.ts";
 import type { Host } from "../../../lib/host/host.ts";
-import { type Disk, wish, withDisk } from "../../support/disk.ts";
+import { type Disk, mountOptions, withDisk } from "../../support/disk.ts";
 import { needs } from "../../support/needs.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";
 
@@ -28,8 +28,8 @@ function withKernel(
         : Promise.resolve({ code: 0, stdout: answer, stderr: "" });
     },
   };
-  const mount = async (special: Partial<MountWish>) =>
-    await mountVolume(host, callContext(), await device(), path, { ...wish, ...special });
+  const mount = async (special: Partial<MountOptions>) =>
+    await mountVolume(host, callContext(), await device(), path, { ...mountOptions, ...special });
   return { mount, commands };
 }
 
@@ -131,7 +131,7 @@ async function setBits({ machine, namespace }: Disk, bits: string): Promise<void
 }
 
 async function makeUnmounted(disk: Disk, fsType: FsType): Promise<void> {
-  await disk.mount({ ...wish, fsType });
+  await disk.mount({ ...mountOptions, fsType });
   await disk.machine.tool("umount", disk.path);
 }
 
@@ -144,7 +144,7 @@ Deno.test({
       await setBits(disk, "0x8000000d");
 
       await rejects(
-        disk.mount({ ...wish, fsType: "xfs" }),
+        disk.mount({ ...mountOptions, fsType: "xfs" }),
         "FAILED_PRECONDITION",
         /mount failed with exit 32 \(.*\); its xfs has read-only compatible features that this driver cannot name \(0x80000000\), which this node's kernel \d\S+ may not know: use a node with a newer kernel$/,
       );
@@ -164,7 +164,7 @@ Deno.test({
       await makeUnmounted(disk, "xfs");
 
       await rejects(
-        disk.mount({ ...wish, fsType: "xfs", flags: ["sunit=7"] }),
+        disk.mount({ ...mountOptions, fsType: "xfs", flags: ["sunit=7"] }),
         "FAILED_PRECONDITION",
         /mount failed with exit 32 \([^;]*\); its mount flags are sunit=7, the kernel log \(dmesg\) says when it refuses one of them$/,
       );

@@ -5,12 +5,12 @@ import { contentOf } from "../../../lib/host/filesystem/content.ts";
 import { fileSystemUuid } from "../../../lib/host/filesystem/format.ts";
 import { type FsType, fsTypes } from "../../../lib/host/filesystem/fs_type.ts";
 import { ensureGrown } from "../../../lib/host/filesystem/grow.ts";
-import { readTroubleOf } from "../../../lib/host/filesystem/health.ts";
-import { mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
+import { checkReadable } from "../../../lib/host/filesystem/health.ts";
+import { type MountOptions, mountVolume } from "../../../lib/host/filesystem/mount.ts";
 import { mountFlags, parseMkfsOptions, parseMountFlags } from "../../../lib/host/filesystem/options.ts";
 import { canonicalPath, mountsElsewhere, parseMountTable } from "../../../lib/host/mounts.ts";
 import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
-import { assertSame, copyOf, type Disk, mib, uuid, wish, withDisk, write } from "../../support/disk.ts";
+import { assertSame, copyOf, type Disk, mib, mountOptions, uuid, withDisk, write } from "../../support/disk.ts";
 import { FakeHost, type FakeNamespace } from "../../support/fake_host.ts";
 import { subsystemNqn } from "../../support/loop_machine.ts";
 import { needs } from "../../support/needs.ts";
@@ -26,7 +26,7 @@ interface NonBlank {
   readonly tools?: readonly string[];
   readonly sizeMib?: number;
   readonly make: (disk: Disk) => Promise<unknown>;
-  readonly wish?: Partial<MountWish>;
+  readonly wish?: Partial<MountOptions>;
   readonly code: StatusCode;
   readonly message: RegExp;
 }
@@ -184,7 +184,7 @@ for (const { what, tools = [], sizeMib = 64, make, wish: special, code, message 
         await make(disk);
         const before = await copyOf(disk);
 
-        await rejects(disk.mount({ ...wish, ...special }), code, message);
+        await rejects(disk.mount({ ...mountOptions, ...special }), code, message);
 
         await assertSame(disk, before);
         assert.deepEqual(await disk.machine.mounts(), []);
@@ -201,7 +201,7 @@ Deno.test({
       const found = await device();
       await Deno.truncate(namespace.file, 8 * mib);
 
-      const mounted = mountVolume(machine.host, callContext(), found, path, wish);
+      const mounted = mountVolume(machine.host, callContext(), found, path, mountOptions);
 
       await rejects(mounted, "UNAVAILABLE", /cannot be read at byte \d+ \(Input\/output error/);
       assert.deepEqual(machine.commands, ["blkid"]);
@@ -217,7 +217,7 @@ Deno.test({
       const entry = join(machine.host.roots.sysfs, "class/block", namespace.name);
       await Deno.writeTextFile(join(entry, "wwid"), "uuid.1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e\n");
 
-      const mounted = mountVolume(machine.host, callContext(), found, path, wish);
+      const mounted = mountVolume(machine.host, callContext(), found, path, mountOptions);
 
       await rejects(mounted, "UNAVAILABLE", /nvme0n1 is nvme0n1 \(namespace 1b7e2c44.*has to be found again/);
       assert.deepEqual(machine.commands, []);
@@ -238,7 +238,7 @@ for (const [what, fsBytes] of [["a blank device is formatted", 0n], ["an ext4 is
       return bytes;
     };
 
-    const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+    const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
 
     await rejects(mounted, "UNAVAILABLE", /nvme0n1 is nvme0n1 \(namespace 1b7e2c44.*has to be found again/);
     assert.deepEqual(host.commands.map((command) => command.split(" ")[0]), ["blkid"]);
@@ -256,7 +256,7 @@ Deno.test("promise 4: mountVolume leaves nothing mounted when the name goes to a
     return run(program, ...rest);
   };
 
-  const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+  const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
 
   await rejects(
     mounted,
@@ -274,10 +274,10 @@ Deno.test({
       {
         using _open = await Deno.open(namespace.path, { write: true });
         const busy = new RegExp(`nvme0n1 is in use by process ${Deno.pid} \\(\\w+\\) with`);
-        await rejects(mount({ ...wish, fsType: "btrfs" }), "UNAVAILABLE", busy);
+        await rejects(mount({ ...mountOptions, fsType: "btrfs" }), "UNAVAILABLE", busy);
         assert.deepEqual(machine.commands, ["blkid"]);
       }
-      await mount({ ...wish, fsType: "btrfs" });
+      await mount({ ...mountOptions, fsType: "btrfs" });
     }),
 });
 
@@ -286,7 +286,7 @@ Deno.test({
   ignore,
   fn: () =>
     withDisk(64, async ({ machine, mount, device, path }) => {
-      await mount(wish);
+      await mount(mountOptions);
       const mounted = parseMountTable(await Deno.readTextFile("/proc/self/mountinfo")).find((one) => one.path === path);
       assert(mounted);
       const looked: string[] = [];
@@ -299,11 +299,11 @@ Deno.test({
         },
       };
 
-      assert.equal(await readTroubleOf(host, callContext(), await device(), mounted), undefined);
+      assert.equal(await checkReadable(host, callContext(), await device(), mounted), undefined);
       assert.deepEqual(looked, [path]);
       const broken = { ...host, lookUp: () => Promise.reject(new Error("Input/output error (os error 5)")) };
       assert.match(
-        await readTroubleOf(broken, callContext(), await device(), mounted) ?? "",
+        await checkReadable(broken, callContext(), await device(), mounted) ?? "",
         /cannot be read \(Input\/output error/,
       );
     }),
@@ -314,7 +314,7 @@ Deno.test({
   ignore,
   fn: () =>
     withDisk(64, async ({ machine, namespace, mount }) => {
-      await mount(wish);
+      await mount(mountOptions);
 
       const found = await machine.tool("blkid", "-p", "-s", "UUID", "-o", "value", namespace.path);
       assert.equal(found.trim(), fileSystemUuid(uuid));
@@ -326,7 +326,7 @@ Deno.test({
   ignore,
   fn: () =>
     withDisk(64, async ({ machine, namespace, mount, path }) => {
-      await mount(wish);
+      await mount(mountOptions);
       await Deno.writeTextFile(join(path, "kept"), "before the crash");
       await machine.tool("sync", "-f", path);
       const crashed = join(machine.directory, "crashed");
@@ -334,7 +334,7 @@ Deno.test({
       await machine.tool("umount", path);
       await machine.tool("dd", `if=${crashed}`, `of=${namespace.path}`, "bs=1M", "conv=notrunc,fsync", "status=none");
 
-      await mount(wish);
+      await mount(mountOptions);
 
       assert.equal(await Deno.readTextFile(join(path, "kept")), "before the crash");
     }),
@@ -345,7 +345,7 @@ Deno.test({
   ignore: ignore || !needs("unshare"),
   fn: () =>
     withDisk(64, async ({ machine, namespace, mount, path }) => {
-      await mount(wish);
+      await mount(mountOptions);
       // Where the kernel lists a mounted file system; this machine's sysfs does not follow it.
       const listed = join(machine.host.roots.sysfs, "fs/ext4", namespace.name);
       await Deno.mkdir(listed, { recursive: true });
@@ -358,7 +358,7 @@ Deno.test({
         await leak.stdout.getReader().read();
         await machine.tool("umount", path);
 
-        await mount(wish);
+        await mount(mountOptions);
       } finally {
         await leak.stdin.close();
         await leak.status;
@@ -373,7 +373,7 @@ Deno.test("mountVolume of an ext4 that e2fsck cannot repair answers FAILED_PRECO
   const { host, device } = await fakeDisk();
   host.answers.set("e2fsck", { code: 4, stdout: "/dev/nvme0n1: UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY.\n" });
 
-  const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+  const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
 
   await rejects(mounted, "FAILED_PRECONDITION", /errors that e2fsck does not repair by itself.*RUN fsck MANUALLY/);
   assert.deepEqual(host.mounts, []);
@@ -384,7 +384,7 @@ for (const [code, outcome] of [[1, true], [2, true], [3, true], [8, false], [12,
     const { host, device } = await fakeDisk();
     host.answers.set("e2fsck", { code });
 
-    const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+    const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
 
     if (outcome) await mounted;
     else await rejects(mounted, "FAILED_PRECONDITION", /e2fsck/);
@@ -395,7 +395,7 @@ for (const [code, outcome] of [[1, true], [2, true], [3, true], [8, false], [12,
 Deno.test("mountVolume for reading only neither checks nor repairs", async () => {
   const { host, device } = await fakeDisk();
 
-  await mountVolume(host, callContext(), device, "/staging", { ...wish, readOnly: true, shared: true });
+  await mountVolume(host, callContext(), device, "/staging", { ...mountOptions, readOnly: true, shared: true });
 
   assert.deepEqual(host.commands.map((command) => command.split(" ")[0]), ["blkid", "mount"]);
   assert.match(host.commands[1] ?? "", /^mount -t ext4 -o ro,noload \/dev\/nvme0n1 \/staging$/);
@@ -407,7 +407,7 @@ Deno.test("mountVolume reports what mkfs says when it fails", async () => {
   const stderr = "/dev/nvme0n1 is apparently in use by the system; will not make a filesystem here!\n";
   host.answers.set("mkfs.ext4", { code: 1, stderr });
 
-  const mounted = mountVolume(host, callContext(), device, "/staging", wish);
+  const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
 
   await rejects(mounted, "FAILED_PRECONDITION", /mkfs.ext4 failed with exit 1 \(.*apparently in use by the system/);
 });
@@ -426,7 +426,7 @@ Deno.test("contentOf takes no answer of blkid for granted but 0, 2 and 8", async
 
 Deno.test("promise 16: ensureGrown does not believe a tool that says it succeeded", async () => {
   const { host, device, namespace } = await fakeDisk();
-  await mountVolume(host, callContext(), device, "/staging", wish);
+  await mountVolume(host, callContext(), device, "/staging", mountOptions);
   namespace.sizeBytes = 4n << 30n;
   host.answers.set("resize2fs", { code: 0, stdout: "Nothing to do!\n" });
 
@@ -437,7 +437,7 @@ Deno.test("promise 16: ensureGrown does not believe a tool that says it succeede
 
 Deno.test("promise 16: ensureGrown answers what it measures, and runs nothing when nothing is to be done", async () => {
   const { host, device, namespace } = await fakeDisk();
-  await mountVolume(host, callContext(), device, "/staging", wish);
+  await mountVolume(host, callContext(), device, "/staging", mountOptions);
   const before = host.commands.length;
 
   assert.equal(await ensureGrown(host, callContext(), device, "/staging", "ext4"), 1n << 30n);
@@ -450,7 +450,7 @@ Deno.test("promise 16: ensureGrown answers what it measures, and runs nothing wh
 
 Deno.test("promise 16: ensureGrown of a read-only mount answers FAILED_PRECONDITION", async () => {
   const { host, device, namespace } = await fakeDisk();
-  await mountVolume(host, callContext(), device, "/staging", { ...wish, readOnly: true });
+  await mountVolume(host, callContext(), device, "/staging", { ...mountOptions, readOnly: true });
   namespace.sizeBytes = 4n << 30n;
 
   const grown = ensureGrown(host, callContext(), device, "/staging", "ext4");
@@ -470,7 +470,7 @@ Deno.test({
   ignore: ignore || !needs("mkfs.xfs"),
   fn: () =>
     withDisk(320, async ({ machine, namespace, mount, path, device }) => {
-      await mount({ ...wish, fsType: "xfs" });
+      await mount({ ...mountOptions, fsType: "xfs" });
       const stranger = await machine.addNamespace(other, 320 * mib);
       await machine.tool("mkfs.xfs", "-q", stranger.path);
       await machine.grow(stranger, 512 * mib);
@@ -738,8 +738,8 @@ for (
     ignore,
     fn: () =>
       withDisk(64, async ({ machine, mount, path }) => {
-        await mount({ ...wish, flags });
-        await mount({ ...wish, flags });
+        await mount({ ...mountOptions, flags });
+        await mount({ ...mountOptions, flags });
 
         const table = parseMountTable(await Deno.readTextFile("/proc/self/mountinfo"));
         assert.deepEqual(table.filter((mount) => mount.path === path).map(({ options }) => options.join()), [expected]);
@@ -753,11 +753,11 @@ Deno.test({
   ignore: ignore || !needs("tune2fs"),
   fn: () =>
     withDisk(64, async ({ machine, namespace, mount, path }) => {
-      await mount(wish);
+      await mount(mountOptions);
       await machine.tool("umount", path);
       await machine.tool("tune2fs", "-e", "panic", namespace.path);
       const optionsOf = async (flags: readonly string[]) => {
-        await mount({ ...wish, flags });
+        await mount({ ...mountOptions, flags });
         const mounted = parseMountTable(await Deno.readTextFile("/proc/self/mountinfo"))
           .find((one) => one.path === path);
         await machine.tool("umount", path);
@@ -774,11 +774,15 @@ Deno.test({
   ignore,
   fn: () =>
     withDisk(64, async ({ mount }) => {
-      await mount({ ...wish, flags: ["noexec", "exec"] });
+      await mount({ ...mountOptions, flags: ["noexec", "exec"] });
 
-      await rejects(mount({ ...wish, flags: ["exec", "noexec"] }), "ALREADY_EXISTS", /there already, without noexec$/);
       await rejects(
-        mount({ ...wish, flags: ["strictatime"] }),
+        mount({ ...mountOptions, flags: ["exec", "noexec"] }),
+        "ALREADY_EXISTS",
+        /there already, without noexec$/,
+      );
+      await rejects(
+        mount({ ...mountOptions, flags: ["strictatime"] }),
         "ALREADY_EXISTS",
         /there already, without strictatime$/,
       );
@@ -845,13 +849,13 @@ Deno.test({
       const flags = ["noatime", "prjquota"];
 
       await rejects(
-        mount({ ...wish, flags }),
+        mount({ ...mountOptions, flags }),
         "FAILED_PRECONDITION",
         /mount failed with exit 32 .*; its mount flags are noatime,prjquota, the kernel log \(dmesg\) says when/,
       );
 
       assert.deepEqual(await machine.mounts(), []);
-      await mount({ ...wish, flags: ["noatime"] });
+      await mount({ ...mountOptions, flags: ["noatime"] });
       assert.deepEqual(await machine.mounts(), [path]);
     }),
 });

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { contentOf } from "../../../lib/host/filesystem/content.ts";
 import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
-import { assertSame, copyOf, type Disk, mib, wish, withDisk, write } from "../../support/disk.ts";
+import { assertSame, copyOf, type Disk, mib, mountOptions, withDisk, write } from "../../support/disk.ts";
 import { needs } from "../../support/needs.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";
 
@@ -47,13 +47,13 @@ async function blkid({ machine, namespace }: Disk): Promise<string> {
 }
 
 async function makeWith(disk: Disk, fsType: FsType, mkfsOptions = ""): Promise<void> {
-  await disk.mount({ ...wish, fsType, mkfsOptions });
+  await disk.mount({ ...mountOptions, fsType, mkfsOptions });
   await Deno.writeTextFile(join(disk.path, "kept"), "the tenant's data");
   await disk.machine.tool("umount", disk.path);
 }
 
 async function assertMounts(disk: Disk, fsType: FsType): Promise<void> {
-  await disk.mount({ ...wish, fsType });
+  await disk.mount({ ...mountOptions, fsType });
   assert.equal(await Deno.readTextFile(join(disk.path, "kept")), "the tenant's data");
 }
 
@@ -79,7 +79,7 @@ Deno.test({
   ignore,
   fn: () =>
     withDisk(64, async (disk) => {
-      await disk.mount(wish);
+      await disk.mount(mountOptions);
       await Deno.writeTextFile(join(disk.path, "kept"), "the tenant's data");
       const block = new Uint8Array(mib);
       for (let at = 3072; at < block.length; at += 4096) block.set(ascii.encode("NVIDIA"), at);
@@ -147,7 +147,11 @@ Deno.test({
       await write(disk.namespace.path, 16 << 10, await secondLuksHeader(disk, 16 << 10));
       const before = await copyOf(disk);
 
-      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /has signatures of more than one kind, it is left alone/);
+      await rejects(
+        disk.mount(mountOptions),
+        "FAILED_PRECONDITION",
+        /has signatures of more than one kind, it is left alone/,
+      );
 
       await assertSame(disk, before);
     }),
@@ -214,7 +218,11 @@ Deno.test({
       await write(disk.namespace.path, 510, new Uint8Array([0x55, 0xaa]));
       const before = await copyOf(disk);
 
-      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /holds a partition table \(dos\), it is left alone/);
+      await rejects(
+        disk.mount(mountOptions),
+        "FAILED_PRECONDITION",
+        /holds a partition table \(dos\), it is left alone/,
+      );
 
       await assertSame(disk, before);
     }),
@@ -239,8 +247,8 @@ for (const head of ["ext4", "xfs"] as const) {
         const before = await copyOf(disk);
 
         const two = /has signatures of more than one kind, it is left alone/;
-        await rejects(disk.mount(wish), "FAILED_PRECONDITION", two);
-        await rejects(disk.mount({ ...wish, fsType: head }), "FAILED_PRECONDITION", two);
+        await rejects(disk.mount(mountOptions), "FAILED_PRECONDITION", two);
+        await rejects(disk.mount({ ...mountOptions, fsType: head }), "FAILED_PRECONDITION", two);
 
         await assertSame(disk, before);
       }),
@@ -256,7 +264,7 @@ for (const head of ["ext4", "xfs"] as const) {
         const before = await copyOf(disk);
 
         await rejects(
-          disk.mount(wish),
+          disk.mount(mountOptions),
           "FAILED_PRECONDITION",
           /has signatures of more than one kind, it is left alone/,
         );
@@ -286,8 +294,8 @@ for (const { what, make } of [...atTheEnd, { what: "noise", make: () => [] }] sa
         for (const [offset, bytes] of make(16 * mib)) await write(disk.namespace.path, offset, bytes);
         const before = await copyOf(disk);
 
-        await rejects(disk.mount(wish), "FAILED_PRECONDITION", /it is left alone/);
-        await rejects(disk.mount({ ...wish, readOnly: true }), "FAILED_PRECONDITION", /it is left alone/);
+        await rejects(disk.mount(mountOptions), "FAILED_PRECONDITION", /it is left alone/);
+        await rejects(disk.mount({ ...mountOptions, readOnly: true }), "FAILED_PRECONDITION", /it is left alone/);
 
         await assertSame(disk, before);
         assert(!disk.machine.commands.includes("e2fsck"));
@@ -308,7 +316,7 @@ Deno.test({
       await write(disk.namespace.path, table + 256, whole.subarray(table + 256, table + 512));
       const before = await copyOf(disk);
 
-      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /it is left alone/);
+      await rejects(disk.mount(mountOptions), "FAILED_PRECONDITION", /it is left alone/);
 
       await assertSame(disk, before);
       assert(!disk.machine.commands.includes("e2fsck"));
@@ -355,7 +363,11 @@ Deno.test({
       await write(disk.namespace.path, 0, sector);
       const before = await copyOf(disk);
 
-      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /holds a partition table \(dos\), it is left alone/);
+      await rejects(
+        disk.mount(mountOptions),
+        "FAILED_PRECONDITION",
+        /holds a partition table \(dos\), it is left alone/,
+      );
 
       await assertSame(disk, before);
     }),
@@ -386,6 +398,6 @@ Deno.test({
     withDisk(64, async (disk) => {
       await disk.machine.tool("mkfs.ext4", "-q", "-t", "ext2", disk.namespace.path);
 
-      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /holds ext2, which is none of/);
+      await rejects(disk.mount(mountOptions), "FAILED_PRECONDITION", /holds ext2, which is none of/);
     }),
 });

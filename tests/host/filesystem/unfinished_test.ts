@@ -1,14 +1,14 @@
 /** A mkfs that is killed at any moment leaves a volume that the next stage finishes, and nobody else's data is taken for it. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import { contentOf } from "../../../lib/host/filesystem/content.ts";
 import { fileSystemUuid } from "../../../lib/host/filesystem/format.ts";
 import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
-import { mountVolume, type MountWish } from "../../../lib/host/filesystem/mount.ts";
+import { type MountOptions, mountVolume } from "../../../lib/host/filesystem/mount.ts";
 import { isUnfinished, markOffset } from "../../../lib/host/filesystem/unfinished.ts";
 import type { Host } from "../../../lib/host/host.ts";
-import { assertSame, copyOf, type Disk, mib, uuid, wish, withDisk, write } from "../../support/disk.ts";
+import { assertSame, copyOf, type Disk, mib, mountOptions, uuid, withDisk, write } from "../../support/disk.ts";
 import { needs } from "../../support/needs.ts";
 import {
   blockCapability,
@@ -41,10 +41,10 @@ function killing({ machine }: Disk, n: number): Host {
 }
 
 /** Mounts with a mkfs that is killed at its n-th write; false: it has fewer. */
-async function isCut(disk: Disk, special: Partial<MountWish>, n: number): Promise<boolean> {
+async function isCut(disk: Disk, special: Partial<MountOptions>, n: number): Promise<boolean> {
   const device = await disk.device();
   try {
-    await mountVolume(killing(disk, n), callContext(), device, disk.path, { ...wish, ...special });
+    await mountVolume(killing(disk, n), callContext(), device, disk.path, { ...mountOptions, ...special });
   } catch (error) {
     if (error instanceof Killed) return true;
     throw error;
@@ -98,7 +98,7 @@ for (const { fsType, sizeMib, mkfsOptions, step } of makings) {
           // Killed at the first attempt and at the second one.
           await isCut(disk, special, n + 2);
 
-          await disk.mount({ ...wish, ...special });
+          await disk.mount({ ...mountOptions, ...special });
 
           await Deno.writeTextFile(join(disk.path, "works"), "");
           await disk.machine.tool("umount", disk.path);
@@ -118,7 +118,7 @@ Deno.test({
         assert(await isCut(disk, {}, n), String(n));
       }
       // Mounted without it, the kernel begins to write 32 GB of zeros into the file behind the device.
-      await disk.mount({ ...wish, flags: ["noinit_itable"] });
+      await disk.mount({ ...mountOptions, flags: ["noinit_itable"] });
 
       await Deno.writeTextFile(join(disk.path, "works"), "");
     }),
@@ -134,7 +134,7 @@ for (const [mark, cut] of [["before mkfs wrote anything", 1], ["while mkfs wrote
         assert(await isCut(disk, {}, cut));
         await machine.grow(namespace, 5 * 1024 * mib);
 
-        await disk.mount(wish);
+        await disk.mount(mountOptions);
 
         assert((await machine.host.usage(path)).totalBytes > 4n << 30n);
         assert.equal(await lastText(disk), "");
@@ -152,7 +152,7 @@ Deno.test({
       await write(disk.namespace.path, 2047 * mib, garbage);
       disk.machine.commands.splice(0);
 
-      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /is not blank and holds no file system/);
+      await rejects(disk.mount(mountOptions), "FAILED_PRECONDITION", /is not blank and holds no file system/);
 
       assert.deepEqual(disk.machine.commands, ["blkid"]);
     }),
@@ -165,12 +165,12 @@ Deno.test({
     withDisk(64, async (disk) => {
       const { machine } = disk;
       await assert.rejects(
-        mountVolume(endingAt(machine.host, "mkfs.ext4"), callContext(), await disk.device(), disk.path, wish),
+        mountVolume(endingAt(machine.host, "mkfs.ext4"), callContext(), await disk.device(), disk.path, mountOptions),
         Killed,
       );
       assert.notEqual(await lastText(disk), "");
 
-      await disk.mount(wish);
+      await disk.mount(mountOptions);
 
       assert.equal(await lastText(disk), "");
     }),
@@ -188,12 +188,12 @@ Deno.test({
         writeDevice: (...args) => ++writes === 2 ? Promise.reject(new Killed()) : machine.host.writeDevice(...args),
       };
       await assert.rejects(
-        mountVolume(host, callContext(), await disk.device(), disk.path, wish),
+        mountVolume(host, callContext(), await disk.device(), disk.path, mountOptions),
         /the mark of an unfinished .* cannot be read or written/,
       );
       assert.notEqual(await lastText(disk), "");
 
-      await disk.mount(wish);
+      await disk.mount(mountOptions);
 
       assert.equal(machine.commands.filter((program) => program === "mkfs.ext4").length, 1);
       assert.equal(await lastText(disk), "");
@@ -261,7 +261,7 @@ for (
         await change(disk);
         const before = await copyOf(disk);
 
-        await rejects(disk.mount(wish), "FAILED_PRECONDITION", /is not blank and holds no file system/);
+        await rejects(disk.mount(mountOptions), "FAILED_PRECONDITION", /is not blank and holds no file system/);
 
         await assertSame(disk, before);
       }),
@@ -277,7 +277,7 @@ Deno.test({
       await leaveHalfMade(disk);
       const discovery = join(machine.directory, "discovery.d");
       await Deno.mkdir(discovery);
-      const attacher = discoveryClient({ host: machine.host, directory: discovery, hostNqn: "nqn.host" });
+      const attacher = createDiscoveryClientAttacher({ host: machine.host, directory: discovery, hostNqn: "nqn.host" });
       const calls = nodeCalls({ host: machine.host, attacher });
       await calls.stage({
         volumeId: volumeId(uuid),
@@ -289,7 +289,7 @@ Deno.test({
       await write(namespace.path, 32 * mib, garbage);
       const before = await copyOf(disk);
 
-      await rejects(disk.mount(wish), "FAILED_PRECONDITION", /is not blank and holds no file system/);
+      await rejects(disk.mount(mountOptions), "FAILED_PRECONDITION", /is not blank and holds no file system/);
 
       await assertSame(disk, before);
     }),
@@ -303,11 +303,11 @@ Deno.test({
       const { namespace } = disk;
       await leaveHalfMade(disk);
       const mark = await markBlock(namespace.file);
-      await disk.mount(wish);
+      await disk.mount(mountOptions);
       await disk.machine.tool("umount", disk.path);
       await write(namespace.path, 64 * mib - markFromEnd, mark);
 
-      await disk.mount(wish);
+      await disk.mount(mountOptions);
 
       assert.deepEqual(await markBlock(namespace.file), mark);
     }),
@@ -321,13 +321,17 @@ Deno.test({
       const { namespace } = disk;
       assert(await isCut(disk, { fsType: "btrfs" }, 20));
       const mark = await markBlock(namespace.file);
-      await disk.mount({ ...wish, fsType: "btrfs" });
+      await disk.mount({ ...mountOptions, fsType: "btrfs" });
       await disk.machine.tool("umount", disk.path);
       await write(namespace.path, 128 * mib - markFromEnd, mark);
       await write(namespace.path, 64 << 10, new Uint8Array(4096));
       const before = await copyOf(disk);
 
-      await rejects(disk.mount({ ...wish, fsType: "btrfs" }), "FAILED_PRECONDITION", /is not blank and holds no/);
+      await rejects(
+        disk.mount({ ...mountOptions, fsType: "btrfs" }),
+        "FAILED_PRECONDITION",
+        /is not blank and holds no/,
+      );
 
       await assertSame(disk, before);
     }),
@@ -370,7 +374,7 @@ for (
             },
           };
 
-          await mountVolume(host, callContext(), device, disk.path, { ...wish, fsType, mkfsOptions });
+          await mountVolume(host, callContext(), device, disk.path, { ...mountOptions, fsType, mkfsOptions });
 
           assert.match(new TextDecoder().decode(left), /^lbcsi: /, `${sizeMib} MiB`);
           assert.equal(new TextDecoder().decode(await markAt()).includes("lbcsi"), false);
@@ -386,7 +390,7 @@ Deno.test({
   fn: () =>
     withDisk(64, async (disk) => {
       await rejects(
-        disk.mount({ ...wish, mkfsOptions: "-I 100" }),
+        disk.mount({ ...mountOptions, mkfsOptions: "-I 100" }),
         "FAILED_PRECONDITION",
         /mkfs.ext4 failed with exit/,
       );
@@ -403,12 +407,12 @@ for (const fsType of ["xfs", "btrfs"] as const) {
     fn: () =>
       withDisk(320, async (disk) => {
         const { machine, namespace, mount, path } = disk;
-        await mount({ ...wish, fsType });
+        await mount({ ...mountOptions, fsType });
         await machine.tool("umount", path);
         if (fsType === "xfs") await write(namespace.path, 126, new Uint8Array([1]));
         else await leaveHalfMadeBtrfs(disk);
 
-        await mount({ ...wish, fsType });
+        await mount({ ...mountOptions, fsType });
 
         assert.equal(machine.commands.filter((program) => program === `mkfs.${fsType}`).length, 2);
         await Deno.writeTextFile(join(path, "works"), "");
@@ -423,7 +427,7 @@ for (const fsType of ["xfs", "btrfs"] as const) {
     fn: () =>
       withDisk(320, async (disk) => {
         const { machine, namespace } = disk;
-        await disk.mount({ ...wish, fsType });
+        await disk.mount({ ...mountOptions, fsType });
         await machine.tool("umount", disk.path);
         if (fsType === "xfs") await write(namespace.path, 126, new Uint8Array([1]));
         else await leaveHalfMadeBtrfs(disk);
@@ -432,7 +436,7 @@ for (const fsType of ["xfs", "btrfs"] as const) {
         const before = await copyOf(disk);
 
         await rejects(
-          disk.mount({ ...wish, fsType }),
+          disk.mount({ ...mountOptions, fsType }),
           "FAILED_PRECONDITION",
           /is not blank and|mount failed with exit/,
         );
@@ -454,12 +458,12 @@ Deno.test({
   fn: () =>
     withDisk(64, async (disk) => {
       // Few inodes and no reserve for growth leave the place of a btrfs super block to files.
-      await disk.mount({ ...wish, mkfsOptions: "-O ^resize_inode -N 64" });
+      await disk.mount({ ...mountOptions, mkfsOptions: "-O ^resize_inode -N 64" });
       await Deno.writeTextFile(join(disk.path, "kept"), "the tenant's data");
       await disk.machine.tool("umount", disk.path);
       await leaveHalfMadeBtrfs(disk);
 
-      await disk.mount(wish);
+      await disk.mount(mountOptions);
 
       assert.equal(await Deno.readTextFile(join(disk.path, "kept")), "the tenant's data");
     }),
@@ -485,7 +489,7 @@ Deno.test({
               : machine.host.run(program, args, options),
         };
 
-        await mountVolume(host, callContext(), await disk.device(), disk.path, { ...wish, fsType });
+        await mountVolume(host, callContext(), await disk.device(), disk.path, { ...mountOptions, fsType });
 
         // A loop device that somebody else has mounted may be opened to see whose file it has, which waits for no read.
         const read = [...(await Deno.readTextFile(log)).matchAll(/\(\d+<(\/[^>]*)>/g)].map(([, path = ""]) => path);
@@ -509,7 +513,7 @@ Deno.test({
   ignore,
   fn: () =>
     withDisk(128, async (disk) => {
-      await disk.mount({ ...wish, fsType: "btrfs", mkfsOptions: "-L mine" });
+      await disk.mount({ ...mountOptions, fsType: "btrfs", mkfsOptions: "-L mine" });
 
       assert.equal((await disk.machine.tool("btrfs", "filesystem", "label", disk.path)).trim(), "mine");
     }),

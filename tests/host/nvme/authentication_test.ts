@@ -5,12 +5,12 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { type AuthKind, DhchapKey, type DhchapKeys } from "../../../lib/auth_key.ts";
-import { attachVolume, type Machine } from "../../../lib/cli/attach_volume.ts";
+import { attachVolume, type LocalMachine } from "../../../lib/cli/attach_volume.ts";
 import { createLogger, Secrets } from "../../../lib/context.ts";
-import { discoveryDaemon } from "../../../lib/discovery/daemon.ts";
+import { createDiscoveryDaemon } from "../../../lib/discovery/daemon.ts";
 import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
-import { direct } from "../../../lib/host/attach/direct.ts";
-import { discoveryClient } from "../../../lib/host/attach/discovery_client.ts";
+import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
+import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import { linuxHost } from "../../../lib/host/host.ts";
 import { authenticationObstacle } from "../../../lib/host/nvme/authentication.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
@@ -41,12 +41,13 @@ function newKeys(kind: AuthKind = "unidirectional"): DhchapKeys {
 const texts = ({ host, controller }: DhchapKeys) => ({ host: host.reveal(), controller: controller?.reveal() });
 
 /** A machine whose subsystem demands these keys, and a way to connect to it. */
-function machine(keys: DhchapKeys | undefined, options: Partial<Parameters<typeof direct>[0]> = {}) {
+function machine(keys: DhchapKeys | undefined, options: Partial<Parameters<typeof createDirectAttacher>[0]> = {}) {
   const host = new FakeHost();
   host.addNamespace(uuid, nqn);
   const demand = (wanted: DhchapKeys) => host.demands.set(nqn, texts(wanted));
   if (keys !== undefined) demand(keys);
-  const process = () => direct({ host, hostNqn: us, hostId: hostIdOf(nodeId), locks: new KeyedLock(), ...options });
+  const process = () =>
+    createDirectAttacher({ host, hostNqn: us, hostId: hostIdOf(nodeId), locks: new KeyedLock(), ...options });
   const lines: string[] = [];
   const log = createLogger("debug", "json", (line) => lines.push(line));
   return {
@@ -441,12 +442,12 @@ Deno.test("direct.tend makes a lost connection again with the keys it had, also 
   await attacher.attach(call(), place, keys);
   host.controllers.splice(0, 1);
 
-  await attacher.tend?.(call());
+  await attacher.reconcile?.(call());
   assert.deepEqual(connected(), [["192.0.2.2", texts(keys)], ["192.0.2.1", texts(keys)]]);
   const next = process();
-  await next.tend?.(call());
+  await next.reconcile?.(call());
   host.controllers.splice(0, 1);
-  await next.tend?.(call());
+  await next.reconcile?.(call());
 
   assert.deepEqual(connected(), [["192.0.2.1", texts(keys)], ["192.0.2.2", texts(keys)]]);
 });
@@ -465,7 +466,7 @@ function node(
     host,
     attacher: strategy === "direct"
       ? attacher
-      : discoveryClient({ host, directory: host.discoveryDirectory, hostNqn: us }),
+      : createDiscoveryClientAttacher({ host, directory: host.discoveryDirectory, hostNqn: us }),
     nodeId,
     ...(authentication === undefined ? {} : { authentication }),
   });
@@ -614,7 +615,7 @@ Deno.test("the daemon connects I/O controllers with its keys, discovery controll
     `-t tcp -a 192.0.2.1 -s 8009 -q ${us} -n ${nqn}\n`,
   );
   const settle = async (keys: DhchapKeys) => {
-    const daemon = discoveryDaemon({
+    const daemon = createDiscoveryDaemon({
       host,
       directory: host.discoveryDirectory,
       log: createLogger("error"),
@@ -915,7 +916,7 @@ Deno.test("attachVolume of a volume ID takes the keys from the cluster, and with
   await using c = await cluster("bidirectional");
   const { host, attacher, demand } = machine(undefined);
   host.addNamespace(c.volume.uuid, c.simulator.addresses.subsystemNqn);
-  const tools: Machine = { host, attacher, hostNqn: us, discoveryDirectory: undefined };
+  const tools: LocalMachine = { host, attacher, hostNqn: us, discoveryDirectory: undefined };
   const attach = async (secrets: Record<string, string>) =>
     await attachVolume(callContext(), tools, {
       backend: c.backend,
@@ -941,7 +942,7 @@ Deno.test("attachVolume of a volume ID takes the keys from the cluster, and with
 Deno.test("attachVolume of a known place connects with the keys it is given", async () => {
   const keys = newKeys();
   const { host, attacher, connected } = machine(keys);
-  const tools: Machine = { host, attacher, hostNqn: us, discoveryDirectory: undefined };
+  const tools: LocalMachine = { host, attacher, hostNqn: us, discoveryDirectory: undefined };
   const wanted = { namespace: { ...place, inBandAuth: "unidirectional" } as const, keys };
 
   await attachVolume(callContext(), tools, wanted, undefined);

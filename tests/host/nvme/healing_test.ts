@@ -1,8 +1,8 @@
 /** Connections that do not heal by themselves: what the direct attacher and the discovery client do about them. */
 import assert from "node:assert/strict";
 import { createLogger } from "../../../lib/context.ts";
-import { discoveryDaemon } from "../../../lib/discovery/daemon.ts";
-import { direct } from "../../../lib/host/attach/direct.ts";
+import { createDiscoveryDaemon } from "../../../lib/discovery/daemon.ts";
+import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
 import { discoveryNqn } from "../../../lib/host/nvme/discovery_log.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { hostNqn, type RemoteNamespace } from "../../../lib/namespace.ts";
@@ -66,10 +66,10 @@ async function directAttacher(uuids: readonly string[] = [uuid]) {
   const lines: Line[] = [];
   const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line)));
   const locks = new KeyedLock();
-  const attacher = direct({ host, hostNqn: us, hostId, locks });
+  const attacher = createDirectAttacher({ host, hostNqn: us, hostId, locks });
   for (const uuid of uuids) await attacher.attach(callContext(), { ...namespace, uuid });
   return {
-    ...lookedAfter(host, lines, async () => await attacher.tend?.(callContext(undefined, log))),
+    ...lookedAfter(host, lines, async () => await attacher.reconcile?.(callContext(undefined, log))),
     attacher,
     locks,
   };
@@ -83,7 +83,7 @@ async function daemon(uuids: readonly string[] = [uuid]) {
   host.logPages.set("192.0.2.1:8009", { generation: 1, records });
   const lines: Line[] = [];
   let ms = 0;
-  const client = discoveryDaemon({
+  const client = createDiscoveryDaemon({
     host,
     directory: host.discoveryDirectory,
     log: createLogger("info", "json", (line) => void lines.push(JSON.parse(line))),
@@ -343,12 +343,12 @@ Deno.test("direct.tend rescans and resets live connections that do not show what
 
 Deno.test("direct.tend of a new process heals what it finds connected", async () => {
   const { host } = await directAttacher();
-  const attacher = direct({ host, hostNqn: us, hostId, locks: new KeyedLock() });
+  const attacher = createDirectAttacher({ host, hostNqn: us, hostId, locks: new KeyedLock() });
   for (const { name } of host.controllers) host.anaStates.set(name, "inaccessible");
   host.onReset = ({ name }) => host.anaStates.set(name, "optimized");
   host.commands.splice(0);
 
-  for (let turn = 0; turn < 10; turn++) await attacher.tend?.(callContext());
+  for (let turn = 0; turn < 10; turn++) await attacher.reconcile?.(callContext());
 
   assert.deepEqual(host.commands, ["nvme reset /dev/nvme0"]);
 });

@@ -5,7 +5,7 @@ import { fileURLToPath } from "node:url";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { parseAllDocuments } from "yaml";
 import { configDirectories, permissionsWith, socketDirectories } from "../../../k8s/image/permissions.ts";
-import { Rig, Running } from "../../../lib/demo/testbed.ts";
+import { Running, Testbed } from "../../../lib/demo/testbed.ts";
 import { Channel } from "../../../lib/grpc/client.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
@@ -48,7 +48,7 @@ async function mounted(directory: string, name: string, text: string): Promise<s
 for (const backend of ["lightos", "poseidon"] as const) {
   Deno.test(`the permissions of lbcsi-controller are enough for whole lives of volumes, with ${backend}`, async () => {
     await withPlaces(async ({ sockets, configuration, program, signal }) => {
-      const rig = new Rig(sockets, program, [Deno.execPath(), "run", "-A", "--no-check", mainPath], backend);
+      const rig = new Testbed(sockets, program, [Deno.execPath(), "run", "-A", "--no-check", mainPath], backend);
       try {
         await rig.startSimulator("none", signal);
         const { addresses, parameters } = rig;
@@ -114,7 +114,7 @@ for (const backend of ["lightos", "poseidon"] as const) {
 
 Deno.test("the permissions of lbcsi-controller are enough to take over the socket of a killed process", async () => {
   await withPlaces(async ({ sockets, program, signal }) => {
-    const rig = new Rig(sockets, program);
+    const rig = new Testbed(sockets, program);
     try {
       const first = await rig.startService("identity", [], signal);
       await first.end("SIGKILL", 10_000);

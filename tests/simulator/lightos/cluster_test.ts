@@ -8,10 +8,10 @@ import {
   type ClusterOptions,
   defaultBehaviour,
   parseSize,
+  type SimulatedVolumeRequest,
   type SimVolume,
   type VolumeState,
   volumeStates,
-  type VolumeWish,
 } from "../../../lib/simulator/lightos/cluster.ts";
 import { noDataPlane } from "../../../lib/simulator/data_plane/data_plane.ts";
 import { eventually } from "../../support/simulator.ts";
@@ -131,11 +131,11 @@ for (
       "RESOURCE_EXHAUSTED",
       `it needs ${33n * gib} bytes with its replicas, ${32n * gib} are free`,
     ],
-  ] as const satisfies readonly (readonly [string, Partial<VolumeWish>, StatusCode, string])[]
+  ] as const satisfies readonly (readonly [string, Partial<SimulatedVolumeRequest>, StatusCode, string])[]
 ) {
   Deno.test(`createVolume with ${what} is refused and leaves nothing`, async () => {
     await using cluster = await open();
-    const { name = "v1" }: Partial<VolumeWish> = change;
+    const { name = "v1" }: Partial<SimulatedVolumeRequest> = change;
 
     await refuses(cluster.createVolume(wish(change)), code, `Cannot create volume "${name}": ${problem}`);
 
@@ -666,7 +666,7 @@ function open(behaviour: Partial<Behaviour> = {}, change: Partial<ClusterOptions
   });
 }
 
-function wish(change: Partial<VolumeWish> = {}): VolumeWish {
+function wish(change: Partial<SimulatedVolumeRequest> = {}): SimulatedVolumeRequest {
   return {
     project,
     name: "v1",

@@ -242,8 +242,8 @@ Deno.test("promise 10: a token that LightOS repeats as the progress of a rebuild
   });
   token = env.jwt;
 
-  const { trouble } = await env.calls.ControllerGetVolume();
+  const { condition } = await env.calls.ControllerGetVolume();
 
-  ok(trouble !== undefined);
-  match(trouble.message, /\[token\]/);
+  ok(condition !== undefined);
+  match(condition.message, /\[token\]/);
 });

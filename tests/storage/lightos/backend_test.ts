@@ -4,7 +4,7 @@ import { createLogger, type RequestContext, requestContext, Secrets } from "../.
 import { type StatusCode, StatusError } from "../../../lib/error.ts";
 import { parseVolumeId } from "../../../lib/volume_id.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import type { StorageBackend, VolumeWanted } from "../../../lib/storage/backend.ts";
+import type { StorageBackend, VolumeRequest } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { volumeSize } from "../../../lib/storage/lightos/parameters.ts";
 import type { LightosOptions } from "../../../lib/storage/lightos/cluster.ts";
@@ -28,7 +28,7 @@ async function start(
     simulator,
     backend,
     lines,
-    wanted: (changes: Partial<VolumeWanted> = {}, parameters: Record<string, string> = {}): VolumeWanted => ({
+    wanted: (changes: Partial<VolumeRequest> = {}, parameters: Record<string, string> = {}): VolumeRequest => ({
       name: "pvc-1",
       requiredBytes: gib,
       limitBytes: 0n,
@@ -181,7 +181,7 @@ Deno.test("createVolume makes a volume that nobody may reach, and names it by th
   strictEqual(volume.capacityBytes, 3n * gib);
   strictEqual(volume.name, "pvc-1");
   deepStrictEqual(volume.hosts, []);
-  strictEqual(volume.trouble, undefined);
+  strictEqual(volume.condition, undefined);
   const id = parseVolumeId(volume.id);
   strictEqual(id.uuid, volume.uuid);
   strictEqual(id.project, "default");
@@ -394,7 +394,7 @@ Deno.test("getVolume tells what is wrong with a volume", async () => {
 
   const volume = await env.backend.getVolume(within(5000), none, id);
 
-  match(volume.trouble?.message ?? "", /writes fail \(LightOS: ReadOnly/);
+  match(volume.condition?.message ?? "", /writes fail \(LightOS: ReadOnly/);
 });
 
 // ------------------------------------------------------------------------------------------------------------ delete

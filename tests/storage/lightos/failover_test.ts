@@ -6,7 +6,7 @@ import { type StatusCode, StatusError } from "../../../lib/error.ts";
 import { DhchapKey } from "../../../lib/auth_key.ts";
 import { Metrics } from "../../../lib/metrics.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import type { VolumeWanted } from "../../../lib/storage/backend.ts";
+import type { VolumeRequest } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { VersionSchema } from "../../../proto/gen/lightos_pb.ts";
 import { answerHttp2, grpcAnswer, type Http2Answer, page } from "../../support/http2_answers.ts";
@@ -54,7 +54,7 @@ async function start(
       userAgent: "lbcsi/test",
       metrics,
     }));
-    const wanted = (name: string, changes: Partial<VolumeWanted> = {}): VolumeWanted => ({
+    const wanted = (name: string, changes: Partial<VolumeRequest> = {}): VolumeRequest => ({
       name,
       requiredBytes: gib,
       limitBytes: 0n,
@@ -185,7 +185,7 @@ for (const code of ["UNAVAILABLE", "INTERNAL"] as const) {
       ok(snapshots && expansion && modification);
       const kind = { "in-band-auth": "unidirectional" };
       const plain = wanted("pvc-1");
-      const create = (name: string, changes: Partial<VolumeWanted> = {}) =>
+      const create = (name: string, changes: Partial<VolumeRequest> = {}) =>
         backend.createVolume(within(10_000), none, { ...wanted(name), ...changes });
       // The endpoint is in use when it falls ill.
       const { id } = await create("pvc-1", { parameters: { ...plain.parameters, ...kind } });

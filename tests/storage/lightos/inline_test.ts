@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { createLogger, requestContext, Secrets } from "../../../lib/context.ts";
 import { isFinal, StatusError } from "../../../lib/error.ts";
-import type { EphemeralVolumes, EphemeralWanted } from "../../../lib/storage/backend.ts";
+import type { InlineVolumeRequest, InlineVolumeStore } from "../../../lib/storage/backend.ts";
 import {
   clusterEntry,
   filesOf,
@@ -26,7 +26,7 @@ function within(ms: number) {
   return requestContext(controller.signal, new Date(Date.now() + ms), createLogger("error", "json", () => {}));
 }
 
-function wanted(attributes: Readonly<Record<string, string>> = { size: "1Gi" }, n = 1): EphemeralWanted {
+function wanted(attributes: Readonly<Record<string, string>> = { size: "1Gi" }, n = 1): InlineVolumeRequest {
   return {
     volumeId: inlineId(n),
     attributes,
@@ -346,7 +346,7 @@ Deno.test("a repeat removes what an earlier call made, once the operator's token
 // ------------------------------------------------------------------------------------------------------------ promises
 
 /** The life of an inline volume, each call repeated until it succeeds. */
-async function life(volumes: EphemeralVolumes, secrets: Secrets): Promise<void> {
+async function life(volumes: InlineVolumeStore, secrets: Secrets): Promise<void> {
   const insist = async <T>(call: () => Promise<T>): Promise<T> => {
     for (let attempt = 1;; attempt++) {
       try {

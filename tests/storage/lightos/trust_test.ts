@@ -5,7 +5,7 @@ import { createLogger, type RequestContext, requestContext, Secrets } from "../.
 import { type StatusCode, StatusError } from "../../../lib/error.ts";
 import { publicKeyPin } from "../../../lib/grpc/tls.ts";
 import { selfSigned } from "../../../lib/simulator/certificate.ts";
-import type { VolumeWanted } from "../../../lib/storage/backend.ts";
+import type { VolumeRequest } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { knownClusters } from "../../../lib/storage/lightos/cluster_file.ts";
 import { resolveTrust } from "../../../lib/storage/lightos/trust.ts";
@@ -70,7 +70,7 @@ async function start(cluster: Readonly<Record<string, unknown>> | undefined = un
   };
 }
 
-function wanted(simulator: TestSimulator, parameters: Record<string, string>): VolumeWanted {
+function wanted(simulator: TestSimulator, parameters: Record<string, string>): VolumeRequest {
   return {
     name: "pvc-1",
     requiredBytes: gib,

@@ -4,7 +4,7 @@ import { createLogger, type RequestContext, requestContext, Secrets } from "../.
 import { type StatusCode, StatusError } from "../../../lib/error.ts";
 import { parsePoseidonId } from "../../../lib/volume_id.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import type { Page, StorageBackend, Volume, VolumeWanted } from "../../../lib/storage/backend.ts";
+import type { Page, StorageBackend, Volume, VolumeRequest } from "../../../lib/storage/backend.ts";
 import { poseidonBackend } from "../../../lib/storage/poseidon/backend.ts";
 import { meaningOf } from "../../../lib/storage/poseidon/codes.ts";
 import { knownSystems, parseSystems } from "../../../lib/storage/poseidon/cluster_file.ts";
@@ -50,7 +50,7 @@ async function start(overrides: Parameters<typeof startPoseidon>[0] = {}, withFi
     sim,
     backend,
     model,
-    wanted: (changes: Partial<VolumeWanted> = {}, parameters: Record<string, string> = {}): VolumeWanted => ({
+    wanted: (changes: Partial<VolumeRequest> = {}, parameters: Record<string, string> = {}): VolumeRequest => ({
       name: "pvc-1",
       requiredBytes: gib,
       limitBytes: 0n,
@@ -916,13 +916,13 @@ Deno.test("lists of PoseidonOS fail while an array is not mounted, for its volum
 Deno.test("a volume on a degraded array is in trouble, and can be used", async () => {
   await using t = await start({}, true);
   const { id } = await t.create();
-  strictEqual((await t.get(id)).trouble, undefined);
+  strictEqual((await t.get(id)).condition, undefined);
   t.sim.control.setArray("POSArray", { situation: "DEGRADED" });
 
-  const { trouble } = await t.get(id);
+  const { condition } = await t.get(id);
 
-  deepStrictEqual([trouble?.usable, trouble?.reason], [true, "ArrayDegraded"]);
-  const troubled = await t.backend.listing?.listTroubled(within(5000), none, { maxEntries: 0, startingToken: "" });
+  deepStrictEqual([condition?.usable, condition?.reason], [true, "ArrayDegraded"]);
+  const troubled = await t.backend.listing?.listAbnormal(within(5000), none, { maxEntries: 0, startingToken: "" });
   deepStrictEqual(troubled?.entries.map((volume) => volume.id), [id]);
 });
 

@@ -1,6 +1,6 @@
 /** What the node's calls cost over real NVMe/TCP, in time and in commands; the emulated machine is slow, compare one run. */
 import { type Check, scenario as of } from "../scenario.ts";
-import { devicesWith, until, type Volume, type VolumeWish, type World } from "../world.ts";
+import { devicesWith, until, type VmInventory, type VmVolumeRequest, type Volume } from "../world.ts";
 
 const median = (times: readonly number[]) => [...times].sort((a, b) => a - b)[Math.floor(times.length / 2)] ?? 0;
 const rounds = 5;
@@ -12,7 +12,7 @@ async function timed(work: () => Promise<unknown>): Promise<number> {
 }
 
 /** Commands of the last NodeStageVolume in the node's log, with their times. */
-function commandsOf(world: World, volume: Volume): string {
+function commandsOf(world: VmInventory, volume: Volume): string {
   const lines = world.logOf("node").split("\n").filter((line) => line.includes(volume.uuid)).flatMap((line) => {
     const { event, rpc, call, command, ms } = JSON.parse(line);
     return rpc === "NodeStageVolume" && /^ran a/.test(event) ? [{ call, command, ms }] : [];
@@ -23,7 +23,7 @@ function commandsOf(world: World, volume: Volume): string {
   );
 }
 
-function staging(what: string, wish: VolumeWish, known: boolean): Check {
+function staging(what: string, wish: VmVolumeRequest, known: boolean): Check {
   return {
     name: `NodeStageVolume, ${what}, connections there`,
     limitSeconds: 300,

@@ -22,7 +22,7 @@ import {
   run,
   tool,
   until,
-  type World,
+  type VmInventory,
 } from "../world.ts";
 
 const shellNode = "shell.node";
@@ -87,7 +87,7 @@ async function underLoad(directory: string, work: () => Promise<void>): Promise<
   await Deno.remove(stop);
 }
 
-async function withoutSupport(world: World): Promise<void> {
+async function withoutSupport(world: VmInventory): Promise<void> {
   const keys = newKeys();
   await using target = new Target(world.home, [us]);
   target.offer(1);
@@ -110,7 +110,7 @@ async function withoutSupport(world: World): Promise<void> {
 }
 
 /** A cluster that demands keys, as its management API says, on a machine whose kernel has none. */
-async function refusedByTheNode(world: World): Promise<void> {
+async function refusedByTheNode(world: VmInventory): Promise<void> {
   await world.start(impatient);
   const { grpc, adminJwt } = world.rig.addresses;
   using admin = new Channel({ address: grpc[0] ?? "" });

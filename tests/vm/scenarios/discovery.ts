@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { hostNqn } from "../../../lib/namespace.ts";
 import type { Check, Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";
-import { controllers, deviceOf, devicesWith, program, read, tool, until, type World } from "../world.ts";
+import { controllers, deviceOf, devicesWith, program, read, tool, until, type VmInventory } from "../world.ts";
 
 const us = hostNqn("guest.node");
 /** Seconds; on a quiet machine none of the waits takes 15. */
@@ -35,7 +35,7 @@ class Daemon implements AsyncDisposable {
   readonly log: string;
   #process: Deno.ChildProcess | undefined;
 
-  constructor(world: World) {
+  constructor(world: VmInventory) {
     this.directory = join(world.home, `discovery-${crypto.randomUUID().slice(0, 8)}`);
     this.log = `${this.directory}.log`;
   }

@@ -12,9 +12,9 @@ import {
   run,
   tool,
   until,
+  type VmInventory,
+  type VmVolumeRequest,
   type Volume,
-  type VolumeWish,
-  type World,
 } from "../world.ts";
 
 const gib = 1n << 30n;
@@ -22,7 +22,7 @@ const marker = "plain text that nobody on the storage cluster may read ";
 const passphrase = "correct 'horse' \"battery\" ü";
 
 /** An encrypted volume whose class has one passphrase for all. */
-async function encrypted(world: World, wish: VolumeWish = {}): Promise<Volume> {
+async function encrypted(world: VmInventory, wish: VmVolumeRequest = {}): Promise<Volume> {
   const volume = await world.volume({ ...wish, parameters: { "host-encryption": "enabled", ...wish.parameters } });
   volume.stageSecrets = { "host-encryption-passphrase": passphrase };
   return volume;
@@ -36,7 +36,7 @@ function mappers(): readonly string[] {
 }
 
 /** Whether a text is anywhere in a volume's bytes, as the cluster has them. */
-async function isOnCluster(world: World, { uuid }: Volume, text: string): Promise<boolean> {
+async function isOnCluster(world: VmInventory, { uuid }: Volume, text: string): Promise<boolean> {
   await tool("sync");
   // tar leaves out what was never written, which is most of it.
   const search =

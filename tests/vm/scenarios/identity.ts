@@ -9,11 +9,11 @@ import {
   refuses,
   tool,
   until,
+  type VmInventory,
   type Volume,
-  type World,
 } from "../world.ts";
 
-async function enable(world: World, volume: Volume, enabled: boolean): Promise<void> {
+async function enable(world: VmInventory, volume: Volume, enabled: boolean): Promise<void> {
   await Deno.writeTextFile(`${world.targetOf(volume.uuid)}/enable`, enabled ? "1" : "0");
   const wanted = enabled ? 1 : 0;
   await until(`namespace ${volume.uuid} has ${wanted} devices`, () => devicesWith(volume.uuid).length === wanted);

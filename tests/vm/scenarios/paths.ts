@@ -4,9 +4,9 @@
  */
 import assert from "node:assert/strict";
 import { scenario as of } from "../scenario.ts";
-import { controllers, devicesWith, mountsBelow, read, refuses, tool, until, type World } from "../world.ts";
+import { controllers, devicesWith, mountsBelow, read, refuses, tool, until, type VmInventory } from "../world.ts";
 
-const take = (world: World, server: number, up: boolean) =>
+const take = (world: VmInventory, server: number, up: boolean) =>
   world.rig.ask("POST", `/paths/${up ? "up" : "down"}`, { server });
 const states = () => controllers().map(({ state }) => state).join(" ");
 const noneLive = () => controllers().length > 0 && controllers().every(({ state }) => state !== "live");

@@ -2,10 +2,10 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { type Check, impatient, scenario as of } from "../scenario.ts";
-import { controllers, devicesWith, names, read, refuses, tool, until, type World } from "../world.ts";
+import { controllers, devicesWith, names, read, refuses, tool, until, type VmInventory } from "../world.ts";
 
 /** Subsystems that POS has. */
-async function subsystemNqns(world: World): Promise<readonly string[]> {
+async function subsystemNqns(world: VmInventory): Promise<readonly string[]> {
   const left = await world.rig.clusterWhenIdle(AbortSignal.timeout(30_000));
   return left["access"] ?? [];
 }

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { Scenario } from "../scenario.ts";
-import { capabilityOf, controllers, mountsBelow, read, tool, until, Volume, type World } from "../world.ts";
+import { capabilityOf, controllers, mountsBelow, read, tool, until, type VmInventory, Volume } from "../world.ts";
 
 /** Writes and syncs without end, and notes when each write was done; the emulated processor is for the others too. */
 function writer(path: string, notes: string): Deno.ChildProcess {
@@ -30,7 +30,7 @@ function load(): readonly Saved[] {
   return JSON.parse(Deno.readTextFileSync(saved));
 }
 
-function volumeOf(world: World, { id, context, directory, use, publishContext }: Saved): Volume {
+function volumeOf(world: VmInventory, { id, context, directory, use, publishContext }: Saved): Volume {
   const volume = new Volume(world, id, context, directory, capabilityOf(use));
   volume.publishContext = publishContext;
   return volume;

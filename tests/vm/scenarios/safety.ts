@@ -2,7 +2,7 @@
 import assert, { rejects } from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { type Check, scenario as of } from "../scenario.ts";
-import { devicesWith, read, refuses, run, tool, until, type Volume, type World } from "../world.ts";
+import { devicesWith, read, refuses, run, tool, until, type VmInventory, type Volume } from "../world.ts";
 
 const mib = 1 << 20;
 
@@ -22,7 +22,7 @@ function fingerprint(path: string): string {
 interface Case {
   readonly what: string;
   /** Fills the volume's file before any host has seen it. */
-  readonly prepare: (file: string, world: World) => Promise<unknown>;
+  readonly prepare: (file: string, world: VmInventory) => Promise<unknown>;
   readonly code: "FAILED_PRECONDITION" | "UNAVAILABLE";
   readonly message: RegExp;
 }
@@ -69,7 +69,7 @@ const contents: readonly Case[] = [
 ];
 
 /** Puts another device behind a namespace, as an array with broken drives would. */
-async function behind(world: World, volume: Volume, device: string): Promise<void> {
+async function behind(world: VmInventory, volume: Volume, device: string): Promise<void> {
   const directory = world.targetOf(volume.uuid);
   await Deno.writeTextFile(`${directory}/enable`, "0");
   await until("the device is away", () => devicesWith(volume.uuid).length === 0);

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
 import { scenario as of } from "../scenario.ts";
-import { controllers, devicesWith, names, program, read, run, tool, until, type World } from "../world.ts";
+import { controllers, devicesWith, names, program, read, run, tool, until, type VmInventory } from "../world.ts";
 
 const target = "/sys/kernel/config/nvmet";
 const hostA = hostNqn("a.node");
@@ -13,7 +13,7 @@ const hostB = hostNqn("b.node");
 const hostIdOf = (host: string) => `11111111-1111-4111-8111-${host === hostA ? "aaaaaaaaaaaa" : "bbbbbbbbbbbb"}`;
 
 /** nvme-cli's words, without the driver. */
-async function connect(world: World, host: string, traddr = "127.0.0.1") {
+async function connect(world: VmInventory, host: string, traddr = "127.0.0.1") {
   return await run(
     "nvme",
     "connect",
@@ -28,12 +28,12 @@ async function connect(world: World, host: string, traddr = "127.0.0.1") {
   );
 }
 
-async function disconnect(world: World): Promise<void> {
+async function disconnect(world: VmInventory): Promise<void> {
   await tool("nvme", "disconnect", `--nqn=${world.rig.addresses.subsystemNqn}`);
 }
 
-const subsystemOf = (world: World) => `${target}/subsystems/${world.rig.addresses.subsystemNqn}`;
-const allowed = (world: World) => names(`${subsystemOf(world)}/allowed_hosts`);
+const subsystemOf = (world: VmInventory) => `${target}/subsystems/${world.rig.addresses.subsystemNqn}`;
+const allowed = (world: VmInventory) => names(`${subsystemOf(world)}/allowed_hosts`);
 
 export const scenario = of([
   {
