@@ -1,5 +1,5 @@
 import type * as z from "zod";
-import { StatusError } from "./error.ts";
+import { type StatusCode, StatusError } from "./error.ts";
 import { isTakenAsItIs, secretKeyProblem } from "./secret_keys.ts";
 
 export const logLevels = ["debug", "info", "warning", "error"] as const;
@@ -110,12 +110,31 @@ export interface RequestContext {
   /** When the caller stops listening. */
   readonly deadline: Date;
   readonly log: Logger;
+  /** What is being done, as it stands after "Cannot" in an error: `stage the volume 0f2c6a5e-…`. */
+  readonly action: string;
   /** The same call, with more facts in its log lines. */
   with(fields: Fields): RequestContext;
+  /** The same call, for a part of its work that fails with errors of its own. */
+  doing(action: string): RequestContext;
+  /** The error that the action fails with: `Cannot <action>: <problem>`. The problem ends with what to do, without a period. */
+  error(code: StatusCode, problem: string, options?: ErrorOptions): StatusError;
 }
 
-export function requestContext(signal: AbortSignal, deadline: Date, log: Logger): RequestContext {
-  return { signal, deadline, log, with: (fields) => requestContext(signal, deadline, log.with(fields)) };
+export function requestContext(
+  signal: AbortSignal,
+  deadline: Date,
+  log: Logger,
+  action = "go on",
+): RequestContext {
+  return {
+    signal,
+    deadline,
+    log,
+    action,
+    with: (fields) => requestContext(signal, deadline, log.with(fields), action),
+    doing: (action) => requestContext(signal, deadline, log, action),
+    error: (code, problem, options) => new StatusError(code, `Cannot ${action}: ${problem}`, options),
+  };
 }
 
 /** A RequestContext for work that no caller asked for (start-up, background): it ends after `timeoutMs`, or with `parent`. */
@@ -126,7 +145,7 @@ export function backgroundContext(what: string, log: Logger, timeoutMs: number, 
   }, timeoutMs);
   Deno.unrefTimer(timer);
   const signal = parent === undefined ? timeout.signal : AbortSignal.any([timeout.signal, parent]);
-  return requestContext(signal, new Date(Date.now() + timeoutMs), log);
+  return requestContext(signal, new Date(Date.now() + timeoutMs), log, what);
 }
 
 /**

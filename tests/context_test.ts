@@ -207,6 +207,24 @@ Deno.test("requestContext.with adds to the log lines and keeps signal and deadli
   assert.match(lines[0] ?? "", /"volume":"v","device":"\/dev\/x"/);
 });
 
+Deno.test("a context's errors begin with its action, and a part of the work has its own", () => {
+  const { log, lines } = capture("info");
+  const cause = new Error("why");
+  const context = requestContext(new AbortController().signal, new Date(5), log, "stage the volume v")
+    .with({ volume: "v" });
+
+  const error = context.error("UNAVAILABLE", "the device has no size", { cause });
+  const part = context.doing("read /dev/x");
+  part.log.info("read");
+
+  assert.equal(error.code, "UNAVAILABLE");
+  assert.equal(error.message, "Cannot stage the volume v: the device has no size");
+  assert.equal(error.cause, cause);
+  assert.equal(part.with({}).error("INTERNAL", "it is gone").message, "Cannot read /dev/x: it is gone");
+  assert.equal(part.signal, context.signal);
+  assert.match(lines[0] ?? "", /"volume":"v"/);
+});
+
 Deno.test("backgroundContext ends with DEADLINE_EXCEEDED after its time, or with its parent", async () => {
   const { log } = capture("error");
   const short = backgroundContext("look around", log, 10);

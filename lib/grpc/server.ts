@@ -288,7 +288,7 @@ function beginCall(options: ServeOptions, state: { calls: number }, method: Desc
     log.error("failed to describe a request", { error: messageOf(error) });
   }
   const context: CallContext = {
-    ...requestContext(aborted.signal, deadline, log),
+    ...requestContext(aborted.signal, deadline, log, `answer ${method.name}`),
     header: (name) => call.metadata.get(name)[0]?.toString(),
   };
   return {

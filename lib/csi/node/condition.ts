@@ -45,7 +45,7 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
     what: string,
     question: (ctx: RequestContext) => Promise<MountReport>,
   ): Promise<MountReport> {
-    const asking = requestContext(new AbortController().signal, ctx.deadline, ctx.log);
+    const asking = requestContext(new AbortController().signal, ctx.deadline, ctx.log, ctx.action);
     try {
       const asked = { volume: uuid, what: `a look at ${what}`, signal: ctx.signal, longestMs };
       const answer = await host.pending.ask(asked, () => question(asking));

@@ -276,7 +276,7 @@ export async function applyRemedy(
     if (kind === "rescan") problem = await rescanController(host, ctx, now);
     else if (kind === "reset") {
       using limit = timeLimit(ctx.signal, resetLimitMs);
-      problem = await resetController(host, requestContext(limit.signal, ctx.deadline, ctx.log), now);
+      problem = await resetController(host, requestContext(limit.signal, ctx.deadline, ctx.log, ctx.action), now);
     } else {
       problem = await connectBeside(ctx);
       if (problem === undefined) await dropWhenReplaced(host, ctx, now);

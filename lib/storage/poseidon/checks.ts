@@ -109,5 +109,5 @@ async function arrayCheck(ctx: RequestContext, dagent: Dagent, name: string): Pr
 async function within<T>(ctx: RequestContext, work: (ctx: RequestContext) => Promise<T>): Promise<T> {
   using limit = timeLimit(ctx.signal, askMs);
   const deadline = new Date(Math.min(Date.now() + askMs, ctx.deadline.getTime()));
-  return await work(requestContext(limit.signal, deadline, ctx.log));
+  return await work(requestContext(limit.signal, deadline, ctx.log, ctx.action));
 }
