@@ -122,7 +122,7 @@ const hostNqnPrefix = "nqn.2019-09.com.lightbitslabs:host:";
 // An NQN has 223 bytes at most (NVMe base specification), the prefix takes 35.
 const longestNodeId = 223 - hostNqnPrefix.length;
 
-/** What is wrong with a node ID, or undefined when it can be part of a host NQN (spec/lightos.md section 4). */
+/** What is wrong with a node ID, or undefined when it can be part of a host NQN (docs/reference/lightos-api.md section 4). */
 export function nodeIdProblem(nodeId: string): string | undefined {
   if (nodeId === "") return "it is empty";
   if (nodeId.length > longestNodeId) return `it has ${nodeId.length} characters, ${longestNodeId} are allowed`;

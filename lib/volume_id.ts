@@ -1,6 +1,6 @@
 /**
  * Volume and snapshot IDs of LightOS: the incumbent driver's text form, key for key, so that existing PersistentVolumes
- * keep working (spec/lightos.md section 2).
+ * keep working (docs/reference/lightos-api.md section 2).
  *
  *     id        = "mgmt:" endpoints "|nguid:" uuid [ "|proj:" project ] [ "|scheme:" scheme ] [ "|hostcrypto:luks2" ]
  *     endpoints = endpoint *( "," endpoint )
@@ -164,12 +164,12 @@ export function formatPoseidonId({ endpoint, array, name, uuid }: PoseidonVolume
   return `pos:${formatEndpoint(endpoint)}|array:${array}|vol:${name}|uuid:${uuid}`;
 }
 
-/** Whether PoseidonOS takes `text` as the name of an array (spec/pos.md 11.1). */
+/** Whether PoseidonOS takes `text` as the name of an array (docs/reference/poseidonos-api.md 11.1). */
 export function isArrayName(text: string): boolean {
   return /^[A-Za-z0-9_-][A-Za-z0-9_ -]{0,61}[A-Za-z0-9_-]$/.test(text);
 }
 
-/** Whether PoseidonOS takes `text` as the name of a volume (spec/pos.md 11.1). */
+/** Whether PoseidonOS takes `text` as the name of a volume (docs/reference/poseidonos-api.md 11.1). */
 export function isPoseidonVolumeName(text: string): boolean {
   return /^[A-Za-z0-9_-][A-Za-z0-9_ -]{0,253}[A-Za-z0-9_-]$/.test(text);
 }

@@ -135,7 +135,7 @@ export const controllerOptions = {
 } as const satisfies Options;
 
 // How long what the storage cluster does not answer is waited for. LightOS' own Discovery-Client has 600 and 10 too
-// (spec/lightos.md 12.2); the kernel's keep-alive of 5 s is short for a cluster that moves a volume.
+// (docs/reference/lightos-api.md 12.2); the kernel's keep-alive of 5 s is short for a cluster that moves a volume.
 export const connectionOptions = {
   "ctrl-loss-tmo": {
     env: ["LB_CSI_CTRL_LOSS_TMO"],

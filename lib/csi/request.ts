@@ -1,7 +1,7 @@
 /**
  * What every CSI request is checked for, and how requests are described in logs.
  *
- * Order of checks (spec/csi.md 2.3): a missing or malformed required field is INVALID_ARGUMENT before anything is looked
+ * Order of checks (docs/reference/csi.md 2.3): a missing or malformed required field is INVALID_ARGUMENT before anything is looked
  * up; an ID that cannot be ours is "unknown", not malformed.
  */
 import { clone, type DescMessage, type DescMethod, hasOption, type Message, toJson } from "@bufbuild/protobuf";
@@ -133,7 +133,7 @@ export function requirePath(action: string, field: string, value: string): strin
 
 /**
  * The keys of a parameter or context map that are meant for a driver. Sidecars and kubelet add keys of their own, which
- * differ between calls for one volume (spec/csi.md 15, 16.4).
+ * differ between calls for one volume (docs/reference/csi.md 15, 16.4).
  */
 export function withoutOrchestratorKeys(map: Readonly<Record<string, string>>): Record<string, string> {
   return Object.fromEntries(
@@ -143,7 +143,7 @@ export function withoutOrchestratorKeys(map: Readonly<Record<string, string>>): 
   );
 }
 
-/** The pod that a volume is published for, as kubelet tells it with podInfoOnMount (spec/csi.md 15); empty where it does not. */
+/** The pod that a volume is published for, as kubelet tells it with podInfoOnMount (docs/reference/csi.md 15); empty where it does not. */
 export function podInfo(context: Readonly<Record<string, string>>) {
   return {
     namespace: context["csi.storage.k8s.io/pod.namespace"] ?? "",
@@ -210,7 +210,7 @@ export function redactRequest(method: DescMethod, request: Message): unknown {
   return toJson(method.input, withoutSecrets(method.input, request));
 }
 
-// Kubelet can put service account tokens into the volume context, which the schema does not mark (spec/csi.md 15).
+// Kubelet can put service account tokens into the volume context, which the schema does not mark (docs/reference/csi.md 15).
 const secretContextKey = "csi.storage.k8s.io/serviceAccount.tokens";
 
 function withoutSecrets(schema: DescMessage, message: Message): Message {

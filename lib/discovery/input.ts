@@ -1,6 +1,6 @@
 /**
  * What a Discovery-Client is told: files in a directory, one entry per line, in the format of LightOS' daemon
- * (spec/lightos.md 12.3), so that either of them can serve a node.
+ * (docs/reference/lightos-api.md 12.3), so that either of them can serve a node.
  *
  * Where that daemon is careless this one is not: it goes by what is in the directory now, not by events, so a changed file
  * counts and a removed one too. A file that cannot be read (any more) leaves what it said last in force, for nobody asked

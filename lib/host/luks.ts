@@ -1,5 +1,5 @@
 /**
- * Encryption on the host: LUKS2 between the namespace and everything that uses it (facts: spec/lightos.md section 11).
+ * Encryption on the host: LUKS2 between the namespace and everything that uses it (facts: docs/reference/lightos-api.md section 11).
  *
  * The mapper of a volume has the incumbent driver's name, so what that driver formatted opens here. A device is formatted
  * only when it is proved blank (see filesystem.ts), and never with what came in a request as an argument: passphrases go

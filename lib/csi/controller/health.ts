@@ -1,5 +1,5 @@
 /**
- * The health calls of CSI 1.13 on the controller, and how trouble is worded in them (spec/csi.md section 20). They are
+ * The health calls of CSI 1.13 on the controller, and how trouble is worded in them (docs/reference/csi.md section 20). They are
  * announced and served behind a switch, for their capability numbers fail tools that were made for 1.12.
  *
  * A volume that is well is answered with nothing, which tells the orchestrator that it has recovered. A call that fails

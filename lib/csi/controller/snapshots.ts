@@ -135,14 +135,14 @@ export function parseContentSource(action: string, source: VolumeContentSource |
   }
 }
 
-/** Throws INVALID_ARGUMENT for a name with characters that CSI does not allow (spec/csi.md 2.2). */
+/** Throws INVALID_ARGUMENT for a name with characters that CSI does not allow (docs/reference/csi.md 2.2). */
 export function assertNoControlCharacters(action: string, name: string): void {
   // deno-lint-ignore no-control-regex
   if (!/[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]/.test(name)) return;
   throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: the name holds control characters`);
 }
 
-// Keys that provisioner and snapshotter add with --extra-create-metadata (spec/csi.md 16.4).
+// Keys that provisioner and snapshotter add with --extra-create-metadata (docs/reference/csi.md 16.4).
 const metadataKeys: Readonly<Record<string, string>> = {
   "csi.storage.k8s.io/pvc/name": "pvc",
   "csi.storage.k8s.io/pvc/namespace": "namespace",

@@ -1,6 +1,6 @@
 /**
  * CSI inline volumes: volumes that are written into a pod, made when the pod starts on this node and removed after it
- * (spec/csi.md section 15).
+ * (docs/reference/csi.md section 15).
  *
  * Nobody but the node is asked: NodePublishVolume makes the volume on the cluster, lets this host connect, attaches,
  * formats, and mounts it at the target path itself, without staging; NodeUnpublishVolume, which is told nothing but the

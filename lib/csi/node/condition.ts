@@ -1,6 +1,6 @@
 /**
  * How a volume is on this node: whether its device is there, has a path, answers a read, and takes the writes that its
- * mount promises. Asked once a minute for each volume in use (spec/csi.md section 11).
+ * mount promises. Asked once a minute for each volume in use (docs/reference/csi.md section 11).
  *
  * A file system or device may never answer, and what was asked cannot be taken back: it holds a thread until the device
  * answers or goes. So the answer comes after ten seconds at most, and a volume that has not answered since an earlier

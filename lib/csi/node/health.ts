@@ -1,5 +1,5 @@
 /**
- * The health calls of CSI 1.13 on the node (spec/csi.md section 20): what is wrong with a volume, and with the connections
+ * The health calls of CSI 1.13 on the node (docs/reference/csi.md section 20): what is wrong with a volume, and with the connections
  * to the storage, as this machine sees them. See health.ts for why they are behind a switch.
  *
  * Connections are told from sysfs; volumes are asked as NodeGetVolumeStats asks them, so no question hangs.

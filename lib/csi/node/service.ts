@@ -5,7 +5,7 @@
  * leaves the rest. So a repeated call goes on where the last one ended, whoever was killed in between, and unstage and
  * unpublish undo any part of stage and publish. One call at a time per volume; the others are told which one runs.
  *
- * Order of checks: spec/csi.md 2.3.
+ * Order of checks: docs/reference/csi.md 2.3.
  */
 import {
   Node,
@@ -98,7 +98,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
   const probe = conditionProbe(host);
 
   return {
-    /** Makes the volume's device appear, and mounts its file system at the staging path (spec/csi.md 7.3). */
+    /** Makes the volume's device appear, and mounts its file system at the staging path (docs/reference/csi.md 7.3). */
     async nodeStageVolume(request, call) {
       const action = "stage the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
@@ -151,7 +151,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       return {};
     },
 
-    /** Unmounts at the staging path and lets go of the volume (spec/csi.md 7.4). Any leftover of a stage will do. */
+    /** Unmounts at the staging path and lets go of the volume (docs/reference/csi.md 7.4). Any leftover of a stage will do. */
     async nodeUnstageVolume(request, call) {
       const action = "unstage the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
@@ -187,7 +187,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       return {};
     },
 
-    /** Shows the staged volume at the target path (spec/csi.md 7.5). */
+    /** Shows the staged volume at the target path (docs/reference/csi.md 7.5). */
     async nodePublishVolume(request, call) {
       const action = "publish the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
@@ -272,7 +272,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       return {};
     },
 
-    /** Takes the volume away from the target path, and the path with it (spec/csi.md 7.6). Any leftover will do. */
+    /** Takes the volume away from the target path, and the path with it (docs/reference/csi.md 7.6). Any leftover will do. */
     async nodeUnpublishVolume(request, call) {
       const action = "unpublish the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
@@ -304,7 +304,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     },
 
     /**
-     * Says how full the volume is and how it is (spec/csi.md 7.7, 11). A path that does not show this volume is NOT_FOUND;
+     * Says how full the volume is and how it is (docs/reference/csi.md 7.7, 11). A path that does not show this volume is NOT_FOUND;
      * one that shows it dead, silent or read-only by itself is answered with that condition.
      */
     async nodeGetVolumeStats(request, call) {
@@ -316,7 +316,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       return await stats(ctx, `${action} ${id.uuid}`, id, given);
     },
 
-    /** Grows the file system to the size of the device, and answers the size measured then (spec/csi.md 7.8, 9). */
+    /** Grows the file system to the size of the device, and answers the size measured then (docs/reference/csi.md 7.8, 9). */
     async nodeExpandVolume(request, call) {
       const action = "expand the volume";
       const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
@@ -376,7 +376,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
 
     ...(options.volumeHealth ? nodeHealthHandlers({ host, probe, hostNqn: hostNqn(options.nodeId), parseId }) : {}),
 
-    /** Names this node (spec/csi.md 7.2). */
+    /** Names this node (docs/reference/csi.md 7.2). */
     nodeGetInfo() {
       return Promise.resolve({
         nodeId: options.nodeId,
@@ -384,7 +384,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       });
     },
 
-    /** What this service can do (spec/csi.md 7.1). */
+    /** What this service can do (docs/reference/csi.md 7.1). */
     nodeGetCapabilities() {
       const types = [
         Capability.STAGE_UNSTAGE_VOLUME,
@@ -697,7 +697,7 @@ function assertSamePublish(
 }
 
 /**
- * Throws when another target of the volume on this node forbids this one (spec/csi.md 7.5). SINGLE_NODE_WRITER allows
+ * Throws when another target of the volume on this node forbids this one (docs/reference/csi.md 7.5). SINGLE_NODE_WRITER allows
  * it: orchestrators that do not know SINGLE_NODE_MULTI_WRITER mean that, and two pods of a node share the volume.
  */
 function assertSingleTarget(

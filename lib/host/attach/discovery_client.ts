@@ -13,12 +13,12 @@ export interface DiscoveryClientOptions {
 
 /**
  * The name of a temporary file in the watched directory begins with this, and the daemon looks away, except when it starts
- * (spec/lightos.md 12.3). So there is one for each namespace, which detach finds when a killed driver has left it.
+ * (docs/reference/lightos-api.md 12.3). So there is one for each namespace, which detach finds when a killed driver has left it.
  */
 export const temporaryPrefix = "tmp.dc.";
 
 /**
- * Attaches through LightOS' Discovery-Client: one file per namespace UUID in its directory (spec/lightos.md 10.2, 12.3).
+ * Attaches through LightOS' Discovery-Client: one file per namespace UUID in its directory (docs/reference/lightos-api.md 10.2, 12.3).
  *
  * The daemon takes up a file when it appears and ignores its removal until it starts again; connections stay. A file
  * that is right already is not written again, for every write makes the daemon read the directory anew.

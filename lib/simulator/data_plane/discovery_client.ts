@@ -1,6 +1,6 @@
 /**
  * What the simulated machine's Discovery-Client reads: one file per wish to be connected, in a directory that it watches
- * (spec/lightos.md 12.3).
+ * (docs/reference/lightos-api.md 12.3).
  *
  * Its habits are kept, the odd ones too: only files that are created or renamed into place count, a change in place and
  * a removal do not; one bad option makes it refuse the whole file; the reserved prefix of temporary names is honoured

@@ -1,7 +1,7 @@
 /**
  * The model of a LightOS cluster: what it holds, which states its objects go through, and what it refuses.
  *
- * Free of gRPC: lightos.ts speaks for it. Facts are from spec/lightos.md sections 6, 14 and 15. Where those do not say
+ * Free of gRPC: lightos.ts speaks for it. Facts are from docs/reference/lightos-api.md sections 6, 14 and 15. Where those do not say
  * how LightOS behaves, the stricter of two behaviours was taken, so that a driver that works here works there. Where they
  * say something else than the vendor's tests of a real cluster show, the latter counts (`Behaviour.asDocumented`).
  *
@@ -269,7 +269,7 @@ export interface ListRequest {
   readonly failureDomain?: string;
 }
 
-/** Most objects in one page of a list (spec/lightos.md 15.1). */
+/** Most objects in one page of a list (docs/reference/lightos-api.md 15.1). */
 export const longestPage = 1000;
 const longestTimerMs = 2 ** 31 - 1;
 const featureNames = ["event-log", "evict-data", "fail-in-place", "in-band-authentication", "proactive-rebalance"];
@@ -490,7 +490,7 @@ export class Cluster implements AsyncDisposable {
     const action = `roll back volume ${refText(ref)}`;
     this.#checkProject(action, ref.project);
     const volume = this.#findVolume(action, ref);
-    // Unlike the other calls, this one is documented to answer 503 for a Deleting volume (spec/lightos.md 15.1).
+    // Unlike the other calls, this one is documented to answer 503 for a Deleting volume (docs/reference/lightos-api.md 15.1).
     if (volume.state === "Deleting") throw new StatusError("UNAVAILABLE", `Cannot ${action}: it is Deleting`);
     checkIdle(action, "volume", volume.state);
     const snapshot = this.#findSnapshot(action, { ...snapshotRef, project: ref.project });
@@ -513,7 +513,7 @@ export class Cluster implements AsyncDisposable {
    * Takes a snapshot: its content is the volume's at the time of the call, its state becomes Available later.
    *
    * @throws StatusError FAILED_PRECONDITION while the source is neither Available nor Migrating. A name that a Deleting
-   *   snapshot still has is accepted, and the new snapshot ends as Failed (spec/lightos.md 6.7)
+   *   snapshot still has is accepted, and the new snapshot ends as Failed (docs/reference/lightos-api.md 6.7)
    */
   async createSnapshot(wish: SimulatedSnapshotRequest): Promise<SimSnapshot> {
     const action = `create snapshot "${wish.name}"`;
@@ -1159,7 +1159,7 @@ const sizeUnits: Readonly<Record<string, bigint>> = {
 /** Sizes are multiples of this. */
 const sizeStep = 4096n;
 
-/** Bytes in a size text: `10737418240b`, `10737418240`, `5 gib` (spec/lightos.md 6.5 and 14). */
+/** Bytes in a size text: `10737418240b`, `10737418240`, `5 gib` (docs/reference/lightos-api.md 6.5 and 14). */
 export function parseSize(action: string, text: string): bigint {
   const match = /^(\d{1,20})\s*([a-z]*)$/i.exec(text.trim());
   const unit = sizeUnits[(match?.[2] ?? "?").toLowerCase()];

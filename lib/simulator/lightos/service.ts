@@ -2,7 +2,7 @@
  * The LightOS management API over gRPC, spoken for a simulated cluster.
  *
  * One endpoint is one server with one scheme; each can be stopped, started again and made to hang, as servers do.
- * Messages are those of spec/lightos-wire.md, meanings those of spec/lightos.md sections 6, 14 and 15.
+ * Messages are those of docs/reference/lightos-api.md, meanings those of docs/reference/lightos-api.md sections 6, 14 and 15.
  */
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import type { MessageInitShape } from "@bufbuild/protobuf";
@@ -131,7 +131,7 @@ export async function serveLightos(options: LightosOptions): Promise<ApiEndpoint
         faults.count(method.name, address());
         const caller = options.authentication ? authenticate(options.tokens, call) : { scope: "cluster" } as const;
         if (clusterRpcs.has(method.name) && caller.scope !== "cluster") {
-          // A token without the right is answered like a bad one (spec/lightos.md section 14).
+          // A token without the right is answered like a bad one (docs/reference/lightos-api.md section 14).
           throw new StatusError("UNAUTHENTICATED", `Cannot call ${method.name}: the token has no right to the cluster`);
         }
         callers.set(call, caller);

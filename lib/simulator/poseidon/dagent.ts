@@ -1,5 +1,5 @@
 /**
- * DAgent's REST API, spoken for a simulated PoseidonOS (facts: spec/pos.md sections 5 and 6).
+ * DAgent's REST API, spoken for a simulated PoseidonOS (facts: docs/reference/poseidonos-api.md sections 5 and 6).
  *
  * Its habits are kept, the bad ones too: one lock around everything that PoseidonOS is asked, HTTP status 400 with code 0
  * for what DAgent itself refuses, fields that vanish when they are zero, and a lock that is never let go of after a request
@@ -487,7 +487,7 @@ function routesOf(model: PoseidonModel): readonly Route[] {
   ];
 }
 
-/** A name in the body wins over the one in the path (spec/pos.md 5.1). */
+/** A name in the body wins over the one in the path (docs/reference/poseidonos-api.md 5.1). */
 function nameIn({ argument, param }: Call): string {
   const { name } = param ?? {};
   return typeof name === "string" && name !== "" ? name : argument;

@@ -1,7 +1,7 @@
 /**
  * The model of a PoseidonOS: arrays, volumes, subsystems, and what it refuses. Free of HTTP: poseidon.ts speaks for it.
  *
- * Facts are from spec/pos.md sections 6, 7, 11 and 12. Where those do not say how PoseidonOS behaves, the stricter of two
+ * Facts are from docs/reference/poseidonos-api.md sections 6, 7, 11 and 12. Where those do not say how PoseidonOS behaves, the stricter of two
  * behaviours was taken, so that a driver that works here works there.
  *
  * - Volumes outlive a restart. Subsystems, listeners and exports do not, unless `saveRestore` is on.

@@ -1,5 +1,5 @@
 /**
- * LightOS behind the StorageBackend contract, through its gRPC management API (facts: spec/lightos.md sections 3, 6, 15).
+ * LightOS behind the StorageBackend contract, through its gRPC management API (facts: docs/reference/lightos-api.md sections 3, 6, 15).
  *
  * Three things decide the flows below:
  * - Every answer can be lost. So after any failure that leaves the outcome open, the cluster is looked at again before
@@ -168,7 +168,7 @@ export function lightosBackend(options: LightosOptions): StorageBackend & { read
     changedBlocks: lightosBlocks(clusters),
     modification: lightosModification(clusters),
     ...listing,
-    // The token may come, or be taken away, later than the process starts (spec/lightos.md 3.5).
+    // The token may come, or be taken away, later than the process starts (docs/reference/lightos-api.md 3.5).
     get capacity() {
       return known === undefined && (options.globalJwt() ?? "").trim() === "" ? undefined : capacity;
     },

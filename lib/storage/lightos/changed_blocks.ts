@@ -1,7 +1,7 @@
 /**
  * Which blocks of a LightOS snapshot hold data, or differ from an older snapshot of the same volume.
  *
- * LightOS answers ranges of 64 blocks with a bitmap each (spec/lightos.md 15.1). What is documented of the bitmap leaves
+ * LightOS answers ranges of 64 blocks with a bitmap each (docs/reference/lightos-api.md 15.1). What is documented of the bitmap leaves
  * its bit order open, and that of `lbaEnd` whether it is part of the range. For a backup a block too many costs time, one
  * too few is data lost. So a range counts as a whole when anything in it is marked, and `lbaEnd` as part of it.
  */

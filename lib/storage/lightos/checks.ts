@@ -1,5 +1,5 @@
 /**
- * A look at LightOS clusters through their management API, for `lbcsi doctor` (facts: spec/lightos.md 6, 15). It asks and
+ * A look at LightOS clusters through their management API, for `lbcsi doctor` (facts: docs/reference/lightos-api.md 6, 15). It asks and
  * changes nothing. Each endpoint is asked by itself, for ordinary calls hide those that do not answer.
  */
 import {

@@ -1,5 +1,5 @@
 /**
- * Calls to LightOS' management API (facts: spec/lightos.md section 6): several endpoints of one cluster of which one is in
+ * Calls to LightOS' management API (facts: docs/reference/lightos-api.md section 6): several endpoints of one cluster of which one is in
  * use, fail-over and back-off, tokens, TLS, API version, and errors that name the endpoint and keep LightOS' own words.
  */
 import { Buffer } from "node:buffer";

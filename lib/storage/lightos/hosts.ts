@@ -1,5 +1,5 @@
 /**
- * Trusted hosts of LightOS: the keys that hosts authenticate their connections with (facts: spec/lightos.md section 15).
+ * Trusted hosts of LightOS: the keys that hosts authenticate their connections with (facts: docs/reference/lightos-api.md section 15).
  *
  * With in-band authentication switched on, LightOS lets only those hosts connect that are trusted hosts with secrets, on
  * the whole cluster. A trusted host belongs to a project, has a name of its own, and names a host NQN. Ours is called like

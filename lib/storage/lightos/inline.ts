@@ -1,6 +1,6 @@
 /**
  * Inline volumes of pods on LightOS: made and removed by the node itself, on the clusters of the cluster file that have the
- * key `ephemeral` (facts: spec/csi.md section 15; spec/lightos.md sections 9.4, 14 and 15.1).
+ * key `ephemeral` (facts: docs/reference/csi.md section 15; docs/reference/lightos-api.md sections 9.4, 14 and 15.1).
  *
  * All that is known of such a volume afterwards is its CSI volume ID. So that is its name on LightOS, which makes the
  * repeat of a call find it; and it is in a label too, which tells our volume from one that anybody else gave that name.
@@ -224,7 +224,7 @@ export function lightosInlineVolumes(backend: Backend, clusters: ClusterPool, kn
   }
 }
 
-/** Most objects in one of LightOS' pages (spec/lightos.md section 15.1). */
+/** Most objects in one of LightOS' pages (docs/reference/lightos-api.md section 15.1). */
 const longestPage = 1000;
 
 /** Volumes with a certain name: ours, or the UUID of one that is not. */
@@ -351,7 +351,7 @@ function readAttributes(action: string, given: Readonly<Record<string, string>>,
 
 // --------------------------------------------------------------------------------------------------------------- labels
 
-// Only letters: LightOS keeps no more of a label's key than what follows its last "-" or "." (spec/lightos.md section 14).
+// Only letters: LightOS keeps no more of a label's key than what follows its last "-" or "." (docs/reference/lightos-api.md section 14).
 const idLabel = "ephemeral";
 const nodeLabel = "node";
 const podLabels = { namespace: "namespace", name: "pod", uid: "poduid" };

@@ -1,5 +1,5 @@
 /**
- * Lists of volumes and snapshots, and the space that is left, on the clusters of the cluster file (facts: spec/lightos.md
+ * Lists of volumes and snapshots, and the space that is left, on the clusters of the cluster file (facts: docs/reference/lightos-api.md
  * sections 6.6, 9.9, 14 and 15.1).
  *
  * Lists go through the clusters in the order of the file and through their projects, each in LightOS' own pages, which
@@ -30,7 +30,7 @@ import { encryptionOf, isHelperName, toSnapshot } from "./snapshots.ts";
 import type { TrustOptions } from "./trust.ts";
 import { conditionOf, toVolume } from "./volumes.ts";
 
-/** Most objects in one of LightOS' pages (spec/lightos.md section 15.1). */
+/** Most objects in one of LightOS' pages (docs/reference/lightos-api.md section 15.1). */
 const longestPage = 1000;
 
 /** Lists of what is on the clusters of the file. */
@@ -294,7 +294,7 @@ export interface CapacityParameters {
 
 /**
  * The space that is left, as LightOS estimates it, shared out among replicas. LightOS tells it of whole clusters, to
- * tokens with a right to the cluster, and knows no quota of a project (spec/lightos.md sections 14 and 15).
+ * tokens with a right to the cluster, and knows no quota of a project (docs/reference/lightos-api.md sections 14 and 15).
  *
  * @param read reads StorageClass parameters; throws INVALID_ARGUMENT
  */

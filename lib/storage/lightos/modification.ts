@@ -1,6 +1,6 @@
 /**
  * What of a LightOS volume can change while hosts use it: its QoS policy and whether it is compressed (facts:
- * spec/lightos.md sections 6.7, 6.8 and 15.1). One UpdateVolume under the ETag of what was read changes all or nothing.
+ * docs/reference/lightos-api.md sections 6.7, 6.8 and 15.1). One UpdateVolume under the ETag of what was read changes all or nothing.
  */
 import * as z from "zod";
 import { hasCode, StatusError } from "../../error.ts";

@@ -1,4 +1,4 @@
-/** What a StorageClass may say of a LightOS volume, and how large a volume can be (facts: spec/lightos.md 3.1 and 9.3). */
+/** What a StorageClass may say of a LightOS volume, and how large a volume can be (facts: docs/reference/lightos-api.md 3.1 and 9.3). */
 import * as z from "zod";
 import { type AuthKind, authKinds } from "../../auth_key.ts";
 import { StatusError } from "../../error.ts";
@@ -40,7 +40,7 @@ const onOff = (name: string) =>
 const inBandAuth = z.enum(["none", ...authKinds, ""], { error: `is not one of none, ${authKinds.join(", ")}` })
   .default("none").transform((kind) => kind === "none" || kind === "" ? undefined : kind);
 
-/** StorageClass parameters as texts (spec/lightos.md 3.1). */
+/** StorageClass parameters as texts (docs/reference/lightos-api.md 3.1). */
 export const parametersSchema = z.strictObject({
   "mgmt-endpoint": z.string({ error: "is missing, give host:port of one or more management endpoints" })
     .transform((list, check) => {
@@ -153,7 +153,7 @@ export function parseCapacityParameters(action: string, parameters: Readonly<Rec
 const gib = 1n << 30n;
 const largestInt64 = (1n << 63n) - 1n;
 
-/** The size to ask LightOS for: whole GiB, at least one (spec/lightos.md 9.3). Throws OUT_OF_RANGE, INVALID_ARGUMENT. */
+/** The size to ask LightOS for: whole GiB, at least one (docs/reference/lightos-api.md 9.3). Throws OUT_OF_RANGE, INVALID_ARGUMENT. */
 export function volumeSize(action: string, range: CapacityRange): bigint {
   checkRange(action, range);
   const { requiredBytes, limitBytes } = range;

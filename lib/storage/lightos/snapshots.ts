@@ -1,5 +1,5 @@
 /**
- * Snapshots of LightOS volumes, and where a new volume gets its content from (facts: spec/lightos.md sections 6.5 to 6.7,
+ * Snapshots of LightOS volumes, and where a new volume gets its content from (facts: docs/reference/lightos-api.md sections 6.5 to 6.7,
  * 9.4, 9.11, 9.12 and 14).
  *
  * LightOS copies from snapshots only, so a clone of a volume takes a helper snapshot first and removes it when the volume
@@ -257,7 +257,7 @@ export async function withCleanup<T>(ctx: RequestContext, origin: Origin, make: 
   return made;
 }
 
-/** Whether the orchestrator repeats CreateVolume after this error for sure (spec/csi.md 2.5). */
+/** Whether the orchestrator repeats CreateVolume after this error for sure (docs/reference/csi.md 2.5). */
 function isRepeated(error: unknown): boolean {
   return hasCode(error, "CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "UNAVAILABLE");
 }
@@ -333,7 +333,7 @@ async function* snapshotsIn(
   }
 }
 
-// Only letters: LightOS keeps no more of a label's key than what follows its last "-" or "." (spec/lightos.md section 14).
+// Only letters: LightOS keeps no more of a label's key than what follows its last "-" or "." (docs/reference/lightos-api.md section 14).
 const cloneLabel = "clonedfrom";
 const helperPattern = /^lbcsi-clone-[0-9a-f]{16}-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-[0-9a-f]{12}$/;
 
@@ -445,7 +445,7 @@ async function takeSnapshot(
 
 /**
  * The living snapshot of this name; undefined when there is none, or only the husks of failed ones. Throws ABORTED while
- * one is being deleted: LightOS would accept another of that name and then let it fail (spec/lightos.md 6.7).
+ * one is being deleted: LightOS would accept another of that name and then let it fail (docs/reference/lightos-api.md 6.7).
  */
 async function findByName(
   ctx: RequestContext,
@@ -521,7 +521,7 @@ async function removeSnapshot(
 
 // ------------------------------------------------------------------------------------------------- labels, description
 
-// LightOS keeps of a key what follows its last separator (spec/lightos.md section 14), so there is none in ours.
+// LightOS keeps of a key what follows its last separator (docs/reference/lightos-api.md section 14), so there is none in ours.
 const encryptionLabel = "hostcrypto";
 
 /** The label that tells how a volume is encrypted on the host: LightOS does not know. */
@@ -543,7 +543,7 @@ export function isMadeByUs(labels: Labels): boolean {
 
 /**
  * The labels of a new volume: who made it, for whom, and what else `more` says. Keys and values have 1 to 253 letters,
- * digits, "-", "_" and "." (spec/lightos.md 15.1); anything else in a value becomes "_".
+ * digits, "-", "_" and "." (docs/reference/lightos-api.md 15.1); anything else in a value becomes "_".
  */
 export function volumeLabels(
   madeFor: VolumeRequest["madeFor"],

@@ -1,6 +1,6 @@
 /**
  * What all parts of the LightOS backend know of a volume: how to read, change and describe one, and how to wait for it
- * (facts: spec/lightos.md sections 6.6 to 6.8).
+ * (facts: docs/reference/lightos-api.md sections 6.6 to 6.8).
  */
 import { type RequestContext, sleep } from "../../context.ts";
 import { hasCode, isFinal, messageOf, type StatusCode, StatusError } from "../../error.ts";
@@ -107,7 +107,7 @@ export function toVolume(id: VolumeId, volume: LightosVolume): Volume {
 
 /**
  * What is wrong with a volume now; undefined when it is well. LightOS counts a volume that takes no writes as one that
- * cannot be used (spec/lightos.md section 6.6).
+ * cannot be used (docs/reference/lightos-api.md section 6.6).
  */
 export function conditionOf({ state, protectionState, rebuildProgress }: LightosVolume): AbnormalCondition | undefined {
   const rebuild = rebuildProgress === "" || rebuildProgress === "None" ? "" : `, rebuild ${rebuildProgress}`;
@@ -140,7 +140,7 @@ export function conditionOf({ state, protectionState, rebuildProgress }: Lightos
   }
 }
 
-/** A volume or a snapshot. Their states have the same numbers as far as both have them (spec/lightos.md 6.6). */
+/** A volume or a snapshot. Their states have the same numbers as far as both have them (docs/reference/lightos-api.md 6.6). */
 interface Made {
   readonly UUID: string;
   readonly projectName: string;
@@ -287,7 +287,7 @@ export const notDoneCodes: ReadonlySet<StatusCode> = new Set(
   ] satisfies StatusCode[],
 );
 
-/** What an access list holds that lets no host in, and one that lets any host in (spec/lightos.md section 1). */
+/** What an access list holds that lets no host in, and one that lets any host in (docs/reference/lightos-api.md section 1). */
 export const aclNone = "ALLOW_NONE";
 export const aclAny = "ALLOW_ANY";
 

@@ -1,5 +1,5 @@
 /**
- * PoseidonOS behind the StorageBackend contract, through DAgent's REST API (facts: spec/pos.md).
+ * PoseidonOS behind the StorageBackend contract, through DAgent's REST API (facts: docs/reference/poseidonos-api.md).
  *
  * Three things decide the flows below:
  * - Every answer can be lost, and some failures are only half true. So each change is followed by a look, and what is found
@@ -9,7 +9,7 @@
  *   Nothing is done to a volume before its UUID was seen.
  * - An array that is not mounted looks empty. Nothing is taken for gone unless the array was mounted at that moment.
  *
- * What PoseidonOS does not have is absent here too: snapshots, copies and growth (spec/pos.md 11.6).
+ * What PoseidonOS does not have is absent here too: snapshots, copies and growth (docs/reference/poseidonos-api.md 11.6).
  */
 import { createHash } from "node:crypto";
 import type { Logger, RequestContext } from "../../context.ts";
@@ -213,7 +213,7 @@ function uuidFor(name: string, { endpoint, array }: PoseidonParameters): string 
   return bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
-/** POS 0.12 was the first to take a UUID for a new volume (spec/pos.md 6.4). */
+/** POS 0.12 was the first to take a UUID for a new volume (docs/reference/poseidonos-api.md 6.4). */
 function takesUuids(version: string): boolean {
   const match = /^v?0\.(\d+)/.exec(version);
   return match === null || Number(match[1]) >= 12;
@@ -352,7 +352,7 @@ async function deleteVolume(
 }
 
 function setQos(array: string, { name }: PoseidonVolume, { maxiops, maxbw }: Qos): Next<never> {
-  // -1 keeps what is there, a field left out would be "none" (spec/pos.md 6.15).
+  // -1 keeps what is there, a field left out would be "none" (docs/reference/poseidonos-api.md 6.15).
   const keep = (value: bigint | undefined) => value === undefined ? -1 : Number(value);
   return {
     step: "set the limits",

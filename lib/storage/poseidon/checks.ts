@@ -1,5 +1,5 @@
 /**
- * A look at PoseidonOS through DAgent, for `lbcsi doctor` (facts: spec/pos.md 5, 6, 11). It reads and changes nothing, and
+ * A look at PoseidonOS through DAgent, for `lbcsi doctor` (facts: docs/reference/poseidonos-api.md 5, 6, 11). It reads and changes nothing, and
  * leaves out `GET /system`, which answers from a cache and starts 14 programs on the storage server.
  */
 import { type Check, reasonOf, runCheck, simulatorCheck } from "../../check.ts";

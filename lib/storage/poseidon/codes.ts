@@ -1,5 +1,5 @@
 /**
- * What PoseidonOS' status codes mean to a client that repeats itself (facts: spec/pos.md sections 7 and 12). Names tell
+ * What PoseidonOS' status codes mean to a client that repeats itself (facts: docs/reference/poseidonos-api.md sections 7 and 12). Names tell
  * more than numbers, which changed between versions: `eventName` decides where there is one.
  */
 import type { StatusCode } from "../../error.ts";

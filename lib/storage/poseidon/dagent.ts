@@ -1,5 +1,5 @@
 /**
- * Calls to DAgent, the REST face of PoseidonOS (facts: spec/pos.md section 5).
+ * Calls to DAgent, the REST face of PoseidonOS (facts: docs/reference/poseidonos-api.md section 5).
  *
  * - The HTTP status is looked at first: a request that DAgent itself refuses has HTTP status 400 and code 0.
  * - PoseidonOS does one thing at a time, and so do we: changes queue here, one after the other per DAgent, and a caller
@@ -310,7 +310,7 @@ export class Dagent {
   }
 }
 
-/** Parts of routes that are words of DAgent (spec/pos.md 6), and not names of arrays and volumes. */
+/** Parts of routes that are words of DAgent (docs/reference/poseidonos-api.md 6), and not names of arrays and volumes. */
 const routeWords: ReadonlySet<string> = new Set(
   ["array", "listener", "mount", "qos", "subsystem", "transports", "volumelist", "volumes"],
 );

@@ -1,5 +1,5 @@
 /**
- * Who may reach a volume on PoseidonOS (facts: spec/pos.md sections 6.7 to 6.12, 11.3, 11.4).
+ * Who may reach a volume on PoseidonOS (facts: docs/reference/poseidonos-api.md sections 6.7 to 6.12, 11.3, 11.4).
  *
  * PoseidonOS lets any host in that reaches the port: it has no access lists. So a volume is exported when a node is granted
  * access and un-exported when it is revoked, through a subsystem of its own whose NQN names volume and node. PoseidonOS
@@ -156,7 +156,7 @@ export async function exportVolume(
 
 /**
  * What a new subsystem is to be. It has room for one namespace, so that nobody puts another one where this node sees it;
- * any host may connect, for there is no way to name one (spec/pos.md 6.11).
+ * any host may connect, for there is no way to name one (docs/reference/poseidonos-api.md 6.11).
  */
 function subsystem(nqn: string, { uuid }: PoseidonVolume): Readonly<Record<string, unknown>> {
   return {
@@ -240,7 +240,7 @@ export async function unexportVolume(
           );
         }
         if (volume.status === "Mounted") return unmount(volume, array);
-        // Un-exported by its own word, and still there (spec/pos.md 6.8): then its subsystem goes, and the namespace with it.
+        // Un-exported by its own word, and still there (docs/reference/poseidonos-api.md 6.8): then its subsystem goes, and the namespace with it.
       }
       const next = exporting.find(isMeant) ?? subsystems.find(isMeant);
       if (next !== undefined) {
@@ -261,7 +261,7 @@ export async function unexportVolume(
   );
 }
 
-/** Deleting a subsystem takes away whatever is in it (spec/pos.md 6.11). */
+/** Deleting a subsystem takes away whatever is in it (docs/reference/poseidonos-api.md 6.11). */
 function assertOwnSubsystem(
   action: string,
   { nqn, namespaces }: PoseidonSubsystem,

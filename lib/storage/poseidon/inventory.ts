@@ -1,5 +1,5 @@
 /**
- * What there is on a PoseidonOS, as it shows it: arrays, volumes, subsystems (facts: spec/pos.md sections 6 and 11).
+ * What there is on a PoseidonOS, as it shows it: arrays, volumes, subsystems (facts: docs/reference/poseidonos-api.md sections 6 and 11).
  *
  * Two things must not be believed. An empty list of volumes, or "no such volume", is also what an array answers that is
  * not mounted; and a volume's own word of where it is exported is missing from lists. So volumes are looked up in the list
@@ -64,7 +64,7 @@ const transportsSchema = z.object({
   transportlist: z.array(z.object({ type: z.string().default("") })).default([]),
 }).default({ transportlist: [] });
 
-/** The most volumes that an array has (spec/pos.md 11.1). */
+/** The most volumes that an array has (docs/reference/poseidonos-api.md 11.1). */
 export const mostVolumes = 256;
 export const mib = 1n << 20n;
 
@@ -87,7 +87,7 @@ export async function readArray(
   }
 }
 
-/** Whether volumes can be seen and changed (spec/pos.md 6.3). */
+/** Whether volumes can be seen and changed (docs/reference/poseidonos-api.md 6.3). */
 function isMounted({ state }: PoseidonArray): boolean {
   return state === "NORMAL" || state === "BUSY";
 }
@@ -175,7 +175,7 @@ export function namespaceOf(
   );
 }
 
-/** What is wrong with the volumes of an array; undefined when they are well (states: spec/pos.md 6.3). */
+/** What is wrong with the volumes of an array; undefined when they are well (states: docs/reference/poseidonos-api.md 6.3). */
 export function arrayConditionOf({ name, state, situation }: PoseidonArray): AbnormalCondition | undefined {
   const told = `PoseidonOS: array "${name}" ${state}, ${situation}`;
   switch (situation) {

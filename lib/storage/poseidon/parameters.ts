@@ -1,5 +1,5 @@
 /**
- * What a StorageClass for PoseidonOS may say (spec/pos.md section 2): the parameters of the vendor's driver under its
+ * What a StorageClass for PoseidonOS may say (docs/reference/poseidonos-api.md section 2): the parameters of the vendor's driver under its
  * names, so that its users can move over, and limits of speed under PoseidonOS' own names and in its own units.
  */
 import * as z from "zod";
@@ -164,7 +164,7 @@ function parse<T>(action: string, what: string, schema: z.ZodType<T>, known: rea
   throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${what} ${problems.join("; ")}`);
 }
 
-/** The size of a new volume: whole MiB, at least one (spec/pos.md 11.1). */
+/** The size of a new volume: whole MiB, at least one (docs/reference/poseidonos-api.md 11.1). */
 export function volumeSize(action: string, { requiredBytes, limitBytes }: CapacityRange): bigint {
   if (requiredBytes < 0n || limitBytes < 0n) {
     throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);

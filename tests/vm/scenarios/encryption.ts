@@ -164,7 +164,7 @@ export const scenario = of([
     name: "a volume that the incumbent driver encrypted opens with its passphrase",
     limitSeconds: 120,
     async run(world) {
-      // As that driver makes it: AES-128, no label, and its own words on the command line (spec/lightos.md section 11);
+      // As that driver makes it: AES-128, no label, and its own words on the command line (docs/reference/lightos-api.md section 11);
       // but for the time that its key takes.
       const volume = await encrypted(world);
       const block = await world.volume({ use: "block" });
