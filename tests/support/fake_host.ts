@@ -303,11 +303,18 @@ export class FakeHost implements Host {
         view.setUint32(0x20, 32768, true);
       }
       if (content?.fsType === "ext4") {
-        // The inode table is in the third block, and the root directory is its second inode of 128 bytes.
+        // The inode table is in the third block, the root directory is its second inode of 128 bytes, and the fourth block
+        // is the only one of that directory: "." and "..", both of inode 2.
         if (offsetBytes === 4096n) bytes.set([2], 8);
         if (offsetBytes === 8192n + 128n) {
           bytes.set([0xed, 0x41]);
           bytes.set([3], 0x1a);
+          bytes.set([3], 0x28);
+        }
+        if (offsetBytes === 3n * 4096n) {
+          bytes.set(
+            [2, 0, 0, 0, 12, 0, 1, 2, 0x2e, 0, 0, 0, 2, 0, 0, 0, 244, 15, 2, 2, 0x2e, 0x2e].slice(0, lengthBytes),
+          );
         }
       }
       for (const [at, written] of device.namespace.written ?? []) {
