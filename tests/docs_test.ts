@@ -413,7 +413,7 @@ function sourcesOf(directory: string): readonly string[] {
 }
 
 /** What the driver can say; the simulator and the demo are not it. */
-const literals = sourcesOf("lib").filter((path) => !/^lib\/(sim|demo)\//.test(path))
+const literals = sourcesOf("lib").filter((path) => !/^lib\/(simulator|demo)\//.test(path))
   .flatMap((path) => literalsIn(Deno.readTextFileSync(root + path)).map((literal) => ({ ...literal, path })));
 
 /** The texts in the first column of a document's tables whose first heading is "message". */
@@ -450,7 +450,10 @@ for (const path of ["docs/troubleshooting.md", "README.md"]) {
 
 Deno.test("each error of the driver is in docs/troubleshooting.md", () => {
   const patterns = messagesOf(textOf("docs/troubleshooting.md")).map(patternOf);
-  const errors = literals.filter(({ text, before }) => /^Cannot /.test(text) || /(?:^|\W|throw)refuse\($/.test(before))
+  // `refuse("…")`, `pathError("…")` and `ctx.error("ABORTED", "…")`, but not `new Error("…")`.
+  const isError = (before: string) =>
+    /(?:refuse|Error)\($|\.error\("[A-Z_]+",$/.test(before) && !/new\w*Error\($/.test(before);
+  const errors = literals.filter(({ text, before }) => /^Cannot /.test(text) || isError(before))
     // Without those that are nothing but an action and a problem that stands elsewhere.
     .filter(({ text }) => text.includes(" ") && /[a-z]{2}/.test(text.replace(/^Cannot [^:]*?…:?/, "")));
   const missing = errors.filter(({ text }) => !patterns.some((pattern) => pattern.test(text)));

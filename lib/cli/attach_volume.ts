@@ -92,11 +92,12 @@ export async function attachVolume(
   );
   const device = await waitForDevice(host, volume, namespace.uuid, { subsystemNqn, hint: attacher.hint });
   if (inBandAuth !== undefined) {
-    await assertAuthenticated(host, subsystemNqn, inBandAuth, `attach namespace ${namespace.uuid}`);
+    await assertAuthenticated(host, ctx.doing(`attach namespace ${namespace.uuid}`), subsystemNqn, inBandAuth);
   }
   if (mount === undefined || path === undefined) return { device, mount: undefined };
-  await assertHasPath(host, device, `mount namespace ${namespace.uuid} at "${path}"`);
-  await mountVolume(host, volume, device, path, {
+  await assertHasPath(host, ctx.doing(`mount namespace ${namespace.uuid} at "${path}"`), device);
+  await mountVolume(host, volume, device, {
+    path,
     fsType: mount.fsType,
     defaultFsType: "ext4",
     flags: [],
@@ -172,17 +173,17 @@ export async function detachVolume(
   const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
   if (path !== undefined) {
     if (device !== undefined) {
-      await assertUnmountCanEnd(host, volume, { device, path, action });
+      await assertUnmountCanEnd(host, volume.doing(action), { device, path });
     }
-    await unmountAll(host, volume, path, device, action);
+    await unmountAll(host, volume.doing(action), path, device);
   }
-  if (device !== undefined) await assertUnused(host, device, action);
+  if (device !== undefined) await assertUnused(host, volume.doing(action), device);
   await attacher.detach(volume, uuid, subsystemNqn);
   if ("backend" in wanted) await wanted.backend.revokeAccess(volume, wanted.secrets, wanted.volumeId, hostNqn);
 }
 
-async function assertUnused(host: Host, device: BlockDevice, action: string): Promise<void> {
-  const users = await allUsersOf(host, await recheckDevice(host, device, action));
+async function assertUnused(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
+  const users = await allUsersOf(host, await recheckDevice(host, ctx, device));
   if (users.length === 0) return;
-  throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
+  throw ctx.error("FAILED_PRECONDITION", `${device.path} is in use by ${users.join(", ")}`);
 }

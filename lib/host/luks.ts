@@ -93,18 +93,18 @@ export interface OpenMapperOptions {
  */
 export async function openMapper(
   host: Host,
-  ctx: RequestContext,
+  outer: RequestContext,
   device: BlockDevice,
   wish: OpenMapperOptions,
 ): Promise<BlockDevice> {
-  const action = `open the encryption of namespace ${device.uuid}`;
-  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
+  const ctx = outer.doing(`open the encryption of namespace ${device.uuid}`);
+  const refuse = (problem: string) => ctx.error("FAILED_PRECONDITION", problem);
   const there = await findMapper(host, device.uuid);
   if (there !== undefined) {
     if (there.encrypts?.beneath?.number === device.number) {
       if (there.readOnly && !wish.readOnly) throw refuse(`${there.path} is open for reading only, unstage it first`);
       // It may have been opened when the volume was smaller.
-      return wish.readOnly ? there : await growMapper(host, ctx, there, action);
+      return wish.readOnly ? there : await growMapper(host, ctx, there);
     }
     // Without a passphrase it could not be opened again.
     wish.passphrases();
@@ -118,8 +118,8 @@ export async function openMapper(
         }; the pods there have to end first`,
       );
     }
-    await unmountAll(host, ctx, wish.stagingPath, there, action);
-    await closeMapper(host, ctx, device.uuid, action);
+    await unmountAll(host, ctx, wish.stagingPath, there);
+    await closeMapper(host, ctx, device.uuid);
   }
 
   const passphrases = wish.passphrases();
@@ -138,20 +138,20 @@ export async function openMapper(
       // One that outlived the driver which started it may still be at work.
       const users = await processesAt(host, (place) => place === device.path);
       if (users.length > 0) {
-        throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
+        throw ctx.error("UNAVAILABLE", `${device.path} is in use by ${users.join(", ")}`);
       }
       ctx.log.warning("encrypts anew what was never finished", { device: device.path });
     }
-    await luksFormat(host, ctx, device, { ...wish, passphrases }, action);
+    await luksFormat(host, ctx, device, { ...wish, passphrases });
   }
   if (await hasAes(host) === false) {
     ctx.log.warning("encrypts without AES instructions of the processor, which is slow", { device: device.path });
   }
-  await recheckDevice(host, device, action);
-  await open(host, ctx, device, { ...wish, passphrases }, action);
+  await recheckDevice(host, ctx, device);
+  await open(host, ctx, device, { ...wish, passphrases });
   const opened = await findMapper(host, device.uuid);
   if (opened?.encrypts?.beneath?.number !== device.number) {
-    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${mapperName(device.uuid)} was opened and is not there`);
+    throw ctx.error("UNAVAILABLE", `${mapperName(device.uuid)} was opened and is not there`);
   }
   return opened;
 }
@@ -161,7 +161,7 @@ export async function openMapper(
  *
  * @throws StatusError FAILED_PRECONDITION when something uses it; UNAVAILABLE when cryptsetup fails otherwise
  */
-export async function closeMapper(host: Host, ctx: RequestContext, uuid: string, action: string): Promise<void> {
+export async function closeMapper(host: Host, ctx: RequestContext, uuid: string): Promise<void> {
   const mapper = await findMapper(host, uuid);
   if (mapper === undefined) return;
   const table = await mountTable(host);
@@ -172,22 +172,19 @@ export async function closeMapper(host: Host, ctx: RequestContext, uuid: string,
     ...await loopDevicesOn(host, table, mapper.path),
   ];
   const refuse = (users: string) =>
-    new StatusError("FAILED_PRECONDITION", `Cannot ${action}: its encryption (${mapper.path}) is in use by ${users}`);
+    ctx.error("FAILED_PRECONDITION", `its encryption (${mapper.path}) is in use by ${users}`);
   if (users.length > 0) throw refuse(users.join(", "));
   const closed = await cryptsetup(host, ctx, ["close", mapperName(uuid)]);
   // cryptsetup(8): 4 is "wrong device", here one that is gone already; 5 is "exists or is busy".
   if (closed.code === 0 || closed.code === 4) {
     if (await findMapper(host, uuid) === undefined) return;
-    throw new StatusError(
-      "UNAVAILABLE",
-      `Cannot ${action}: cryptsetup close succeeded, but ${mapper.path} is still there`,
-    );
+    throw ctx.error("UNAVAILABLE", `cryptsetup close succeeded, but ${mapper.path} is still there`);
   }
   if (closed.code === 5) {
     const processes = await processesAt(host, (place) => place === mapper.path);
     throw refuse(processes.length > 0 ? processes.join(", ") : "something that this process cannot see");
   }
-  throw failed(action, "UNAVAILABLE", "close", closed);
+  throw failed(ctx, "UNAVAILABLE", "close", closed);
 }
 
 /** Makes the mapper as large as its device allows, and answers it as it is then. */
@@ -195,11 +192,10 @@ export async function growMapper(
   host: Host,
   ctx: RequestContext,
   mapper: BlockDevice,
-  action: string,
 ): Promise<BlockDevice> {
   const resized = await cryptsetup(host, ctx, ["resize", mapperName(mapper.uuid)]);
-  if (resized.code !== 0) throw failed(action, "FAILED_PRECONDITION", "resize", resized);
-  return await recheckDevice(host, mapper, action);
+  if (resized.code !== 0) throw failed(ctx, "FAILED_PRECONDITION", "resize", resized);
+  return await recheckDevice(host, ctx, mapper);
 }
 
 /** Whether nobody has ever used what is inside: see the head of this file. */
@@ -246,21 +242,20 @@ function parseJson(text: string): unknown {
 
 function readerOf(host: Host, ctx: RequestContext, device: BlockDevice) {
   return (offsetBytes: bigint, lengthBytes: number) =>
-    host.pending.answer({
-      volume: device.uuid,
-      what: `a read of ${device.path}`,
-      signal: ctx.signal,
-      action: `read the encryption of namespace ${device.uuid}`,
-    }, () => host.readBytes(device.path, offsetBytes, lengthBytes));
+    host.pending.answer(
+      ctx.doing(`read the encryption of namespace ${device.uuid}`),
+      { volume: device.uuid, what: `a read of ${device.path}` },
+      () => host.readBytes(device.path, offsetBytes, lengthBytes),
+    );
 }
 
 /** Writes down that from now on somebody may have used what is inside. Do it before anybody can. */
-export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDevice, action: string): Promise<void> {
+export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDevice): Promise<void> {
   const beneath = mapper.encrypts?.beneath;
   if (beneath === undefined) return;
   if (!await isNeverUsed(beneath, readerOf(host, ctx, beneath))) return;
   const marked = await cryptsetup(host, ctx, ["config", "--label", usedLabel, beneath.path]);
-  if (marked.code !== 0) throw failed(action, "UNAVAILABLE", "config", marked);
+  if (marked.code !== 0) throw failed(ctx, "UNAVAILABLE", "config", marked);
 }
 
 type OpenParameters = Pick<OpenMapperOptions, "settings" | "readOnly" | "shared"> & {
@@ -272,11 +267,10 @@ async function luksFormat(
   ctx: RequestContext,
   device: BlockDevice,
   { passphrases, settings }: OpenParameters,
-  action: string,
 ): Promise<void> {
   const { cipher, keyBits, sectorBytes } = settings;
   ctx.log.info("encrypts a blank device", { device: device.path });
-  await recheckDevice(host, device, action);
+  await recheckDevice(host, ctx, device);
   const made = await cryptsetup(host, ctx, [
     "luksFormat",
     "--batch-mode",
@@ -290,7 +284,7 @@ async function luksFormat(
     "--key-file=-",
     device.path,
   ], passphrases.current);
-  if (made.code !== 0) throw failed(action, "FAILED_PRECONDITION", "luksFormat", made);
+  if (made.code !== 0) throw failed(ctx, "FAILED_PRECONDITION", "luksFormat", made);
 }
 
 async function open(
@@ -298,7 +292,6 @@ async function open(
   ctx: RequestContext,
   device: BlockDevice,
   { passphrases, settings, readOnly, shared }: OpenParameters,
-  action: string,
 ): Promise<void> {
   const args = [
     "open",
@@ -318,14 +311,13 @@ async function open(
   const opened = await cryptsetup(host, ctx, args, passphrases.current);
   if (opened.code === 0) return;
   // cryptsetup(8): 2 is "no permission (bad passphrase)".
-  if (opened.code !== 2) throw failed(action, "FAILED_PRECONDITION", "open", opened);
-  const noKey = (problem: string) =>
-    new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${problem} ${describeDevice(device)}`);
+  if (opened.code !== 2) throw failed(ctx, "FAILED_PRECONDITION", "open", opened);
+  const noKey = (problem: string) => ctx.error("INVALID_ARGUMENT", `${problem} ${describeDevice(device)}`);
   const { current, previous } = passphrases;
   if (previous === undefined) throw noKey(`the passphrase in the secrets ("host-encryption-passphrase") does not open`);
   const before = await cryptsetup(host, ctx, args, previous);
   if (before.code === 2) throw noKey("neither the passphrase in the secrets nor the previous one opens");
-  if (before.code !== 0) throw failed(action, "FAILED_PRECONDITION", "open", before);
+  if (before.code !== 0) throw failed(ctx, "FAILED_PRECONDITION", "open", before);
   if (readOnly) return;
   if (shared) {
     // Two hosts that change key slots at once leave a header that no passphrase opens.
@@ -381,15 +373,12 @@ async function cryptsetup(
 }
 
 function failed(
-  action: string,
+  ctx: RequestContext,
   code: "FAILED_PRECONDITION" | "UNAVAILABLE",
   command: string,
   result: CommandResult,
 ): StatusError {
-  return new StatusError(
-    code,
-    `Cannot ${action}: cryptsetup ${command} failed with exit ${result.code} (${reasonOf("cryptsetup", result)})`,
-  );
+  return ctx.error(code, `cryptsetup ${command} failed with exit ${result.code} (${reasonOf("cryptsetup", result)})`);
 }
 
 /** Whether the processor has AES instructions; undefined: it does not tell. */

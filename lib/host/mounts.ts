@@ -254,8 +254,6 @@ export interface ComingUnmount {
   readonly device: BlockDevice;
   /** Free of symbolic links. */
   readonly path: string;
-  /** What cannot be done when it must not come: `unstage the volume 0f2c…`. */
-  readonly action: string;
 }
 
 /**
@@ -267,7 +265,7 @@ export interface ComingUnmount {
 export async function assertUnmountCanEnd(
   host: Host,
   ctx: RequestContext,
-  { device, path, action }: ComingUnmount,
+  { device, path }: ComingUnmount,
 ): Promise<void> {
   const table = await mountTable(host);
   const mounts = await mountsOf(host, table, device);
@@ -275,7 +273,7 @@ export async function assertUnmountCanEnd(
   // Only the last unmount of a file system writes.
   if (here === undefined || here.superOptions.includes("ro") || here.fsType === "devtmpfs") return;
   if (mountsElsewhere(table, mounts, path).some((mount) => mount.fsType === here.fsType)) return;
-  await assertHasPath(host, device, action);
+  await assertHasPath(host, ctx, device);
   if (here.options.includes("ro")) return;
   // The kernel shows nowhere that a file system is frozen; what tells is that a write waits.
   const write = async () => {
@@ -285,15 +283,13 @@ export async function assertUnmountCanEnd(
       // Full, broken or shut down: it has answered.
     }
   };
-  const asked = { volume: device.uuid, what: `a write at "${path}"`, signal: ctx.signal, longestMs: longestWriteMs };
-  const answer = await host.pending.ask(asked, write);
+  const asked = { volume: device.uuid, what: `a write at "${path}"`, longestMs: longestWriteMs };
+  const answer = await host.pending.ask(ctx, asked, write);
   if (answer.kind === "answered") return;
   const { what, ms } = answer.owed;
-  throw new StatusError(
+  throw ctx.error(
     "UNAVAILABLE",
-    `Cannot ${action}: ${describeMount(here)} has not answered ${what} for ${
-      Math.round(ms / 1000)
-    } s, it is frozen or its ` +
+    `${describeMount(here)} has not answered ${what} for ${Math.round(ms / 1000)} s, it is frozen or its ` +
       `storage does not answer; if a backup has left it frozen, thaw it on this node: fsfreeze --unfreeze ${path}`,
   );
 }
@@ -302,13 +298,13 @@ export async function assertUnmountCanEnd(
  * Throws FAILED_PRECONDITION while the kernel has the file system of `device` active although this mount table has no mount
  * of it: what is in memory is written with the last unmount, and that one was not here.
  */
-export async function assertFileSystemInactive(host: Host, device: BlockDevice, action: string): Promise<void> {
+export async function assertFileSystemInactive(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const fsType = await mountedSomewhere(host, device);
   if (fsType === undefined) return;
   const places = await foreignMountsOf(host, device);
-  throw new StatusError(
+  throw ctx.error(
     "FAILED_PRECONDITION",
-    `Cannot ${action}: its ${fsType} is still in use by ${
+    `its ${fsType} is still in use by ${
       places.length > 0
         ? places.join(", ")
         : `something that this process cannot see: a mount of another container, or a freeze that outlived its mounts; in ` +
@@ -328,22 +324,21 @@ export async function unmountAll(
   ctx: RequestContext,
   path: string,
   device: BlockDevice | undefined,
-  action: string,
 ): Promise<number> {
   const stacked = mountsAt(await mountTable(host), path);
   for (const mount of stacked.toReversed()) {
     if (await relationOf(host, mount, device) === "foreign") {
-      throw new StatusError(
+      throw ctx.error(
         "FAILED_PRECONDITION",
-        `Cannot ${action}: ${describeMount(mount)} is mounted at "${path}", which is not this volume` +
+        `${describeMount(mount)} is mounted at "${path}", which is not this volume` +
           `${device === undefined ? "" : `, ${describeDevice(device)},`} and left as it is`,
       );
     }
-    await unmount(host, ctx, path, action);
+    await unmount(host, ctx, path);
   }
   const left = mountsAt(await mountTable(host), path);
   if (left[0] !== undefined) {
-    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${describeMount(left[0])} is still mounted at "${path}"`);
+    throw ctx.error("UNAVAILABLE", `${describeMount(left[0])} is still mounted at "${path}"`);
   }
   return stacked.length;
 }
@@ -352,22 +347,27 @@ export async function unmountAll(
  * Makes an empty file or directory to mount on. What is there already must be empty, for the mount would hide it.
  *
  * @param path free of symbolic links, in an existing directory
- * @param refuse makes the error for something else that is there
+ * @throws StatusError FAILED_PRECONDITION for something else that is there
  */
 export async function makeMountPoint(
   host: Host,
+  ctx: RequestContext,
   path: string,
   wanted: "file" | "directory",
-  refuse: (problem: string) => StatusError,
 ): Promise<void> {
   const kind = await onNodeDisk(host, path, "look at", () => host.kindOf(path));
   if (kind === "absent") {
     const make = () => wanted === "file" ? host.makeFile(path) : host.makeDirectory(path);
     return await onNodeDisk(host, path, `make the ${wanted}`, make);
   }
-  if (kind !== wanted) throw refuse(`the target path "${path}" is there already and is not a ${wanted}`);
+  if (kind !== wanted) {
+    throw ctx.error("FAILED_PRECONDITION", `the target path "${path}" is there already and is not a ${wanted}`);
+  }
   if (wanted === "directory" && !await isEmptyDirectory(host, path)) {
-    throw refuse(`the target path "${path}" is not a mount point but holds files of the node's own disk`);
+    throw ctx.error(
+      "FAILED_PRECONDITION",
+      `the target path "${path}" is not a mount point but holds files of the node's own disk`,
+    );
   }
 }
 
@@ -434,21 +434,19 @@ export function describeMount(mount: Mount): string {
  *
  * @throws StatusError FAILED_PRECONDITION when it is busy, saying by whom; UNAVAILABLE when umount fails otherwise
  */
-export async function unmount(host: Host, ctx: RequestContext, path: string, action: string): Promise<void> {
+export async function unmount(host: Host, ctx: RequestContext, path: string): Promise<void> {
   const result = await host.run("umount", [path], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
   // Unmounted by somebody else meanwhile.
   if (result.code === 0 || /not mounted|no mount point/.test(result.stderr)) return;
   const text = result.stderr.trim();
   if (/busy/.test(text)) {
     const holders = await holdersOf(host, path);
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: "${path}" is in use by ${
-        holders.length === 0 ? "something that this process cannot see" : holders.join(", ")
-      }`,
+      `"${path}" is in use by ${holders.length === 0 ? "something that this process cannot see" : holders.join(", ")}`,
     );
   }
-  throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${text === "" ? `umount exits ${result.code}` : text}`);
+  throw ctx.error("UNAVAILABLE", `${text === "" ? `umount exits ${result.code}` : text}`);
 }
 
 const mostHolders = 5;

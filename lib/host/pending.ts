@@ -4,7 +4,7 @@
  * So a volume that owes an answer is asked nothing more until it has given it. One memory serves all calls of a node: stage,
  * publish, unpublish, unstage, expand and the statistics.
  */
-import { timeLimit, unlessAborted } from "../context.ts";
+import { type RequestContext, timeLimit, unlessAborted } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
 
 /** What a volume has not answered. */
@@ -32,9 +32,7 @@ export interface AskOptions {
   readonly volume: string;
   /** What is asked, for messages: `a read of /dev/nvme0n1`. */
   readonly what: string;
-  /** Ends the wait; its reason is thrown. */
-  readonly signal: AbortSignal;
-  /** Ends the wait too, with the answer `silent`; absent: never. */
+  /** Ends the wait, with the answer `silent`; absent: never. */
   readonly longestMs?: number;
 }
 
@@ -61,9 +59,9 @@ export class PendingAnswers {
   }
 
   /** Throws UNAVAILABLE while a volume owes an answer. */
-  assertNothingOwed(volume: string, action: string): void {
+  assertNothingOwed(ctx: RequestContext, volume: string): void {
     const owed = this.owedBy(volume);
-    if (owed !== undefined) throw owedError(action, owed);
+    if (owed !== undefined) throw owedError(ctx, owed);
   }
 
   /**
@@ -72,8 +70,12 @@ export class PendingAnswers {
    *
    * @param question gets no signal, for nothing ends it
    */
-  async ask<T>(options: AskOptions, question: () => Promise<T>): Promise<Answer<T>> {
-    const { volume, what, signal, longestMs = 2 ** 31 - 1 } = options;
+  async ask<T>(
+    { signal }: Pick<RequestContext, "signal">,
+    options: AskOptions,
+    question: () => Promise<T>,
+  ): Promise<Answer<T>> {
+    const { volume, what, longestMs = 2 ** 31 - 1 } = options;
     signal.throwIfAborted();
     const earlier = this.owedBy(volume);
     if (earlier !== undefined) return { kind: "silent", owed: earlier };
@@ -100,26 +102,23 @@ export class PendingAnswers {
    *
    * @throws StatusError UNAVAILABLE when the volume does not answer, naming what it owes and since when
    */
-  async answer<T>(options: AskOptions & { readonly action: string }, question: () => Promise<T>): Promise<T> {
-    const { signal, action, volume } = options;
+  async answer<T>(ctx: RequestContext, options: AskOptions, question: () => Promise<T>): Promise<T> {
     try {
-      const answer = await this.ask(options, question);
+      const answer = await this.ask(ctx, options, question);
       if (answer.kind === "answered") return answer.value;
-      throw owedError(action, answer.owed);
+      throw owedError(ctx, answer.owed);
     } catch (error) {
       // The caller's deadline: what it waited for says more than that it is over.
-      const owed = signal.aborted && hasCode(error, "DEADLINE_EXCEEDED") ? this.owedBy(volume) : undefined;
-      throw owed === undefined ? error : owedError(action, owed, error);
+      const owed = ctx.signal.aborted && hasCode(error, "DEADLINE_EXCEEDED") ? this.owedBy(options.volume) : undefined;
+      throw owed === undefined ? error : owedError(ctx, owed, error);
     }
   }
 }
 
-function owedError(action: string, { what, ms }: Owed, cause?: unknown): StatusError {
-  return new StatusError(
+function owedError(ctx: RequestContext, { what, ms }: Owed, cause?: unknown): StatusError {
+  return ctx.error(
     "UNAVAILABLE",
-    `Cannot ${action}: the volume has not answered ${what} for ${
-      Math.round(ms / 1000)
-    } s, it is asked nothing more until it ` +
+    `the volume has not answered ${what} for ${Math.round(ms / 1000)} s, it is asked nothing more until it ` +
       `does; restore the way to its storage, or thaw it (fsfreeze --unfreeze) if a backup has left it frozen`,
     { cause },
   );

@@ -421,7 +421,7 @@ Deno.test("markUsed gives up a device that does not answer when its caller does"
   assert(mapper);
   n.host.readBytes = () => new Promise(() => {});
   const caller = new AbortController();
-  const marked = markUsed(n.host, callContext(caller.signal), mapper, "stage the volume");
+  const marked = markUsed(n.host, callContext(caller.signal), mapper);
 
   caller.abort(new StatusError("DEADLINE_EXCEEDED", "Cannot finish in time"));
 

@@ -9,8 +9,11 @@ import { callContext } from "./node_calls.ts";
 export const mib = 1 << 20;
 export const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 
+/** How the disk is mounted, at the one path that it has. */
+export type DiskMountOptions = Omit<MountOptions, "path">;
+
 /** ext4, for writing, without any option. */
-export const mountOptions: MountOptions = {
+export const mountOptions: DiskMountOptions = {
   fsType: undefined,
   defaultFsType: "ext4",
   flags: [],
@@ -24,7 +27,7 @@ export interface Disk {
   readonly namespace: LoopNamespace;
   readonly path: string;
   readonly device: () => Promise<BlockDevice>;
-  readonly mount: (wish: MountOptions) => Promise<unknown>;
+  readonly mount: (wish: DiskMountOptions) => Promise<unknown>;
 }
 
 /** Runs `act` with a blank volume of this size, and takes everything down afterwards. Needs root and loop devices. */
@@ -38,7 +41,8 @@ export async function withDisk(sizeMib: number, act: (disk: Disk) => Promise<voi
     assert(found);
     return found;
   };
-  const mount = async (wish: MountOptions) => mountVolume(machine.host, callContext(), await device(), path, wish);
+  const mount = async (wish: DiskMountOptions) =>
+    mountVolume(machine.host, callContext(), await device(), { ...wish, path });
   await act({ machine, namespace, path, device, mount });
 }
 

@@ -307,9 +307,10 @@ export class FakeHost implements Host {
         // is the only one of that directory: "." and "..", both of inode 2.
         if (offsetBytes === 4096n) bytes.set([2], 8);
         if (offsetBytes === 8192n + 128n) {
-          bytes.set([0xed, 0x41]);
-          bytes.set([3], 0x1a);
-          bytes.set([3], 0x28);
+          const inode = new DataView(bytes.buffer);
+          inode.setUint16(0, 0x41ed, true);
+          inode.setUint16(0x1a, 3, true);
+          inode.setUint32(0x28, 3, true);
         }
         if (offsetBytes === 3n * 4096n) {
           bytes.set(

@@ -39,7 +39,8 @@ function scan(source: string, at: number, found: Literal[]): number {
         close();
         open = { text, before: code.replace(/\s/g, "").slice(-40) };
       }
-      code = "";
+      // A status code before a message tells that the message is an error: `ctx.error("ABORTED", "…")`.
+      code = /\.error\(\s*$/.test(code) ? `${code.trimEnd()}"${text}"` : "";
       at = next;
       continue;
     } else {

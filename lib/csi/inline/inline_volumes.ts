@@ -18,8 +18,9 @@ import { hasCode, isFinal, messageOf, StatusError } from "../../error.ts";
 import type { Attacher } from "../../host/attach/attacher.ts";
 import { ensureFilesystem } from "../../host/filesystem/format.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
-import { mountVolume } from "../../host/filesystem/mount.ts";
-import { parseMkfsOptions, parseMountFlags } from "../../host/filesystem/options.ts";
+import { parseMkfsOptions } from "../../host/filesystem/mkfs_options.ts";
+import { type MountOptions, mountVolume } from "../../host/filesystem/mount.ts";
+import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import type { Host } from "../../host/host.ts";
 import {
   assertUnmountCanEnd,
@@ -155,7 +156,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       const isMounted = mountsAt(await mountTable(host), target).length > 0;
       const isRepeat = isMounted || await onNodeDisk(host, target, "look at", () => host.kindOf(target)) !== "absent";
       using _counted = isMounted ? undefined : await options.limit?.admit(action, volumeId);
-      if (!isMounted) await makeMountPoint(host, target, "directory", refuse);
+      if (!isMounted) await makeMountPoint(host, call.doing(action), target, "directory");
       let namespace: RemoteNamespace;
       try {
         namespace = await volumes.makeVolume(call, new Secrets(request.secrets), {
@@ -194,8 +195,8 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       // is no other, and its data has to get there before anything else, also when the cluster does not answer.
       const mounted = there === undefined ? undefined : await deviceUnder(host, there);
       if (path !== undefined) {
-        if (mounted !== undefined) await assertUnmountCanEnd(host, call, { device: mounted, path, action });
-        await unmountAll(host, call, path, mounted, action);
+        if (mounted !== undefined) await assertUnmountCanEnd(host, call.doing(action), { device: mounted, path });
+        await unmountAll(host, call.doing(action), path, mounted);
       }
       const problem = obstacle();
       if (volumes === undefined || problem !== undefined) {
@@ -246,12 +247,12 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
     action: string,
     namespace: RemoteNamespace,
     target: string,
-    wish: Omit<Parameters<typeof mountVolume>[4], "shared">,
+    wish: Omit<MountOptions, "path" | "shared">,
   ): Promise<void> {
     const { uuid, subsystemNqn } = namespace;
     await attacher.attach(ctx, namespace);
     const device = await waitForDevice(host, ctx, uuid, { subsystemNqn, hint: attacher.hint });
-    await assertHasPath(host, device, action);
+    await assertHasPath(host, ctx.doing(action), device);
     const table = await mountTable(host);
     const mounts = await mountsOf(host, table, device);
     // A directory of the volume that kubelet shows to a container (subPath) is not a target.
@@ -273,7 +274,7 @@ export function inlineVolumes(options: InlineOptions): InlineVolumes {
       );
     }
     if (wish.readOnly && mounts.length === 0) await ensureFilesystem(host, ctx, device, wish);
-    await mountVolume(host, ctx, device, target, { ...wish, shared: false });
+    await mountVolume(host, ctx, device, { ...wish, path: target, shared: false });
   }
 
   /** Detaches a namespace that is unmounted, and removes its volume. */

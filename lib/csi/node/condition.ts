@@ -47,8 +47,8 @@ export function conditionProbe(host: Host, longestMs: number = longestAnswerMs):
   ): Promise<MountReport> {
     const asking = requestContext(new AbortController().signal, ctx.deadline, ctx.log, ctx.action);
     try {
-      const asked = { volume: uuid, what: `a look at ${what}`, signal: ctx.signal, longestMs };
-      const answer = await host.pending.ask(asked, () => question(asking));
+      const asked = { volume: uuid, what: `a look at ${what}`, longestMs };
+      const answer = await host.pending.ask(ctx, asked, () => question(asking));
       if (answer.kind === "answered") return answer.value;
       const seconds = Math.round(answer.owed.ms / 1000);
       const condition = unusable("NotAnswering", `${what} has not answered for ${seconds} s`);

@@ -20,7 +20,7 @@ import { reasonOf } from "../../host/command_reason.ts";
 import { fsTypes } from "../../host/filesystem/fs_type.ts";
 import { ensureGrown } from "../../host/filesystem/grow.ts";
 import { checkMount } from "../../host/filesystem/health.ts";
-import { parseMountFlags } from "../../host/filesystem/options.ts";
+import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import { closeMapper, growMapper } from "../../host/luks.ts";
 import {
   assertFileSystemInactive,
@@ -115,7 +115,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       if (id.hostEncryption !== undefined) parsePassphrases(`${action} ${id.uuid}`, secrets);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeStageVolume");
-      host.pending.assertNothingOwed(id.uuid, `${action} ${id.uuid}`);
+      host.pending.assertNothingOwed(ctx.doing(`${action} ${id.uuid}`), id.uuid);
 
       const path = await canonicalPath(host, given);
       if (path !== undefined) assertMountPath(`${action} ${id.uuid}`, "staging_target_path", path, allowSystemPaths);
@@ -166,7 +166,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const what = `${action} ${id.uuid}`;
       const device = await deviceOf(id);
       if (path !== undefined) {
-        if (device !== undefined) await assertUnmountCanEnd(host, ctx, { device, path, action: what });
+        if (device !== undefined) await assertUnmountCanEnd(host, ctx.doing(what), { device, path });
         await takeDownUnlessOwed(ctx, path, device, id.uuid, what);
       }
       if (device !== undefined) {
@@ -179,9 +179,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
             }, unpublish it there first`,
           );
         }
-        await assertFileSystemInactive(host, device, what);
+        await assertFileSystemInactive(host, ctx.doing(what), device);
       }
-      if (id.hostEncryption !== undefined) await closeMapper(host, ctx, id.uuid, what);
+      if (id.hostEncryption !== undefined) await closeMapper(host, ctx.doing(what), id.uuid);
       await refuseHeld(id.uuid, what);
       await attacher.detach(ctx, id.uuid);
       return {};
@@ -210,7 +210,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const namespace = placeOf(action, id, request.publishContext);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodePublishVolume");
-      host.pending.assertNothingOwed(id.uuid, `${action} ${id.uuid}`);
+      host.pending.assertNothingOwed(ctx.doing(`${action} ${id.uuid}`), id.uuid);
 
       const refuse = (problem: string) =>
         new StatusError("FAILED_PRECONDITION", `Cannot ${action} ${id.uuid}: ${problem}`);
@@ -244,15 +244,15 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       assertSingleTarget(access, others, readOnly, refuse);
       if (access.type === "block") await assertNotMounted(host, device, `${action} ${id.uuid} as a block device`);
       // What is dead there shows the pod nothing but errors; what is foreign is refused.
-      if (there !== undefined) await unmountAll(host, ctx, target, device, `${action} ${id.uuid}`);
+      if (there !== undefined) await unmountAll(host, ctx.doing(`${action} ${id.uuid}`), target, device);
 
       if (access.type === "block") {
-        await makeMountPoint(host, target, "file", refuse);
-        await recheckDevice(host, device, `${action} ${id.uuid}`);
+        await makeMountPoint(host, ctx.doing(`${action} ${id.uuid}`), target, "file");
+        await recheckDevice(host, ctx.doing(`${action} ${id.uuid}`), device);
         await setReadOnly(ctx, device, readOnly);
         await bind(ctx, device.path, target, readOnly, refuse);
       } else {
-        await makeMountPoint(host, target, "directory", refuse);
+        await makeMountPoint(host, ctx.doing(`${action} ${id.uuid}`), target, "directory");
         await bind(ctx, staging ?? givenStaging, target, readOnly, refuse);
       }
       const mounted = mountsAt(await mountTable(host), target).at(-1);
@@ -260,7 +260,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       if (now !== (access.type === "block" ? "our node" : "ours")) {
         // The name went to another namespace in between. Left there, it would be foreign to every call for either volume.
         if (access.type === "block" && mounted?.root.endsWith(`/${device.name}`)) {
-          await unmount(host, ctx, target, `${action} ${id.uuid}`);
+          await unmount(host, ctx.doing(`${action} ${id.uuid}`), target);
         }
         throw new StatusError(
           "UNAVAILABLE",
@@ -297,7 +297,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
         if (isNode && published.length === 0) await setReadOnly(ctx, device, false, there !== undefined);
       }
       const what = `${action} ${id.uuid}`;
-      if (device !== undefined) await assertUnmountCanEnd(host, ctx, { device, path, action: what });
+      if (device !== undefined) await assertUnmountCanEnd(host, ctx.doing(what), { device, path });
       await takeDownUnlessOwed(ctx, path, device, id.uuid, what);
       await removeMountPoint(host, path);
       return {};
@@ -335,7 +335,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       const id = parseId(volumeId);
       const ctx = call.with({ volume: id.uuid });
       using _held = locks.take(`volume ${id.uuid}`, "NodeExpandVolume");
-      host.pending.assertNothingOwed(id.uuid, `${action} ${id.uuid}`);
+      host.pending.assertNothingOwed(ctx.doing(`${action} ${id.uuid}`), id.uuid);
 
       const shown = await showing(`${action} ${id.uuid}`, id, given);
       if (shown.kind === "dead") {
@@ -357,7 +357,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       }
       const device = shown.device.encrypts === undefined
         ? shown.device
-        : await growMapper(host, ctx, shown.device, `${action} ${id.uuid}`);
+        : await growMapper(host, ctx.doing(`${action} ${id.uuid}`), shown.device);
       if (shown.kind === "mount") {
         const mounts = await mountsOf(host, await mountTable(host), device);
         // A read-only target shares its file system with the staging mount, which may be writable.
@@ -369,7 +369,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
             `Cannot ${action} ${id.uuid}: ${describeMount(shown.mount)} is none of ${fsTypes.join(", ")}`,
           );
         }
-        await ensureGrown(host, ctx, device, writable.path, fsType);
+        await ensureGrown(host, ctx, device, { path: writable.path, fsType });
       }
       return { capacityBytes: sizeBytes };
     },
@@ -423,8 +423,10 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     const { id, access, namespace, action } = wanted;
     const found = await deviceOf(id);
     const isDead = found?.encrypts !== undefined && found.encrypts.beneath === undefined;
-    const device = found === undefined || isDead ? found : await recheckDevice(host, found, `${action} ${id.uuid}`);
-    if (device !== undefined) await assertHasPath(host, device, `${action} ${id.uuid}`);
+    const device = found === undefined || isDead
+      ? found
+      : await recheckDevice(host, ctx.doing(`${action} ${id.uuid}`), found);
+    if (device !== undefined) await assertHasPath(host, ctx.doing(`${action} ${id.uuid}`), device);
     const problem = await stagingProblem(ctx, device, staging, access, refuse);
     if (problem === undefined && device !== undefined) return device;
     const isHere = (device !== undefined && !isDead) || await findDevice(host, id.uuid) !== undefined;
@@ -499,7 +501,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
       throw refuse(`it is staged as ${mounted.fsType}, the request wants ${access.fsType}`);
     }
     const readOnly = isReaderOnly(access.mode) || parseMountFlags(access.mountFlags).readOnly;
-    return await checkMount(host, ctx, device, mounted, readOnly);
+    return await checkMount(host, ctx, device, { mount: mounted, readOnly });
   }
 
   /** Unmounts what is at `path`. A question that the volume has not answered keeps its mount busy, and that passes. */
@@ -511,9 +513,9 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     action: string,
   ): Promise<void> {
     try {
-      await unmountAll(host, ctx, path, device, action);
+      await unmountAll(host, ctx.doing(action), path, device);
     } catch (error) {
-      if (hasCode(error, "FAILED_PRECONDITION")) host.pending.assertNothingOwed(uuid, action);
+      if (hasCode(error, "FAILED_PRECONDITION")) host.pending.assertNothingOwed(ctx.doing(action), uuid);
       throw error;
     }
   }
@@ -634,7 +636,7 @@ export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
     const started = performance.now();
     let rescanned = false;
     for (;;) {
-      const now = await recheckDevice(host, device, action);
+      const now = await recheckDevice(host, ctx.doing(action), device);
       if (now.sizeBytes >= requiredBytes) return now;
       if (!rescanned && performance.now() - started >= announcedMs) {
         rescanned = true;

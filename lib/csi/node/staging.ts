@@ -12,7 +12,7 @@ import type { Attacher } from "../../host/attach/attacher.ts";
 import { contentOf } from "../../host/filesystem/content.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
 import { mountVolume } from "../../host/filesystem/mount.ts";
-import { parseMountFlags } from "../../host/filesystem/options.ts";
+import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import { abandonUnfinished } from "../../host/filesystem/unfinished.ts";
 import type { Host } from "../../host/host.ts";
 import { defaultLuksSettings, type LuksSettings, markUsed, openMapper } from "../../host/luks.ts";
@@ -87,7 +87,7 @@ export async function stageVolume(
   const what = `${request.action} ${id.uuid}`;
   using _counted = await options.limit?.admit(what, id.uuid);
   const namespace = await attachedDevice(options, ctx, request);
-  await assertHasPath(host, namespace, what);
+  await assertHasPath(host, ctx.doing(what), namespace);
   const readOnly = isReaderOnly(access.mode) ||
     (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
   const device = id.hostEncryption === undefined ? namespace : await openMapper(host, ctx, namespace, {
@@ -98,7 +98,7 @@ export async function stageVolume(
     formats: !request.isRepair,
     stagingPath: path,
     contentOf: async (device) => {
-      const { kind } = await contentOf(host, ctx, device, what);
+      const { kind } = await contentOf(host, ctx.doing(what), device);
       return kind === "blank" || kind === "luks" ? kind : "other";
     },
   });
@@ -106,12 +106,13 @@ export async function stageVolume(
     await assertNoFileSystemStaged(host, device, path, what);
     await assertNotMounted(host, device, `${what} as a block device`);
     if (!readOnly) {
-      await abandonUnfinished(host, ctx, device, what);
-      await markUsed(host, ctx, device, what);
+      await abandonUnfinished(host, ctx.doing(what), device);
+      await markUsed(host, ctx.doing(what), device);
     }
     return device;
   }
-  await mountVolume(host, ctx, device, path, {
+  await mountVolume(host, ctx, device, {
+    path,
     fsType: access.fsType,
     defaultFsType: options.defaultFsType,
     flags: access.mountFlags,
@@ -132,13 +133,13 @@ async function attachedDevice(
 ): Promise<BlockDevice> {
   const { host, attacher } = options;
   const { namespace, id } = request;
-  if (namespace === undefined) return await attachedBefore(host, request.action, id.uuid);
+  if (namespace === undefined) return await attachedBefore(host, ctx, request.action, id.uuid);
   const what = `${request.action} ${id.uuid}`;
   const { subsystemNqn, inBandAuth } = namespace;
   const keys = await keysToAttach(options, ctx, request, namespace);
   if (keys !== "unknown") await attacher.attach(ctx, namespace, keys);
   const device = await waitForDevice(host, ctx, id.uuid, { subsystemNqn, hint: attacher.hint });
-  if (inBandAuth !== undefined) await assertAuthenticated(host, subsystemNqn, inBandAuth, what);
+  if (inBandAuth !== undefined) await assertAuthenticated(host, ctx.doing(what), subsystemNqn, inBandAuth);
   return device;
 }
 
@@ -162,9 +163,9 @@ async function keysToAttach(
 }
 
 /** The device of a volume that was attached before this driver took over, without a publish context of ours. */
-async function attachedBefore(host: Host, action: string, uuid: string): Promise<BlockDevice> {
+async function attachedBefore(host: Host, ctx: RequestContext, action: string, uuid: string): Promise<BlockDevice> {
   const device = await findDevice(host, uuid);
-  if (device !== undefined) return await recheckDevice(host, device, `${action} ${uuid}`);
+  if (device !== undefined) return await recheckDevice(host, ctx.doing(`${action} ${uuid}`), device);
   throw new StatusError(
     "FAILED_PRECONDITION",
     `Cannot ${action} ${uuid}: its publish context was made by another driver and the device is not here; delete ` +

@@ -1,6 +1,5 @@
 /** Checks a file system before it is mounted, and replays its journal. */
 import type { RequestContext } from "../../context.ts";
-import { StatusError } from "../../error.ts";
 import { reasonOf } from "../command_reason.ts";
 import type { Host } from "../host.ts";
 import { mountedSomewhere, mountsOf, mountTable } from "../mounts.ts";
@@ -17,7 +16,6 @@ export async function checkFileSystem(
   device: BlockDevice,
   fsType: FsType,
   isSmaller: boolean,
-  action: string,
 ): Promise<void> {
   // xfs and btrfs put themselves right when they are mounted; their check tools are for people.
   if (fsType !== "ext4") return;
@@ -27,24 +25,24 @@ export async function checkFileSystem(
   if (await mountedSomewhere(host, device) !== undefined) return;
   // Once mounted it grows much faster, without a full check; but that takes a right which not every container has.
   const growHere = isSmaller && !await canGrowMountedExt4(host);
-  await recheckDevice(host, device, action);
+  await recheckDevice(host, ctx, device);
   const checked = await changing(host, ctx, "e2fsck", growHere ? ["-f", "-p", device.path] : ["-p", device.path]);
   // e2fsck(8): the exit code is a sum; 1 is "errors corrected", 2 is "and the system should be rebooted" (a mounted root).
   if ((checked.code & ~3) === 0) {
     if (!growHere) return;
-    await recheckDevice(host, device, action);
+    await recheckDevice(host, ctx, device);
     const grown = await changing(host, ctx, "resize2fs", [device.path]);
-    if (grown.code !== 0) throw failed(action, "resize2fs", grown);
+    if (grown.code !== 0) throw failed(ctx, "resize2fs", grown);
     return;
   }
   if ((checked.code & 4) !== 0) {
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: ext4 on ${device.path} has errors that e2fsck does not repair by itself, run e2fsck by hand ` +
+      `ext4 on ${device.path} has errors that e2fsck does not repair by itself, run e2fsck by hand ` +
         `(${reasonOf("e2fsck", checked)})`,
     );
   }
-  throw failed(action, "e2fsck", checked);
+  throw failed(ctx, "e2fsck", checked);
 }
 
 /**
@@ -57,12 +55,11 @@ export async function assertReplayed(
   ctx: RequestContext,
   device: BlockDevice,
   fsType: FsType,
-  action: string,
 ): Promise<void> {
-  if (!await hasUnreplayed(host, ctx, device, fsType, action)) return;
-  throw new StatusError(
+  if (!await hasUnreplayed(host, ctx, device, fsType)) return;
+  throw ctx.error(
     "FAILED_PRECONDITION",
-    `Cannot ${action}: the log of its ${fsType} holds changes that a shared read-only mount would not show, as in a copy ` +
+    `the log of its ${fsType} holds changes that a shared read-only mount would not show, as in a copy ` +
       `of a volume in use; mount it once with access for one node, or make it from a source that was unmounted`,
   );
 }
@@ -72,9 +69,8 @@ async function hasUnreplayed(
   ctx: RequestContext,
   device: BlockDevice,
   fsType: FsType,
-  action: string,
 ): Promise<boolean> {
-  const read = readerOf(host, ctx, device, action);
+  const read = readerOf(host, ctx, device);
   switch (fsType) {
     case "ext4":
       // INCOMPAT_RECOVER in s_feature_incompat.
@@ -89,7 +85,7 @@ async function hasUnreplayed(
         log: ctx.log,
       });
       const state = /^\s*log tail: .* state: <(CLEAN|DIRTY)>/m.exec(log.stdout)?.[1];
-      if (state === undefined) throw failed(action, "xfs_logprint", log);
+      if (state === undefined) throw failed(ctx, "xfs_logprint", log);
       return state === "DIRTY";
     }
   }

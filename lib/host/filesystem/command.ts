@@ -8,9 +8,6 @@ export async function changing(host: Host, ctx: RequestContext, program: string,
   return await host.run(program, args, { signal: ctx.signal, onAbort: "finish", log: ctx.log });
 }
 
-export function failed(action: string, program: string, result: CommandResult): StatusError {
-  return new StatusError(
-    "FAILED_PRECONDITION",
-    `Cannot ${action}: ${program} failed with exit ${result.code} (${reasonOf(program, result)})`,
-  );
+export function failed(ctx: RequestContext, program: string, result: CommandResult): StatusError {
+  return ctx.error("FAILED_PRECONDITION", `${program} failed with exit ${result.code} (${reasonOf(program, result)})`);
 }

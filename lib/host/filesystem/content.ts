@@ -32,22 +32,21 @@ export async function contentOf(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  action: string,
 ): Promise<Content> {
-  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
-  const now = await recheckDevice(host, device, action);
+  const refuse = (problem: string) => ctx.error("FAILED_PRECONDITION", problem);
+  const now = await recheckDevice(host, ctx, device);
   if (now.sizeBytes === 0n) {
-    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${now.path} has no size, the namespace is not ready`);
+    throw ctx.error("UNAVAILABLE", `${now.path} has no size, the namespace is not ready`);
   }
   const holders = await host.list(`${host.roots.sysfs}/class/block/${now.name}/holders`) ?? [];
   if (holders.length > 0) throw refuse(`${now.path} is in use by ${holders.join(", ")}`);
   const beneath = now.encrypts?.beneath;
-  if (beneath !== undefined && await isNeverUsed(beneath, readerOf(host, ctx, beneath, action))) {
+  if (beneath !== undefined && await isNeverUsed(beneath, readerOf(host, ctx, beneath))) {
     return { kind: "unfinished" };
   }
 
-  const read = readerOf(host, ctx, now, action);
-  const type = await typeOf(host, ctx, now, action);
+  const read = readerOf(host, ctx, now);
+  const type = await typeOf(host, ctx, now);
   if (await isHalfMade(read, now, type)) return { kind: "unfinished" };
   if (type === "crypto_LUKS") return { kind: "luks" };
   if (type !== undefined) {
@@ -90,11 +89,10 @@ async function typeOf(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  action: string,
 ): Promise<FsType | "crypto_LUKS" | undefined> {
-  const refuse = (problem: string) => new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${problem}`);
-  const read = readerOf(host, ctx, device, action);
-  const probe = (...types: string[]) => probeSignatures(host, ctx, device, { types, action });
+  const refuse = (problem: string) => ctx.error("FAILED_PRECONDITION", problem);
+  const read = readerOf(host, ctx, device);
+  const probe = (...types: string[]) => probeSignatures(host, ctx, device, types);
   const all = await probe();
   const tableError = refuse(`${device.path} holds a partition table (${all.partitions}), it is left alone`);
   const hasPartitions = all.partitions !== undefined && (all.partitions !== "dos" || !await hasNoPartition(read));
@@ -143,18 +141,16 @@ async function probeSignatures(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  { types, action }: { readonly types: readonly string[]; readonly action: string },
+  types: readonly string[],
 ): Promise<Signatures> {
   const filter = types.length === 0 ? [] : ["-n", types.join(",")];
   const args = ["-p", ...filter, "-s", "TYPE", "-s", "PTTYPE", "-o", "export", device.path];
   const probed = await host.run("blkid", args, { signal: ctx.signal, onAbort: "kill", log: ctx.log });
   // blkid(8): 2 is "nothing found", 8 "ambivalent".
   if (probed.code !== 0 && probed.code !== 2 && probed.code !== 8) {
-    throw new StatusError(
+    throw ctx.error(
       "UNAVAILABLE",
-      `Cannot ${action}: blkid cannot tell what ${device.path} holds (exit ${probed.code}: ${
-        reasonOf("blkid", probed)
-      })`,
+      `blkid cannot tell what ${device.path} holds (exit ${probed.code}: ${reasonOf("blkid", probed)})`,
     );
   }
   const facts = new Map(
@@ -173,19 +169,17 @@ async function probeSignatures(
 
 export type Reader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
 
-export function readerOf(host: Host, ctx: RequestContext, device: BlockDevice, action: string): Reader {
+export function readerOf(host: Host, ctx: RequestContext, device: BlockDevice): Reader {
   return async (offsetBytes, lengthBytes) => {
     try {
-      const answer = answersOf(host, ctx, device, action);
+      const answer = answersOf(host, ctx, device);
       return await answer(`a read of ${device.path}`, () => host.readBytes(device.path, offsetBytes, lengthBytes));
     } catch (error) {
       if (error instanceof StatusError) throw error;
       ctx.signal.throwIfAborted();
-      throw new StatusError(
-        "UNAVAILABLE",
-        `Cannot ${action}: ${device.path} cannot be read at byte ${offsetBytes} (${messageOf(error)})`,
-        { cause: error },
-      );
+      throw ctx.error("UNAVAILABLE", `${device.path} cannot be read at byte ${offsetBytes} (${messageOf(error)})`, {
+        cause: error,
+      });
     }
   };
 }

@@ -11,8 +11,8 @@ import { contentOf, proveBlank, type Reader, readerOf } from "./content.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
 import { viewOf } from "./grow.ts";
 import { featureOptions } from "./kernel_features.ts";
+import { parseMkfsOptions } from "./mkfs_options.ts";
 import type { MountOptions } from "./mount.ts";
-import { parseMkfsOptions } from "./options.ts";
 import { textAt, uuidAt } from "./superblocks.ts";
 import { eraseMark, holdsData, markOffset, writeMark } from "./unfinished.ts";
 
@@ -24,16 +24,16 @@ import { eraseMark, holdsData, markOffset, writeMark } from "./unfinished.ts";
  */
 export async function ensureFilesystem(
   host: Host,
-  ctx: RequestContext,
+  outer: RequestContext,
   device: BlockDevice,
   wish: Pick<MountOptions, "fsType" | "defaultFsType" | "mkfsOptions">,
 ): Promise<void> {
-  const action = `make a file system on namespace ${device.uuid}`;
-  const found = await contentOf(host, ctx, device, action);
+  const ctx = outer.doing(`make a file system on namespace ${device.uuid}`);
+  const found = await contentOf(host, ctx, device);
   if (found.kind === "filesystem") return;
-  if (found.kind === "luks") throw encryptedError(action, device);
+  if (found.kind === "luks") throw encryptedError(ctx, device);
   const fsType = wish.fsType ?? wish.defaultFsType;
-  await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished", action);
+  await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished");
 }
 
 /** The file system UUID that the driver gives a namespace's file system. */
@@ -69,23 +69,22 @@ export async function format(
   fsType: FsType,
   mkfsOptions: string,
   unfinished: boolean,
-  action: string,
 ): Promise<void> {
   const wanted = parseMkfsOptions(fsType, mkfsOptions);
   const mounted = await mountsOf(host, await mountTable(host), device);
   if (mounted[0] !== undefined) {
-    throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: it is mounted at "${mounted[0].path}"`);
+    throw ctx.error("FAILED_PRECONDITION", `it is mounted at "${mounted[0].path}"`);
   }
   // A mkfs that outlived the driver which started it may still be at work. Those of ext4 and xfs hold the device for
   // themselves all the time, that of btrfs (6.2) does not.
   if (unfinished || fsType === "btrfs") {
     const users = await processesAt(host, (place) => place === device.path);
     if (users.length > 0) {
-      throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${device.path} is in use by ${users.join(", ")}`);
+      throw ctx.error("UNAVAILABLE", `${device.path} is in use by ${users.join(", ")}`);
     }
   }
   // What was found there was read by a name, and may be of a device that has gone since.
-  await recheckDevice(host, device, action);
+  await recheckDevice(host, ctx, device);
   if (unfinished) {
     if (device.encrypts === undefined) {
       ctx.log.warning("makes a file system again that was never finished", { device: device.path });
@@ -94,19 +93,19 @@ export async function format(
     // there may be more than that: a whole file system of which the mark was not told any more.
     const types = device.encrypts === undefined ? ["--types", "xfs"] : [];
     const wiped = await changing(host, ctx, "wipefs", ["--quiet", "--all", ...types, device.path]);
-    if (wiped.code !== 0) throw failed(action, "wipefs", wiped);
-    await recheckDevice(host, device, action);
+    if (wiped.code !== 0) throw failed(ctx, "wipefs", wiped);
+    await recheckDevice(host, ctx, device);
   }
   const options = [...await featureOptions(host, ctx, fsType, wanted), ...wanted];
-  await writeMark(host, device, action);
+  await writeMark(host, ctx, device);
   const args = mkfsArguments(fsType, device, options);
   const made = await changing(host, ctx, `mkfs.${fsType}`, args);
   if (made.code !== 0) {
-    await takeBackMark(host, ctx, device, action);
-    throw failed(action, `mkfs.${fsType}`, made);
+    await takeBackMark(host, ctx, device);
+    throw failed(ctx, `mkfs.${fsType}`, made);
   }
-  await eraseMark(host, ctx, device, action);
-  await markUsed(host, ctx, device, action);
+  await eraseMark(host, ctx, device);
+  await markUsed(host, ctx, device);
 }
 
 function mkfsArguments(fsType: FsType, { path, uuid }: BlockDevice, options: readonly string[]): readonly string[] {
@@ -145,15 +144,14 @@ async function takeBackMark(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  action: string,
 ): Promise<void> {
   const offset = markOffset(device);
   if (offset === undefined) return;
-  const read = readerOf(host, ctx, device, action);
+  const read = readerOf(host, ctx, device);
   try {
     // What follows the mark is never written without something before it.
     await proveBlank(read, { ...device, sizeBytes: offset }, (problem) => new StatusError("UNAVAILABLE", problem));
-    await eraseMark(host, ctx, device, action);
+    await eraseMark(host, ctx, device);
   } catch (error) {
     // What mkfs said matters more. The mark stays, and the next attempt begins again.
     ctx.signal.throwIfAborted();
@@ -171,9 +169,8 @@ export async function eraseStaleMark(
   ctx: RequestContext,
   device: BlockDevice,
   fsType: FsType,
-  action: string,
 ): Promise<void> {
-  if (await isFresh(readerOf(host, ctx, device, action), fsType)) await eraseMark(host, ctx, device, action);
+  if (await isFresh(readerOf(host, ctx, device), fsType)) await eraseMark(host, ctx, device);
 }
 
 /** Whether a file system is as its mkfs left it, or was used for next to nothing. */
@@ -193,9 +190,9 @@ async function isFresh(read: Reader, fsType: FsType): Promise<boolean> {
   }
 }
 
-export function encryptedError(action: string, device: BlockDevice): StatusError {
-  return new StatusError(
+export function encryptedError(ctx: RequestContext, device: BlockDevice): StatusError {
+  return ctx.error(
     "FAILED_PRECONDITION",
-    `Cannot ${action}: ${device.path} holds crypto_LUKS, which is none of ${fsTypes.join(", ")}; it is left alone`,
+    `${device.path} holds crypto_LUKS, which is none of ${fsTypes.join(", ")}; it is left alone`,
   );
 }

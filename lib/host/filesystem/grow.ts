@@ -1,6 +1,5 @@
 /** Sizes of file systems, and making one fill its device. */
 import type { RequestContext } from "../../context.ts";
-import { StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
 import { describeMount, mountsAt, mountTable, relationOf } from "../mounts.ts";
 import type { BlockDevice } from "../nvme/sysfs.ts";
@@ -15,6 +14,12 @@ export async function canGrowMountedExt4(host: Host): Promise<boolean> {
   const status = await host.readText(`${host.roots.proc}/self/status`);
   const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(status ?? "")?.[1];
   return effective !== undefined && (BigInt(`0x${effective}`) & (1n << 24n)) !== 0n;
+}
+
+/** A mount of a volume. */
+export interface MountedFileSystem {
+  readonly path: string;
+  readonly fsType: FsType;
 }
 
 interface FsSize {
@@ -34,32 +39,29 @@ interface FsSize {
  */
 export async function ensureGrown(
   host: Host,
-  ctx: RequestContext,
+  outer: RequestContext,
   device: BlockDevice,
-  path: string,
-  fsType: FsType,
+  { path, fsType }: MountedFileSystem,
 ): Promise<bigint> {
-  const action = `grow the ${fsType} of namespace ${device.uuid} at "${path}"`;
-  const now = await recheckDevice(host, device, action);
-  const before = await measureFileSystem(host, ctx, now, path, fsType, action);
+  const ctx = outer.doing(`grow the ${fsType} of namespace ${device.uuid} at "${path}"`);
+  const now = await recheckDevice(host, ctx, device);
+  const before = await measureFileSystem(host, ctx, now, { path, fsType });
   if (now.sizeBytes - before.fsBytes < before.stepBytes) return before.fsBytes;
   const mount = mountsAt(await mountTable(host), path).at(-1);
   // Some of the tools are told the path alone, and grow what they find on top there.
   if (mount === undefined || await relationOf(host, mount, now) !== "ours") {
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: ${
-        mount === undefined ? "nothing" : describeMount(mount)
-      } is mounted there instead of ${now.path}`,
+      `${mount === undefined ? "nothing" : describeMount(mount)} is mounted there instead of ${now.path}`,
     );
   }
   if (mount.superOptions.includes("ro") || mount.options.includes("ro")) {
-    throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: it is mounted read-only`);
+    throw ctx.error("FAILED_PRECONDITION", `it is mounted read-only`);
   }
   if (fsType === "ext4" && !await canGrowMountedExt4(host)) {
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: the driver lacks the capability CAP_SYS_RESOURCE to grow it while it is mounted; it grows when it ` +
+      `the driver lacks the capability CAP_SYS_RESOURCE to grow it while it is mounted; it grows when it ` +
         `is staged the next time, or run the node service privileged`,
     );
   }
@@ -69,13 +71,13 @@ export async function ensureGrown(
     btrfs: ["btrfs", "filesystem", "resize", "max", path],
   }[fsType];
   const grown = await changing(host, ctx, program as string, args);
-  if (grown.code !== 0) throw failed(action, program as string, grown);
-  const after = await measureFileSystem(host, ctx, now, path, fsType, action);
+  if (grown.code !== 0) throw failed(ctx, program as string, grown);
+  const after = await measureFileSystem(host, ctx, now, { path, fsType });
   // resize2fs leaves out a last block group that is too small to hold its own tables.
   if (now.sizeBytes - after.fsBytes >= after.unusableBytes) {
-    throw new StatusError(
+    throw ctx.error(
       "UNAVAILABLE",
-      `Cannot ${action}: ${program} succeeded, but it has ${after.fsBytes} of the ${now.sizeBytes} bytes of ${now.path}`,
+      `${program} succeeded, but it has ${after.fsBytes} of the ${now.sizeBytes} bytes of ${now.path}`,
     );
   }
   return after.fsBytes;
@@ -85,18 +87,16 @@ export async function measureFileSystem(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  path: string,
-  fsType: FsType,
-  action: string,
+  { path, fsType }: MountedFileSystem,
 ): Promise<FsSize> {
-  const read = readerOf(host, ctx, device, action);
+  const read = readerOf(host, ctx, device);
   const onDisk = await sizeFromSuperBlock(read, fsType);
   if (onDisk === undefined) {
-    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${device.path} has no super block of ${fsType}`);
+    throw ctx.error("UNAVAILABLE", `${device.path} has no super block of ${fsType}`);
   }
   // ext4 keeps its super block where we read it. The others write theirs now and then, and statfs knows more.
   if (fsType === "ext4") return onDisk;
-  const answer = answersOf(host, ctx, device, action);
+  const answer = answersOf(host, ctx, device);
   const usage = await answer(`statfs of "${path}"`, () => host.usage(path));
   // statfs of xfs leaves out the journal, whose size never changes.
   const mounted = usage.totalBytes + (onDisk.journalBytes ?? 0n);

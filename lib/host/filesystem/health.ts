@@ -14,8 +14,7 @@ export async function checkMount(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  mount: Mount,
-  readOnly: boolean,
+  { mount, readOnly }: { readonly mount: Mount; readonly readOnly: boolean },
 ): Promise<string | undefined> {
   return await checkReadable(host, ctx, device, mount) ??
     (readOnly ? undefined : await checkWritable(host, ctx, device, mount));
@@ -34,7 +33,7 @@ export async function checkReadable(
   mount: Mount,
 ): Promise<string | undefined> {
   const quote = `${describeMount(mount)} at "${mount.path}"`;
-  const answer = answersOf(host, ctx, device, `use ${quote}`);
+  const answer = answersOf(host, ctx.doing(`use ${quote}`), device);
   try {
     await answer(`a look at "${mount.path}"`, () => host.lookUp(mount.path));
     // Somewhere, so that the answer does not come from a cache.
@@ -64,7 +63,7 @@ export async function checkWritable(
   }
   if (mount.options.includes("ro")) return undefined;
   try {
-    const answer = answersOf(host, ctx, device, `use ${quote}`);
+    const answer = answersOf(host, ctx.doing(`use ${quote}`), device);
     await answer(`a write at "${mount.path}"`, () => host.tryWrite(mount.path));
   } catch (error) {
     if (error instanceof StatusError) throw error;
@@ -78,9 +77,9 @@ export async function checkWritable(
 }
 
 /** Asks the volume of `device`, until the caller gives up; a volume that owes an answer is UNAVAILABLE (see pending.ts). */
-export function answersOf(host: Host, ctx: RequestContext, { uuid }: BlockDevice, action: string) {
+export function answersOf(host: Host, ctx: RequestContext, { uuid }: BlockDevice) {
   return <T>(what: string, question: () => Promise<T>): Promise<T> =>
-    host.pending.answer({ volume: uuid, what, signal: ctx.signal, action }, question);
+    host.pending.answer(ctx, { volume: uuid, what }, question);
 }
 
 function codeOf(error: unknown): string {

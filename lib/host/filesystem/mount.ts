@@ -37,10 +37,12 @@ import { type FsType, fsTypes } from "./fs_type.ts";
 import { canGrowMountedExt4, ensureGrown, measureFileSystem, viewOf } from "./grow.ts";
 import { checkMount } from "./health.ts";
 import { featureProblem } from "./kernel_features.ts";
-import { parseMountFlags } from "./options.ts";
+import { parseMountFlags } from "./mount_flags.ts";
 
 /** How a file system is to be mounted. */
 export interface MountOptions {
+  /** Where it is mounted: an existing directory, free of symbolic links. */
+  readonly path: string;
   /** Undefined: `defaultFsType` for a blank device, whatever is there otherwise. */
   readonly fsType: FsType | undefined;
   readonly defaultFsType: FsType;
@@ -75,16 +77,16 @@ export async function mountVolume(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  path: string,
   wish: MountOptions,
 ): Promise<void> {
-  const fsType = await mountAsItIs(host, ctx, device, path, wish);
+  const { path } = wish;
+  const fsType = await mountAsItIs(host, ctx, device, wish);
   if (wish.readOnly || parseMountFlags(wish.flags).readOnly) return;
   // The device may be larger than the origin of a clone, or have grown since it was looked at, even in between.
   if (fsType === "ext4" && !await canGrowMountedExt4(host)) {
-    const action = `grow the ext4 of namespace ${device.uuid} at "${path}"`;
-    const now = await recheckDevice(host, device, action);
-    const { fsBytes, stepBytes, unusableBytes } = await measureFileSystem(host, ctx, now, path, fsType, action);
+    const growing = ctx.doing(`grow the ext4 of namespace ${device.uuid} at "${path}"`);
+    const now = await recheckDevice(host, growing, device);
+    const { fsBytes, stepBytes, unusableBytes } = await measureFileSystem(host, growing, now, { path, fsType });
     // What resize2fs has just left out at the end, it leaves out again.
     const leastBytes = now.sizeBytes > device.sizeBytes ? stepBytes : unusableBytes;
     if (now.sizeBytes - fsBytes < leastBytes) return;
@@ -97,12 +99,12 @@ export async function mountVolume(
       return;
     }
     // Nobody uses it yet: unmounted it can grow.
-    await unmountAll(host, ctx, path, device, action);
-    await mountAsItIs(host, ctx, device, path, wish);
+    await unmountAll(host, growing, path, device);
+    await mountAsItIs(host, ctx, device, wish);
     return;
   }
   try {
-    await ensureGrown(host, ctx, device, path, fsType);
+    await ensureGrown(host, ctx, device, { path, fsType });
   } catch (error) {
     // A final answer makes the orchestrator forget the mount that is there now, and nobody would take it down.
     if (!isFinal(error)) throw error;
@@ -113,12 +115,12 @@ export async function mountVolume(
 /** Mounts it, see mountVolume, and leaves its size as it is unless it can only grow before it is mounted. */
 async function mountAsItIs(
   host: Host,
-  ctx: RequestContext,
+  outer: RequestContext,
   device: BlockDevice,
-  path: string,
   wish: MountOptions,
 ): Promise<FsType> {
-  const action = `mount namespace ${device.uuid} at "${path}"`;
+  const { path } = wish;
+  const ctx = outer.doing(`mount namespace ${device.uuid} at "${path}"`);
   const flags = parseMountFlags(wish.flags);
   const readOnly = wish.readOnly || flags.readOnly;
   const stacked = mountsAt(await mountTable(host), path);
@@ -126,87 +128,86 @@ async function mountAsItIs(
   if (top !== undefined) {
     const relation = await relationOf(host, top, device);
     if (relation === "ours") {
-      const condition = await checkMount(host, ctx, device, top, readOnly);
-      if (condition === undefined) return assertSameMount(action, top, wish, readOnly);
-      await assertNotUsedElsewhere(host, device, path, action, condition);
+      const condition = await checkMount(host, ctx, device, { mount: top, readOnly });
+      if (condition === undefined) return assertSameMount(ctx, top, wish, readOnly);
+      await assertNotUsedElsewhere(host, ctx, device, { path, condition });
       ctx.log.warning("mounts again what does not work", { device: device.path, path, error: condition });
     }
-    await unmountAll(host, ctx, path, device, action);
+    await unmountAll(host, ctx, path, device);
   }
 
   const node = await mountAs(host, device, "our node");
   if (node !== undefined) {
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: ${device.path} is in use as a block device at "${node.path}", a file system is damaged by that`,
+      `${device.path} is in use as a block device at "${node.path}", a file system is damaged by that`,
     );
   }
-  const found = await contentOf(host, ctx, device, action);
-  if (found.kind === "luks") throw encryptedError(action, device);
+  const found = await contentOf(host, ctx, device);
+  if (found.kind === "luks") throw encryptedError(ctx, device);
   let fsType: FsType;
   if (found.kind === "filesystem") {
     fsType = found.fsType;
     if (wish.fsType !== undefined && wish.fsType !== fsType) {
-      throw new StatusError(
+      throw ctx.error(
         "FAILED_PRECONDITION",
-        `Cannot ${action}: ${device.path} holds ${fsType}, the request wants ${wish.fsType}; it is never formatted again`,
+        `${device.path} holds ${fsType}, the request wants ${wish.fsType}; it is never formatted again`,
       );
     }
     if (!readOnly && !wish.shared) {
-      await eraseStaleMark(host, ctx, device, fsType, action);
-      await checkFileSystem(host, ctx, device, fsType, found.isSmaller, action);
+      await eraseStaleMark(host, ctx, device, fsType);
+      await checkFileSystem(host, ctx, device, fsType, found.isSmaller);
     }
-    if (readOnly && wish.shared) await assertReplayed(host, ctx, device, fsType, action);
+    if (readOnly && wish.shared) await assertReplayed(host, ctx, device, fsType);
   } else {
     if (readOnly || wish.shared) {
-      throw new StatusError(
+      throw ctx.error(
         "FAILED_PRECONDITION",
-        `Cannot ${action}: ${device.path} has no file system, and with read-only or shared access none is made; ` +
+        `${device.path} has no file system, and with read-only or shared access none is made; ` +
           `mount it once for writing`,
       );
     }
     if (wish.formats === false) {
-      throw new StatusError(
+      throw ctx.error(
         "FAILED_PRECONDITION",
-        `Cannot ${action}: ${device.path} ${
-          found.kind === "blank" ? "is blank" : "holds a file system that was never finished"
-        }, ${wish.unformattedAdvice ?? "and none is made unless it is asked for"}`,
+        `${device.path} ${found.kind === "blank" ? "is blank" : "holds a file system that was never finished"}, ${
+          wish.unformattedAdvice ?? "and none is made unless it is asked for"
+        }`,
       );
     }
     fsType = wish.fsType ?? wish.defaultFsType;
-    await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished", action);
+    await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished");
   }
-  await mount(host, ctx, device, path, fsType, { ...wish, readOnly, flags: flags.rest }, action);
+  await mount(host, ctx, device, fsType, { ...wish, readOnly, flags: flags.rest });
   const mounted = mountsAt(await mountTable(host), path).at(-1);
   if (mounted === undefined || await relationOf(host, mounted, device) !== "ours") {
     // The name went to another namespace in between. Left there, it would be foreign to every call for either volume.
-    if (mounted?.source === device.path) await unmount(host, ctx, path, action);
-    throw new StatusError(
+    if (mounted?.source === device.path) await unmount(host, ctx, path);
+    throw ctx.error(
       "UNAVAILABLE",
-      `Cannot ${action}: after the mount, ${
+      `after the mount, ${
         mounted === undefined ? "nothing" : describeMount(mounted)
       } is there instead of ${device.path} (${device.number})`,
     );
   }
-  const condition = await checkMount(host, ctx, device, mounted, readOnly);
-  if (condition !== undefined) throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${condition}`);
+  const condition = await checkMount(host, ctx, device, { mount: mounted, readOnly });
+  if (condition !== undefined) throw ctx.error("UNAVAILABLE", condition);
   return fsType;
 }
 
 async function assertNotUsedElsewhere(
   host: Host,
+  ctx: RequestContext,
   device: BlockDevice,
-  path: string,
-  action: string,
-  condition: string,
+  { path, condition }: { readonly path: string; readonly condition: string },
 ): Promise<void> {
   const table = await mountTable(host);
   const others = mountsElsewhere(table, await mountsOf(host, table, device), path);
   if (others.length === 0) return;
   // Mounted again beside them, it would be the same broken file system.
-  throw new StatusError(
+  throw ctx.error(
     "FAILED_PRECONDITION",
-    `Cannot ${action}: ${condition}; it is still in use at ${
+    `${condition}; it is still in use at ${
       others.map((mount) => `"${mount.path}"`).join(", ")
     }, the pods there have to end first`,
   );
@@ -215,7 +216,7 @@ async function assertNotUsedElsewhere(
 // What of the options of a mount can be told from the mount table. The rest cannot be compared.
 const visibleOptions = ["noexec", "nosuid", "nodev", "noatime", "nodiratime", "sync", "dirsync"];
 
-function assertSameMount(action: string, mount: Mount, wish: MountOptions, readOnly: boolean): FsType {
+function assertSameMount(ctx: RequestContext, mount: Mount, wish: MountOptions, readOnly: boolean): FsType {
   const shown = new Set([...mount.options, ...mount.superOptions]);
   const wanted = new Set(parseMountFlags(wish.flags).rest);
   const differences: string[] = [];
@@ -240,19 +241,17 @@ function assertSameMount(action: string, mount: Mount, wish: MountOptions, readO
     differences.push(`${isStrict ? "with" : "without"} strictatime`);
   }
   if (differences.length === 0 && fsType !== undefined) return fsType;
-  throw new StatusError("ALREADY_EXISTS", `Cannot ${action}: it is mounted there already, ${differences.join(", ")}`);
+  throw ctx.error("ALREADY_EXISTS", `it is mounted there already, ${differences.join(", ")}`);
 }
 
 export async function mount(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  path: string,
   fsType: FsType,
-  wish: { readonly flags: readonly string[]; readonly readOnly: boolean; readonly shared: boolean },
-  action: string,
+  wish: Pick<MountOptions, "path" | "flags" | "readOnly" | "shared">,
 ): Promise<void> {
-  await recheckDevice(host, device, action);
+  await recheckDevice(host, ctx, device);
   const options = [wish.readOnly ? "ro" : "rw"];
   // A clone has the UUID of its origin and may be mounted beside it.
   if (fsType === "xfs") options.push("nouuid");
@@ -262,23 +261,23 @@ export async function mount(
   }
   // s_errors of the super block: a volume must not be able to stop the node (EXT4_ERRORS_PANIC).
   const panics = fsType === "ext4" &&
-    viewOf(await readerOf(host, ctx, device, action)(0n, 4096), 1024).getUint16(0x3c, true) === 3;
+    viewOf(await readerOf(host, ctx, device)(0n, 4096), 1024).getUint16(0x3c, true) === 3;
   if (panics && !wish.flags.some((flag) => flag.startsWith("errors="))) options.push("errors=remount-ro");
   // Without -w, mount falls back to a read-only mount of a write-protected device and calls that a success.
   const writable = wish.readOnly ? [] : ["-w"];
-  const args = [...writable, "-t", fsType, "-o", [...options, ...wish.flags].join(","), device.path, path];
+  const args = [...writable, "-t", fsType, "-o", [...options, ...wish.flags].join(","), device.path, wish.path];
   const mounted = await changing(host, ctx, "mount", args);
   if (mounted.code === 0) return;
   if (fsType === "btrfs" && mounted.stderr.includes("File exists")) {
     // EEXIST: before Linux 6.7 the kernel knows one btrfs by each UUID, and a clone has the UUID of its origin.
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: this node has another btrfs with the same UUID, its origin or a clone of it; this kernel mounts ` +
+      `this node has another btrfs with the same UUID, its origin or a clone of it; this kernel mounts ` +
         `them on different nodes only, Linux 6.7 and later also on one`,
     );
   }
-  const failure = failed(action, "mount", mounted);
-  const problem = await featureProblem(host, ctx, fsType, readerOf(host, ctx, device, action));
+  const failure = failed(ctx, "mount", mounted);
+  const problem = await featureProblem(host, ctx, fsType, readerOf(host, ctx, device));
   if (problem !== undefined) {
     throw new StatusError(failure.code, `${failure.message}; ${problem}: use a node with a newer kernel`);
   }

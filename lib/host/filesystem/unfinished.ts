@@ -154,14 +154,14 @@ function isNamed(unit: Uint8Array): boolean {
 }
 
 /** Writes the mark, to the disk, on a device that is proved blank or unfinished. Throws UNAVAILABLE when it cannot. */
-export async function writeMark(host: Host, device: BlockDevice, action: string): Promise<void> {
+export async function writeMark(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const offset = markOffset(device);
   if (offset === undefined) return;
-  await recheckDevice(host, device, action);
+  await recheckDevice(host, ctx, device);
   try {
     await host.writeDevice(device.path, offset, markOf(device));
   } catch (error) {
-    throw markError(action, device, error);
+    throw markError(ctx, device, error);
   }
 }
 
@@ -175,17 +175,16 @@ export async function eraseMark(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  action: string,
 ): Promise<void> {
   const offset = markOffset(device);
   if (offset === undefined) return;
   try {
     if (!await isMarked(readerOf(host, ctx, device), device)) return;
-    await recheckDevice(host, device, action);
+    await recheckDevice(host, ctx, device);
     await host.writeDevice(device.path, offset, new Uint8Array(markBytes));
   } catch (error) {
     ctx.signal.throwIfAborted();
-    throw error instanceof StatusError ? error : markError(action, device, error);
+    throw error instanceof StatusError ? error : markError(ctx, device, error);
   }
   ctx.log.debug("erased the mark of an unfinished file system", { device: device.path });
 }
@@ -200,7 +199,6 @@ export async function abandonUnfinished(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  action: string,
 ): Promise<void> {
   try {
     if (!await isUnfinished(readerOf(host, ctx, device), device)) return;
@@ -212,23 +210,22 @@ export async function abandonUnfinished(
     });
     return;
   }
-  await eraseMark(host, ctx, device, action);
+  await eraseMark(host, ctx, device);
 }
 
 function readerOf(host: Host, ctx: RequestContext, device: BlockDevice): DeviceReader {
   return (offsetBytes, lengthBytes) =>
-    host.pending.answer({
-      volume: device.uuid,
-      what: `a read of ${device.path}`,
-      signal: ctx.signal,
-      action: `read the mark of an unfinished file system on ${device.path}`,
-    }, () => host.readBytes(device.path, offsetBytes, lengthBytes));
+    host.pending.answer(
+      ctx.doing(`read the mark of an unfinished file system on ${device.path}`),
+      { volume: device.uuid, what: `a read of ${device.path}` },
+      () => host.readBytes(device.path, offsetBytes, lengthBytes),
+    );
 }
 
-function markError(action: string, device: BlockDevice, error: unknown): StatusError {
-  return new StatusError(
+function markError(ctx: RequestContext, device: BlockDevice, error: unknown): StatusError {
+  return ctx.error(
     "UNAVAILABLE",
-    `Cannot ${action}: the mark of an unfinished file system on ${device.path} cannot be read or written ` +
+    `the mark of an unfinished file system on ${device.path} cannot be read or written ` +
       `(${messageOf(error)})`,
     { cause: error },
   );

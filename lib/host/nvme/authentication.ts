@@ -12,7 +12,7 @@
  */
 import { type AuthKind, DhchapKey, type DhchapKeys, type GivenKeys } from "../../auth_key.ts";
 import { type RequestContext, sleep } from "../../context.ts";
-import { messageOf, StatusError } from "../../error.ts";
+import { messageOf } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
 import { type ConnectOptions, disconnectController } from "./connect.ts";
@@ -220,9 +220,9 @@ export async function dropOutdated(
  */
 export async function assertAuthenticated(
   host: Host,
+  ctx: RequestContext,
   subsystemNqn: string,
   kind: AuthKind,
-  action: string,
 ): Promise<void> {
   for (const controller of await controllersOf(host, subsystemNqn)) {
     if (controller.state !== "live" || controller.isDiscovery) continue;
@@ -234,10 +234,10 @@ export async function assertAuthenticated(
       : undefined;
     if (missing === undefined) continue;
     const obstacle = await authenticationObstacle(host, kind);
-    if (obstacle !== undefined) throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: ${obstacle}`);
-    throw new StatusError(
+    if (obstacle !== undefined) throw ctx.error("FAILED_PRECONDITION", obstacle);
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: in-band-auth is "${kind}", and the connection ${controller.name} of host ${controller.hostNqn} to ` +
+      `in-band-auth is "${kind}", and the connection ${controller.name} of host ${controller.hostNqn} to ` +
         `${subsystemNqn} ${missing}; whoever makes the connections needs the keys (with a Discovery-Client, in its own ` +
         `settings), and this one has to be disconnected first`,
     );

@@ -1,7 +1,6 @@
 /** Reads the log page of a discovery controller: where a subsystem can be reached. */
 import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
-import { StatusError } from "../../error.ts";
 import { formatAddress, parseAddress, type TransportAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
 import { wordsOf } from "./nvme_cli.ts";
@@ -39,28 +38,28 @@ const discoverySchema = z.object({
  */
 export async function readDiscoveryLog(
   host: Host,
-  ctx: RequestContext,
+  outer: RequestContext,
   controller: NvmeController,
 ): Promise<DiscoveryLog> {
-  const action = `read the discovery log page over ${controller.name} (${controller.address})`;
+  const ctx = outer.doing(`read the discovery log page over ${controller.name} (${controller.address})`);
   const result = await host.run("nvme", ["discover", `--device=${controller.name}`, "--output-format=json"], {
     signal: ctx.signal,
     onAbort: "kill",
     log: ctx.log,
   });
   if (result.code !== 0) {
-    throw new StatusError("UNAVAILABLE", `Cannot ${action}: ${wordsOf(result) || `nvme exits ${result.code}`}`);
+    throw ctx.error("UNAVAILABLE", `${wordsOf(result) || `nvme exits ${result.code}`}`);
   }
   let json: unknown;
   try {
     json = JSON.parse(result.stdout);
   } catch (error) {
-    throw new StatusError("INTERNAL", `Cannot ${action}: nvme-cli's answer is not JSON`, { cause: error });
+    throw ctx.error("INTERNAL", `nvme-cli's answer is not JSON`, { cause: error });
   }
   const parsed = discoverySchema.safeParse(json);
   if (!parsed.success) {
     const problems = parsed.error.issues.map(({ path, message }) => `${path.join(".")}: ${message}`).join("; ");
-    throw new StatusError("INTERNAL", `Cannot ${action}: nvme-cli's answer is not understood (${problems})`);
+    throw ctx.error("INTERNAL", `nvme-cli's answer is not understood (${problems})`);
   }
   const records = parsed.data.records.filter(({ trtype }) => trtype === "tcp").flatMap((record) => {
     // Padded with blanks by some targets, as the page's fields are of fixed length.

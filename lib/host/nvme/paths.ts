@@ -1,5 +1,5 @@
 /** Paths: the I/O controllers through which a namespace can be reached, and their ANA state. */
-import { StatusError } from "../../error.ts";
+import type { RequestContext } from "../../context.ts";
 import type { Host } from "../host.ts";
 import { attribute, type BlockDevice, controllersOf, type NvmeController } from "./sysfs.ts";
 
@@ -79,7 +79,7 @@ export async function isNeeded(
  * reaches him, until a path comes back or the kernel gives the connection up (`ctrl_loss_tmo`; with live connections whose
  * ANA state is inaccessible, never). Shows sysfs nothing of its connections, that is no reason to refuse.
  */
-export async function assertHasPath(host: Host, device: BlockDevice, action: string): Promise<void> {
+export async function assertHasPath(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const bare = device.encrypts === undefined ? device : device.encrypts.beneath;
   const paths = bare === undefined ? [] : await pathsOf(host, bare, await controllersOf(host, bare.subsystemNqn));
   if (paths.length === 0 || paths.some(isLivePath)) return;
@@ -87,11 +87,9 @@ export async function assertHasPath(host: Host, device: BlockDevice, action: str
     const { name, state } = path.controller;
     return `${name} ${state}${state === "live" ? `, ${path.anaState}` : ""}`;
   });
-  throw new StatusError(
+  throw ctx.error(
     "UNAVAILABLE",
-    `Cannot ${action}: ${device.path} has no live path (${
-      states.join("; ")
-    }), what was not yet written waits for one; ` +
+    `${device.path} has no live path (${states.join("; ")}), what was not yet written waits for one; ` +
       `it goes on when a path comes back, or without what was not written when the kernel gives up (ctrl_loss_tmo)`,
   );
 }

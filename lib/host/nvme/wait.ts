@@ -85,15 +85,15 @@ export async function waitForDevice(
  *
  * @throws StatusError UNAVAILABLE when its name is gone, or now belongs to another namespace or number
  */
-export async function recheckDevice(host: Host, device: BlockDevice, action: string): Promise<BlockDevice> {
+export async function recheckDevice(host: Host, ctx: RequestContext, device: BlockDevice): Promise<BlockDevice> {
   const refuse = (problem: string) =>
-    new StatusError("UNAVAILABLE", `Cannot ${action}: ${problem}, namespace ${device.uuid} has to be found again`);
+    ctx.error("UNAVAILABLE", `${problem}, namespace ${device.uuid} has to be found again`);
   if (device.encrypts !== undefined) {
     const mapper = await findMapper(host, device.uuid);
     if (mapper === undefined) throw refuse(`${device.encrypts.name} has been closed`);
     if (mapper.number !== device.number) throw refuse(`${device.encrypts.name} has become device ${mapper.number}`);
     if (mapper.encrypts?.beneath === undefined) throw refuse(`${device.encrypts.name} has lost its device`);
-    await recheckDevice(host, mapper.encrypts.beneath, action);
+    await recheckDevice(host, ctx, mapper.encrypts.beneath);
     return mapper;
   }
   const now = await readDevice(host, device.name);

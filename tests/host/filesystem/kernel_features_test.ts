@@ -29,7 +29,7 @@ function withKernel(
     },
   };
   const mount = async (special: Partial<MountOptions>) =>
-    await mountVolume(host, callContext(), await device(), path, { ...mountOptions, ...special });
+    await mountVolume(host, callContext(), await device(), { ...mountOptions, ...special, path });
   return { mount, commands };
 }
 

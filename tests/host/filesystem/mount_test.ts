@@ -6,8 +6,9 @@ import { fileSystemUuid } from "../../../lib/host/filesystem/format.ts";
 import { type FsType, fsTypes } from "../../../lib/host/filesystem/fs_type.ts";
 import { ensureGrown } from "../../../lib/host/filesystem/grow.ts";
 import { checkReadable } from "../../../lib/host/filesystem/health.ts";
+import { parseMkfsOptions } from "../../../lib/host/filesystem/mkfs_options.ts";
 import { type MountOptions, mountVolume } from "../../../lib/host/filesystem/mount.ts";
-import { mountFlags, parseMkfsOptions, parseMountFlags } from "../../../lib/host/filesystem/options.ts";
+import { mountFlags, parseMountFlags } from "../../../lib/host/filesystem/mount_flags.ts";
 import { canonicalPath, mountsElsewhere, parseMountTable } from "../../../lib/host/mounts.ts";
 import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
 import { assertSame, copyOf, type Disk, mib, mountOptions, uuid, withDisk, write } from "../../support/disk.ts";
@@ -201,7 +202,7 @@ Deno.test({
       const found = await device();
       await Deno.truncate(namespace.file, 8 * mib);
 
-      const mounted = mountVolume(machine.host, callContext(), found, path, mountOptions);
+      const mounted = mountVolume(machine.host, callContext(), found, { ...mountOptions, path });
 
       await rejects(mounted, "UNAVAILABLE", /cannot be read at byte \d+ \(Input\/output error/);
       assert.deepEqual(machine.commands, ["blkid"]);
@@ -217,7 +218,7 @@ Deno.test({
       const entry = join(machine.host.roots.sysfs, "class/block", namespace.name);
       await Deno.writeTextFile(join(entry, "wwid"), "uuid.1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e\n");
 
-      const mounted = mountVolume(machine.host, callContext(), found, path, mountOptions);
+      const mounted = mountVolume(machine.host, callContext(), found, { ...mountOptions, path });
 
       await rejects(mounted, "UNAVAILABLE", /nvme0n1 is nvme0n1 \(namespace 1b7e2c44.*has to be found again/);
       assert.deepEqual(machine.commands, []);
@@ -238,7 +239,7 @@ for (const [what, fsBytes] of [["a blank device is formatted", 0n], ["an ext4 is
       return bytes;
     };
 
-    const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
+    const mounted = mountVolume(host, callContext(), device, { ...mountOptions, path: "/staging" });
 
     await rejects(mounted, "UNAVAILABLE", /nvme0n1 is nvme0n1 \(namespace 1b7e2c44.*has to be found again/);
     assert.deepEqual(host.commands.map((command) => command.split(" ")[0]), ["blkid"]);
@@ -256,7 +257,7 @@ Deno.test("promise 4: mountVolume leaves nothing mounted when the name goes to a
     return run(program, ...rest);
   };
 
-  const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
+  const mounted = mountVolume(host, callContext(), device, { ...mountOptions, path: "/staging" });
 
   await rejects(
     mounted,
@@ -373,7 +374,7 @@ Deno.test("mountVolume of an ext4 that e2fsck cannot repair answers FAILED_PRECO
   const { host, device } = await fakeDisk();
   host.answers.set("e2fsck", { code: 4, stdout: "/dev/nvme0n1: UNEXPECTED INCONSISTENCY; RUN fsck MANUALLY.\n" });
 
-  const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
+  const mounted = mountVolume(host, callContext(), device, { ...mountOptions, path: "/staging" });
 
   await rejects(mounted, "FAILED_PRECONDITION", /errors that e2fsck does not repair by itself.*RUN fsck MANUALLY/);
   assert.deepEqual(host.mounts, []);
@@ -384,7 +385,7 @@ for (const [code, outcome] of [[1, true], [2, true], [3, true], [8, false], [12,
     const { host, device } = await fakeDisk();
     host.answers.set("e2fsck", { code });
 
-    const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
+    const mounted = mountVolume(host, callContext(), device, { ...mountOptions, path: "/staging" });
 
     if (outcome) await mounted;
     else await rejects(mounted, "FAILED_PRECONDITION", /e2fsck/);
@@ -395,7 +396,7 @@ for (const [code, outcome] of [[1, true], [2, true], [3, true], [8, false], [12,
 Deno.test("mountVolume for reading only neither checks nor repairs", async () => {
   const { host, device } = await fakeDisk();
 
-  await mountVolume(host, callContext(), device, "/staging", { ...mountOptions, readOnly: true, shared: true });
+  await mountVolume(host, callContext(), device, { ...mountOptions, readOnly: true, shared: true, path: "/staging" });
 
   assert.deepEqual(host.commands.map((command) => command.split(" ")[0]), ["blkid", "mount"]);
   assert.match(host.commands[1] ?? "", /^mount -t ext4 -o ro,noload \/dev\/nvme0n1 \/staging$/);
@@ -407,7 +408,7 @@ Deno.test("mountVolume reports what mkfs says when it fails", async () => {
   const stderr = "/dev/nvme0n1 is apparently in use by the system; will not make a filesystem here!\n";
   host.answers.set("mkfs.ext4", { code: 1, stderr });
 
-  const mounted = mountVolume(host, callContext(), device, "/staging", mountOptions);
+  const mounted = mountVolume(host, callContext(), device, { ...mountOptions, path: "/staging" });
 
   await rejects(mounted, "FAILED_PRECONDITION", /mkfs.ext4 failed with exit 1 \(.*apparently in use by the system/);
 });
@@ -416,44 +417,44 @@ Deno.test("contentOf takes no answer of blkid for granted but 0, 2 and 8", async
   const { host, device } = await fakeDisk();
   host.answers.set("blkid", { code: 4, stderr: "blkid: usage error" });
   await rejects(
-    contentOf(host, callContext(), device, "look"),
+    contentOf(host, callContext(), device),
     "UNAVAILABLE",
     /blkid cannot tell what .* \(exit 4: blkid: usage/,
   );
   host.answers.set("blkid", { code: 8 });
-  await rejects(contentOf(host, callContext(), device, "look"), "FAILED_PRECONDITION", /more than one kind/);
+  await rejects(contentOf(host, callContext(), device), "FAILED_PRECONDITION", /more than one kind/);
 });
 
 Deno.test("promise 16: ensureGrown does not believe a tool that says it succeeded", async () => {
   const { host, device, namespace } = await fakeDisk();
-  await mountVolume(host, callContext(), device, "/staging", mountOptions);
+  await mountVolume(host, callContext(), device, { ...mountOptions, path: "/staging" });
   namespace.sizeBytes = 4n << 30n;
   host.answers.set("resize2fs", { code: 0, stdout: "Nothing to do!\n" });
 
-  const grown = ensureGrown(host, callContext(), device, "/staging", "ext4");
+  const grown = ensureGrown(host, callContext(), device, { path: "/staging", fsType: "ext4" });
 
   await rejects(grown, "UNAVAILABLE", /resize2fs succeeded, but it has 1073741824 of the 4294967296 bytes/);
 });
 
 Deno.test("promise 16: ensureGrown answers what it measures, and runs nothing when nothing is to be done", async () => {
   const { host, device, namespace } = await fakeDisk();
-  await mountVolume(host, callContext(), device, "/staging", mountOptions);
+  await mountVolume(host, callContext(), device, { ...mountOptions, path: "/staging" });
   const before = host.commands.length;
 
-  assert.equal(await ensureGrown(host, callContext(), device, "/staging", "ext4"), 1n << 30n);
+  assert.equal(await ensureGrown(host, callContext(), device, { path: "/staging", fsType: "ext4" }), 1n << 30n);
   assert.equal(host.commands.length, before);
   namespace.sizeBytes = 4n << 30n;
-  assert.equal(await ensureGrown(host, callContext(), device, "/staging", "ext4"), 4n << 30n);
+  assert.equal(await ensureGrown(host, callContext(), device, { path: "/staging", fsType: "ext4" }), 4n << 30n);
 
   assert.deepEqual(host.commands.slice(before), ["resize2fs /dev/nvme0n1"]);
 });
 
 Deno.test("promise 16: ensureGrown of a read-only mount answers FAILED_PRECONDITION", async () => {
   const { host, device, namespace } = await fakeDisk();
-  await mountVolume(host, callContext(), device, "/staging", { ...mountOptions, readOnly: true });
+  await mountVolume(host, callContext(), device, { ...mountOptions, readOnly: true, path: "/staging" });
   namespace.sizeBytes = 4n << 30n;
 
-  const grown = ensureGrown(host, callContext(), device, "/staging", "ext4");
+  const grown = ensureGrown(host, callContext(), device, { path: "/staging", fsType: "ext4" });
 
   await rejects(grown, "FAILED_PRECONDITION", /it is mounted read-only/);
 });
@@ -478,7 +479,7 @@ Deno.test({
       await machine.tool("mount", stranger.path, path);
       const before = await machine.host.usage(path);
 
-      const grown = ensureGrown(machine.host, callContext(), await device(), path, "xfs");
+      const grown = ensureGrown(machine.host, callContext(), await device(), { path, fsType: "xfs" });
 
       await rejects(grown, "FAILED_PRECONDITION", /xfs of .*nvme0n2 .* is mounted there instead of .*nvme0n1$/);
       assert.equal((await machine.host.usage(path)).totalBytes, before.totalBytes);

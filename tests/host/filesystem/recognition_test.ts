@@ -380,7 +380,7 @@ Deno.test({
   fn: () =>
     withDisk(320, async (disk) => {
       const { machine, namespace, device } = disk;
-      const found = async () => (await contentOf(machine.host, callContext(), await device(), "look")).kind;
+      const found = async () => (await contentOf(machine.host, callContext(), await device())).kind;
       await write(namespace.path, 16 << 10, await secondLuksHeader(disk, 16 << 10));
       assert.equal(await found(), "luks");
 

@@ -44,7 +44,7 @@ function killing({ machine }: Disk, n: number): Host {
 async function isCut(disk: Disk, special: Partial<MountOptions>, n: number): Promise<boolean> {
   const device = await disk.device();
   try {
-    await mountVolume(killing(disk, n), callContext(), device, disk.path, { ...mountOptions, ...special });
+    await mountVolume(killing(disk, n), callContext(), device, { ...mountOptions, ...special, path: disk.path });
   } catch (error) {
     if (error instanceof Killed) return true;
     throw error;
@@ -165,7 +165,10 @@ Deno.test({
     withDisk(64, async (disk) => {
       const { machine } = disk;
       await assert.rejects(
-        mountVolume(endingAt(machine.host, "mkfs.ext4"), callContext(), await disk.device(), disk.path, mountOptions),
+        mountVolume(endingAt(machine.host, "mkfs.ext4"), callContext(), await disk.device(), {
+          ...mountOptions,
+          path: disk.path,
+        }),
         Killed,
       );
       assert.notEqual(await lastText(disk), "");
@@ -188,7 +191,7 @@ Deno.test({
         writeDevice: (...args) => ++writes === 2 ? Promise.reject(new Killed()) : machine.host.writeDevice(...args),
       };
       await assert.rejects(
-        mountVolume(host, callContext(), await disk.device(), disk.path, mountOptions),
+        mountVolume(host, callContext(), await disk.device(), { ...mountOptions, path: disk.path }),
         /the mark of an unfinished .* cannot be read or written/,
       );
       assert.notEqual(await lastText(disk), "");
@@ -374,7 +377,7 @@ for (
             },
           };
 
-          await mountVolume(host, callContext(), device, disk.path, { ...mountOptions, fsType, mkfsOptions });
+          await mountVolume(host, callContext(), device, { ...mountOptions, fsType, mkfsOptions, path: disk.path });
 
           assert.match(new TextDecoder().decode(left), /^lbcsi: /, `${sizeMib} MiB`);
           assert.equal(new TextDecoder().decode(await markAt()).includes("lbcsi"), false);
@@ -395,7 +398,7 @@ Deno.test({
         /mkfs.ext4 failed with exit/,
       );
 
-      const { kind } = await contentOf(disk.machine.host, callContext(), await disk.device(), "look");
+      const { kind } = await contentOf(disk.machine.host, callContext(), await disk.device());
       assert.equal(kind, "blank");
     }),
 });
@@ -489,7 +492,7 @@ Deno.test({
               : machine.host.run(program, args, options),
         };
 
-        await mountVolume(host, callContext(), await disk.device(), disk.path, { ...mountOptions, fsType });
+        await mountVolume(host, callContext(), await disk.device(), { ...mountOptions, fsType, path: disk.path });
 
         // A loop device that somebody else has mounted may be opened to see whose file it has, which waits for no read.
         const read = [...(await Deno.readTextFile(log)).matchAll(/\(\d+<(\/[^>]*)>/g)].map(([, path = ""]) => path);

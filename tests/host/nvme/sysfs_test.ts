@@ -187,20 +187,20 @@ Deno.test("promise 3: recheckDevice names both identities when the name has chan
   const host = fakeHost();
   const device = await findDevice(host, uuid);
   assert(device);
-  assert.deepEqual(await recheckDevice(host, device, "grow it"), device);
+  assert.deepEqual(await recheckDevice(host, callContext().doing("grow it"), device), device);
 
   await rejects(
-    recheckDevice(host, { ...device, uuid: other }, "grow it"),
+    recheckDevice(host, callContext().doing("grow it"), { ...device, uuid: other }),
     "UNAVAILABLE",
     /Cannot grow it: \/dev\/nvme0n1 is nvme0n1 \(namespace 0f2c6a5e.*\) now, namespace 1b7e2c44.* has to be found again/,
   );
   await rejects(
-    recheckDevice(host, { ...device, number: "259:7" }, "grow it"),
+    recheckDevice(host, callContext().doing("grow it"), { ...device, number: "259:7" }),
     "UNAVAILABLE",
     /has become device 259:1/,
   );
   host.devices.length = 0;
-  await rejects(recheckDevice(host, device, "grow it"), "UNAVAILABLE", /\/dev\/nvme0n1 is gone/);
+  await rejects(recheckDevice(host, callContext().doing("grow it"), device), "UNAVAILABLE", /\/dev\/nvme0n1 is gone/);
 });
 
 Deno.test("controllersOf reads state and address", async () => {
