@@ -134,13 +134,13 @@ const commands: Readonly<Record<string, Command>> = {
     const { inlineVolumes, sweepUntilSettled } = await import("./lib/csi/inline/inline_volumes.ts");
     const { volumeLimit } = await import("./lib/csi/node/limit.ts");
     const { nodeHandlers } = await import("./lib/csi/node/service.ts");
-    const { linuxHost } = await import("./lib/host/host.ts");
+    const { createLinuxHost } = await import("./lib/host/linux_host.ts");
     const { KeyedLock } = await import("./lib/lock.ts");
     const { service } = await import("./lib/grpc/server.ts");
     const { Node } = await import("./proto/gen/csi_pb.ts");
     const nodeId = settings["node-id"];
     const metrics = await serveMetrics(settings, "node", settings.backend, log);
-    const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
+    const host = createLinuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
     metrics?.gather(() => [["lbcsi_volumes_limit", [], settings["max-volumes"]]]);
     if (metrics !== undefined) await measureMachine(metrics, host, settings.backend);
     const locks = new KeyedLock();
@@ -361,7 +361,7 @@ const commands: Readonly<Record<string, Command>> = {
       refuseMistypedDirectory(settings["discovery-dir"]);
       return await atShell("detach the volume", settings, async (ctx) => {
         await using work = await volumeWork(settings, ctx.log, { addresses: [], discovery: [] });
-        const { allControllers } = await import("./lib/host/nvme/sysfs.ts");
+        const { allControllers } = await import("./lib/host/nvme/controllers.ts");
         const { host, hostNqn: us } = work.machine;
         const isConnected = (await allControllers(host)).some(({ hostNqn }) => hostNqn === us);
         const { assertReady, mountPrograms } = await import("./lib/cli/readiness.ts");
@@ -387,10 +387,10 @@ const commands: Readonly<Record<string, Command>> = {
     async (settings) => {
       refuseMistypedDirectory(settings["discovery-dir"]);
       return await atShell("list volumes", { ...settings, timeout: 60 }, async (ctx) => {
-        const { linuxHost } = await import("./lib/host/host.ts");
+        const { createLinuxHost } = await import("./lib/host/linux_host.ts");
         const { listAsJson, listAsText, listVolumes } = await import("./lib/cli/listed_volumes.ts");
         const { describeCheck, missingFor } = await import("./lib/cli/readiness.ts");
-        const host = linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+        const host = createLinuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
         // It shows what there is all the same.
         for (const check of await missingFor(host, { rights: true, nvme: true, programs: {} })) {
           console.error(`lbcsi list: ${describeCheck(check)}`);
@@ -417,8 +417,8 @@ const commands: Readonly<Record<string, Command>> = {
       const machine = settings.checks === "cluster" ? undefined : machineOf(settings);
       return await atShell("look at this machine", settings, async (ctx) => {
         const { doctorAsJson, doctorAsText, runChecks, tally } = await import("./lib/cli/doctor/report.ts");
-        const { linuxHost } = await import("./lib/host/host.ts");
-        const host = linuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+        const { createLinuxHost } = await import("./lib/host/linux_host.ts");
+        const host = createLinuxHost({ log: ctx.log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
         const reports = settings.checks === "machine" ? Promise.resolve([]) : systemReports(settings, ctx);
         const sections = await runChecks(ctx, machine === undefined ? undefined : { host, ...machine }, reports);
         await writeOut(`${settings.json ? doctorAsJson(sections) : doctorAsText(sections)}\n`);
@@ -439,7 +439,7 @@ const commands: Readonly<Record<string, Command>> = {
       const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
       warnOfUnknownVariables(log);
       const { createDiscoveryDaemon } = await import("./lib/discovery/daemon.ts");
-      const { linuxHost } = await import("./lib/host/host.ts");
+      const { createLinuxHost } = await import("./lib/host/linux_host.ts");
       const { host: key, controller } = await readKeys(settings);
       const stop = new AbortController();
       const stopped = untilStopped().then((signal) => {
@@ -447,7 +447,7 @@ const commands: Readonly<Record<string, Command>> = {
         stop.abort();
       });
       const metrics = await serveMetrics(settings, "discovery-client", "lightos", log);
-      const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
+      const host = createLinuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev, metrics });
       if (metrics !== undefined) await measureMachine(metrics, host, "lightos");
       const daemon = createDiscoveryDaemon({
         host,
@@ -678,12 +678,12 @@ async function warnOfProblems(settings: Settings<typeof nodeOptions>, log: Logge
   try {
     const { machineChecks } = await import("./lib/cli/doctor/machine.ts");
     const { logProblems } = await import("./lib/cli/readiness.ts");
-    const { linuxHost } = await import("./lib/host/host.ts");
+    const { createLinuxHost } = await import("./lib/host/linux_host.ts");
     const { sysfs, dev, backend, "node-id": nodeId } = settings;
     const ctx = backgroundContext("look at this machine", log, longestLookMs, signal);
     const looking = machineChecks(ctx, {
       // Without metrics: these commands are no work of the driver.
-      host: linuxHost({ log, sysfsRoot: sysfs, devRoot: dev }),
+      host: createLinuxHost({ log, sysfsRoot: sysfs, devRoot: dev }),
       nodeId,
       attach: settings.attach ?? (backend === "poseidon" ? "direct" : "discovery-client"),
       discoveryDirectory: settings["discovery-dir"],
@@ -760,7 +760,7 @@ async function volumeWork(
   log: Logger,
   addresses: { readonly addresses: readonly TransportAddress[]; readonly discovery: readonly TransportAddress[] },
   volumeContext: Readonly<Record<string, string>> = {},
-  tuning: import("./lib/host/nvme/connect.ts").ConnectionTuning = {},
+  tuning: import("./lib/host/nvme/connect_options.ts").ConnectionTuning = {},
   keys: import("./lib/auth_key.ts").GivenKeys = { host: undefined, controller: undefined },
 ) {
   const { volume, uuid, nqn, "node-id": nodeId, ...rest } = settings;
@@ -769,9 +769,9 @@ async function volumeWork(
   if (volume === undefined ? uuid === undefined || nqn === undefined : uuid !== undefined || nqn !== undefined) {
     throw new UsageError("either VOLUME_ID or both --uuid and --nqn are needed");
   }
-  const { linuxHost } = await import("./lib/host/host.ts");
+  const { createLinuxHost } = await import("./lib/host/linux_host.ts");
   const { KeyedLock } = await import("./lib/lock.ts");
-  const host = linuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
+  const host = createLinuxHost({ log, sysfsRoot: settings.sysfs, devRoot: settings.dev });
   const attacher = await attacherOf(settings, host, new KeyedLock(), tuning);
   const discoveryDirectory = settings.attach === "direct" ? settings["discovery-dir"] : undefined;
   const machine = { host, attacher, hostNqn: hostNqn(nodeId), discoveryDirectory };
@@ -856,7 +856,7 @@ async function attacherOf(
   settings: Settings<Pick<typeof nodeOptions, "attach" | "discovery-dir" | "node-id">>,
   host: import("./lib/host/host.ts").Host,
   locks: import("./lib/lock.ts").KeyedLock,
-  tuning: import("./lib/host/nvme/connect.ts").ConnectionTuning,
+  tuning: import("./lib/host/nvme/connect_options.ts").ConnectionTuning,
 ) {
   const { hostIdOf } = await import("./lib/host/attach/attacher.ts");
   const { createDirectAttacher } = await import("./lib/host/attach/direct.ts");
@@ -867,7 +867,7 @@ async function attacherOf(
     : createDiscoveryClientAttacher({ host, hostNqn: hostNqn(nodeId), directory: settings["discovery-dir"] });
 }
 
-function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme/connect.ts").ConnectionTuning {
+function tuningOf(settings: Settings<typeof connectionOptions>): import("./lib/host/nvme/connect_options.ts").ConnectionTuning {
   return {
     controllerLossSeconds: settings["ctrl-loss-tmo"],
     reconnectDelaySeconds: settings["reconnect-delay"],

@@ -10,9 +10,11 @@ import { type RequestContext, timeLimit } from "../context.ts";
 import { messageOf } from "../error.ts";
 import { fsTypes } from "../host/filesystem/fs_type.ts";
 import type { Host } from "../host/host.ts";
-import { type Mount, mountsOf, mountTable, relationOf } from "../host/mounts.ts";
+import { type Mount, mountTable } from "../host/mount_table.ts";
+import { addressOf, allControllers, type NvmeController } from "../host/nvme/controllers.ts";
+import { allDevices, type BlockDevice } from "../host/nvme/devices.ts";
 import { isLivePath, type NamespacePath, pathsOf } from "../host/nvme/paths.ts";
-import { addressOf, allControllers, allDevices, type BlockDevice, type NvmeController } from "../host/nvme/sysfs.ts";
+import { mountsOf, relationOf } from "../host/volume_mounts.ts";
 import { formatAddress, isNodeHostNqn } from "../namespace.ts";
 import { columns, printable } from "./table.ts";
 

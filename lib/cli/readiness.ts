@@ -8,7 +8,8 @@ import { type Check, runCheck } from "../check.ts";
 import type { Logger } from "../context.ts";
 import { StatusError } from "../error.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
-import { type Host, programProblem } from "../host/host.ts";
+import type { Host } from "../host/host.ts";
+import { programProblem } from "../host/programs.ts";
 import { fileSystemTools, mountTools, nvmeTcp, rights, type Tool } from "./doctor/machine.ts";
 
 /** What a command needs of the machine. */

@@ -27,27 +27,24 @@ import { messageOf, StatusError } from "../error.ts";
 import { hostIdOf } from "../host/attach/attacher.ts";
 import { temporaryPrefix } from "../host/attach/discovery_client.ts";
 import { type Host, kindBehind } from "../host/host.ts";
-import {
-  authenticationObstacle,
-  connectAuthenticated,
-  dropOutdated,
-  hasKeys,
-  hasMultipath,
-} from "../host/nvme/authentication.ts";
-import { connectController, type ConnectOptions, disconnectController } from "../host/nvme/connect.ts";
-import { type DiscoveryLog, discoveryNqn, readDiscoveryLog } from "../host/nvme/discovery_log.ts";
-import { connectByKernel, describeConnectFailure } from "../host/nvme/fabrics.ts";
-import { applyRemedy, ConnectionWatch } from "../host/nvme/healing.ts";
-import { isNeeded } from "../host/nvme/paths.ts";
+import { authenticationObstacle, connectAuthenticated, dropOutdated, hasKeys } from "../host/nvme/authentication.ts";
+import { connectController } from "../host/nvme/connect.ts";
+import type { ConnectOptions } from "../host/nvme/connect_options.ts";
 import {
   addressOf,
   allControllers,
-  devicesOf,
-  hasNamespaces,
+  discoveryNqn,
   isAt,
   isUsable,
   type NvmeController,
-} from "../host/nvme/sysfs.ts";
+} from "../host/nvme/controllers.ts";
+import { devicesOf, hasNamespaces } from "../host/nvme/devices.ts";
+import { disconnectController } from "../host/nvme/disconnect.ts";
+import { type DiscoveryLog, readDiscoveryLog } from "../host/nvme/discovery_log.ts";
+import { connectByKernel, describeConnectFailure } from "../host/nvme/fabrics.ts";
+import { applyRemedy, ConnectionWatch } from "../host/nvme/healing.ts";
+import { hasMultipath } from "../host/nvme/multipath.ts";
+import { isNeeded } from "../host/nvme/paths.ts";
 import { allUsersOf } from "../host/users.ts";
 import { formatAddress, nodeIdOf, parseAddress, type TransportAddress } from "../namespace.ts";
 import { discoveryInput, type Entry, isIpAddress } from "./input.ts";

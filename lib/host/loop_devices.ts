@@ -4,7 +4,7 @@
  * process says by whom.
  */
 import type { Host } from "./host.ts";
-import type { Mount } from "./mounts.ts";
+import type { Mount } from "./mount_table.ts";
 
 /**
  * Names (`loop5`, sorted) of the loop devices whose backing file is `path`, or the device node that is bound there, whatever

@@ -12,17 +12,20 @@
  *
  * Volume key in the mapper's table and not in the kernel's keyring (`--disable-keyring`): growing needs no passphrase then.
  */
-import { Buffer } from "node:buffer";
 import * as z from "zod";
 import type { RequestContext } from "../context.ts";
-import { StatusError } from "../error.ts";
 import { reasonOf } from "./command_reason.ts";
-import type { CommandResult, Host } from "./host.ts";
+import { cryptsetupError, runCryptsetup } from "./cryptsetup.ts";
+import type { Host } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
-import { mountsElsewhere, mountsOf, mountTable, processesAt, unmountAll } from "./mounts.ts";
-import { type BlockDevice, describeDevice, findMapper, mapperName } from "./nvme/sysfs.ts";
-import { recheckDevice } from "./nvme/wait.ts";
-import { holdersOfDevice } from "./users.ts";
+import { isNeverUsed, newLabel, readerOf } from "./luks_label.ts";
+import { findMapper, mapperName } from "./mapper.ts";
+import { mountsElsewhere, mountTable } from "./mount_table.ts";
+import { type BlockDevice, describeDevice } from "./nvme/devices.ts";
+import { recheckDevice } from "./nvme/recheck.ts";
+import { unmountAll } from "./unmount.ts";
+import { holdersOfDevice, processesAt } from "./users.ts";
+import { mountsOf } from "./volume_mounts.ts";
 
 /** How new volumes are encrypted, and how mappers are opened. What exists tells its own cipher. */
 export interface LuksSettings {
@@ -63,9 +66,6 @@ export interface Passphrases {
   readonly current: string;
   readonly previous: string | undefined;
 }
-
-const newLabel = "lbcsi-new";
-const usedLabel = "lbcsi";
 
 /** Where and how a volume is to be opened. */
 export interface OpenMapperOptions {
@@ -174,7 +174,7 @@ export async function closeMapper(host: Host, ctx: RequestContext, uuid: string)
   const refuse = (users: string) =>
     ctx.error("FAILED_PRECONDITION", `its encryption (${mapper.path}) is in use by ${users}`);
   if (users.length > 0) throw refuse(users.join(", "));
-  const closed = await cryptsetup(host, ctx, ["close", mapperName(uuid)]);
+  const closed = await runCryptsetup(host, ctx, ["close", mapperName(uuid)]);
   // cryptsetup(8): 4 is "wrong device", here one that is gone already; 5 is "exists or is busy".
   if (closed.code === 0 || closed.code === 4) {
     if (await findMapper(host, uuid) === undefined) return;
@@ -184,7 +184,7 @@ export async function closeMapper(host: Host, ctx: RequestContext, uuid: string)
     const processes = await processesAt(host, (place) => place === mapper.path);
     throw refuse(processes.length > 0 ? processes.join(", ") : "something that this process cannot see");
   }
-  throw failed(ctx, "UNAVAILABLE", "close", closed);
+  throw cryptsetupError(ctx, "UNAVAILABLE", "close", closed);
 }
 
 /** Makes the mapper as large as its device allows, and answers it as it is then. */
@@ -193,23 +193,9 @@ export async function growMapper(
   ctx: RequestContext,
   mapper: BlockDevice,
 ): Promise<BlockDevice> {
-  const resized = await cryptsetup(host, ctx, ["resize", mapperName(mapper.uuid)]);
-  if (resized.code !== 0) throw failed(ctx, "FAILED_PRECONDITION", "resize", resized);
+  const resized = await runCryptsetup(host, ctx, ["resize", mapperName(mapper.uuid)]);
+  if (resized.code !== 0) throw cryptsetupError(ctx, "FAILED_PRECONDITION", "resize", resized);
   return await recheckDevice(host, ctx, mapper);
-}
-
-/** Whether nobody has ever used what is inside: see the head of this file. */
-export async function isNeverUsed(
-  device: BlockDevice,
-  read: (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>,
-): Promise<boolean> {
-  if (device.sizeBytes < 4096n) return false;
-  const header = Buffer.from(await read(0n, 4096));
-  // The LUKS2 on-disk format: magic, version (big endian), two 64-bit numbers, then the label, 48 bytes.
-  if (!header.subarray(0, 6).equals(Buffer.from("LUKS\xba\xbe", "latin1")) || header.readUInt16BE(6) !== 2) {
-    return false;
-  }
-  return header.subarray(24, 72).toString("latin1").replace(/\0.*$/s, "") === newLabel;
 }
 
 const dumpSchema = z.object({ keyslots: z.record(z.string(), z.unknown()) });
@@ -240,24 +226,6 @@ function parseJson(text: string): unknown {
   }
 }
 
-function readerOf(host: Host, ctx: RequestContext, device: BlockDevice) {
-  return (offsetBytes: bigint, lengthBytes: number) =>
-    host.pending.answer(
-      ctx.doing(`read the encryption of namespace ${device.uuid}`),
-      { volume: device.uuid, what: `a read of ${device.path}` },
-      () => host.readBytes(device.path, offsetBytes, lengthBytes),
-    );
-}
-
-/** Writes down that from now on somebody may have used what is inside. Do it before anybody can. */
-export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDevice): Promise<void> {
-  const beneath = mapper.encrypts?.beneath;
-  if (beneath === undefined) return;
-  if (!await isNeverUsed(beneath, readerOf(host, ctx, beneath))) return;
-  const marked = await cryptsetup(host, ctx, ["config", "--label", usedLabel, beneath.path]);
-  if (marked.code !== 0) throw failed(ctx, "UNAVAILABLE", "config", marked);
-}
-
 type OpenParameters = Pick<OpenMapperOptions, "settings" | "readOnly" | "shared"> & {
   readonly passphrases: Passphrases;
 };
@@ -271,7 +239,7 @@ async function luksFormat(
   const { cipher, keyBits, sectorBytes } = settings;
   ctx.log.info("encrypts a blank device", { device: device.path });
   await recheckDevice(host, ctx, device);
-  const made = await cryptsetup(host, ctx, [
+  const made = await runCryptsetup(host, ctx, [
     "luksFormat",
     "--batch-mode",
     "--type=luks2",
@@ -284,7 +252,7 @@ async function luksFormat(
     "--key-file=-",
     device.path,
   ], passphrases.current);
-  if (made.code !== 0) throw failed(ctx, "FAILED_PRECONDITION", "luksFormat", made);
+  if (made.code !== 0) throw cryptsetupError(ctx, "FAILED_PRECONDITION", "luksFormat", made);
 }
 
 async function open(
@@ -308,16 +276,16 @@ async function open(
     device.path,
     mapperName(device.uuid),
   ];
-  const opened = await cryptsetup(host, ctx, args, passphrases.current);
+  const opened = await runCryptsetup(host, ctx, args, passphrases.current);
   if (opened.code === 0) return;
   // cryptsetup(8): 2 is "no permission (bad passphrase)".
-  if (opened.code !== 2) throw failed(ctx, "FAILED_PRECONDITION", "open", opened);
+  if (opened.code !== 2) throw cryptsetupError(ctx, "FAILED_PRECONDITION", "open", opened);
   const noKey = (problem: string) => ctx.error("INVALID_ARGUMENT", `${problem} ${describeDevice(device)}`);
   const { current, previous } = passphrases;
   if (previous === undefined) throw noKey(`the passphrase in the secrets ("host-encryption-passphrase") does not open`);
-  const before = await cryptsetup(host, ctx, args, previous);
+  const before = await runCryptsetup(host, ctx, args, previous);
   if (before.code === 2) throw noKey("neither the passphrase in the secrets nor the previous one opens");
-  if (before.code !== 0) throw failed(ctx, "FAILED_PRECONDITION", "open", before);
+  if (before.code !== 0) throw cryptsetupError(ctx, "FAILED_PRECONDITION", "open", before);
   if (readOnly) return;
   if (shared) {
     // Two hosts that change key slots at once leave a header that no passphrase opens.
@@ -334,7 +302,7 @@ async function open(
     return;
   }
   // The old key goes only when the new one is in its place: luksChangeKey adds, then removes.
-  const changed = await cryptsetup(
+  const changed = await runCryptsetup(
     host,
     ctx,
     ["luksChangeKey", "--batch-mode", ...derivationOf(settings), device.path],
@@ -355,30 +323,6 @@ async function open(
 function derivationOf({ pbkdf, pbkdfMemoryKib, iterMs }: LuksSettings): readonly string[] {
   const memory = pbkdf === "argon2id" ? [`--pbkdf-memory=${pbkdfMemoryKib}`] : [];
   return [`--pbkdf=${pbkdf}`, ...memory, `--iter-time=${iterMs}`];
-}
-
-/** Runs cryptsetup to its end; the passphrase goes in by standard input. */
-async function cryptsetup(
-  host: Host,
-  ctx: RequestContext,
-  args: readonly string[],
-  passphrase?: string,
-): Promise<CommandResult> {
-  return await host.run("cryptsetup", args, {
-    signal: ctx.signal,
-    onAbort: "finish",
-    log: ctx.log,
-    ...(passphrase === undefined ? {} : { stdin: passphrase }),
-  });
-}
-
-function failed(
-  ctx: RequestContext,
-  code: "FAILED_PRECONDITION" | "UNAVAILABLE",
-  command: string,
-  result: CommandResult,
-): StatusError {
-  return ctx.error(code, `cryptsetup ${command} failed with exit ${result.code} (${reasonOf("cryptsetup", result)})`);
 }
 
 /** Whether the processor has AES instructions; undefined: it does not tell. */

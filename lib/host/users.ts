@@ -7,8 +7,9 @@
  */
 import type { Host } from "./host.ts";
 import { loopDevicesOn } from "./loop_devices.ts";
-import { foreignMountsOf, mountedSomewhere, mountsOf, mountTable, processesAt } from "./mounts.ts";
-import type { BlockDevice } from "./nvme/sysfs.ts";
+import { mountTable, parseMountTable } from "./mount_table.ts";
+import type { BlockDevice } from "./nvme/devices.ts";
+import { mountedSomewhere, mountsOf, quietly } from "./volume_mounts.ts";
 
 /**
  * Everything that holds `device` or a partition of it, in words for an error message: `dm-3 (vg0-data)`, `md0 on its
@@ -80,4 +81,68 @@ export async function allUsersOf(host: Host, device: BlockDevice): Promise<reado
   if (users.length > 0) return users;
   const fsType = await mountedSomewhere(host, device);
   return fsType === undefined ? [] : [`its ${fsType}, which is mounted where this process cannot see it`];
+}
+
+const mostHolders = 5;
+
+/** Mounts below `path`, loop devices on it and processes with something open there, at most a few; for error messages. */
+export async function holdersOf(host: Host, path: string): Promise<readonly string[]> {
+  const table = await mountTable(host);
+  const mounts = table.filter((mount) => mount.path.startsWith(`${path}/`)).map((mount) =>
+    `the mount at "${mount.path}"`
+  );
+  const loops = (await loopDevicesOn(host, table, path)).map((name) => `the loop device ${name}`);
+  const processes = await processesAt(host, (place) => place === path || place.startsWith(`${path}/`));
+  return [...mounts, ...loops, ...processes].slice(0, mostHolders);
+}
+
+/**
+ * Processes that have something open, run from, or are in a place that `isThere`, at most a few: `process 7 (dd) with
+ * "/mnt/x"`. Sees only the processes of this container unless it shares the machine's.
+ */
+export async function processesAt(host: Host, isThere: (place: string) => boolean): Promise<readonly string[]> {
+  const found: string[] = [];
+  const proc = host.roots.proc;
+  for (const pid of await host.list(proc) ?? []) {
+    if (found.length >= mostHolders) break;
+    if (!/^\d+$/.test(pid)) continue;
+    const links = [`${proc}/${pid}/cwd`, `${proc}/${pid}/root`, `${proc}/${pid}/exe`];
+    for (const fd of await quietly(host.list(`${proc}/${pid}/fd`)) ?? []) links.push(`${proc}/${pid}/fd/${fd}`);
+    for (const link of links) {
+      const place = await quietly(host.readLink(link));
+      if (place === undefined || !isThere(place)) continue;
+      const name = (await quietly(host.readText(`${proc}/${pid}/comm`)))?.trim() ?? "unknown";
+      found.push(`process ${pid} (${name}) with "${place}"`);
+      break;
+    }
+  }
+  return found;
+}
+
+/**
+ * Mounts of a device in the mount namespaces of other processes, one for each namespace, at most a few: `the mount at "/x"
+ * of process 7 (redis)`. For a device that somebody uses where our own mount table does not show it.
+ */
+export async function foreignMountsOf(host: Host, device: BlockDevice): Promise<readonly string[]> {
+  const proc = host.roots.proc;
+  const seen = new Set([await quietly(host.readLink(`${proc}/self/ns/mnt`))]);
+  const found: string[] = [];
+  for (const pid of await host.list(proc) ?? []) {
+    if (found.length >= mostHolders) break;
+    if (!/^\d+$/.test(pid)) continue;
+    const namespace = await quietly(host.readLink(`${proc}/${pid}/ns/mnt`));
+    if (namespace === undefined || seen.has(namespace)) continue;
+    const table = parseMountTable(await quietly(host.readText(`${proc}/${pid}/mountinfo`)) ?? "");
+    // A process that ended while we looked leaves the namespace to another one of its own.
+    if (table.length > 0) seen.add(namespace);
+    // A file system goes by its number, btrfs by its source, and a bound device node by its place in devtmpfs.
+    const mount = table.find(({ number, fsType, source, root }) =>
+      number === device.number || fsType === "btrfs" && source === device.path ||
+      fsType === "devtmpfs" && root === `/${device.name}`
+    );
+    if (mount === undefined) continue;
+    const name = (await quietly(host.readText(`${proc}/${pid}/comm`)))?.trim() ?? "unknown";
+    found.push(`the mount at "${mount.path}" of process ${pid} (${name})`);
+  }
+  return found;
 }

@@ -3,13 +3,14 @@ import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { type Check, shortList, simulatorCheck } from "../../lib/check.ts";
-import { createLogger, Secrets } from "../../lib/context.ts";
-import { hostIdOf } from "../../lib/host/attach/attacher.ts";
-import { type Host, linuxHost } from "../../lib/host/host.ts";
-import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
-import { serve, service } from "../../lib/grpc/server.ts";
-import { doctorAsJson, doctorAsText, runChecks } from "../../lib/cli/doctor/report.ts";
 import { machineChecks, type MachineOptions } from "../../lib/cli/doctor/machine.ts";
+import { doctorAsJson, doctorAsText, runChecks } from "../../lib/cli/doctor/report.ts";
+import { createLogger, Secrets } from "../../lib/context.ts";
+import { serve, service } from "../../lib/grpc/server.ts";
+import { hostIdOf } from "../../lib/host/attach/attacher.ts";
+import type { Host } from "../../lib/host/host.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
 import { selfSigned } from "../../lib/simulator/certificate.ts";
 import type { SystemReport } from "../../lib/storage/backend.ts";
 import { lightosReports } from "../../lib/storage/lightos/checks.ts";
@@ -103,7 +104,7 @@ async function machine({ files, refusals = {}, tools, options }: Change = {}) {
     await Deno.writeTextFile(join(root, "bin", name), script, { mode: 0o755 });
   }
   const log = createLogger("error", "json", () => {});
-  const linux = linuxHost({
+  const linux = createLinuxHost({
     log,
     sysfsRoot: `${root}/sys`,
     devRoot: `${root}/dev`,

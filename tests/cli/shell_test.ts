@@ -16,8 +16,9 @@ import { createLogger, Secrets } from "../../lib/context.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import { createDirectAttacher } from "../../lib/host/attach/direct.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
-import { type Host, linuxHost } from "../../lib/host/host.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import type { Host } from "../../lib/host/host.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn, parseAddress, type TransportAddress } from "../../lib/namespace.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
@@ -463,7 +464,7 @@ Deno.test("listVolumes with another tree shows the dead mounts of that tree, and
   ];
   const listed = async (...more: readonly string[]) => {
     await Deno.writeTextFile(join(proc, "self/mountinfo"), [...mounts, ...more, ""].join("\n"));
-    const host = linuxHost({ log: createLogger("error"), sysfsRoot: sys, devRoot: dev, procRoot: proc });
+    const host = createLinuxHost({ log: createLogger("error"), sysfsRoot: sys, devRoot: dev, procRoot: proc });
     const options = { host, uuid: undefined, all: false, discoveryDirectory: join(directory, "discovery.d") };
     return (await listVolumes(callContext(), options)).deadMounts.map(({ path }) => path);
   };
@@ -648,7 +649,7 @@ async function freshHost() {
   const proc = await Deno.makeTempDir({ prefix: "lbcsi-proc-" });
   await Deno.mkdir(join(proc, "self"));
   await Deno.writeTextFile(join(proc, "self/status"), "Name:\tlbcsi\nCapEff:\t0000000000000000\n");
-  const linux = linuxHost({ log: createLogger("error"), procRoot: proc });
+  const linux = createLinuxHost({ log: createLogger("error"), procRoot: proc });
   return {
     ...linux,
     kindOf: (path: string) => /nvme/.test(path) ? Promise.resolve("absent" as const) : linux.kindOf(path),

@@ -8,8 +8,9 @@ import { createLogger, requestContext, Secrets } from "../../lib/context.ts";
 import { hasCode } from "../../lib/error.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import type { FsType } from "../../lib/host/filesystem/fs_type.ts";
-import { type Host, linuxHost } from "../../lib/host/host.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import type { Host } from "../../lib/host/host.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { hostNqn, toPublishContext } from "../../lib/namespace.ts";
 import type { ContentSource, Volume } from "../../lib/storage/backend.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
@@ -38,7 +39,7 @@ async function start() {
   const sim = await startSimulator({ data: "loop" });
   const { discoveryDir = "", sysfsRoot = "", devRoot = "" } = sim.addresses;
   const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-clone-" }));
-  const host = linuxHost({ log, sysfsRoot, devRoot });
+  const host = createLinuxHost({ log, sysfsRoot, devRoot });
   const node = nodeCalls({
     host,
     attacher: createDiscoveryClientAttacher({ host, directory: discoveryDir, hostNqn: nqn }),

@@ -9,8 +9,8 @@ import type { StatusCode } from "../../lib/error.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
-import { linuxHost } from "../../lib/host/host.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
@@ -52,7 +52,7 @@ async function start() {
     userAgent: "lbcsi/test",
   }));
   const { discoveryDir = "", devRoot = "", sysfsRoot = "" } = sim.addresses;
-  const host = linuxHost({ log, sysfsRoot, devRoot });
+  const host = createLinuxHost({ log, sysfsRoot, devRoot });
   const services = {
     controller: service(
       Controller,

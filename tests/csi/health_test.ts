@@ -18,8 +18,8 @@ import { describeRequest, redactRequest } from "../../lib/csi/request.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
-import { linuxHost } from "../../lib/host/host.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { parseVolumeId } from "../../lib/volume_id.ts";
@@ -309,7 +309,7 @@ async function startNode({ volumeHealth = true } = {}) {
     }
   });
   const log = createLogger("error", "json", () => {});
-  const host = linuxHost({ log, sysfsRoot, devRoot });
+  const host = createLinuxHost({ log, sysfsRoot, devRoot });
   const handlers = nodeHandlers({
     host,
     attacher: createDiscoveryClientAttacher({ host, directory: discoveryDir, hostNqn: hostNqn(nodeId) }),

@@ -7,8 +7,9 @@ import { createDiscoveryDaemon } from "../../lib/discovery/daemon.ts";
 import { discoveryInput, parseInput } from "../../lib/discovery/input.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import { discoveryFile } from "../../lib/host/attach/discovery_client.ts";
-import { linuxHost } from "../../lib/host/host.ts";
-import { discoveryNqn, readDiscoveryLog } from "../../lib/host/nvme/discovery_log.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { discoveryNqn } from "../../lib/host/nvme/controllers.ts";
+import { readDiscoveryLog } from "../../lib/host/nvme/discovery_log.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { FakeHost } from "../support/fake_host.ts";
 import { callContext, rejects } from "../support/node_calls.ts";
@@ -183,7 +184,7 @@ Deno.test("discoveryInput knows nothing new while the directory is missing", asy
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-input-" });
   const lines: string[] = [];
   const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line).event));
-  const input = discoveryInput(linuxHost({ log: createLogger("error") }), join(directory, "in"), log);
+  const input = discoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "in"), log);
 
   assert.equal(await input.read(), undefined);
   assert.equal(await input.read(), undefined);
@@ -226,7 +227,7 @@ Deno.test("discoveryInput reads the files of a ConfigMap through their links, fo
   await using map = await configMap();
   const lines: string[] = [];
   const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line).event));
-  const input = discoveryInput(linuxHost({ log: createLogger("error") }), map.directory, log);
+  const input = discoveryInput(createLinuxHost({ log: createLogger("error") }), map.directory, log);
   const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
 
   await map.show({ a: entry("192.0.2.1"), b: entry("192.0.2.2") });
@@ -259,7 +260,7 @@ Deno.test("discoveryInput passes over links to what is no file, and keeps what a
   await Deno.symlink("/dev/zero", at("device"));
   await Deno.symlink("loop", at("loop"));
   await Deno.symlink("../elsewhere/x", at("x"));
-  const input = discoveryInput(linuxHost({ log: createLogger("error") }), join(directory, "link"), log);
+  const input = discoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "link"), log);
   const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
 
   assert.deepEqual(await addresses(), ["192.0.2.1"]);

@@ -2,7 +2,8 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
-import { formatDeviceNumber, type Host, linuxHost } from "../../lib/host/host.ts";
+import type { Host } from "../../lib/host/host.ts";
+import { createLinuxHost, formatDeviceNumber } from "../../lib/host/linux_host.ts";
 import { loopMachine } from "../support/loop_machine.ts";
 import { needs } from "../support/needs.ts";
 import { rejects } from "../support/node_calls.ts";
@@ -11,7 +12,7 @@ import { eventually } from "../support/simulator.ts";
 const reason = new StatusError("DEADLINE_EXCEEDED", "the caller has left");
 
 function quietHost(): Host {
-  return linuxHost({ log: createLogger("error") });
+  return createLinuxHost({ log: createLogger("error") });
 }
 
 function isFile(path: string): boolean {
@@ -221,7 +222,7 @@ Deno.test("Host.run keeps 1 MiB of an endless output and lets the command end", 
 Deno.test("Host.run logs a command that changes the machine at info, and a probe at debug", async () => {
   const lines: { level: string; command: string; exit: number }[] = [];
   const log = createLogger("debug", "json", (line) => lines.push(JSON.parse(line)));
-  const host = linuxHost({ log });
+  const host = createLinuxHost({ log });
   const signal = new AbortController().signal;
 
   await host.run("true", ["a"], { signal, onAbort: "finish" });

@@ -1,10 +1,11 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
-import { type Host, linuxHost } from "../../lib/host/host.ts";
+import type { Host } from "../../lib/host/host.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { loopDevicesOn } from "../../lib/host/loop_devices.ts";
-import { mountTable } from "../../lib/host/mounts.ts";
-import { findDevice } from "../../lib/host/nvme/sysfs.ts";
+import { mountTable } from "../../lib/host/mount_table.ts";
+import { findDevice } from "../../lib/host/nvme/devices.ts";
 import { holdersOfDevice, usersOf } from "../../lib/host/users.ts";
 import { loopMachine } from "../support/loop_machine.ts";
 import { needs } from "../support/needs.ts";
@@ -25,7 +26,7 @@ async function withTree(
     }
     const [sysfsRoot, procRoot, devRoot] = ["sys", "proc", "dev"].map((name) => join(directory, name));
     if (sysfsRoot === undefined || procRoot === undefined || devRoot === undefined) throw new Error("no roots");
-    await act(linuxHost({ log: createLogger("error"), sysfsRoot, procRoot, devRoot }), directory);
+    await act(createLinuxHost({ log: createLogger("error"), sysfsRoot, procRoot, devRoot }), directory);
   } finally {
     await Deno.remove(directory, { recursive: true });
   }

@@ -3,10 +3,10 @@
  * that does not. `blocked_reads.ts FILE PIPE…`
  */
 import { createLogger } from "../../lib/context.ts";
-import { linuxHost } from "../../lib/host/host.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
 
 const [file = "", ...pipes] = Deno.args;
-const host = linuxHost({ log: createLogger("error") });
+const host = createLinuxHost({ log: createLogger("error") });
 for (const pipe of pipes) host.readBytes(pipe, 0n, 1).catch(() => {});
 console.log(new TextDecoder().decode(await host.readBytes(file, 0n, 7)), await host.realPath(file) === file);
 Deno.exit(0);

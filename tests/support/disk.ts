@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { type MountOptions, mountVolume } from "../../lib/host/filesystem/mount.ts";
-import { type BlockDevice, findDevice } from "../../lib/host/nvme/sysfs.ts";
+import { type BlockDevice, findDevice } from "../../lib/host/nvme/devices.ts";
 import { type LoopMachine, loopMachine, type LoopNamespace, subsystemNqn } from "./loop_machine.ts";
 import { callContext } from "./node_calls.ts";
 

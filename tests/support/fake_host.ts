@@ -6,7 +6,7 @@
  * Exit codes and texts of the tools are those of util-linux 2.38.1, e2fsprogs 1.47.0, xfsprogs 6.1.0 and nvme-cli 2.3.
  */
 import type { CommandResult, Host, Kind, Roots } from "../../lib/host/host.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { PendingAnswers } from "../../lib/host/pending.ts";
 import { StatusError } from "../../lib/error.ts";
 

@@ -5,8 +5,9 @@ import { createLogger } from "../../lib/context.ts";
 import { volumeLimit } from "../../lib/csi/node/limit.ts";
 import { createDirectAttacher } from "../../lib/host/attach/direct.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
-import { type Host, linuxHost } from "../../lib/host/host.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import type { Host } from "../../lib/host/host.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
 import type { ConfigFiles } from "../../lib/storage/cluster_file.ts";
@@ -123,7 +124,7 @@ export async function inlineNode(
   const lines: string[] = [];
   const { texts, files } = filesOf([clusterEntry(sim, entry)], sim.addresses.jwt);
   const { discoveryDir = "", sysfsRoot = "", devRoot = "" } = sim.addresses;
-  const host = hostOf?.(sim) ?? linuxHost({ log: createLogger("error"), sysfsRoot, devRoot });
+  const host = hostOf?.(sim) ?? createLinuxHost({ log: createLogger("error"), sysfsRoot, devRoot });
   const inDirectory = "discoveryDirectory" in host ? String(host.discoveryDirectory) : discoveryDir;
   const locks = new KeyedLock();
   const attacher = strategy === "direct"

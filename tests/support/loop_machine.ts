@@ -5,8 +5,9 @@
  */
 import { join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
-import { type CommandResult, type Host, linuxHost } from "../../lib/host/host.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import type { CommandResult, Host } from "../../lib/host/host.ts";
+import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 
 export const subsystemNqn = "nqn.2019-09.com.example:cluster:1";
 
@@ -61,7 +62,7 @@ export async function loopMachine(): Promise<LoopMachine> {
   // Its loop devices are those of the machine below.
   await Deno.symlink("/sys/block", join(sysfs, "block"));
   const commands: string[] = [];
-  const linux = linuxHost({ log: createLogger("error"), sysfsRoot: sysfs, devRoot: dev });
+  const linux = createLinuxHost({ log: createLogger("error"), sysfsRoot: sysfs, devRoot: dev });
   const host: Host = {
     ...linux,
     run(program, args, options): Promise<CommandResult> {

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { type Backend, type Running, Testbed } from "../../lib/demo/testbed.ts";
 import { CallError, type Channel } from "../../lib/grpc/client.ts";
-import { parseMountTable } from "../../lib/host/mounts.ts";
+import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { uuidInId } from "../../lib/volume_id.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";

@@ -9,18 +9,14 @@ import { hostIdOf } from "../../host/attach/attacher.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
 import { type Host, kindBehind } from "../../host/host.ts";
 import { hasAes } from "../../host/luks.ts";
-import { describeMount, type Mount, mountTable, relationOf, volumesInUse } from "../../host/mounts.ts";
+import { findMapper } from "../../host/mapper.ts";
+import { describeMount, type Mount, mountTable } from "../../host/mount_table.ts";
 import { authenticationObstacle } from "../../host/nvme/authentication.ts";
+import { addressOf, allControllers, type NvmeController } from "../../host/nvme/controllers.ts";
+import { attachedVolumes, hasNamespaces } from "../../host/nvme/devices.ts";
 import { kernelErrorNumber } from "../../host/nvme/fabrics.ts";
 import { isLivePath, pathsOf } from "../../host/nvme/paths.ts";
-import {
-  addressOf,
-  allControllers,
-  attachedVolumes,
-  findMapper,
-  hasNamespaces,
-  type NvmeController,
-} from "../../host/nvme/sysfs.ts";
+import { relationOf, volumesInUse } from "../../host/volume_mounts.ts";
 import { formatAddress, hostNqn, isNodeHostNqn } from "../../namespace.ts";
 import { isOfTree } from "../listed_volumes.ts";
 

@@ -22,23 +22,14 @@ import { parseMkfsOptions } from "../../host/filesystem/mkfs_options.ts";
 import { type MountOptions, mountVolume } from "../../host/filesystem/mount.ts";
 import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import type { Host } from "../../host/host.ts";
-import {
-  assertUnmountCanEnd,
-  canonicalPath,
-  deviceUnder,
-  makeMountPoint,
-  mountedSomewhere,
-  mountsAt,
-  mountsElsewhere,
-  mountsOf,
-  mountTable,
-  onNodeDisk,
-  removeMountPoint,
-  unmountAll,
-} from "../../host/mounts.ts";
+import { canonicalPath, makeMountPoint, onNodeDisk, removeMountPoint } from "../../host/mount_point.ts";
+import { mountsAt, mountsElsewhere, mountTable } from "../../host/mount_table.ts";
+import { allControllers } from "../../host/nvme/controllers.ts";
+import { type BlockDevice, findDevice } from "../../host/nvme/devices.ts";
 import { assertHasPath } from "../../host/nvme/paths.ts";
-import { allControllers, type BlockDevice, findDevice } from "../../host/nvme/sysfs.ts";
 import { waitForDevice } from "../../host/nvme/wait.ts";
+import { assertUnmountCanEnd, unmountAll } from "../../host/unmount.ts";
+import { deviceUnder, mountedSomewhere, mountsOf } from "../../host/volume_mounts.ts";
 import type { KeyedLock } from "../../lock.ts";
 import { hostNqn, type RemoteNamespace } from "../../namespace.ts";
 import type { InlineVolume, InlineVolumeStore } from "../../storage/backend.ts";

@@ -10,8 +10,10 @@ import { type RequestContext, requestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import { checkReadable, checkWritable } from "../../host/filesystem/health.ts";
 import type { Host } from "../../host/host.ts";
-import { describeMount, type Mount, mountsOf, mountTable } from "../../host/mounts.ts";
-import { type BlockDevice, controllersOf } from "../../host/nvme/sysfs.ts";
+import { describeMount, type Mount, mountTable } from "../../host/mount_table.ts";
+import { controllersOf } from "../../host/nvme/controllers.ts";
+import type { BlockDevice } from "../../host/nvme/devices.ts";
+import { mountsOf } from "../../host/volume_mounts.ts";
 import type { Usage } from "../../host/volume_operations.ts";
 import type { AbnormalCondition } from "../../storage/backend.ts";
 

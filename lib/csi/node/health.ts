@@ -4,26 +4,23 @@
  *
  * Connections are told from sysfs; volumes are asked as NodeGetVolumeStats asks them, so no question hangs.
  */
-import { StatusError } from "../../error.ts";
-import type { RequestContext } from "../../context.ts";
-import type { Host } from "../../host/host.ts";
-import { canonicalPath, type Mount, mountsAt, mountTable, relationOf } from "../../host/mounts.ts";
-import {
-  allControllers,
-  type BlockDevice,
-  controllersOf,
-  findDevice,
-  findMapper,
-  type NvmeController,
-} from "../../host/nvme/sysfs.ts";
-import type { VolumeId } from "../../volume_id.ts";
-import type { Handlers } from "../../grpc/server.ts";
-import type { AbnormalCondition } from "../../storage/backend.ts";
 import { type Node, StorageHealthErrorType as StorageStatus } from "../../../proto/gen/csi_pb.ts";
-import type { ConditionProbe, MountReport } from "./condition.ts";
-import { inlineUuid, isInlineId } from "../inline/inline_volumes.ts";
+import type { RequestContext } from "../../context.ts";
+import { StatusError } from "../../error.ts";
+import type { Handlers } from "../../grpc/server.ts";
+import type { Host } from "../../host/host.ts";
+import { findMapper } from "../../host/mapper.ts";
+import { canonicalPath } from "../../host/mount_point.ts";
+import { type Mount, mountsAt, mountTable } from "../../host/mount_table.ts";
+import { allControllers, controllersOf, type NvmeController } from "../../host/nvme/controllers.ts";
+import { type BlockDevice, findDevice } from "../../host/nvme/devices.ts";
+import { relationOf } from "../../host/volume_mounts.ts";
+import type { AbnormalCondition } from "../../storage/backend.ts";
+import type { VolumeId } from "../../volume_id.ts";
 import { clipped, toVolumeHealth } from "../controller/health.ts";
+import { inlineUuid, isInlineId } from "../inline/inline_volumes.ts";
 import { longestVolumeId, requireText } from "../request.ts";
+import type { ConditionProbe, MountReport } from "./condition.ts";
 
 export interface NodeHealthOptions {
   readonly host: Host;

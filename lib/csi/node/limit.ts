@@ -6,9 +6,9 @@
  * node does not count. With LightOS a volume appears as soon as the node has access, so of the volumes that are one too
  * many for a node each would stand in the way of all others, also of those that were there before a reboot.
  */
-import type { Host } from "../../host/host.ts";
-import { volumesInUse } from "../../host/mounts.ts";
 import { StatusError } from "../../error.ts";
+import type { Host } from "../../host/host.ts";
+import { volumesInUse } from "../../host/volume_mounts.ts";
 
 export interface VolumeLimit {
   /**

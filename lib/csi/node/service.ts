@@ -22,29 +22,22 @@ import { ensureGrown } from "../../host/filesystem/grow.ts";
 import { checkMount } from "../../host/filesystem/health.ts";
 import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import { closeMapper, growMapper } from "../../host/luks.ts";
+import { findMapper } from "../../host/mapper.ts";
 import {
-  assertFileSystemInactive,
-  assertUnmountCanEnd,
   canonicalPath,
-  describeMount,
   isEmptyDirectory,
   makeMountPoint,
-  type Mount,
-  mountsAt,
-  mountsElsewhere,
-  mountsOf,
-  mountTable,
   onNodeDisk,
-  relationOf,
   removeMountPoint,
-  unmount,
-  unmountAll,
-} from "../../host/mounts.ts";
+} from "../../host/mount_point.ts";
+import { describeMount, type Mount, mountsAt, mountsElsewhere, mountTable } from "../../host/mount_table.ts";
+import { type BlockDevice, findDevice } from "../../host/nvme/devices.ts";
 import { assertHasPath } from "../../host/nvme/paths.ts";
+import { recheckDevice } from "../../host/nvme/recheck.ts";
 import { rescanNamespaces } from "../../host/nvme/rescan.ts";
-import { type BlockDevice, findDevice, findMapper } from "../../host/nvme/sysfs.ts";
-import { recheckDevice } from "../../host/nvme/wait.ts";
+import { assertFileSystemInactive, assertUnmountCanEnd, unmount, unmountAll } from "../../host/unmount.ts";
 import { usersOf } from "../../host/users.ts";
+import { mountsOf, relationOf } from "../../host/volume_mounts.ts";
 import type { KeyedLock } from "../../lock.ts";
 import { fromPublishContext, hostNqn, type RemoteNamespace } from "../../namespace.ts";
 import type { VolumeId } from "../../volume_id.ts";

@@ -11,23 +11,16 @@ import {
   type ConnectProblem,
   dropOutdated,
   hasKeys,
-  hasMultipath,
   keysInUse,
 } from "../nvme/authentication.ts";
-import { connectController, type ConnectionTuning, disconnectController } from "../nvme/connect.ts";
+import { connectController } from "../nvme/connect.ts";
+import type { ConnectionTuning } from "../nvme/connect_options.ts";
+import { addressOf, allControllers, controllersOf, isAt, isUsable, type NvmeController } from "../nvme/controllers.ts";
+import { devicesOf, findDevice, hasNamespaces } from "../nvme/devices.ts";
+import { disconnectController } from "../nvme/disconnect.ts";
 import { connectByKernel, describeConnectFailure } from "../nvme/fabrics.ts";
 import { applyRemedy, ConnectionWatch } from "../nvme/healing.ts";
-import {
-  addressOf,
-  allControllers,
-  controllersOf,
-  devicesOf,
-  findDevice,
-  hasNamespaces,
-  isAt,
-  isUsable,
-  type NvmeController,
-} from "../nvme/sysfs.ts";
+import { hasMultipath } from "../nvme/multipath.ts";
 import { usersOf } from "../users.ts";
 import type { Attacher } from "./attacher.ts";
 

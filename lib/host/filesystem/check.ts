@@ -2,13 +2,15 @@
 import type { RequestContext } from "../../context.ts";
 import { reasonOf } from "../command_reason.ts";
 import type { Host } from "../host.ts";
-import { mountedSomewhere, mountsOf, mountTable } from "../mounts.ts";
-import type { BlockDevice } from "../nvme/sysfs.ts";
-import { recheckDevice } from "../nvme/wait.ts";
-import { changing, failed } from "./command.ts";
-import { readerOf } from "./content.ts";
+import { mountTable } from "../mount_table.ts";
+import type { BlockDevice } from "../nvme/devices.ts";
+import { recheckDevice } from "../nvme/recheck.ts";
+import { mountedSomewhere, mountsOf } from "../volume_mounts.ts";
+import { viewOf } from "./bytes.ts";
+import { runTool, toolError } from "./run_tool.ts";
+import { createDeviceReader } from "./device_reader.ts";
 import type { FsType } from "./fs_type.ts";
-import { canGrowMountedExt4, viewOf } from "./grow.ts";
+import { canGrowMountedExt4 } from "./grow.ts";
 
 export async function checkFileSystem(
   host: Host,
@@ -26,13 +28,13 @@ export async function checkFileSystem(
   // Once mounted it grows much faster, without a full check; but that takes a right which not every container has.
   const growHere = isSmaller && !await canGrowMountedExt4(host);
   await recheckDevice(host, ctx, device);
-  const checked = await changing(host, ctx, "e2fsck", growHere ? ["-f", "-p", device.path] : ["-p", device.path]);
+  const checked = await runTool(host, ctx, "e2fsck", growHere ? ["-f", "-p", device.path] : ["-p", device.path]);
   // e2fsck(8): the exit code is a sum; 1 is "errors corrected", 2 is "and the system should be rebooted" (a mounted root).
   if ((checked.code & ~3) === 0) {
     if (!growHere) return;
     await recheckDevice(host, ctx, device);
-    const grown = await changing(host, ctx, "resize2fs", [device.path]);
-    if (grown.code !== 0) throw failed(ctx, "resize2fs", grown);
+    const grown = await runTool(host, ctx, "resize2fs", [device.path]);
+    if (grown.code !== 0) throw toolError(ctx, "resize2fs", grown);
     return;
   }
   if ((checked.code & 4) !== 0) {
@@ -42,7 +44,7 @@ export async function checkFileSystem(
         `(${reasonOf("e2fsck", checked)})`,
     );
   }
-  throw failed(ctx, "e2fsck", checked);
+  throw toolError(ctx, "e2fsck", checked);
 }
 
 /**
@@ -70,7 +72,7 @@ async function hasUnreplayed(
   device: BlockDevice,
   fsType: FsType,
 ): Promise<boolean> {
-  const read = readerOf(host, ctx, device);
+  const read = createDeviceReader(host, ctx, device);
   switch (fsType) {
     case "ext4":
       // INCOMPAT_RECOVER in s_feature_incompat.
@@ -85,7 +87,7 @@ async function hasUnreplayed(
         log: ctx.log,
       });
       const state = /^\s*log tail: .* state: <(CLEAN|DIRTY)>/m.exec(log.stdout)?.[1];
-      if (state === undefined) throw failed(ctx, "xfs_logprint", log);
+      if (state === undefined) throw toolError(ctx, "xfs_logprint", log);
       return state === "DIRTY";
     }
   }

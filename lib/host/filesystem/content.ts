@@ -1,18 +1,17 @@
 /** What a device holds: a file system, an encrypted volume, or provably nothing. */
 import type { RequestContext } from "../../context.ts";
-import { isFinal, messageOf, StatusError } from "../../error.ts";
+import { isFinal } from "../../error.ts";
 import { reasonOf } from "../command_reason.ts";
 import type { Host } from "../host.ts";
-import { isNeverUsed } from "../luks.ts";
-import type { BlockDevice } from "../nvme/sysfs.ts";
-import { recheckDevice } from "../nvme/wait.ts";
-import { isHalfMade } from "./format.ts";
+import { isNeverUsed } from "../luks_label.ts";
+import type { BlockDevice } from "../nvme/devices.ts";
+import { recheckDevice } from "../nvme/recheck.ts";
+import { createDeviceReader } from "./device_reader.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
-import { sizeFromSuperBlock } from "./grow.ts";
-import { answersOf } from "./health.ts";
-import { firstNonZero, samplesOf } from "./samples.ts";
+import { proveBlank } from "./samples.ts";
+import { sizeFromSuperBlock } from "./size.ts";
 import { hasLuksHeader, hasNoPartition, isWholeExt4, owningFileSystem } from "./superblocks.ts";
-import { isUnfinished, wasUnfinishedWhenSmaller } from "./unfinished.ts";
+import { isHalfMade, isUnfinished, wasUnfinishedWhenSmaller } from "./unfinished.ts";
 
 type Content =
   /** Encrypted on the host: luks.ts opens it. */
@@ -41,11 +40,11 @@ export async function contentOf(
   const holders = await host.list(`${host.roots.sysfs}/class/block/${now.name}/holders`) ?? [];
   if (holders.length > 0) throw refuse(`${now.path} is in use by ${holders.join(", ")}`);
   const beneath = now.encrypts?.beneath;
-  if (beneath !== undefined && await isNeverUsed(beneath, readerOf(host, ctx, beneath))) {
+  if (beneath !== undefined && await isNeverUsed(beneath, createDeviceReader(host, ctx, beneath))) {
     return { kind: "unfinished" };
   }
 
-  const read = readerOf(host, ctx, now);
+  const read = createDeviceReader(host, ctx, now);
   const type = await typeOf(host, ctx, now);
   if (await isHalfMade(read, now, type)) return { kind: "unfinished" };
   if (type === "crypto_LUKS") return { kind: "luks" };
@@ -91,7 +90,7 @@ async function typeOf(
   device: BlockDevice,
 ): Promise<FsType | "crypto_LUKS" | undefined> {
   const refuse = (problem: string) => ctx.error("FAILED_PRECONDITION", problem);
-  const read = readerOf(host, ctx, device);
+  const read = createDeviceReader(host, ctx, device);
   const probe = (...types: string[]) => probeSignatures(host, ctx, device, types);
   const all = await probe();
   const tableError = refuse(`${device.path} holds a partition table (${all.partitions}), it is left alone`);
@@ -165,39 +164,4 @@ async function probeSignatures(
     isAmbiguous: probed.code === 8,
     isNothing: probed.code === 2,
   };
-}
-
-export type Reader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
-
-export function readerOf(host: Host, ctx: RequestContext, device: BlockDevice): Reader {
-  return async (offsetBytes, lengthBytes) => {
-    try {
-      const answer = answersOf(host, ctx, device);
-      return await answer(`a read of ${device.path}`, () => host.readBytes(device.path, offsetBytes, lengthBytes));
-    } catch (error) {
-      if (error instanceof StatusError) throw error;
-      ctx.signal.throwIfAborted();
-      throw ctx.error("UNAVAILABLE", `${device.path} cannot be read at byte ${offsetBytes} (${messageOf(error)})`, {
-        cause: error,
-      });
-    }
-  };
-}
-
-/** Reads head, tail, and samples in between; throws `refuse` at the first byte that is not zero. */
-export async function proveBlank(
-  read: Reader,
-  device: BlockDevice,
-  refuse: (problem: string) => StatusError,
-): Promise<void> {
-  for (const { offsetBytes, lengthBytes } of samplesOf(device.sizeBytes)) {
-    const at = firstNonZero(await read(offsetBytes, lengthBytes));
-    if (at === undefined) continue;
-    throw refuse(
-      `${device.path} is not blank and holds no file system: there is data at byte ${
-        offsetBytes + BigInt(at)
-      }; it is left ` +
-        `alone. If nothing on it is needed, delete the volume and make it anew`,
-    );
-  }
 }

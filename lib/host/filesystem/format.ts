@@ -2,19 +2,23 @@
 import type { RequestContext } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
-import { markUsed } from "../luks.ts";
-import { mountsOf, mountTable, processesAt } from "../mounts.ts";
-import { type BlockDevice, nameUuid } from "../nvme/sysfs.ts";
-import { recheckDevice } from "../nvme/wait.ts";
-import { changing, failed } from "./command.ts";
-import { contentOf, proveBlank, type Reader, readerOf } from "./content.ts";
+import { markUsed } from "../luks_label.ts";
+import { mountTable } from "../mount_table.ts";
+import type { BlockDevice } from "../nvme/devices.ts";
+import { recheckDevice } from "../nvme/recheck.ts";
+import { processesAt } from "../users.ts";
+import { mountsOf } from "../volume_mounts.ts";
+import { viewOf } from "./bytes.ts";
+import { runTool, toolError } from "./run_tool.ts";
+import { contentOf } from "./content.ts";
+import { createDeviceReader, type DeviceReader } from "./device_reader.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
-import { viewOf } from "./grow.ts";
+import { fileSystemUuid } from "./fs_uuid.ts";
 import { featureOptions } from "./kernel_features.ts";
 import { parseMkfsOptions } from "./mkfs_options.ts";
 import type { MountOptions } from "./mount.ts";
-import { textAt, uuidAt } from "./superblocks.ts";
-import { eraseMark, holdsData, markOffset, writeMark } from "./unfinished.ts";
+import { proveBlank } from "./samples.ts";
+import { eraseMark, markOffset, writeMark } from "./unfinished.ts";
 
 /**
  * Makes a file system on a blank device without mounting it; does nothing on a device that has one. For a volume that is
@@ -34,32 +38,6 @@ export async function ensureFilesystem(
   if (found.kind === "luks") throw encryptedError(ctx, device);
   const fsType = wish.fsType ?? wish.defaultFsType;
   await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished");
-}
-
-/** The file system UUID that the driver gives a namespace's file system. */
-export function fileSystemUuid(namespaceUuid: string): string {
-  return nameUuid(`file system on ${namespaceUuid}`);
-}
-
-/** Whether a mkfs of ours began on the device and did not end, by what xfs says itself and earlier versions had btrfs say. */
-export async function isHalfMade(
-  read: Reader,
-  device: BlockDevice,
-  mountable: FsType | "crypto_LUKS" | undefined,
-): Promise<boolean> {
-  // Whatever else is left there, a file system that is whole is not half-made. xfs is whole when it says so.
-  if (mountable !== undefined && mountable !== "xfs") return false;
-  if (device.sizeBytes < 1n << 20n) return false;
-  const ours = fileSystemUuid(device.uuid);
-  // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.
-  const xfs = await read(0n, 4096);
-  const isXfs = ["XFSB", "\0\0\0\0"].includes(textAt(xfs, 0, 4)) && uuidAt(xfs, 32) === ours && xfs[126] === 1;
-  if (isXfs || mountable === "xfs") return isXfs && !await holdsData(read, device);
-  // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at
-  // 32, magic at 64 of the super block.
-  const btrfs = await read(65536n, 4096);
-  if (uuidAt(btrfs, 32) !== ours || textAt(btrfs, 64, 8) !== "!BHRfS_M") return false;
-  return !await holdsData(read, device);
 }
 
 export async function format(
@@ -92,17 +70,17 @@ export async function format(
     // mkfs.xfs refuses to write over the magic of its own half-made work, and is never forced. Within a new encryption
     // there may be more than that: a whole file system of which the mark was not told any more.
     const types = device.encrypts === undefined ? ["--types", "xfs"] : [];
-    const wiped = await changing(host, ctx, "wipefs", ["--quiet", "--all", ...types, device.path]);
-    if (wiped.code !== 0) throw failed(ctx, "wipefs", wiped);
+    const wiped = await runTool(host, ctx, "wipefs", ["--quiet", "--all", ...types, device.path]);
+    if (wiped.code !== 0) throw toolError(ctx, "wipefs", wiped);
     await recheckDevice(host, ctx, device);
   }
   const options = [...await featureOptions(host, ctx, fsType, wanted), ...wanted];
   await writeMark(host, ctx, device);
   const args = mkfsArguments(fsType, device, options);
-  const made = await changing(host, ctx, `mkfs.${fsType}`, args);
+  const made = await runTool(host, ctx, `mkfs.${fsType}`, args);
   if (made.code !== 0) {
     await takeBackMark(host, ctx, device);
-    throw failed(ctx, `mkfs.${fsType}`, made);
+    throw toolError(ctx, `mkfs.${fsType}`, made);
   }
   await eraseMark(host, ctx, device);
   await markUsed(host, ctx, device);
@@ -147,7 +125,7 @@ async function takeBackMark(
 ): Promise<void> {
   const offset = markOffset(device);
   if (offset === undefined) return;
-  const read = readerOf(host, ctx, device);
+  const read = createDeviceReader(host, ctx, device);
   try {
     // What follows the mark is never written without something before it.
     await proveBlank(read, { ...device, sizeBytes: offset }, (problem) => new StatusError("UNAVAILABLE", problem));
@@ -170,11 +148,11 @@ export async function eraseStaleMark(
   device: BlockDevice,
   fsType: FsType,
 ): Promise<void> {
-  if (await isFresh(readerOf(host, ctx, device), fsType)) await eraseMark(host, ctx, device);
+  if (await isFresh(createDeviceReader(host, ctx, device), fsType)) await eraseMark(host, ctx, device);
 }
 
 /** Whether a file system is as its mkfs left it, or was used for next to nothing. */
-async function isFresh(read: Reader, fsType: FsType): Promise<boolean> {
+async function isFresh(read: DeviceReader, fsType: FsType): Promise<boolean> {
   switch (fsType) {
     case "ext4": {
       // s_mtime and s_mnt_count, which the kernel writes when it mounts.

@@ -2,8 +2,9 @@
 import type { RequestContext } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
-import { describeMount, type Mount } from "../mounts.ts";
-import type { BlockDevice } from "../nvme/sysfs.ts";
+import { describeMount, type Mount } from "../mount_table.ts";
+import type { BlockDevice } from "../nvme/devices.ts";
+import { volumeQuestioner } from "./device_reader.ts";
 
 /**
  * What is wrong with a mount of `device`, or undefined: the file system must look up a name in its root, the device must
@@ -33,7 +34,7 @@ export async function checkReadable(
   mount: Mount,
 ): Promise<string | undefined> {
   const quote = `${describeMount(mount)} at "${mount.path}"`;
-  const answer = answersOf(host, ctx.doing(`use ${quote}`), device);
+  const answer = volumeQuestioner(host, ctx.doing(`use ${quote}`), device);
   try {
     await answer(`a look at "${mount.path}"`, () => host.lookUp(mount.path));
     // Somewhere, so that the answer does not come from a cache.
@@ -63,7 +64,7 @@ export async function checkWritable(
   }
   if (mount.options.includes("ro")) return undefined;
   try {
-    const answer = answersOf(host, ctx.doing(`use ${quote}`), device);
+    const answer = volumeQuestioner(host, ctx.doing(`use ${quote}`), device);
     await answer(`a write at "${mount.path}"`, () => host.tryWrite(mount.path));
   } catch (error) {
     if (error instanceof StatusError) throw error;
@@ -74,12 +75,6 @@ export async function checkWritable(
     }
   }
   return undefined;
-}
-
-/** Asks the volume of `device`, until the caller gives up; a volume that owes an answer is UNAVAILABLE (see pending.ts). */
-export function answersOf(host: Host, ctx: RequestContext, { uuid }: BlockDevice) {
-  return <T>(what: string, question: () => Promise<T>): Promise<T> =>
-    host.pending.answer(ctx, { volume: uuid, what }, question);
 }
 
 function codeOf(error: unknown): string {

@@ -9,8 +9,8 @@
 import type { RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import type { Host } from "../host.ts";
+import type { DeviceReader } from "./device_reader.ts";
 import type { FsType } from "./fs_type.ts";
-import type { DeviceReader } from "./superblocks.ts";
 
 /** Major and minor number of a kernel or a tool. */
 type Version = readonly [major: number, minor: number];

@@ -15,29 +15,23 @@
 import type { RequestContext } from "../../context.ts";
 import { isFinal, messageOf, StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
-import {
-  describeMount,
-  type Mount,
-  mountAs,
-  mountsAt,
-  mountsElsewhere,
-  mountsOf,
-  mountTable,
-  relationOf,
-  unmount,
-  unmountAll,
-} from "../mounts.ts";
-import type { BlockDevice } from "../nvme/sysfs.ts";
-import { recheckDevice } from "../nvme/wait.ts";
+import { describeMount, type Mount, mountsAt, mountsElsewhere, mountTable } from "../mount_table.ts";
+import type { BlockDevice } from "../nvme/devices.ts";
+import { recheckDevice } from "../nvme/recheck.ts";
+import { unmount, unmountAll } from "../unmount.ts";
+import { mountAs, mountsOf, relationOf } from "../volume_mounts.ts";
+import { viewOf } from "./bytes.ts";
 import { assertReplayed, checkFileSystem } from "./check.ts";
-import { changing, failed } from "./command.ts";
-import { contentOf, readerOf } from "./content.ts";
+import { runTool, toolError } from "./run_tool.ts";
+import { contentOf } from "./content.ts";
+import { createDeviceReader } from "./device_reader.ts";
 import { encryptedError, eraseStaleMark, format } from "./format.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
-import { canGrowMountedExt4, ensureGrown, measureFileSystem, viewOf } from "./grow.ts";
+import { canGrowMountedExt4, ensureGrown } from "./grow.ts";
 import { checkMount } from "./health.ts";
 import { featureProblem } from "./kernel_features.ts";
 import { parseMountFlags } from "./mount_flags.ts";
+import { measureFileSystem } from "./size.ts";
 
 /** How a file system is to be mounted. */
 export interface MountOptions {
@@ -261,12 +255,12 @@ export async function mount(
   }
   // s_errors of the super block: a volume must not be able to stop the node (EXT4_ERRORS_PANIC).
   const panics = fsType === "ext4" &&
-    viewOf(await readerOf(host, ctx, device)(0n, 4096), 1024).getUint16(0x3c, true) === 3;
+    viewOf(await createDeviceReader(host, ctx, device)(0n, 4096), 1024).getUint16(0x3c, true) === 3;
   if (panics && !wish.flags.some((flag) => flag.startsWith("errors="))) options.push("errors=remount-ro");
   // Without -w, mount falls back to a read-only mount of a write-protected device and calls that a success.
   const writable = wish.readOnly ? [] : ["-w"];
   const args = [...writable, "-t", fsType, "-o", [...options, ...wish.flags].join(","), device.path, wish.path];
-  const mounted = await changing(host, ctx, "mount", args);
+  const mounted = await runTool(host, ctx, "mount", args);
   if (mounted.code === 0) return;
   if (fsType === "btrfs" && mounted.stderr.includes("File exists")) {
     // EEXIST: before Linux 6.7 the kernel knows one btrfs by each UUID, and a clone has the UUID of its origin.
@@ -276,8 +270,8 @@ export async function mount(
         `them on different nodes only, Linux 6.7 and later also on one`,
     );
   }
-  const failure = failed(ctx, "mount", mounted);
-  const problem = await featureProblem(host, ctx, fsType, readerOf(host, ctx, device));
+  const failure = toolError(ctx, "mount", mounted);
+  const problem = await featureProblem(host, ctx, fsType, createDeviceReader(host, ctx, device));
   if (problem !== undefined) {
     throw new StatusError(failure.code, `${failure.message}; ${problem}: use a node with a newer kernel`);
   }

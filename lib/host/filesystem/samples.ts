@@ -1,5 +1,8 @@
 /** Which parts of a device are read to see whether it is blank: its head, its tail, and samples in between. */
-import { Buffer } from "node:buffer";
+import { StatusError } from "../../error.ts";
+import type { BlockDevice } from "../nvme/devices.ts";
+import { firstNonZero } from "./bytes.ts";
+import type { DeviceReader } from "./device_reader.ts";
 
 /** A part of a device. */
 export interface Sample {
@@ -30,15 +33,20 @@ export function samplesOf(sizeBytes: bigint): readonly Sample[] {
   ];
 }
 
-const zeros = Buffer.alloc(256 << 10);
-
-/** Where the first byte is that is not zero; undefined: nowhere. */
-export function firstNonZero(bytes: Uint8Array): number | undefined {
-  for (let from = 0; from < bytes.length; from += zeros.length) {
-    const part = bytes.subarray(from, from + zeros.length);
-    // A loop in JavaScript takes 100 times as long where V8 does not compile (--lite-mode).
-    if (Buffer.compare(part, zeros.subarray(0, part.length)) === 0) continue;
-    return from + part.findIndex((value) => value !== 0);
+/** Reads head, tail, and samples in between; throws `refuse` at the first byte that is not zero. */
+export async function proveBlank(
+  read: DeviceReader,
+  device: BlockDevice,
+  refuse: (problem: string) => StatusError,
+): Promise<void> {
+  for (const { offsetBytes, lengthBytes } of samplesOf(device.sizeBytes)) {
+    const at = firstNonZero(await read(offsetBytes, lengthBytes));
+    if (at === undefined) continue;
+    throw refuse(
+      `${device.path} is not blank and holds no file system: there is data at byte ${
+        offsetBytes + BigInt(at)
+      }; it is left ` +
+        `alone. If nothing on it is needed, delete the volume and make it anew`,
+    );
   }
-  return undefined;
 }

@@ -1,12 +1,5 @@
-/**
- * Reads super blocks: which of two file systems on one device is the real one, and what a file system needs of a kernel.
- *
- * The places of fields are those of the kernel's own headers: fs/ext4/ext4.h (little endian, super block at byte 1024),
- * fs/xfs/libxfs/xfs_format.h (big endian, at byte 0) and include/uapi/linux/btrfs_tree.h (little endian, at 64 KiB).
- */
-
-/** Reads bytes of one device; throws when it cannot. */
-export type DeviceReader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
+import { textAt, uuidAt, view } from "./bytes.ts";
+import type { DeviceReader } from "./device_reader.ts";
 
 /** A LUKS header at its first place. Its second place lies where a file system keeps its files. */
 export async function hasLuksHeader(read: DeviceReader): Promise<boolean> {
@@ -136,19 +129,4 @@ async function isWholeBtrfs(read: DeviceReader, sizeBytes: bigint): Promise<bool
   if (sizeBytes < copyOffset + 4096n) return true;
   const copy = await read(copyOffset, 4096);
   return textAt(copy, 64, 8) === "_BHRfS_M" && uuidAt(copy, 32) === uuidAt(head, 32);
-}
-
-/** `length` bytes as text, one character each. */
-export function textAt(bytes: Uint8Array, at: number, length: number): string {
-  return String.fromCharCode(...bytes.subarray(at, at + length));
-}
-
-/** The UUID in 16 bytes. */
-export function uuidAt(bytes: Uint8Array, at: number): string {
-  const hex = bytes.subarray(at, at + 16).toHex();
-  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
-}
-
-function view(bytes: Uint8Array): DataView {
-  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }

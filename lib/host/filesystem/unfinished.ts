@@ -18,10 +18,13 @@
 import type { RequestContext } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
-import type { BlockDevice } from "../nvme/sysfs.ts";
-import { recheckDevice } from "../nvme/wait.ts";
-import { firstNonZero, type Sample, samplesOf } from "./samples.ts";
-import { type DeviceReader, textAt } from "./superblocks.ts";
+import type { BlockDevice } from "../nvme/devices.ts";
+import { recheckDevice } from "../nvme/recheck.ts";
+import { firstNonZero, textAt, uuidAt } from "./bytes.ts";
+import type { DeviceReader } from "./device_reader.ts";
+import type { FsType } from "./fs_type.ts";
+import { fileSystemUuid } from "./fs_uuid.ts";
+import { type Sample, samplesOf } from "./samples.ts";
 
 const markBytes = 4096;
 const alignmentBytes = 64n << 10n;
@@ -229,4 +232,25 @@ function markError(ctx: RequestContext, device: BlockDevice, error: unknown): St
       `(${messageOf(error)})`,
     { cause: error },
   );
+}
+
+/** Whether a mkfs of ours began on the device and did not end, by what xfs says itself and earlier versions had btrfs say. */
+export async function isHalfMade(
+  read: DeviceReader,
+  device: BlockDevice,
+  mountable: FsType | "crypto_LUKS" | undefined,
+): Promise<boolean> {
+  // Whatever else is left there, a file system that is whole is not half-made. xfs is whole when it says so.
+  if (mountable !== undefined && mountable !== "xfs") return false;
+  if (device.sizeBytes < 1n << 20n) return false;
+  const ours = fileSystemUuid(device.uuid);
+  // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.
+  const xfs = await read(0n, 4096);
+  const isXfs = ["XFSB", "\0\0\0\0"].includes(textAt(xfs, 0, 4)) && uuidAt(xfs, 32) === ours && xfs[126] === 1;
+  if (isXfs || mountable === "xfs") return isXfs && !await holdsData(read, device);
+  // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at
+  // 32, magic at 64 of the super block.
+  const btrfs = await read(65536n, 4096);
+  if (uuidAt(btrfs, 32) !== ours || textAt(btrfs, 64, 8) !== "!BHRfS_M") return false;
+  return !await holdsData(read, device);
 }

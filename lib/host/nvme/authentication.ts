@@ -15,10 +15,11 @@ import { type RequestContext, sleep } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
-import { type ConnectOptions, disconnectController } from "./connect.ts";
+import type { ConnectOptions } from "./connect_options.ts";
+import { allControllers, controllersOf, isUsable, type NvmeController } from "./controllers.ts";
+import { disconnectController } from "./disconnect.ts";
 import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
 import { isNeeded } from "./paths.ts";
-import { allControllers, controllersOf, isUsable, type NvmeController } from "./sysfs.ts";
 
 /** Why this machine cannot authenticate its connections, and what is needed; undefined: nothing speaks against it. */
 export async function authenticationObstacle(host: Host, kind: AuthKind): Promise<string | undefined> {
@@ -159,14 +160,6 @@ export async function hasKeys(host: Host, controller: NvmeController, wanted: Dh
   const used = await keysInUse(host, controller);
   return wanted.host.equals(used.host) &&
     (wanted.controller === undefined || wanted.controller.equals(used.controller));
-}
-
-/**
- * Whether the kernel shows one device for all connections to a namespace. Without that, a second connection to a subsystem
- * shows each of its namespaces a second time.
- */
-export async function hasMultipath(host: Host): Promise<boolean> {
-  return (await host.readText(`${host.roots.sysfs}/module/nvme_core/parameters/multipath`))?.trim() === "Y";
 }
 
 const takeOverMs = 5000;

@@ -1,48 +1,12 @@
 /** Connects I/O controllers of subsystems, resets and disconnects them. */
 import type { RequestContext } from "../../context.ts";
-import { messageOf, StatusError } from "../../error.ts";
+import { messageOf } from "../../error.ts";
 import { formatAddress, type TransportAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
+import type { ConnectOptions } from "./connect_options.ts";
+import { controllersOf, isAt, isUsable, type NvmeController } from "./controllers.ts";
 import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
-import { runNvme, wordsOf } from "./nvme_cli.ts";
-import { addressOf, controllersOf, isAt, isUsable, type NvmeController, readController } from "./sysfs.ts";
-
-/**
- * Makes the kernel connect a live controller again, under its name. What is on its way over it fails over to other paths,
- * or waits. Until it is live again or that has failed, it blocks; a signal that aborts lets it go on in the kernel.
- *
- * @returns why it failed, or undefined
- */
-export async function resetController(
-  host: Host,
-  ctx: RequestContext,
-  { name }: NvmeController,
-): Promise<string | undefined> {
-  return await runNvme(host, ctx, ["reset", `${host.roots.dev}/${name}`], "kill");
-}
-
-/** How the kernel treats a connection; what is undefined is the kernel's own choice. */
-export interface ConnectionTuning {
-  /** After how many seconds without a connection the kernel gives it up, -1: never. The kernel's own choice is 600. */
-  readonly controllerLossSeconds?: number | undefined;
-  /** Between attempts to connect again. The kernel's own choice is 10. */
-  readonly reconnectDelaySeconds?: number | undefined;
-  /** After how much silence the connection counts as lost. The kernel's own choice is 5. */
-  readonly keepAliveSeconds?: number | undefined;
-  /** After how long without a connection I/O fails instead of waiting. The kernel's own choice is never. */
-  readonly fastIoFailSeconds?: number | undefined;
-  /** The kernel's own choice is one for each processor. */
-  readonly ioQueues?: number | undefined;
-  /** Commands per queue. The kernel's own choice is 128. */
-  readonly queueSize?: number | undefined;
-}
-
-export interface ConnectOptions extends ConnectionTuning {
-  readonly address: TransportAddress;
-  readonly subsystemNqn: string;
-  readonly hostNqn: string;
-  readonly hostId: string;
-}
+import { wordsOf } from "./nvme_cli.ts";
 
 /**
  * Connects to one I/O controller, or with discoveryNqn to a discovery controller, which then stays connected. Connected
@@ -149,40 +113,4 @@ async function setFastIoFail(
       ctx.log.warning("could not set fast_io_fail_tmo", { path, error: messageOf(error) });
     }
   }
-}
-
-/**
- * `nvme disconnect` of one controller. Not connected, or its name is that of another connection by now: done.
- *
- * @throws StatusError UNAVAILABLE with nvme-cli's words
- */
-export async function disconnectController(
-  host: Host,
-  ctx: RequestContext,
-  controller: NvmeController,
-): Promise<void> {
-  // Names are used anew, and a disconnect of the one before can have taken a minute.
-  if (!isSameController(await readController(host, controller.name), controller)) return;
-  const result = await host.run("nvme", ["disconnect", `--device=${controller.name}`], {
-    signal: ctx.signal,
-    onAbort: "finish",
-    log: ctx.log,
-  });
-  // nvme-cli 2.3 to 2.16 exit with 0 also when the kernel refused, and say so.
-  if (result.code === 0 && !/failed to disconnect/i.test(result.stderr)) return;
-  // It was gone before nvme-cli came to it.
-  if (!isSameController(await readController(host, controller.name), controller)) return;
-  throw new StatusError(
-    "UNAVAILABLE",
-    `Cannot disconnect ${controller.name} from ${controller.subsystemNqn}: ${
-      wordsOf(result) || `nvme exits ${result.code}`
-    }`,
-  );
-}
-
-/** Whether what a name stands for now is still this connection. */
-export function isSameController(now: NvmeController | undefined, controller: NvmeController): boolean {
-  const address = addressOf(controller);
-  return now !== undefined && now.subsystemNqn === controller.subsystemNqn && now.hostNqn === controller.hostNqn &&
-    (address === undefined || isAt(now, address));
 }

@@ -3,11 +3,8 @@ import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
 import { formatAddress, parseAddress, type TransportAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
+import type { NvmeController } from "./controllers.ts";
 import { wordsOf } from "./nvme_cli.ts";
-import type { NvmeController } from "./sysfs.ts";
-
-/** The subsystem NQN that every discovery controller answers to, by the NVMe base specification. */
-export const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
 
 /** What a discovery controller tells. */
 export interface DiscoveryLog {

@@ -10,7 +10,7 @@
  */
 import { messageOf } from "../../error.ts";
 import type { Host } from "../host.ts";
-import type { ConnectOptions } from "./connect.ts";
+import type { ConnectOptions } from "./connect_options.ts";
 
 /** More options than nvme-cli is given. */
 export interface KernelOptions {

@@ -15,20 +15,12 @@ import { type RequestContext, requestContext, sleep, timeLimit } from "../../con
 import { messageOf } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
-import { hasMultipath } from "./authentication.ts";
-import { disconnectController, isSameController, resetController } from "./connect.ts";
+import { addressOf, allControllers, controllersOf, isAt, isUsable, type NvmeController } from "./controllers.ts";
+import { allDevices, type BlockDevice } from "./devices.ts";
+import { disconnectController, isSameController, resetController } from "./disconnect.ts";
+import { hasMultipath } from "./multipath.ts";
 import { allPaths, isLivePath, isNeeded, type NamespacePath } from "./paths.ts";
 import { rescanController } from "./rescan.ts";
-import {
-  addressOf,
-  allControllers,
-  allDevices,
-  type BlockDevice,
-  controllersOf,
-  isAt,
-  isUsable,
-  type NvmeController,
-} from "./sysfs.ts";
 
 /** A subsystem that this machine is to be connected to. */
 export interface WatchedSubsystem {

@@ -2,9 +2,10 @@
 import type { Sample } from "../../metrics.ts";
 import { isNodeHostNqn } from "../../namespace.ts";
 import type { Host } from "../host.ts";
-import { volumesInUse } from "../mounts.ts";
+import { volumesInUse } from "../volume_mounts.ts";
+import { allControllers } from "./controllers.ts";
+import { attachedVolumes } from "./devices.ts";
 import { isLivePath, pathsOf } from "./paths.ts";
-import { allControllers, attachedVolumes } from "./sysfs.ts";
 
 /**
  * Volumes and connections of the machine that were made under a host NQN of this driver. Touches no device.

@@ -1,7 +1,9 @@
 /** Paths: the I/O controllers through which a namespace can be reached, and their ANA state. */
 import type { RequestContext } from "../../context.ts";
 import type { Host } from "../host.ts";
-import { attribute, type BlockDevice, controllersOf, type NvmeController } from "./sysfs.ts";
+import { controllersOf, type NvmeController } from "./controllers.ts";
+import type { BlockDevice } from "./devices.ts";
+import { readAttribute } from "./sysfs.ts";
 
 /** One controller's way to a namespace. */
 export interface NamespacePath {
@@ -21,7 +23,7 @@ export async function allPaths(
     const [, subsystem, instance, namespace] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
     const controller = controllers.find((controller) => controller.name === `nvme${instance}`);
     if (controller === undefined) return [];
-    const anaState = await attribute(host, `class/block/${name}/ana_state`);
+    const anaState = await readAttribute(host, `class/block/${name}/ana_state`);
     return [{ controller, anaState, device: `nvme${subsystem}n${namespace}` }];
   }));
   return paths.flat();

@@ -1,8 +1,8 @@
 /** Makes the kernel ask I/O controllers again for their namespaces and sizes. */
 import type { RequestContext } from "../../context.ts";
 import type { Host } from "../host.ts";
+import { controllersOf, type NvmeController } from "./controllers.ts";
 import { runNvme } from "./nvme_cli.ts";
-import { controllersOf, type NvmeController } from "./sysfs.ts";
 
 /**
  * Asks the kernel to look at the namespaces of a subsystem again over one live controller: at their sizes, most of all. At

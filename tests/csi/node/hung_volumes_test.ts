@@ -1,9 +1,9 @@
 /** Volumes that do not answer: the driver serves everybody else, and the hung volume ends as well as it can. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { StatusError } from "../../../lib/error.ts";
 import { createLogger } from "../../../lib/context.ts";
-import { linuxHost } from "../../../lib/host/host.ts";
+import { StatusError } from "../../../lib/error.ts";
+import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { VolumeThreads } from "../../../lib/host/volume_threads.ts";
 import { node, uuid } from "../../support/loop_node.ts";
 import { needs } from "../../support/needs.ts";
@@ -32,7 +32,7 @@ async function silentFiles(count: number) {
 
 Deno.test("promise 26: 100 operations that block leave threads for paths and for other volumes", async () => {
   await using silent = await silentFiles(100);
-  const host = linuxHost({ log: createLogger("error") });
+  const host = createLinuxHost({ log: createLogger("error") });
   const file = join(silent.directory, "healthy");
   await Deno.writeTextFile(file, "healthy");
   const blocked = silent.paths.map((path) => host.readBytes(path, 0n, 1).catch((error: Error) => error.message));

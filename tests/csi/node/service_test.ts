@@ -5,7 +5,7 @@ import { StatusError } from "../../../lib/error.ts";
 import type { Attacher } from "../../../lib/host/attach/attacher.ts";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../../lib/host/host.ts";
-import { parseMountTable } from "../../../lib/host/mounts.ts";
+import { parseMountTable } from "../../../lib/host/mount_table.ts";
 import {
   NodeGetCapabilitiesRequestSchema,
   NodeServiceCapability_RPC_Type as Rpc,

@@ -4,8 +4,9 @@ import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
-import { type Host, linuxHost } from "../../../lib/host/host.ts";
-import { parseMountTable } from "../../../lib/host/mounts.ts";
+import type { Host } from "../../../lib/host/host.ts";
+import { createLinuxHost } from "../../../lib/host/linux_host.ts";
+import { parseMountTable } from "../../../lib/host/mount_table.ts";
 import { toPublishContext } from "../../../lib/namespace.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
 import { needs } from "../../support/needs.ts";
@@ -29,7 +30,7 @@ async function simulated() {
   const sim = await startSimulator({ data: "loop" });
   const { discoveryDir = "", sysfsRoot = "", devRoot = "", subsystemNqn } = sim.addresses;
   const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-node-" }));
-  const host: Host = linuxHost({ log: createLogger("error"), sysfsRoot, devRoot });
+  const host: Host = createLinuxHost({ log: createLogger("error"), sysfsRoot, devRoot });
   const calls = nodeCalls({
     host,
     attacher: createDiscoveryClientAttacher({ host, directory: discoveryDir, hostNqn }),

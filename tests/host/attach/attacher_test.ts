@@ -4,8 +4,8 @@ import { createLogger } from "../../../lib/context.ts";
 import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
 import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
 import { createDiscoveryClientAttacher, discoveryFile } from "../../../lib/host/attach/discovery_client.ts";
-import { linuxHost } from "../../../lib/host/host.ts";
-import { findDevice } from "../../../lib/host/nvme/sysfs.ts";
+import { createLinuxHost } from "../../../lib/host/linux_host.ts";
+import { findDevice } from "../../../lib/host/nvme/devices.ts";
 import { allUsersOf, usersOf } from "../../../lib/host/users.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import type { RemoteNamespace } from "../../../lib/namespace.ts";
@@ -37,7 +37,7 @@ async function withDirectory(
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-attach-" });
   try {
     const log: string[] = [];
-    const host = linuxHost({ log: createLogger("error") });
+    const host = createLinuxHost({ log: createLogger("error") });
     await act(createDiscoveryClientAttacher({ host, directory, hostNqn }), directory, log);
   } finally {
     await Deno.remove(directory, { recursive: true }).catch(() => {});
@@ -104,7 +104,7 @@ Deno.test("discoveryClient.attach writes into a directory that is a symbolic lin
   await withDirectory(async (_, directory) => {
     await Deno.mkdir(join(directory, "real"));
     await Deno.symlink("real", join(directory, "link"));
-    const host = linuxHost({ log: createLogger("error") });
+    const host = createLinuxHost({ log: createLogger("error") });
     const attacher = createDiscoveryClientAttacher({ host, directory: join(directory, "link"), hostNqn });
 
     await attacher.attach(callContext(), namespace);

@@ -11,7 +11,7 @@ import { createDiscoveryDaemon } from "../../../lib/discovery/daemon.ts";
 import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
 import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
-import { linuxHost } from "../../../lib/host/host.ts";
+import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { authenticationObstacle } from "../../../lib/host/nvme/authentication.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { fromPublishContext, hostNqn, type RemoteNamespace, toPublishContext } from "../../../lib/namespace.ts";
@@ -236,7 +236,7 @@ Deno.test("direct.attach with keys drops what such a kernel has connected, when 
 Deno.test("authenticationObstacle tells what the kernel lacks, from the list of its options", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-authentication-" });
   try {
-    const host = linuxHost({ log: createLogger("error"), devRoot: directory, procRoot: directory });
+    const host = createLinuxHost({ log: createLogger("error"), devRoot: directory, procRoot: directory });
     const obstacle = (kind: AuthKind) => authenticationObstacle(host, kind);
 
     assert.match(
@@ -272,7 +272,7 @@ Deno.test("authenticationObstacle tells what the kernel lacks, from the list of 
 Deno.test("Host.exchange writes in one piece and answers what is then read", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-authentication-" });
   try {
-    const host = linuxHost({ log: createLogger("error") });
+    const host = createLinuxHost({ log: createLogger("error") });
     const path = join(directory, "device");
     await Deno.writeTextFile(path, "________instance=3,cntlid=1\n");
 

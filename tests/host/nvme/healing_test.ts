@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { createLogger } from "../../../lib/context.ts";
 import { createDiscoveryDaemon } from "../../../lib/discovery/daemon.ts";
 import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
-import { discoveryNqn } from "../../../lib/host/nvme/discovery_log.ts";
+import { discoveryNqn } from "../../../lib/host/nvme/controllers.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
 import { hostNqn, type RemoteNamespace } from "../../../lib/namespace.ts";
 import { type Controller, FakeHost } from "../../support/fake_host.ts";

@@ -2,11 +2,16 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
-import { type Host, linuxHost } from "../../../lib/host/host.ts";
-import { connectController, disconnectController } from "../../../lib/host/nvme/connect.ts";
+import type { Host } from "../../../lib/host/host.ts";
+import { createLinuxHost } from "../../../lib/host/linux_host.ts";
+import { nameUuid } from "../../../lib/host/name_uuid.ts";
+import { connectController } from "../../../lib/host/nvme/connect.ts";
+import { addressOf, controllersOf } from "../../../lib/host/nvme/controllers.ts";
+import { devicesOf, findDevice } from "../../../lib/host/nvme/devices.ts";
+import { disconnectController } from "../../../lib/host/nvme/disconnect.ts";
+import { recheckDevice } from "../../../lib/host/nvme/recheck.ts";
 import { rescanNamespaces } from "../../../lib/host/nvme/rescan.ts";
-import { addressOf, controllersOf, devicesOf, findDevice, nameUuid } from "../../../lib/host/nvme/sysfs.ts";
-import { recheckDevice, waitForDevice } from "../../../lib/host/nvme/wait.ts";
+import { waitForDevice } from "../../../lib/host/nvme/wait.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import { needs } from "../../support/needs.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";
@@ -27,7 +32,7 @@ async function sysfs(
     await Deno.mkdir(join(directory, "dev"));
     for (const [path, text] of Object.entries(files)) await put(directory, path, text);
     const log = createLogger("error");
-    await act(linuxHost({ log, sysfsRoot: join(directory, "sys"), devRoot: join(directory, "dev") }), directory);
+    await act(createLinuxHost({ log, sysfsRoot: join(directory, "sys"), devRoot: join(directory, "dev") }), directory);
   } finally {
     await Deno.remove(directory, { recursive: true });
   }

@@ -4,10 +4,10 @@ import { StatusError } from "../../error.ts";
 import { reasonOf } from "../command_reason.ts";
 import type { CommandResult, Host } from "../host.ts";
 
-export async function changing(host: Host, ctx: RequestContext, program: string, args: readonly string[]) {
+export async function runTool(host: Host, ctx: RequestContext, program: string, args: readonly string[]) {
   return await host.run(program, args, { signal: ctx.signal, onAbort: "finish", log: ctx.log });
 }
 
-export function failed(ctx: RequestContext, program: string, result: CommandResult): StatusError {
+export function toolError(ctx: RequestContext, program: string, result: CommandResult): StatusError {
   return ctx.error("FAILED_PRECONDITION", `${program} failed with exit ${result.code} (${reasonOf(program, result)})`);
 }

@@ -1,0 +1,6 @@
+import { nameUuid } from "../name_uuid.ts";
+
+/** The file system UUID that the driver gives a namespace's file system. */
+export function fileSystemUuid(namespaceUuid: string): string {
+  return nameUuid(`file system on ${namespaceUuid}`);
+}

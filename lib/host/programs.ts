@@ -1,0 +1,57 @@
+import { basename } from "node:path";
+
+// ---------------------------------------------------------------------------------------------------------- commands
+
+// Debian's names of the packages; most distributions use the same.
+const packages: Readonly<Record<string, string>> = {
+  "blkid": "util-linux",
+  "blockdev": "util-linux",
+  "wipefs": "util-linux",
+  "mount": "mount (util-linux)",
+  "umount": "mount (util-linux)",
+  "mkfs.ext4": "e2fsprogs",
+  "e2fsck": "e2fsprogs",
+  "resize2fs": "e2fsprogs",
+  "mkfs.xfs": "xfsprogs",
+  "xfs_growfs": "xfsprogs",
+  "mkfs.btrfs": "btrfs-progs",
+  "btrfs": "btrfs-progs",
+  "nvme": "nvme-cli",
+  "cryptsetup": "cryptsetup",
+};
+
+/**
+ * Why a program cannot be run here, in the words of Host.run, and nothing is run to find out; undefined: it is in PATH. For
+ * a command that is to say all that is missing before it begins.
+ */
+export function programProblem(program: string): string | undefined {
+  const path = (Deno.env.get("PATH") ?? "").split(":");
+  if (path.some((directory) => isFile(`${directory}/${program}`))) return undefined;
+  return `${absenceOf(program)}${needOf(program)}`;
+}
+
+/** Ends an error about a program that is missing. */
+export function needOf(program: string): string {
+  const wanted = packages[basename(program)];
+  return wanted === undefined ? "" : `, the package ${wanted} is needed on this node`;
+}
+
+export function isFile(path: string): boolean {
+  try {
+    return Deno.statSync(path).isFile;
+  } catch {
+    return false;
+  }
+}
+
+/** Where distributions keep what only root can use; not in PATH of ordinary users, nor after `su` without `-`. */
+const systemDirectories = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/** Why a program was not found. */
+export function absenceOf(program: string): string {
+  const directory = program.includes("/")
+    ? undefined
+    : systemDirectories.find((directory) => isFile(`${directory}/${program}`));
+  if (directory === undefined) return "it is not installed";
+  return `it is in ${directory}, which is not in PATH (${Deno.env.get("PATH") ?? ""})`;
+}
