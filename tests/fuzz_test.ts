@@ -564,13 +564,13 @@ Deno.test("fuzz: whatever DAgent answers, the error is foreseen, and nothing har
       listenAddresses: fc.array(some({ transportType: text, targetAddress: text, transportServiceId: text })),
       namespaces: fc.array(some({ nsid: number, bdevName: text, uuid: text })),
     });
-    const world = some({
+    const replies = some({
       [`/array/${name}`]: some({ state: fc.constant("NORMAL"), situation: text, capacity: number, used: number }),
       [`/volumelist/${name}`]: fc.oneof(some({ volumes: fc.array(volume) }), fc.anything()),
       "/subsystem": fc.oneof(some({ subsystemlist: fc.array(subsystem) }), fc.anything()),
     });
     const refused = fc.integer({ min: 1000, max: 12_000 }).map((code) => ({ result: { status: { code } } }));
-    const told = fc.oneof(world, refused, fc.json().map((json) => JSON.parse(json)), fc.string());
+    const told = fc.oneof(replies, refused, fc.json().map((json) => JSON.parse(json)), fc.string());
     const none = new Secrets();
     const grant = { hostNqn: "nqn.2019-09.com.lightbitslabs:host:a.node", shared: false, volumeContext: parameters };
     const asked = [

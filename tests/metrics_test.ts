@@ -155,19 +155,25 @@ Deno.test("docs/metrics.md has each metric with its type and labels, and no othe
 // ----------------------------------------------------------------------------------------------------------- processes
 
 /** A cluster and processes of the driver, in a directory of their own. */
-async function withRig(backend: "lightos" | "poseidon", body: (rig: Testbed, signal: AbortSignal) => Promise<void>) {
+async function withRig(
+  backend: "lightos" | "poseidon",
+  body: (testbed: Testbed, signal: AbortSignal) => Promise<void>,
+) {
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-metrics-" }));
-  const rig = new Testbed(home, program, program, backend);
+  const testbed = new Testbed(home, program, { backend });
   try {
-    await body(rig, AbortSignal.timeout(120_000));
+    await body(testbed, AbortSignal.timeout(120_000));
   } finally {
-    await rig.cleanUp(false);
+    await testbed.cleanUp(false);
   }
 }
 
-/** Reads the metrics of a service of the rig, at the address that it wrote to its log. */
-async function readMetrics(rig: Testbed, role: string): Promise<{ text: string; values: ReadonlyMap<string, number> }> {
-  const log = await Deno.readTextFile(join(rig.home, `${role}.log`));
+/** Reads the metrics of a service of the test bed, at the address in its log. */
+async function readMetrics(
+  testbed: Testbed,
+  role: string,
+): Promise<{ text: string; values: ReadonlyMap<string, number> }> {
+  const log = await Deno.readTextFile(join(testbed.home, `${role}.log`));
   const address = /"event":"serves metrics".*?"address":"([^"]+)"/.exec(log)?.[1];
   ok(address, log);
   const response = await fetch(`http://${address}/metrics`);
@@ -182,23 +188,23 @@ const block = {
 };
 
 Deno.test("the controller's metrics move with CSI calls, management calls and connections", async () => {
-  await withRig("lightos", async (rig, signal) => {
-    await rig.startSimulator("none", signal);
-    const ca = join(rig.home, "ca.pem");
-    await Deno.writeTextFile(ca, rig.addresses.ca ?? "");
-    await rig.startService("controller", ["--mgmt-ca", ca, "--log-level", "info", ...toAnyPort], signal);
-    const before = await readMetrics(rig, "controller");
+  await withRig("lightos", async (testbed, signal) => {
+    await testbed.startSimulator("none", signal);
+    const ca = join(testbed.home, "ca.pem");
+    await Deno.writeTextFile(ca, testbed.addresses.ca ?? "");
+    await testbed.startService("controller", ["--mgmt-ca", ca, "--log-level", "info", ...toAnyPort], signal);
+    const before = await readMetrics(testbed, "controller");
 
-    const { volume } = await rig.controller.call(Controller.method.createVolume, {
+    const { volume } = await testbed.controller.call(Controller.method.createVolume, {
       name: "pvc-1",
       capacityRange: { requiredBytes: gib },
       volumeCapabilities: [block],
-      parameters: rig.parameters,
-      secrets: rig.secrets,
+      parameters: testbed.parameters,
+      secrets: testbed.secrets,
     }, { signal });
-    const failure = await rig.controller.call(Controller.method.createVolume, { name: "" }, { signal })
+    const failure = await testbed.controller.call(Controller.method.createVolume, { name: "" }, { signal })
       .catch((error: CallError) => error.code);
-    const { text, values } = await readMetrics(rig, "controller");
+    const { text, values } = await readMetrics(testbed, "controller");
 
     strictEqual(failure, "INVALID_ARGUMENT");
     strictEqual(before.values.get('lbcsi_csi_calls_total{method="CreateVolume",code="OK"}'), undefined);
@@ -208,7 +214,7 @@ Deno.test("the controller's metrics move with CSI calls, management calls and co
     const [endpoint = ""] = [...values.keys()].flatMap((name) =>
       /^lbcsi_mgmt_calls_total\{endpoint="([^"]+)",method="CreateVolume",code="OK"\}$/.exec(name)?.[1] ?? []
     );
-    ok(rig.addresses.grpcs.includes(endpoint), text);
+    ok(testbed.addresses.grpcs.includes(endpoint), text);
     strictEqual(values.get(`lbcsi_mgmt_connections{endpoint="${endpoint}",security="verified"}`), 1);
     strictEqual(values.get(`lbcsi_mgmt_endpoint_resting{endpoint="${endpoint}"}`), 0);
     ok((values.get(`lbcsi_mgmt_call_duration_seconds_count{endpoint="${endpoint}",method="GetVolume"}`) ?? 0) > 0);
@@ -216,26 +222,31 @@ Deno.test("the controller's metrics move with CSI calls, management calls and co
     const age = Date.now() / 1000 - (values.get("process_start_time_seconds") ?? 0);
     ok(age > 0 && age < 600, `${age}`);
     match(text, /^lbcsi_build_info\{version="[^"]+",role="controller",backend="lightos"\} 1$/m);
-    const secretsAndNames = [rig.secrets["jwt"] ?? "", volume?.volumeId ?? "", "pvc-1", rig.addresses.jwt.slice(-20)];
+    const secretsAndNames = [
+      testbed.secrets["jwt"] ?? "",
+      volume?.volumeId ?? "",
+      "pvc-1",
+      testbed.addresses.jwt.slice(-20),
+    ];
     deepStrictEqual(secretsAndNames.filter((each) => text.includes(each)), []);
   });
 });
 
 Deno.test("promise 11: metrics show connections whose certificate nobody verified", async () => {
-  await withRig("lightos", async (rig, signal) => {
-    await rig.startSimulator("none", signal);
+  await withRig("lightos", async (testbed, signal) => {
+    await testbed.startSimulator("none", signal);
     const options = ["--mgmt-tls-verify", "false", "--log-level", "info", ...toAnyPort];
-    await rig.startService("controller", options, signal);
+    await testbed.startService("controller", options, signal);
 
-    await rig.controller.call(Controller.method.createVolume, {
+    await testbed.controller.call(Controller.method.createVolume, {
       name: "pvc-1",
       volumeCapabilities: [block],
-      parameters: rig.parameters,
-      secrets: rig.secrets,
+      parameters: testbed.parameters,
+      secrets: testbed.secrets,
     }, { signal });
 
-    const { values, text } = await readMetrics(rig, "controller");
-    const unverified = rig.addresses.grpcs.map((endpoint) =>
+    const { values, text } = await readMetrics(testbed, "controller");
+    const unverified = testbed.addresses.grpcs.map((endpoint) =>
       values.get(`lbcsi_mgmt_connections{endpoint="${endpoint}",security="unverified"}`) ?? 0
     );
     strictEqual(unverified.reduce((sum, each) => sum + each, 0), 1, text);
@@ -244,19 +255,23 @@ Deno.test("promise 11: metrics show connections whose certificate nobody verifie
 });
 
 Deno.test("promise 12: metrics show an endpoint that failed and is left alone", async () => {
-  await withRig("lightos", async (rig, signal) => {
-    await rig.startSimulator("none", signal);
-    await rig.startService("controller", ["--mgmt-tls-verify", "false", "--log-level", "info", ...toAnyPort], signal);
+  await withRig("lightos", async (testbed, signal) => {
+    await testbed.startSimulator("none", signal);
+    await testbed.startService(
+      "controller",
+      ["--mgmt-tls-verify", "false", "--log-level", "info", ...toAnyPort],
+      signal,
+    );
     const dead = "127.0.0.1:1";
 
-    await rig.controller.call(Controller.method.createVolume, {
+    await testbed.controller.call(Controller.method.createVolume, {
       name: "pvc-1",
       volumeCapabilities: [block],
-      parameters: { ...rig.parameters, "mgmt-endpoint": [dead, ...rig.addresses.grpcs].join(",") },
-      secrets: rig.secrets,
+      parameters: { ...testbed.parameters, "mgmt-endpoint": [dead, ...testbed.addresses.grpcs].join(",") },
+      secrets: testbed.secrets,
     }, { signal });
 
-    const { values, text } = await readMetrics(rig, "controller");
+    const { values, text } = await readMetrics(testbed, "controller");
     strictEqual(values.get(`lbcsi_mgmt_endpoint_failures{endpoint="${dead}"}`), 1, text);
     strictEqual(values.get(`lbcsi_mgmt_connections{endpoint="${dead}",security="unverified"}`), 0);
     strictEqual(
@@ -267,20 +282,24 @@ Deno.test("promise 12: metrics show an endpoint that failed and is left alone", 
 });
 
 Deno.test("promise 9: metrics show a call that hangs, and for how long", async () => {
-  await withRig("lightos", async (rig, signal) => {
-    await rig.startSimulator("none", signal);
-    await rig.startService("controller", ["--mgmt-tls-verify", "false", "--log-level", "info", ...toAnyPort], signal);
-    await rig.ask("POST", "/faults", { rpc: "CreateVolume", delayMs: 60_000 });
+  await withRig("lightos", async (testbed, signal) => {
+    await testbed.startSimulator("none", signal);
+    await testbed.startService(
+      "controller",
+      ["--mgmt-tls-verify", "false", "--log-level", "info", ...toAnyPort],
+      signal,
+    );
+    await testbed.ask("POST", "/faults", { rpc: "CreateVolume", delayMs: 60_000 });
 
     const given = new AbortController();
-    const call = rig.controller.call(Controller.method.createVolume, {
+    const call = testbed.controller.call(Controller.method.createVolume, {
       name: "pvc-1",
       volumeCapabilities: [block],
-      parameters: rig.parameters,
-      secrets: rig.secrets,
+      parameters: testbed.parameters,
+      secrets: testbed.secrets,
     }, { signal: given.signal });
     const values = await eventually("the call is seen running", async () => {
-      const { values } = await readMetrics(rig, "controller");
+      const { values } = await readMetrics(testbed, "controller");
       return (values.get('lbcsi_csi_oldest_call_seconds{method="CreateVolume"}') ?? 0) > 0.2 ? values : undefined;
     });
     given.abort(new Error("enough"));
@@ -288,7 +307,7 @@ Deno.test("promise 9: metrics show a call that hangs, and for how long", async (
 
     strictEqual(values.get('lbcsi_csi_calls_running{method="CreateVolume"}'), 1);
     await eventually("it is gone when the caller has left", async () => {
-      const { values } = await readMetrics(rig, "controller");
+      const { values } = await readMetrics(testbed, "controller");
       return values.get('lbcsi_csi_calls_total{method="CreateVolume",code="CANCELLED"}') === 1 &&
         values.get('lbcsi_csi_calls_running{method="CreateVolume"}') === undefined;
     });
@@ -299,40 +318,40 @@ Deno.test({
   name: "the node's metrics move with commands, volumes and connections, and name none of them",
   ignore: !needs("root", "loop", "mkfs.ext4"),
   fn: async () => {
-    await withRig("lightos", async (rig, signal) => {
-      await rig.startSimulator("loop", signal);
-      await rig.startController(signal);
-      await rig.startNode("n1.node", signal, {}, ["--max-volumes", "9", "--log-level", "info", ...toAnyPort]);
+    await withRig("lightos", async (testbed, signal) => {
+      await testbed.startSimulator("loop", signal);
+      await testbed.startController(signal);
+      await testbed.startNode("n1.node", signal, {}, ["--max-volumes", "9", "--log-level", "info", ...toAnyPort]);
       const capability = {
         accessType: { case: "mount" as const, value: { fsType: "ext4" } },
         accessMode: { mode: Mode.SINGLE_NODE_WRITER },
       };
-      const { volume } = await rig.controller.call(Controller.method.createVolume, {
+      const { volume } = await testbed.controller.call(Controller.method.createVolume, {
         name: "pvc-1",
         capacityRange: { requiredBytes: gib },
         volumeCapabilities: [capability],
-        parameters: rig.parameters,
-        secrets: rig.secrets,
+        parameters: testbed.parameters,
+        secrets: testbed.secrets,
       }, { signal });
       const volumeId = volume?.volumeId ?? "";
-      const { publishContext } = await rig.controller.call(Controller.method.controllerPublishVolume, {
+      const { publishContext } = await testbed.controller.call(Controller.method.controllerPublishVolume, {
         volumeId,
         nodeId: "n1.node",
         volumeCapability: capability,
-        secrets: rig.secrets,
+        secrets: testbed.secrets,
       }, { signal });
-      const stagingTargetPath = join(rig.home, "staging");
+      const stagingTargetPath = join(testbed.home, "staging");
       await Deno.mkdir(stagingTargetPath);
-      const before = await readMetrics(rig, "node");
+      const before = await readMetrics(testbed, "node");
 
-      await rig.node.call(Node.method.nodeStageVolume, {
+      await testbed.node.call(Node.method.nodeStageVolume, {
         volumeId,
         stagingTargetPath,
         publishContext,
         volumeCapability: capability,
       }, { signal });
-      const { values, text } = await readMetrics(rig, "node");
-      await rig.node.call(Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath }, { signal });
+      const { values, text } = await readMetrics(testbed, "node");
+      await testbed.node.call(Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath }, { signal });
 
       strictEqual(before.values.get("lbcsi_volumes_attached"), 0);
       strictEqual(values.get("lbcsi_volumes_attached"), 1, text);
@@ -344,50 +363,50 @@ Deno.test({
       strictEqual(values.get('lbcsi_command_duration_seconds_count{program="mount"}'), 1);
       strictEqual(values.get('lbcsi_csi_calls_total{method="NodeStageVolume",code="OK"}'), 1);
       const uuid = /nguid:([0-9a-f-]+)/.exec(volumeId)?.[1] ?? "";
-      deepStrictEqual([uuid, rig.home, "pvc-1", hostNqn("n1")].filter((each) => text.includes(each)), []);
+      deepStrictEqual([uuid, testbed.home, "pvc-1", hostNqn("n1")].filter((each) => text.includes(each)), []);
     });
   },
 });
 
 Deno.test("the controller's metrics for PoseidonOS name routes, and neither arrays nor volumes", async () => {
-  await withRig("poseidon", async (rig, signal) => {
-    await rig.startSimulator("none", signal);
-    await rig.startService("controller", ["--log-level", "info", ...toAnyPort], signal);
+  await withRig("poseidon", async (testbed, signal) => {
+    await testbed.startSimulator("none", signal);
+    await testbed.startService("controller", ["--log-level", "info", ...toAnyPort], signal);
 
-    const { volume } = await rig.controller.call(Controller.method.createVolume, {
+    const { volume } = await testbed.controller.call(Controller.method.createVolume, {
       name: "pvc-secretive",
       volumeCapabilities: [block],
-      parameters: rig.parameters,
+      parameters: testbed.parameters,
     }, { signal });
-    await rig.controller.call(Controller.method.deleteVolume, { volumeId: volume?.volumeId ?? "" }, { signal });
+    await testbed.controller.call(Controller.method.deleteVolume, { volumeId: volume?.volumeId ?? "" }, { signal });
 
-    const { values, text } = await readMetrics(rig, "controller");
-    const endpoint = rig.addresses.dagent;
+    const { values, text } = await readMetrics(testbed, "controller");
+    const endpoint = testbed.addresses.dagent;
     const count = (method: string) =>
       values.get(`lbcsi_mgmt_calls_total{endpoint="${endpoint}",method="${method}",code="0"}`);
     strictEqual(count("POST /volumes"), 1, text);
     strictEqual(count("DELETE /volumes/{}"), 1, text);
     ok((count("GET /volumelist/{}") ?? 0) > 0);
     ok((count("GET /array/{}") ?? 0) > 0);
-    deepStrictEqual([rig.addresses.arrays[0] ?? "", "pvc-secretive"].filter((each) => text.includes(each)), []);
+    deepStrictEqual([testbed.addresses.arrays[0] ?? "", "pvc-secretive"].filter((each) => text.includes(each)), []);
   });
 });
 
 Deno.test("lbcsi-controller has the right to serve metrics", async () => {
   const sockets = await Deno.makeTempDir({ prefix: "lbcsi-metrics-" });
   const restricted = [Deno.execPath(), "run", "--no-check", ...permissionsWith([sockets], [sockets]), mainPath];
-  const rig = new Testbed(sockets, restricted, program);
+  const testbed = new Testbed(sockets, restricted, { simulator: program });
   try {
     const options = ["--jwt-path", join(sockets, "jwt"), "--log-level", "info", ...toAnyPort];
     // Where this machine names certificates for all programs is none of the directories that it may read.
-    await rig.startService("controller", options, AbortSignal.timeout(60_000), { SSL_CERT_FILE: "" });
+    await testbed.startService("controller", options, AbortSignal.timeout(60_000), { SSL_CERT_FILE: "" });
 
-    const { values } = await readMetrics(rig, "controller");
+    const { values } = await readMetrics(testbed, "controller");
 
     strictEqual(values.get('lbcsi_csi_calls_total{method="Probe",code="OK"}'), 1);
     ok((values.get("process_resident_memory_bytes") ?? 0) > 0);
   } finally {
-    await rig.cleanUp(false);
+    await testbed.cleanUp(false);
   }
 });
 
@@ -457,9 +476,9 @@ Deno.test("lbcsi identity does not start when its metrics cannot be served, and 
 
 Deno.test("without --metrics-address nothing listens on TCP", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-metrics-" });
-  const rig = new Testbed(home, program);
+  const testbed = new Testbed(home, program);
   try {
-    const running = await rig.startService("identity", ["--log-level", "info"], AbortSignal.timeout(60_000));
+    const running = await testbed.startService("identity", ["--log-level", "info"], AbortSignal.timeout(60_000));
     using channel = new Channel({ address: `unix://${home}/identity.sock` });
     await channel.call(Identity.method.probe, {}, { signal: AbortSignal.timeout(10_000) });
 
@@ -474,6 +493,6 @@ Deno.test("without --metrics-address nothing listens on TCP", async () => {
     ok(inodes.length > 0);
     deepStrictEqual(listening.filter((cells) => inodes.includes(cells[9] ?? "")), []);
   } finally {
-    await rig.cleanUp(false);
+    await testbed.cleanUp(false);
   }
 });

@@ -1,7 +1,7 @@
-/** What the demo's pods write on their volumes and read again: files in a file system, bytes on a block device. */
+/** What the demo's pods write to their volumes and read back: files in a file system, bytes on a block device. */
 import { join } from "node:path";
 
-/** What was found in the files below a directory. */
+/** Number, size and checksum of the files below a directory. */
 interface Written {
   readonly files: number;
   readonly bytes: number;
@@ -9,7 +9,7 @@ interface Written {
   readonly sum: string;
 }
 
-/** Makes new files of random bytes in new folders, each synced to the device, and tells what can be read of them. */
+/** Writes new files of random bytes in new folders, syncs each to the device, and resolves with their checksum. */
 export async function writeFiles(directory: string): Promise<Written> {
   for (let folder = 0; folder < 3; folder++) {
     await Deno.mkdir(join(directory, `folder-${folder}`));
@@ -31,7 +31,7 @@ export async function writeFiles(directory: string): Promise<Written> {
   return await checksum(directory);
 }
 
-/** Reads every file below `directory`; what mkfs puts there (`lost+found`) is a directory without files. */
+/** Reads every file below `directory`. `lost+found`, which mkfs makes, holds no files and does not count. */
 export async function checksum(directory: string): Promise<Written> {
   const files: { readonly path: string; readonly content: Uint8Array }[] = [];
   const walk = async (path: string) => {
@@ -69,7 +69,7 @@ export async function writeAt(device: string, offsets: readonly bigint[], conten
   }
 }
 
-/** The first of these offsets where the device holds something else; undefined when there is none. */
+/** The first of these offsets where the device holds other bytes than `content`; undefined when there is none. */
 export async function differsAt(
   device: string,
   offsets: readonly bigint[],

@@ -1,12 +1,12 @@
-/** How a demo ends before its time. */
+/** How the demo ends early: signals, and checks that failed. */
 
-/** Signals that end the demo; SIGHUP is what a terminal sends that is closed. */
+/** Signals that end the demo. A terminal sends SIGHUP when it is closed. */
 export const interruptions = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
 type Interruption = typeof interruptions[number];
-/** What a shell makes of a program that ends by a signal: 128 and the signal's number. */
+/** Exit status after a signal: 128 plus the signal's number, as in a shell. */
 export const interruptedStatus: Readonly<Record<Interruption, number>> = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 };
 
-/** Somebody ended the demo by a signal. */
+/** A signal ended the demo. */
 export class Interrupted extends Error {
   readonly signal: Interruption;
 
@@ -16,5 +16,5 @@ export class Interrupted extends Error {
   }
 }
 
-/** A check that did not pass. */
+/** A check failed. */
 export class CheckFailed extends Error {}

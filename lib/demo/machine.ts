@@ -1,14 +1,14 @@
-/** What the demo looks up on this machine: whether it can play the part, its mounts, loop devices, processes and files. */
+/** What the demo reads from this machine: what it lacks for the full demo, mounts, loop devices, processes and files. */
 import { isAbsolute, join } from "node:path";
 import { messageOf } from "../error.ts";
 
-/** Something that this machine has not, and what to do about it. */
+/** Something that this machine lacks, and what to do about it. */
 interface Lack {
   readonly what: string;
   readonly remedy: string;
 }
 
-// Debian's names of the packages; most distributions use the same.
+// Package names of Debian; most distributions use the same.
 const packages: Readonly<Record<string, string>> = {
   losetup: "mount (Debian, Ubuntu) or util-linux",
   mount: "mount (Debian, Ubuntu) or util-linux",
@@ -19,26 +19,25 @@ const packages: Readonly<Record<string, string>> = {
   "mkfs.btrfs": "btrfs-progs",
 };
 
-/** A directory for temporary directories. */
-interface Place {
-  /** Where the demo's directory is made. */
+/** The parent of the demo's temporary directory. */
+interface TemporaryRoot {
   readonly directory: string;
-  /** Whether device nodes work there. */
-  readonly devices: boolean;
+  /** Whether device nodes can be opened there. */
+  readonly hasDevices: boolean;
 }
 
-/** A temporary directory on which device nodes work: some systems mount /tmp with `nodev`. */
-export async function findPlace(): Promise<Place> {
+/** A directory for temporary files where device nodes can be opened; some systems mount /tmp with `nodev`. */
+export async function findTemporaryRoot(): Promise<TemporaryRoot> {
   const given = Deno.env.get("TMPDIR");
   const candidates = [...given !== undefined && isAbsolute(given) ? [given] : [], "/tmp", "/var/tmp"];
   const there = candidates.filter((directory) => kindOfSync(directory) === "directory");
   const options = await Promise.all(there.map(mountOptions));
   const good = there.find((_directory, at) => options[at]?.includes("nodev") === false);
-  return { directory: good ?? there[0] ?? ".", devices: good !== undefined };
+  return { directory: good ?? there[0] ?? ".", hasDevices: good !== undefined };
 }
 
-/** What a machine needs for devices and file systems, and has not. */
-export async function machineLacks(place: Place, fsTypes: readonly string[]): Promise<readonly Lack[]> {
+/** What this machine lacks for devices and file systems. */
+export async function machineLacks(place: TemporaryRoot, fsTypes: readonly string[]): Promise<readonly Lack[]> {
   if (Deno.build.os !== "linux") return [{ what: "Linux", remedy: "run it on Linux, or in a virtual machine" }];
   const lacks: Lack[] = [];
   if (Deno.uid() !== 0) lacks.push({ what: "root", remedy: "run it with sudo, or as root in a privileged container" });
@@ -57,7 +56,7 @@ export async function machineLacks(place: Place, fsTypes: readonly string[]): Pr
       lacks.push({ what: `loop devices (${problem})`, remedy });
     }
   }
-  if (!place.devices) {
+  if (!place.hasDevices) {
     const remedy = "set TMPDIR to a directory on a file system without it";
     lacks.push({ what: "a temporary directory for device nodes (all are mounted nodev)", remedy });
   }
@@ -80,14 +79,14 @@ async function loopControlProblem(): Promise<string | undefined> {
   }
 }
 
-/** What this machine needs to make and mount a file system, and has not. */
+/** What this machine lacks to make and mount a file system; undefined when it lacks nothing. */
 export function fsLacks(fsType: string): Lack | undefined {
   if (!isOnPath(`mkfs.${fsType}`)) return missingProgram(`mkfs.${fsType}`);
   const known = readTextSync("/proc/filesystems");
   if (known === undefined || new RegExp(`^\\s*${fsType}$`, "m").test(known)) return undefined;
   const release = readTextSync("/proc/sys/kernel/osrelease")?.trim() ?? "";
   const modules = readTextSync(`/lib/modules/${release}/modules.dep`) ?? "";
-  // mount(8) has the kernel load it.
+  // The kernel loads it when it is mounted.
   if (modules.includes(`/${fsType}.ko`)) return undefined;
   return { what: `${fsType} in the kernel`, remedy: `load its module, ${fsType}` };
 }
@@ -98,7 +97,7 @@ function missingProgram(name: string): Lack {
 
 function isOnPath(name: string): boolean {
   const path = (Deno.env.get("PATH") ?? "").split(":");
-  // Where sudo finds them; PATH of an ordinary user often has none of these.
+  // sudo searches these directories; the PATH of an ordinary user often lacks them.
   if (Deno.uid() !== 0) path.push("/usr/local/sbin", "/usr/sbin", "/sbin");
   return path.some((directory) => kindOfSync(join(directory, name)) === "file");
 }
@@ -107,13 +106,13 @@ function isOnPath(name: string): boolean {
 export interface Mount {
   /** Mount point. */
   readonly at: string;
-  /** What of the source is mounted there. */
+  /** Path of what is mounted, inside its file system. */
   readonly root: string;
   readonly fsType: string;
   readonly source: string;
 }
 
-/** Options of the mount that `path` is on. */
+/** Options of the mount that holds `path`. */
 async function mountOptions(path: string): Promise<readonly string[]> {
   const real = await Deno.realPath(path);
   let best: { readonly at: string; readonly options: readonly string[] } | undefined;
@@ -139,7 +138,7 @@ function unescapeMount(text: string): string {
   return text.replace(/\\([0-7]{3})/g, (_match, octal) => String.fromCharCode(parseInt(octal, 8)));
 }
 
-/** Mounts below a directory, in the order in which they were made. */
+/** Mounts below a directory, oldest first. */
 export async function mountsBelow(directory: string): Promise<Mount[]> {
   return (await mountTable()).filter(({ at }) => at.startsWith(`${directory}/`))
     .map(({ at, root, fsType, source }) => ({ at, root, fsType, source }));
@@ -156,13 +155,13 @@ export async function loopsBelow(directory: string): Promise<readonly string[]> 
   return found;
 }
 
-/** Processes, other than this one, on whose command line a text stands. */
+/** Other processes whose command line contains a text, as `PID command line`. */
 export async function processesNaming(text: string): Promise<readonly string[]> {
   const found: string[] = [];
   for (const pid of await listNames("/proc") ?? []) {
     if (!/^\d+$/.test(pid) || Number(pid) === Deno.pid) continue;
-    const words = (await readText(`/proc/${pid}/cmdline`) ?? "").replaceAll("\0", " ");
-    if (words.includes(text)) found.push(`${pid} ${words.trim()}`);
+    const commandLine = (await readText(`/proc/${pid}/cmdline`) ?? "").replaceAll("\0", " ");
+    if (commandLine.includes(text)) found.push(`${pid} ${commandLine.trim()}`);
   }
   return found;
 }
@@ -196,12 +195,12 @@ export async function listNames(directory: string): Promise<readonly string[] | 
 /** What is at a path, symbolic links followed. */
 type Kind = "absent" | "directory" | "file" | "block" | "other";
 
-/** What is at a path; rejects when that cannot be found out. */
+/** What is at a path. Rejects with the system's error when the path cannot be looked up. */
 export function kindOf(path: string): Promise<Kind> {
   return Deno.stat(path).then(kind, absent);
 }
 
-/** What we may not look at is absent for us. */
+/** As `kindOf`; what this process may not look up counts as absent. */
 function kindOfSync(path: string): Kind {
   try {
     return kind(Deno.statSync(path));

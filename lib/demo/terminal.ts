@@ -1,4 +1,4 @@
-/** How the demo prints what it did and saw. */
+/** How the demo prints its steps, checks and summary. */
 import { messageOf, StatusError } from "../error.ts";
 import { CheckFailed, Interrupted } from "./interrupt.ts";
 import { programOf, type RanCommand } from "./testbed.ts";
@@ -6,8 +6,8 @@ import { programOf, type RanCommand } from "./testbed.ts";
 /** How a step ended. */
 export type Outcome = "good" | "bad";
 
-/** What a step did at one place. */
-interface Facts {
+/** What a step changed at one place. */
+interface PlaceFacts {
   /** `cluster`, `machine`, `pod`. */
   readonly place: string;
   readonly facts: readonly string[];
@@ -17,13 +17,13 @@ const nameWidth = 36;
 const timeWidth = 8;
 const placeWidth = 9;
 
-/** Lays the demo out: aligned, and with quiet colours where somebody looks. */
+/** Prints in aligned columns, with colours when stdout is a terminal, and counts steps and checks for the summary. */
 export class Terminal {
   readonly #print: (line: string) => void;
   readonly #verbose: boolean;
   readonly #colours: boolean;
   readonly #width: number;
-  readonly #terminal: boolean;
+  readonly #isTerminal: boolean;
   readonly #started = performance.now();
   readonly #passed: string[] = [];
   #steps = 0;
@@ -35,9 +35,9 @@ export class Terminal {
   constructor(print: (line: string) => void, verbose: boolean) {
     this.#print = print;
     this.#verbose = verbose;
-    this.#terminal = Deno.stdout.isTerminal();
-    this.#colours = this.#terminal && (Deno.env.get("NO_COLOR") ?? "") === "";
-    this.#width = this.#terminal ? Math.max(80, Deno.consoleSize().columns) : 120;
+    this.#isTerminal = Deno.stdout.isTerminal();
+    this.#colours = this.#isTerminal && (Deno.env.get("NO_COLOR") ?? "") === "";
+    this.#width = this.#isTerminal ? Math.max(80, Deno.consoleSize().columns) : 120;
   }
 
   line(text: string): void {
@@ -66,7 +66,7 @@ export class Terminal {
     this.#print(`  ${name.padEnd(nameWidth)}${time.padStart(timeWidth)}  ${this.#dim(text)}`);
   }
 
-  step(outcome: Outcome, name: string, ms: number, places: readonly Facts[]): void {
+  step(outcome: Outcome, name: string, ms: number, places: readonly PlaceFacts[]): void {
     this.#flush();
     this.#steps++;
     if (outcome === "bad") this.#failed++;
@@ -83,7 +83,7 @@ export class Terminal {
     this.#facts(" ".repeat(2 + nameWidth + timeWidth), place, facts);
   }
 
-  /** Checks that pass are shown together, below their step. */
+  /** Counts a check. Checks that pass are printed together, below their step. */
   check(what: string, passed: boolean, found = "", routine = false): void {
     this.#checks++;
     if (passed) {
@@ -111,7 +111,7 @@ export class Terminal {
     for (const line of lines) this.#print(`    ${this.#dim(line)}`);
   }
 
-  /** Why the demo ends early; a check that failed has its line already. */
+  /** Prints why the demo ends early, unless a failed check has printed it already. */
   failure(error: unknown): void {
     this.#flush();
     if (error instanceof CheckFailed) return;
@@ -173,7 +173,7 @@ export class Terminal {
       const last = lines.at(-1);
       if (last !== undefined && !this.#verbose && last.length + 2 + fact.length <= room) {
         lines[lines.length - 1] = `${last}; ${fact}`;
-      } else lines.push(...this.#terminal ? wrapped(fact, room) : [fact]); // In a file, lines are there to be searched.
+      } else lines.push(...this.#isTerminal ? wrapped(fact, room) : [fact]); // A file is not wrapped, so that it can be searched.
     }
     this.#print(`${head}  ${this.#paint(colour, place.padEnd(placeWidth))}${this.#dim(lines[0] ?? "")}`);
     for (const line of lines.slice(1)) this.#print(" ".repeat(indent) + this.#dim(line));
@@ -192,7 +192,7 @@ export class Terminal {
   }
 }
 
-/** A text in lines of `width` characters, broken at spaces; a longer word has a line of its own. */
+/** A text in lines of at most `width` characters, broken at spaces; a longer word gets its own line. */
 function wrapped(text: string, width: number): readonly string[] {
   const lines: string[] = [];
   for (const word of text.split(" ")) {

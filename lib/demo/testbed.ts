@@ -1,15 +1,16 @@
 /**
- * The program as processes: a simulator, a controller and a node with everything of theirs in one directory, what they
- * say of themselves, and what can be seen of them from outside.
+ * The test bed: a simulator, a controller and a node as processes that keep all their files in one directory, and what an
+ * observer outside can see of them. The demo, the tests and the benchmark use it.
  */
 import { join } from "node:path";
 import * as z from "zod";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 import { sleep } from "../context.ts";
-import { messageOf, StatusError } from "../error.ts";
+import { messageOf } from "../error.ts";
 import { CallError, Channel } from "../grpc/client.ts";
 import { hostNqn } from "../namespace.ts";
 import { kindOf, listNames, loopsBelow, type Mount, mountsBelow, processesNaming, readText } from "./machine.ts";
+import { ServiceProcess } from "./process.ts";
 
 const addressesSchema = z.object({
   subsystemNqn: z.string().default(""),
@@ -33,7 +34,7 @@ const addressesSchema = z.object({
   sysfsRoot: z.string().optional(),
   programs: z.string().optional(),
 });
-/** Where a simulator listens, as it says itself when it has started. */
+/** Where a simulator listens; it prints this when it has started. */
 type Addresses = z.infer<typeof addressesSchema>;
 
 const modelSchema = z.object({
@@ -59,10 +60,10 @@ const logLineSchema = z.object({
   exit: z.number().optional(),
   ms: z.number().optional(),
 });
-/** The part of a line in the driver's log that tells of commands. */
+/** The part of a line of the driver's log that reports a command. */
 type LogLine = z.infer<typeof logLineSchema>;
 
-/** A command that the driver ran, as its log tells. */
+/** A command that the driver ran, from its log. */
 export interface RanCommand {
   readonly command: string;
   readonly exit: number;
@@ -74,12 +75,12 @@ export function programOf(command: string): string {
   return command.split(" ", 1)[0] ?? "";
 }
 
-/** What there is on the cluster and, of the rig, on the machine. */
+/** What exists on the cluster, and what the test bed has on the machine. */
 export interface Inventory {
   readonly volumes: z.infer<typeof modelSchema>["volumes"];
   readonly calls: Readonly<Record<string, number>>;
   readonly mounts: readonly Mount[];
-  /** Loop devices whose files are in the rig's directory. */
+  /** Loop devices whose files are in the test bed's directory. */
   readonly loops: readonly string[];
   /** Block devices that the simulated kernel shows. */
   readonly devices: readonly string[];
@@ -87,10 +88,10 @@ export interface Inventory {
   readonly entries: readonly string[];
 }
 
-/** What there is before anything was looked at. */
+/** The inventory before the first observation. */
 export const emptyInventory: Inventory = { volumes: [], calls: {}, mounts: [], loops: [], devices: [], entries: [] };
 
-/** How often each RPC was called between two looks at the counters. */
+/** How often each RPC was called between two readings of the counters. */
 export function countsBetween(
   before: Readonly<Record<string, number>>,
   after: Readonly<Record<string, number>>,
@@ -101,45 +102,44 @@ export function countsBetween(
   );
 }
 
-/** The storage systems that can be played. */
+/** The storage systems that can be simulated. */
 export type Backend = "lightos" | "poseidon";
 
+export interface TestbedOptions {
+  /** What starts the lbcsi that simulates. Default: `program`. */
+  readonly simulator?: readonly string[];
+  /** Default `lightos`. */
+  readonly backend?: Backend;
+  /** How long a process may take to start: on a fresh machine it downloads packages first. Default 60 s. */
+  readonly startLimitMs?: number;
+}
+
 /**
- * A simulator, a controller and a node as processes, with everything of theirs in one directory.
- *
- * The benchmark and the tests of bounds use it too.
+ * A simulator, a controller and a node as processes that keep all their files in the directory `home`.
+ * Call `stopAll` and `cleanUp` at the end.
  */
 export class Testbed {
   readonly home: string;
   readonly backend: Backend;
   readonly #program: readonly string[];
   readonly #simulator: readonly string[];
-  readonly #patienceMs: number;
-  readonly #processes = new Map<string, Running>();
+  readonly #startLimitMs: number;
+  readonly #processes = new Map<string, ServiceProcess>();
   readonly #channels = new Map<string, Channel>();
   readonly #logRead = new Map<string, number>();
   #addresses: Addresses | undefined;
 
-  /**
-   * @param program what starts lbcsi, `ownProgram()`
-   * @param simulator what starts the lbcsi that simulates; the same unless told otherwise
-   * @param patienceMs how long a process may take to start: on a fresh machine it fetches packages first
-   */
-  constructor(
-    home: string,
-    program: readonly string[],
-    simulator = program,
-    backend: Backend = "lightos",
-    patienceMs = 60_000,
-  ) {
+  /** @param program what starts lbcsi, for example `ownProgram()` */
+  constructor(home: string, program: readonly string[], options: TestbedOptions = {}) {
+    const { simulator = program, backend = "lightos", startLimitMs = 60_000 } = options;
     this.home = home;
     this.backend = backend;
     this.#program = program;
     this.#simulator = simulator;
-    this.#patienceMs = patienceMs;
+    this.#startLimitMs = startLimitMs;
   }
 
-  /** What the simulator said when it had started. */
+  /** What the simulator printed when it had started. */
   get addresses(): Addresses {
     if (this.#addresses === undefined) throw new Error("the simulator has not been started");
     return this.#addresses;
@@ -160,7 +160,7 @@ export class Testbed {
     return { provisionerIP, provisionerPort, arrayName: arrays[0] ?? "", targetAddress, transportServiceId };
   }
 
-  /** The secrets of calls to the controller; PoseidonOS knows none. */
+  /** The secrets of calls to the controller; PoseidonOS has none. */
   get secrets(): Record<string, string> {
     return this.backend === "lightos" ? { jwt: this.addresses.jwt } : {};
   }
@@ -179,13 +179,13 @@ export class Testbed {
     return this.channel("node");
   }
 
-  /** The process of this name that was started last. */
-  running(name: string): Running | undefined {
+  /** The most recent process of this name. */
+  running(name: string): ServiceProcess | undefined {
     return this.#processes.get(name);
   }
 
   /**
-   * Starts the simulator; with devices, they and their contents are in the rig's directory.
+   * Starts the simulator; with devices, they and their contents are in the test bed's directory.
    *
    * @param options more options of `lbcsi simulate`
    */
@@ -193,14 +193,14 @@ export class Testbed {
     data: Addresses["data"],
     signal: AbortSignal,
     options: readonly string[] = [],
-  ): Promise<Running> {
+  ): Promise<ServiceProcess> {
     const state = data === "none" || options.includes("--state") ? [] : ["--state", join(this.home, "cluster")];
-    const words = ["simulate", ...this.#backendOption, "--data", data, ...state, "--log-level", "info", ...options];
-    // An earlier one wrote to the same file.
-    const said = (await readText(join(this.home, "simulator.log.out")) ?? "").length;
-    const running = this.#start("simulator", [...this.#simulator, ...words]);
+    const args = ["simulate", ...this.#backendOption, "--data", data, ...state, "--log-level", "info", ...options];
+    // An earlier process wrote to the same file.
+    const skip = (await readText(join(this.home, "simulator.log.out")) ?? "").length;
+    const running = this.#start("simulator", [...this.#simulator, ...args]);
     const line = await running.until("its addresses", signal, async () => {
-      const text = (await readText(`${running.log}.out`) ?? "").slice(said);
+      const text = (await readText(`${running.log}.out`) ?? "").slice(skip);
       return text.includes("\n") ? text.slice(0, text.indexOf("\n")) : undefined;
     });
     this.#addresses = addressesSchema.parse(JSON.parse(line));
@@ -208,7 +208,7 @@ export class Testbed {
   }
 
   /** Starts the controller, which trusts the simulator's certificate where it has one. */
-  async startController(signal: AbortSignal): Promise<Running> {
+  async startController(signal: AbortSignal): Promise<ServiceProcess> {
     const certificate = this.addresses.ca ?? "";
     if (certificate === "") return await this.startService("controller", ["--log-level", "debug"], signal);
     const ca = join(this.home, "ca.pem");
@@ -217,7 +217,7 @@ export class Testbed {
   }
 
   /**
-   * Starts the node on the simulator's machine.
+   * Starts the node on the simulated machine.
    *
    * @param env added to the environment
    * @param options more options of `lbcsi node`
@@ -227,16 +227,18 @@ export class Testbed {
     signal: AbortSignal,
     env: Readonly<Record<string, string>> = {},
     options: readonly string[] = [],
-  ): Promise<Running> {
+  ): Promise<ServiceProcess> {
     const { discoveryDir, devRoot, sysfsRoot, programs } = this.addresses;
-    const places = { "discovery-dir": discoveryDir, dev: devRoot, sysfs: sysfsRoot };
+    const directories = { "discovery-dir": discoveryDir, dev: devRoot, sysfs: sysfsRoot };
     const path = env["PATH"] ?? Deno.env.get("PATH") ?? "";
-    // With PoseidonOS the node connects by itself, with the nvme of the simulated machine.
+    // With PoseidonOS the node connects by itself, with the `nvme` program of the simulated machine.
     const isOnPath = programs === undefined || path.split(":").includes(programs);
-    const itsPath = this.backend === "poseidon" && !isOnPath ? { PATH: `${programs}:${path}` } : {};
-    const words = Object.entries(places).flatMap(([name, path]) => path === undefined ? [] : [`--${name}`, path]);
-    const nodeOptions = ["--node-id", nodeId, ...words, "--log-level", "debug", ...options];
-    return await this.startService("node", nodeOptions, signal, { ...env, ...itsPath });
+    const pathVariable = this.backend === "poseidon" && !isOnPath ? { PATH: `${programs}:${path}` } : {};
+    const directoryOptions = Object.entries(directories).flatMap(([name, path]) =>
+      path === undefined ? [] : [`--${name}`, path]
+    );
+    const nodeOptions = ["--node-id", nodeId, ...directoryOptions, "--log-level", "debug", ...options];
+    return await this.startService("node", nodeOptions, signal, { ...env, ...pathVariable });
   }
 
   /** Starts a service and waits until it answers a Probe. */
@@ -245,11 +247,11 @@ export class Testbed {
     options: readonly string[],
     signal: AbortSignal,
     env: Readonly<Record<string, string>> = {},
-  ): Promise<Running> {
+  ): Promise<ServiceProcess> {
     const socket = join(this.home, `${role}.sock`);
     this.#channels.get(role)?.[Symbol.dispose]();
     this.#channels.delete(role);
-    // One that was killed leaves its socket file; without it here, the file tells that the new one listens.
+    // A process that was killed leaves its socket file. It is removed, so that a file means that the new process listens.
     await removeIfThere(socket);
     const running = this.#start(role, [
       ...[...this.#program, role, ...this.#backendOption, "--endpoint", `unix://${socket}`],
@@ -264,7 +266,7 @@ export class Testbed {
         return true;
       } catch (error) {
         channel[Symbol.dispose]();
-        // On a busy machine the first answer may take longer than the call.
+        // On a busy machine the first answer may take longer than the deadline of the call.
         const isEarly = error instanceof CallError && (error.origin !== "server" || error.code === "DEADLINE_EXCEEDED");
         if (isEarly) return undefined;
         throw error;
@@ -273,20 +275,23 @@ export class Testbed {
     return running;
   }
 
-  #start(name: string, command: readonly string[], env: Readonly<Record<string, string>> = {}): Running {
-    const running = new Running(name, command, join(this.home, `${name}.log`), env, this.#patienceMs);
+  #start(name: string, command: readonly string[], env: Readonly<Record<string, string>> = {}): ServiceProcess {
+    const running = new ServiceProcess(name, command, join(this.home, `${name}.log`), {
+      env,
+      startLimitMs: this.#startLimitMs,
+    });
     this.#processes.set(name, running);
     return running;
   }
 
-  /** The connection to a service that has been started. */
+  /** The connection to a service that was started. */
   channel(role: string): Channel {
     const channel = this.#channels.get(role);
     if (channel === undefined) throw new Error(`the ${role} has not been started`);
     return channel;
   }
 
-  /** Asks the simulator's control port. */
+  /** Sends a request to the simulator's control port. */
   async ask(method: "GET" | "POST" | "PATCH" | "DELETE", path: string, body?: unknown): Promise<unknown> {
     const response = await fetch(`${this.addresses.control}${path}`, {
       method,
@@ -298,13 +303,13 @@ export class Testbed {
     return JSON.parse(text);
   }
 
-  /** Calls of the management API so far, by RPC. */
+  /** Number of management API calls so far, by RPC. */
   async managementCalls(): Promise<Readonly<Record<string, number>>> {
     const counts = callsSchema.parse(await this.ask("GET", "/calls"));
     return Object.fromEntries(Object.entries(counts).map(([rpc, { total }]) => [rpc, total]));
   }
 
-  /** Looks at the cluster and at the machine, once hosts see what they may. */
+  /** Takes the inventory of cluster and machine, once hosts see exactly the namespaces that they may access. */
   async observe(): Promise<Inventory> {
     await this.ask("GET", "/settled");
     const { devRoot, discoveryDir } = this.addresses;
@@ -327,13 +332,13 @@ export class Testbed {
     return arrays.flatMap(({ volumes }) => volumes).map((volume) => ({
       ...volume,
       state: "Available",
-      // Who may connect is written in the names of the subsystems that show the volume.
+      // PoseidonOS has no access lists: the NQN of the subsystem that exports the volume names its host.
       acl: subsystems.filter(({ namespaces }) => namespaces.some(({ volumeUuid }) => volumeUuid === volume.uuid))
         .map(({ nqn }) => nqn.startsWith("nqn.2019-04.pos:lbcsi:") ? hostNqn(nqn.replace(/^.*:/, "")) : nqn),
     }));
   }
 
-  /** What is left on the cluster once deletions that go on by themselves have ended; waits for that for 10 s at most. */
+  /** What is left on the cluster after running deletions have ended. Waits 10 s at most. */
   async clusterWhenIdle(signal: AbortSignal): Promise<Readonly<Record<string, readonly string[]>>> {
     for (let waitedMs = 0;; waitedMs += 50) {
       const left = leftoversSchema.parse(await this.ask("GET", "/leftovers"));
@@ -342,7 +347,7 @@ export class Testbed {
     }
   }
 
-  /** Lines that the controller and the node have logged since the last time. They log a call before they answer it. */
+  /** Lines that the controller and the node have logged since the last time. Both log a call before they answer it. */
   async newLogLines(): Promise<readonly LogLine[]> {
     const lines: LogLine[] = [];
     for (const name of ["controller", "node"]) {
@@ -359,21 +364,21 @@ export class Testbed {
     return lines;
   }
 
-  /** The ends of the logs, without what tells nothing. */
-  async lastWords(): Promise<readonly { readonly name: string; readonly lines: readonly string[] }[]> {
-    const words = [];
+  /** The last lines of each log, without probes and received requests. */
+  async logTails(): Promise<readonly { readonly name: string; readonly lines: readonly string[] }[]> {
+    const tails = [];
     for (const { name, log } of this.#processes.values()) {
       const lines = (await readText(log) ?? "").split("\n")
         .filter((line) => line !== "" && !line.includes('"event":"received"') && !line.includes('"rpc":"Probe"')).slice(
           -8,
         );
-      if (lines.length > 0) words.push({ name, lines: lines.map((line) => this.short(line)) });
+      if (lines.length > 0) tails.push({ name, lines: lines.map((line) => this.shorten(line)) });
     }
-    return words;
+    return tails;
   }
 
-  /** Names of the logs in which one of `texts` stands. */
-  async logsThatHold(texts: readonly string[]): Promise<readonly string[]> {
+  /** Paths of the logs that contain one of these texts. */
+  async logsContaining(texts: readonly string[]): Promise<readonly string[]> {
     const found: string[] = [];
     for (const { log } of this.#processes.values()) {
       const text = await readText(log) ?? "";
@@ -382,20 +387,20 @@ export class Testbed {
     return found;
   }
 
-  /** Stops every process with SIGTERM, in reverse order, and tells how each ended. */
-  async stopAll(): Promise<readonly { readonly name: string; readonly ending: string }[]> {
-    const endings = [];
+  /** Stops every process with SIGTERM, in reverse order. Resolves with how each one ended: `exit 0`. */
+  async stopAll(): Promise<readonly { readonly name: string; readonly exit: string }[]> {
+    const exits = [];
     for (const channel of this.#channels.values()) channel[Symbol.dispose]();
     this.#channels.clear();
     for (const running of [...this.#processes.values()].reverse()) {
-      if (running.isRunning) endings.push({ name: running.name, ending: await running.end("SIGTERM", 10_000) });
+      if (running.isRunning) exits.push({ name: running.name, exit: await running.end("SIGTERM", 10_000) });
     }
-    return endings;
+    return exits;
   }
 
   /**
-   * Takes away whatever is still there: processes, mounts, loop devices, the directory. Tells what it had to do besides
-   * removing the directory, and what it could not do.
+   * Removes whatever is left: processes, mounts, loop devices, the directory. Resolves with what it had to do besides
+   * removing the directory, and with what it failed to do (`done` is false).
    */
   async cleanUp(keep: boolean): Promise<readonly { readonly done: boolean; readonly what: string }[]> {
     const forced: { done: boolean; what: string }[] = [];
@@ -408,15 +413,15 @@ export class Testbed {
       }
     };
     for (const channel of this.#channels.values()) channel[Symbol.dispose]();
-    // The simulator goes last: it takes its loop devices away when nothing uses them any more.
+    // The simulator ends last: it detaches its loop devices when nothing uses them any more.
     const simulator = this.#processes.get("simulator");
     for (const running of this.#processes.values()) {
       if (running === simulator || !running.isRunning) continue;
       await attempt(`ended ${running.name}`, () => running.end("SIGTERM", 5000));
     }
-    // The last mount first, as mounts can lie on one another.
+    // Newest mount first, because mounts can be stacked.
     for (const { at } of (await mountsBelow(this.home)).reverse()) {
-      await attempt(`unmounted ${this.short(at)}`, () => runTool("umount", at));
+      await attempt(`unmounted ${this.shorten(at)}`, () => runTool("umount", at));
     }
     if (simulator?.isRunning) await attempt("ended simulator", () => simulator.end("SIGTERM", 5000));
     for (const loop of await loopsBelow(this.home)) {
@@ -428,7 +433,7 @@ export class Testbed {
     if (keep) return forced;
     const mounts = await mountsBelow(this.home);
     if (mounts.length > 0) {
-      // A recursive removal would go through them into a file system.
+      // A recursive removal would delete the content of the mounted file systems.
       forced.push({ done: false, what: `${this.home} is left, as mounts are below it` });
       return forced;
     }
@@ -442,93 +447,13 @@ export class Testbed {
     return forced;
   }
 
-  /** A text without the rig's directory in its paths. */
-  short(text: string): string {
+  /** The text with paths relative to the test bed's directory. */
+  shorten(text: string): string {
     return text.replaceAll(`${this.home}/`, "");
   }
 
-  shorten(ran: RanCommand): RanCommand {
-    return { ...ran, command: this.short(ran.command) };
-  }
-}
-
-/** A process of ours. Its stderr goes to the file `log`, its stdout to `log` with `.out` behind it. */
-export class Running {
-  readonly name: string;
-  readonly log: string;
-  readonly pid: number;
-  readonly #child: Deno.ChildProcess;
-  readonly #patienceMs: number;
-  #status: Deno.CommandStatus | undefined;
-
-  constructor(
-    name: string,
-    command: readonly string[],
-    log: string,
-    env: Readonly<Record<string, string>> = {},
-    patienceMs = 60_000,
-  ) {
-    this.name = name;
-    this.log = log;
-    this.#patienceMs = patienceMs;
-    // The shell gives way to the program, which thus has this PID, and writes to files: what it wrote before it answered a
-    // call is there when the answer is.
-    this.#child = new Deno.Command("/bin/sh", {
-      args: ["-c", 'exec "$@" >>"$0.out" 2>>"$0"', log, ...command],
-      stdin: "null",
-      stdout: "null",
-      stderr: "null",
-      // The logs are read as text.
-      env: { NO_COLOR: "1", ...env },
-      // Ctrl-C is for us alone: we end them in order.
-      detached: true,
-    }).spawn();
-    this.pid = this.#child.pid;
-    this.#child.status.then((status) => this.#status = status);
-  }
-
-  get isRunning(): boolean {
-    return this.#status === undefined;
-  }
-
-  /**
-   * Polls until `look` answers something; rejects with the end of its log when the process ends instead, or its time is
-   * up.
-   */
-  async until<T>(what: string, signal: AbortSignal, look: () => Promise<T | undefined>): Promise<T> {
-    const began = performance.now();
-    for (;;) {
-      const ended = this.#status;
-      const passed = performance.now() - began;
-      const found = await look();
-      if (found !== undefined) return found;
-      if (ended !== undefined || passed > this.#patienceMs) {
-        const log = (await readText(this.log) ?? "").trimEnd().split("\n").slice(-5).join("\n");
-        const fate = ended === undefined
-          ? `it gave none for ${this.#patienceMs / 1000} s`
-          : `it ended with status ${ended.code}`;
-        throw new StatusError("UNAVAILABLE", `Cannot get ${what} from the ${this.name}: ${fate}\n${log}`);
-      }
-      // Where starting takes long, looking does too, and takes its time from the one who starts.
-      await sleep(Math.min(250, Math.max(5, passed / 20)), signal);
-    }
-  }
-
-  /** Sends `signal`, waits, and sends SIGKILL after `graceMs`; tells how it ended, `exit 0` or the like. */
-  async end(signal: "SIGTERM" | "SIGKILL", graceMs: number): Promise<string> {
-    try {
-      this.#child.kill(signal);
-    } catch {
-      // It has ended already.
-    }
-    let timer: ReturnType<typeof setTimeout> | undefined;
-    const late = new Promise<undefined>((resolve) => timer = setTimeout(() => resolve(undefined), graceMs));
-    const status = await Promise.race([this.#child.status, late]);
-    clearTimeout(timer);
-    if (status !== undefined) return status.signal === null ? `exit ${status.code}` : `ended by ${status.signal}`;
-    this.#child.kill("SIGKILL");
-    await this.#child.status;
-    return `did not end within ${graceMs} ms, killed`;
+  shortenCommand(ran: RanCommand): RanCommand {
+    return { ...ran, command: this.shorten(ran.command) };
   }
 }
 

@@ -10,37 +10,37 @@ import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../prot
 Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CERT_FILE, and not any other", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
   const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
-  const rig = new Testbed(home, program);
+  const testbed = new Testbed(home, program);
   const patience = AbortSignal.timeout(60_000);
   try {
-    await rig.startSimulator("none", patience);
+    await testbed.startSimulator("none", patience);
     const ca = join(home, "machine.pem");
-    await Deno.writeTextFile(ca, rig.addresses.ca ?? "");
+    await Deno.writeTextFile(ca, testbed.addresses.ca ?? "");
     const create = () =>
-      rig.controller.call(Controller.method.createVolume, {
+      testbed.controller.call(Controller.method.createVolume, {
         name: "pvc-1",
         capacityRange: { requiredBytes: 1n << 30n },
         volumeCapabilities: [{
           accessType: { case: "block", value: {} },
           accessMode: { mode: Mode.SINGLE_NODE_WRITER },
         }],
-        parameters: rig.parameters,
-        secrets: rig.secrets,
+        parameters: testbed.parameters,
+        secrets: testbed.secrets,
       }, { signal: patience, deadline: new Date(Date.now() + 10_000) });
 
-    await rig.startService("controller", [], patience);
+    await testbed.startService("controller", [], patience);
     await rejects(create(), (error) => {
       ok(error instanceof CallError && /certificate/i.test(error.message), String(error));
       return true;
     });
-    await rig.running("controller")?.end("SIGTERM", 10_000);
-    await rig.startService("controller", [], patience, { SSL_CERT_FILE: ca });
+    await testbed.running("controller")?.end("SIGTERM", 10_000);
+    await testbed.startService("controller", [], patience, { SSL_CERT_FILE: ca });
     const { volume } = await create();
 
     strictEqual(volume?.capacityBytes, 1n << 30n);
   } finally {
-    await rig.stopAll();
-    await rig.cleanUp(false);
+    await testbed.stopAll();
+    await testbed.cleanUp(false);
   }
 });
 
@@ -48,10 +48,10 @@ Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not rea
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-ca-" }));
   const main = fileURLToPath(new URL("../../main.ts", import.meta.url));
   const program = [Deno.execPath(), "run", "--no-check", ...permissionsWith([home], [home]), main];
-  const rig = new Testbed(home, program);
+  const testbed = new Testbed(home, program);
   try {
     const env = { SSL_CERT_FILE: "/usr/share/nowhere/ca.pem" };
-    const { log } = await rig.startService(
+    const { log } = await testbed.startService(
       "controller",
       ["--jwt-path", join(home, "jwt")],
       AbortSignal.timeout(60_000),
@@ -60,32 +60,32 @@ Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not rea
 
     match(await Deno.readTextFile(log), /SSL_CERT_FILE","role":"controller","path":"\/usr\/share\/nowhere\/ca\.pem"/);
   } finally {
-    await rig.stopAll();
-    await rig.cleanUp(false);
+    await testbed.stopAll();
+    await testbed.cleanUp(false);
   }
 });
 
 Deno.test("promise 27: a damaged certificate among those of the machine is passed over with a warning", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
   const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
-  const rig = new Testbed(home, program);
+  const testbed = new Testbed(home, program);
   const patience = AbortSignal.timeout(60_000);
   try {
-    await rig.startSimulator("none", patience);
+    await testbed.startSimulator("none", patience);
     const ca = join(home, "machine.pem");
     const damaged = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
-    await Deno.writeTextFile(ca, `${damaged}${rig.addresses.ca}`);
+    await Deno.writeTextFile(ca, `${damaged}${testbed.addresses.ca}`);
 
-    const { log } = await rig.startService("controller", [], patience, { SSL_CERT_FILE: ca });
-    const { volume } = await rig.controller.call(Controller.method.createVolume, {
+    const { log } = await testbed.startService("controller", [], patience, { SSL_CERT_FILE: ca });
+    const { volume } = await testbed.controller.call(Controller.method.createVolume, {
       name: "pvc-1",
       capacityRange: { requiredBytes: 1n << 30n },
       volumeCapabilities: [{
         accessType: { case: "block", value: {} },
         accessMode: { mode: Mode.SINGLE_NODE_WRITER },
       }],
-      parameters: rig.parameters,
-      secrets: rig.secrets,
+      parameters: testbed.parameters,
+      secrets: testbed.secrets,
     }, { signal: patience, deadline: new Date(Date.now() + 20_000) });
 
     strictEqual(volume?.capacityBytes, 1n << 30n);
@@ -94,8 +94,8 @@ Deno.test("promise 27: a damaged certificate among those of the machine is passe
       /"warning","event":"passes over a certificate to trust".*machine\.pem","error":"certificate 1 cannot be read as a/,
     );
   } finally {
-    await rig.stopAll();
-    await rig.cleanUp(false);
+    await testbed.stopAll();
+    await testbed.cleanUp(false);
   }
 });
 

@@ -53,17 +53,17 @@ Deno.test({
   ignore: !needs("root", "loop", "mkfs.ext4"),
   async fn() {
     const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-redaction-" }));
-    const rig = new Testbed(home, program);
+    const testbed = new Testbed(home, program);
     const signal = AbortSignal.timeout(120_000);
     const texts: string[] = [];
     try {
       const { path, notes } = await notingTools(home);
-      await rig.startSimulator("loop", signal, ["--in-band-auth"]);
+      await testbed.startSimulator("loop", signal, ["--in-band-auth"]);
       await Promise.all([
-        rig.startController(signal),
-        rig.startNode("secret.node", signal, { PATH: path }),
+        testbed.startController(signal),
+        testbed.startNode("secret.node", signal, { PATH: path }),
       ]);
-      const { addresses } = rig;
+      const { addresses } = testbed;
       const passphrase = `passphrase "${crypto.randomUUID()}"\\ü`;
       const dhchap = `DHHC-1:01:${crypto.getRandomValues(new Uint8Array(36)).toBase64()}:`;
       const token = addresses.jwt;
@@ -101,7 +101,7 @@ Deno.test({
         assert(error instanceof CallError, `${method.name} was not refused`);
         texts.push(error.message);
       };
-      const { controller, node } = rig;
+      const { controller, node } = testbed;
       const volumeCapability = {
         accessType: { case: "mount" as const, value: { fsType: "ext4" } },
         accessMode: { mode: Mode.SINGLE_NODE_WRITER },
@@ -155,7 +155,7 @@ Deno.test({
       const { "dhchap-key": _key, "dhchap-ctrl-key": _ctrl, ...withoutKeys } = secrets;
       const granted = { ...attach, ...keyed };
       await call(controller, Controller.method.controllerPublishVolume, { ...granted, secrets: withoutKeys });
-      const { trustedHosts } = await rig.ask("GET", "/model") as {
+      const { trustedHosts } = await testbed.ask("GET", "/model") as {
         trustedHosts: { hostSecret: string; targetSecret: string }[];
       };
       assert.equal(trustedHosts.length, 1);
@@ -206,9 +206,9 @@ Deno.test({
       });
       await refused(node, Node.method.nodeStageVolume, { ...stage, volumeId: "no ID" });
       await refused(node, Node.method.nodePublishVolume, { ...publish, stagingTargetPath: join(home, "pod") });
-      await rig.ask("POST", "/faults", { rpc: "CreateVolume", code: "INTERNAL", count: 1 });
+      await testbed.ask("POST", "/faults", { rpc: "CreateVolume", code: "INTERNAL", count: 1 });
       await refused(controller, Controller.method.createVolume, { ...creation("c"), secrets: bad });
-      await rig.ask("DELETE", "/faults");
+      await testbed.ask("DELETE", "/faults");
 
       await call(controller, Controller.method.deleteSnapshot, { snapshotId, secrets });
       await call(node, Node.method.nodeUnpublishVolume, { volumeId, targetPath });
@@ -216,10 +216,10 @@ Deno.test({
       await call(controller, Controller.method.controllerUnpublishVolume, { volumeId, nodeId, secrets });
       await call(controller, Controller.method.deleteVolume, { volumeId, secrets });
 
-      for (const { pid } of [rig.running("controller"), rig.running("node")].flatMap((one) => one ?? [])) {
+      for (const { pid } of [testbed.running("controller"), testbed.running("node")].flatMap((one) => one ?? [])) {
         for (const file of ["cmdline", "environ"]) texts.push(await Deno.readTextFile(`/proc/${pid}/${file}`));
       }
-      await rig.stopAll();
+      await testbed.stopAll();
       // The simulator knows its own tokens; everything else in the directory was written by the driver, or for this test.
       const searched: string[] = [];
       for await (const file of filesBelow(home, [join(home, "cluster"), join(home, "simulator.log.out")])) {
@@ -241,8 +241,8 @@ Deno.test({
         assert(searched.includes(file), `${file} was not searched`);
       }
     } finally {
-      await rig.stopAll();
-      const forced = await rig.cleanUp(false);
+      await testbed.stopAll();
+      const forced = await testbed.cleanUp(false);
       assert.deepEqual(forced, []);
     }
   },

@@ -139,7 +139,7 @@ for (const { name, scheme, options, cluster, secrets = {}, withheld, arrives } o
     : "gets no token";
   Deno.test(`promise 11: with --jwt-path, an endpoint that ${name} ${outcome}`, async () => {
     const home = await Deno.makeTempDir({ prefix: "lbcsi-token-" });
-    const rig = new Testbed(home, [
+    const testbed = new Testbed(home, [
       Deno.execPath(),
       "run",
       "-A",
@@ -166,14 +166,14 @@ for (const { name, scheme, options, cluster, secrets = {}, withheld, arrives } o
         await Deno.writeTextFile(config, JSON.stringify(text));
         words.push("--config", config);
       }
-      const { log } = await rig.startService("controller", ["--jwt-path", jwt, ...words], patience);
+      const { log } = await testbed.startService("controller", ["--jwt-path", jwt, ...words], patience);
 
       const within = () => ({ signal: patience, deadline: new Date(Date.now() + 15_000) });
       const given = Object.fromEntries(
         Object.entries(secrets).map(([key, value]) => [key, value === "CA" ? caText : value]),
       );
       const errors = await Promise.all([
-        failure(rig.controller.call(Controller.method.createVolume, {
+        failure(testbed.controller.call(Controller.method.createVolume, {
           name: "pvc-1",
           capacityRange: { requiredBytes: 1n << 30n },
           volumeCapabilities: [{
@@ -183,7 +183,7 @@ for (const { name, scheme, options, cluster, secrets = {}, withheld, arrives } o
           parameters: { "mgmt-endpoint": server.address, "mgmt-scheme": scheme, "replica-count": "1" },
           secrets: given,
         }, within())),
-        failure(rig.controller.call(Controller.method.deleteVolume, {
+        failure(testbed.controller.call(Controller.method.deleteVolume, {
           volumeId: `mgmt:${server.address}|nguid:6bb32fb5-99aa-4a4c-a4e7-30b7787bbd66|scheme:${scheme}`,
           secrets: given,
         }, within())),
@@ -204,8 +204,8 @@ for (const { name, scheme, options, cluster, secrets = {}, withheld, arrives } o
       }
       strictEqual((await Deno.readTextFile(log)).includes(token), false);
     } finally {
-      await rig.stopAll();
-      await rig.cleanUp(false);
+      await testbed.stopAll();
+      await testbed.cleanUp(false);
     }
   });
 }

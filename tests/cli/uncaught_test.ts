@@ -76,7 +76,7 @@ Deno.test("a process that can no longer serve after an exception ends with a sta
 
 Deno.test("promise 27: a Secret with a damaged certificate costs its own calls, and the controller serves on", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-pem-" });
-  const rig = new Testbed(home, [
+  const testbed = new Testbed(home, [
     Deno.execPath(),
     "run",
     "-A",
@@ -84,20 +84,20 @@ Deno.test("promise 27: a Secret with a damaged certificate costs its own calls, 
   ]);
   const patience = AbortSignal.timeout(120_000);
   try {
-    await rig.startSimulator("none", patience);
-    await rig.startService("controller", [], patience);
-    const good = rig.addresses.ca ?? "";
+    await testbed.startSimulator("none", patience);
+    await testbed.startService("controller", [], patience);
+    const good = testbed.addresses.ca ?? "";
     ok(good);
     const create = (ca: string) =>
-      rig.controller.call(Controller.method.createVolume, {
+      testbed.controller.call(Controller.method.createVolume, {
         name: "pvc-1",
         capacityRange: { requiredBytes: 1n << 30n },
         volumeCapabilities: [{
           accessType: { case: "block", value: {} },
           accessMode: { mode: Mode.SINGLE_NODE_WRITER },
         }],
-        parameters: rig.parameters,
-        secrets: { ...rig.secrets, "mgmt-ca.crt": ca },
+        parameters: testbed.parameters,
+        secrets: { ...testbed.secrets, "mgmt-ca.crt": ca },
       }, { signal: patience, deadline: new Date(Date.now() + 30_000) });
 
     for (const body of ["", "AAAA", "!!!!"]) {
@@ -112,7 +112,7 @@ Deno.test("promise 27: a Secret with a damaged certificate costs its own calls, 
 
     strictEqual((await create(good)).volume?.capacityBytes, 1n << 30n);
   } finally {
-    await rig.stopAll();
-    await rig.cleanUp(false);
+    await testbed.stopAll();
+    await testbed.cleanUp(false);
   }
 });

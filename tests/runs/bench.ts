@@ -10,7 +10,8 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import config from "../../deno.json" with { type: "json" };
-import { type Running, Testbed } from "../../lib/demo/testbed.ts";
+import type { ServiceProcess } from "../../lib/demo/process.ts";
+import { Testbed } from "../../lib/demo/testbed.ts";
 import type { Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { bounds, type Cost, firstVolume, type FsType, measureCalls } from "../support/measured_calls.ts";
@@ -179,16 +180,18 @@ function aboutHere() {
 
 // --------------------------------------------------------------------------------------------------------- measurements
 
-/** A rig in a directory of its own, which is gone afterwards. */
-async function withRig<T>(variant: Variant, work: (rig: Testbed, signal: AbortSignal) => Promise<T>): Promise<T> {
+/** Runs `work` with a test bed in a directory of its own, which is removed afterwards. */
+async function withRig<T>(variant: Variant, work: (testbed: Testbed, signal: AbortSignal) => Promise<T>): Promise<T> {
   return await interruptible(async (signal) => {
     const home = await Deno.makeTempDir({ prefix: "lbcsi-bench-" });
     // The same simulator for every variant, so that its speed does not show in the comparison.
-    const rig = new Testbed(home, variant.program, fromSource);
+    const testbed = new Testbed(home, variant.program, { simulator: fromSource });
     try {
-      return await work(rig, signal);
+      return await work(testbed, signal);
     } finally {
-      for (const { done, what } of await rig.cleanUp(false)) if (!done) console.error(`could not clean up: ${what}`);
+      for (const { done, what } of await testbed.cleanUp(false)) {
+        if (!done) console.error(`could not clean up: ${what}`);
+      }
     }
   });
 }
@@ -210,29 +213,29 @@ async function interruptible<T>(work: (signal: AbortSignal) => Promise<T>): Prom
 }
 
 /** Starts a service as it runs in production: it logs what is worth a line at level info. */
-async function start(rig: Testbed, role: Role, signal: AbortSignal): Promise<Running> {
+async function start(testbed: Testbed, role: Role, signal: AbortSignal): Promise<ServiceProcess> {
   switch (role) {
     case "identity":
-      return await rig.startService(role, [], signal);
+      return await testbed.startService(role, [], signal);
     case "controller": {
-      const jwt = join(rig.home, "jwt");
+      const jwt = join(testbed.home, "jwt");
       await Deno.writeTextFile(jwt, "");
-      return await rig.startService(role, ["--jwt-path", jwt], signal);
+      return await testbed.startService(role, ["--jwt-path", jwt], signal);
     }
     case "node":
-      return await rig.startService(role, ["--node-id", nodeId, "--discovery-dir", rig.home], signal);
+      return await testbed.startService(role, ["--node-id", nodeId, "--discovery-dir", testbed.home], signal);
   }
 }
 
 async function measureStartUp(variant: Variant, { startUps }: Effort): Promise<readonly StartUp[]> {
   const rows: StartUp[] = [];
   for (const role of ["identity", "controller", "node"] as const) {
-    const times = await withRig(variant, async (rig, signal) => {
+    const times = await withRig(variant, async (testbed, signal) => {
       const times: number[] = [];
       // The first is not counted: it fills the caches of the disk, of the runtime and of this client.
       for (let run = -1; run < startUps; run++) {
         const began = performance.now();
-        const running = await start(rig, role, signal);
+        const running = await start(testbed, role, signal);
         if (run >= 0) times.push(performance.now() - began);
         await running.end("SIGTERM", 10_000);
       }
@@ -253,9 +256,9 @@ async function measureStartUp(variant: Variant, { startUps }: Effort): Promise<r
 async function measureMemory(variant: Variant, { memoryCalls }: Effort): Promise<readonly Memory[]> {
   const rows: Memory[] = [];
   for (const role of ["identity", "controller", "node"] as const) {
-    await withRig(variant, async (rig, signal) => {
-      const running = await start(rig, role, signal);
-      const channel = rig.channel(role);
+    await withRig(variant, async (testbed, signal) => {
+      const running = await start(testbed, role, signal);
+      const channel = testbed.channel(role);
       await settled(running);
       rows.push({ variant: variant.name, role, when: "idle", ...memoryOf(running) });
       const calls: readonly (() => Promise<unknown>)[] = [
@@ -282,20 +285,20 @@ async function measureThroughput(
   variant: Variant,
   effort: Effort,
 ): Promise<{ readonly throughput: readonly Throughput[]; readonly memory: Memory }> {
-  return await withRig(variant, async (rig, signal) => {
-    await rig.startSimulator("none", signal);
+  return await withRig(variant, async (testbed, signal) => {
+    await testbed.startSimulator("none", signal);
     // What is measured is the driver, not how long the cluster takes to make and forget a volume.
-    await rig.ask("PATCH", "/behaviour", { creationMs: 0, deletionMs: 0 });
-    const ca = join(rig.home, "ca.pem");
-    await Deno.writeTextFile(ca, rig.addresses.ca ?? "");
-    const running = await rig.startService("controller", ["--mgmt-ca", ca], signal);
+    await testbed.ask("PATCH", "/behaviour", { creationMs: 0, deletionMs: 0 });
+    const ca = join(testbed.home, "ca.pem");
+    await Deno.writeTextFile(ca, testbed.addresses.ca ?? "");
+    const running = await testbed.startService("controller", ["--mgmt-ca", ca], signal);
     const throughput: Throughput[] = [];
-    const calls = clusterCalls(rig, signal);
+    const calls = clusterCalls(testbed, signal);
     for (const inFlight of [1, 50]) {
       const load = (work: Load) => loaded(variant, inFlight, effort.loadMs, work);
       throughput.push(
         ...await load(async (_worker, meter) => {
-          await meter(Identity.method.probe.name, rig.controller.call(Identity.method.probe, {}, { signal }));
+          await meter(Identity.method.probe.name, testbed.controller.call(Identity.method.probe, {}, { signal }));
         }),
       );
       let number = 0;
@@ -320,8 +323,8 @@ async function measureThroughput(
   });
 }
 
-function clusterCalls(rig: Testbed, signal: AbortSignal) {
-  const { addresses, controller } = rig;
+function clusterCalls(testbed: Testbed, signal: AbortSignal) {
+  const { addresses, controller } = testbed;
   const secrets = { jwt: addresses.jwt };
   const volumeCapability = {
     accessType: { case: "mount" as const, value: { fsType: "ext4" } },
@@ -441,7 +444,7 @@ function folded(counts: readonly Count[]): readonly (Count & { readonly rpc: str
 // ----------------------------------------------------------------------------------------------------------- the process
 
 /** Waits until a process has used no CPU time for half a second, for 10 s at most. */
-async function settled(running: Running): Promise<void> {
+async function settled(running: ServiceProcess): Promise<void> {
   let used = -1;
   for (let round = 0; round < 20; round++) {
     const now = cpuTicks(running.pid);
@@ -457,7 +460,7 @@ function cpuTicks(pid: number): number {
   return Number(fields[11]) + Number(fields[12]);
 }
 
-function memoryOf(running: Running): { readonly rssMiB: number; readonly anonymousMiB: number } {
+function memoryOf(running: ServiceProcess): { readonly rssMiB: number; readonly anonymousMiB: number } {
   const status = Deno.readTextFileSync(`/proc/${running.pid}/status`);
   const field = (name: string) => rounded(Number(new RegExp(`^${name}:\\s*(\\d+) kB$`, "m").exec(status)?.[1]) / 1024);
   return { rssMiB: field("VmRSS"), anonymousMiB: field("RssAnon") };

@@ -305,7 +305,7 @@ const flows: readonly Flow[] = [
 
 /** A simulator, a controller and a node that can be killed anywhere. */
 interface Place extends AsyncDisposable {
-  readonly rig: Testbed;
+  readonly testbed: Testbed;
   readonly shims: ToolShims;
   startNode(): Promise<void>;
   startController(): Promise<void>;
@@ -319,22 +319,22 @@ const patience = AbortSignal.any([AbortSignal.timeout(15 * 60_000), interruption
 async function openPlace(keep: boolean, report: (condition: string) => void): Promise<Place> {
   // The kernel's tables have paths without symbolic links.
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-faults-" }));
-  const rig = new Testbed(home, program, program, backend);
+  const testbed = new Testbed(home, program, { backend });
   const dispose = async () => {
-    await rig.stopAll();
-    for (const { done, what } of await rig.cleanUp(keep)) report(`${done ? "cleaned up" : "left"}: ${what}`);
+    await testbed.stopAll();
+    for (const { done, what } of await testbed.cleanUp(keep)) report(`${done ? "cleaned up" : "left"}: ${what}`);
     if (keep) report(`kept: ${home}`);
   };
   try {
-    await rig.startSimulator("loop", patience);
-    const shims = await toolShims(home, backend === "poseidon" ? rig.addresses.programs : undefined);
+    await testbed.startSimulator("loop", patience);
+    const shims = await toolShims(home, backend === "poseidon" ? testbed.addresses.programs : undefined);
     // Long enough for states in between to be met, short enough not to be waited for.
     const times = backend === "poseidon" ? { callMs: 5 } : { creationMs: 20, deletionMs: 150, updateMs: 50 };
-    await rig.ask("PATCH", "/behaviour", times);
-    const startNode = async () => void await rig.startNode(nodeId, patience, { PATH: shims.path });
-    const startController = async () => void await rig.startController(patience);
+    await testbed.ask("PATCH", "/behaviour", times);
+    const startNode = async () => void await testbed.startNode(nodeId, patience, { PATH: shims.path });
+    const startController = async () => void await testbed.startController(patience);
     await Promise.all([startController(), startNode()]);
-    return { rig, shims, startNode, startController, [Symbol.asyncDispose]: dispose };
+    return { testbed, shims, startNode, startController, [Symbol.asyncDispose]: dispose };
   } catch (error) {
     await dispose();
     throw error;
@@ -363,10 +363,10 @@ interface Volume {
   sizeBytes: bigint;
 }
 
-async function newVolume({ rig }: Place, kind: Kind): Promise<Volume> {
+async function newVolume({ testbed }: Place, kind: Kind): Promise<Volume> {
   const name = `faults-${crypto.randomUUID()}`;
-  const staging = join(rig.home, "staging", name);
-  const pod = join(rig.home, "pods", name);
+  const staging = join(testbed.home, "staging", name);
+  const pod = join(testbed.home, "pods", name);
   // The orchestrator makes the staging directory and the parent of the target, the driver makes the target.
   for (const directory of [staging, pod]) await Deno.mkdir(directory, { recursive: true });
   return {
@@ -401,16 +401,16 @@ async function call<I extends DescMessage, O extends DescMessage>(
 
 /** Takes one step of the volume's life; rejects with CallError when the driver refuses. */
 async function take(step: Step, place: Place, volume: Volume): Promise<void> {
-  const { rig } = place;
-  const { secrets } = rig;
+  const { testbed } = place;
+  const { secrets } = testbed;
   const { id: volumeId, capability: volumeCapability, staging: stagingTargetPath, target: targetPath } = volume;
   const { publishContext, volumeContext } = volume;
   switch (step) {
     case "create": {
       // A volume of PoseidonOS that is made again has the same UUID, and none of its data.
-      const isThere = (await rig.observe()).volumes.some(({ uuid }) => volume.id.includes(uuid));
+      const isThere = (await testbed.observe()).volumes.some(({ uuid }) => volume.id.includes(uuid));
       const before = volume.id;
-      await create(rig, volume);
+      await create(testbed, volume);
       if (volume.id !== before || !isThere) volume.hasData = false;
       return;
     }
@@ -423,7 +423,7 @@ async function take(step: Step, place: Place, volume: Volume): Promise<void> {
         clusterBytes: step === "clone" ? 2n * gib : gib,
       };
       await create(
-        rig,
+        testbed,
         copy,
         step === "clone"
           ? { type: { case: "volume", value: { volumeId } } }
@@ -449,23 +449,23 @@ async function take(step: Step, place: Place, volume: Volume): Promise<void> {
     }
     case "snapshot": {
       const request = { name: `${volume.name}-snapshot`, sourceVolumeId: volumeId, secrets };
-      const { snapshot } = await call(rig.controller, Controller.method.createSnapshot, request);
+      const { snapshot } = await call(testbed.controller, Controller.method.createSnapshot, request);
       assert(snapshot !== undefined && snapshot.sizeBytes === gib && snapshot.readyToUse);
       volume.snapshotId = snapshot.snapshotId;
       return;
     }
     case "delete snapshot":
-      await call(rig.controller, Controller.method.deleteSnapshot, { snapshotId: volume.snapshotId, secrets });
+      await call(testbed.controller, Controller.method.deleteSnapshot, { snapshotId: volume.snapshotId, secrets });
       return;
     case "attach": {
       const request = { volumeId, nodeId, volumeCapability, volumeContext, secrets };
       volume.publishContext =
-        (await call(rig.controller, Controller.method.controllerPublishVolume, request)).publishContext;
+        (await call(testbed.controller, Controller.method.controllerPublishVolume, request)).publishContext;
       return;
     }
     case "stage": {
       const request = { volumeId, publishContext, volumeContext, stagingTargetPath, volumeCapability };
-      await call(rig.node, Node.method.nodeStageVolume, request);
+      await call(testbed.node, Node.method.nodeStageVolume, request);
       volume.sizeBytes = volume.clusterBytes;
       return;
     }
@@ -481,17 +481,17 @@ async function take(step: Step, place: Place, volume: Volume): Promise<void> {
         volumeCapability,
         readonly,
       };
-      await call(rig.node, Node.method.nodePublishVolume, request);
+      await call(testbed.node, Node.method.nodePublishVolume, request);
       if (readonly) {
         await assert.rejects(writeAt(targetPath, 0n, new Uint8Array(4096)), "a read-only volume was written");
       }
       return;
     }
     case "data":
-      return await data(rig, volume);
+      return await data(testbed, volume);
     case "grow": {
       const request = { volumeId, capacityRange: { requiredBytes: 2n * gib }, volumeCapability, secrets };
-      const grown = await call(rig.controller, Controller.method.controllerExpandVolume, request);
+      const grown = await call(testbed.controller, Controller.method.controllerExpandVolume, request);
       assert.equal(grown.capacityBytes, 2n * gib);
       volume.clusterBytes = 2n * gib;
       return;
@@ -499,43 +499,43 @@ async function take(step: Step, place: Place, volume: Volume): Promise<void> {
     case "grow node": {
       const capacityRange = { requiredBytes: volume.clusterBytes };
       const request = { volumeId, volumePath: targetPath, stagingTargetPath, capacityRange, volumeCapability };
-      const grown = await call(rig.node, Node.method.nodeExpandVolume, request);
+      const grown = await call(testbed.node, Node.method.nodeExpandVolume, request);
       assert.equal(grown.capacityBytes, volume.clusterBytes);
       volume.sizeBytes = volume.clusterBytes;
       return;
     }
     case "unpublish":
-      await call(rig.node, Node.method.nodeUnpublishVolume, { volumeId, targetPath });
+      await call(testbed.node, Node.method.nodeUnpublishVolume, { volumeId, targetPath });
       await assert.rejects(Deno.lstat(targetPath), Deno.errors.NotFound, "the target path is left");
       return;
     case "unstage":
-      await call(rig.node, Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath });
+      await call(testbed.node, Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath });
       return;
     case "detach":
-      await call(rig.controller, Controller.method.controllerUnpublishVolume, { volumeId, nodeId, secrets });
+      await call(testbed.controller, Controller.method.controllerUnpublishVolume, { volumeId, nodeId, secrets });
       return;
     case "delete":
-      await call(rig.controller, Controller.method.deleteVolume, { volumeId, secrets });
+      await call(testbed.controller, Controller.method.deleteVolume, { volumeId, secrets });
       return;
   }
 }
 
 async function create(
-  rig: Testbed,
+  testbed: Testbed,
   volume: Volume,
   volumeContentSource?: MessageInitShape<typeof VolumeContentSourceSchema>,
 ): Promise<void> {
-  const { volume: made } = await call(rig.controller, Controller.method.createVolume, {
+  const { volume: made } = await call(testbed.controller, Controller.method.createVolume, {
     name: volume.name,
     capacityRange: { requiredBytes: volume.clusterBytes },
     volumeCapabilities: [volume.capability],
     parameters: {
-      ...rig.parameters,
+      ...testbed.parameters,
       ...(backend === "lightos" ? { "replica-count": "1" } : {}),
       // A journal of the usual size is most of what mkfs writes.
       ...(volume.kind === "ext4" ? { "mkfs-options": "-J size=4" } : {}),
     },
-    secrets: rig.secrets,
+    secrets: testbed.secrets,
     ...(volumeContentSource === undefined ? {} : { volumeContentSource }),
   });
   assert(made !== undefined && made.capacityBytes === volume.clusterBytes);
@@ -544,7 +544,7 @@ async function create(
 }
 
 /** What a pod does: it writes on the first occasion, and finds it again on every other. */
-async function data(rig: Testbed, volume: Volume): Promise<void> {
+async function data(testbed: Testbed, volume: Volume): Promise<void> {
   const { target, pattern } = volume;
   const places = volume.kind === "block"
     ? [0n, gib / 2n, gib - BigInt(pattern.length)].map((offset) => ({ path: target, offset }))
@@ -558,7 +558,7 @@ async function data(rig: Testbed, volume: Volume): Promise<void> {
     assert(same(await readAt(path, offset, pattern.length), pattern), `the data at byte ${offset} of ${path} is lost`);
   }
   const request = { volumeId: volume.id, volumePath: target };
-  const { usage } = await call(rig.node, Node.method.nodeGetVolumeStats, request);
+  const { usage } = await call(testbed.node, Node.method.nodeGetVolumeStats, request);
   const total = usage.find(({ unit }) => unit === Unit.BYTES)?.total ?? 0n;
   const least = volume.kind === "block" ? volume.sizeBytes : volume.sizeBytes * 9n / 10n;
   assert(total >= least && total <= 2n * gib, `it shows ${total} bytes instead of ${volume.sizeBytes}`);
@@ -582,11 +582,11 @@ const heldSchema = z.array(z.object({ rpc: z.string() }));
 
 /** Makes the call and kills the driver at its k-th step; the driver is not started again. */
 async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: Way): Promise<Cut> {
-  const { rig, shims } = place;
+  const { testbed, shims } = place;
   const outcome: { error?: unknown; done: boolean } = { done: false };
   const onNode = flow.on === "node";
   if (way === "rename") {
-    const node = rig.running("node");
+    const node = testbed.running("node");
     assert(node !== undefined);
     const { code } = await killedAtRename(node.pid, () => take(flow.cut, place, volume));
     assert.equal(code, "UNAVAILABLE");
@@ -595,13 +595,13 @@ async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: 
   }
   const when = way === "after" ? "after" : "before";
   if (onNode) await shims.arm(k, when);
-  else await rig.ask("POST", "/faults", { rpc: "*", skip: k - 1, hold: true, when });
+  else await testbed.ask("POST", "/faults", { rpc: "*", skip: k - 1, hold: true, when });
   const called = take(flow.cut, place, volume).catch((error) => void (outcome.error = error)).finally(() => {
     outcome.done = true;
   });
   const heldNow = async () => {
     if (onNode) return (await shims.held())?.program;
-    return heldSchema.parse(await rig.ask("GET", "/held"))[0]?.rpc;
+    return heldSchema.parse(await testbed.ask("GET", "/held"))[0]?.rpc;
   };
   const held = await eventually("the call is held, or ends", async () => {
     // Before the look: what ends after it may still have been held.
@@ -610,11 +610,11 @@ async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: 
   }, convergeMs);
   const isLast = typeof held !== "string";
   if (isLast && outcome.error !== undefined) throw outcome.error;
-  await rig.running(flow.on)?.end("SIGKILL", 5000);
+  await testbed.running(flow.on)?.end("SIGKILL", 5000);
   await called;
   if (!onNode) {
     await eventually("the cluster notices that its caller is gone", async () => await heldNow() === undefined);
-    await rig.ask("DELETE", "/faults");
+    await testbed.ask("DELETE", "/faults");
   } else {
     await shims.disarm();
     if (way !== "alone") await shims.kill();
@@ -669,21 +669,21 @@ async function untilOk(step: Step, place: Place, volume: Volume): Promise<string
 }
 
 /** What the volume has left behind. */
-async function leftovers({ rig }: Place, volume: Volume): Promise<readonly string[]> {
+async function leftovers({ testbed }: Place, volume: Volume): Promise<readonly string[]> {
   const left: string[] = [];
-  for (const [what, found] of Object.entries(await rig.clusterWhenIdle(patience))) {
+  for (const [what, found] of Object.entries(await testbed.clusterWhenIdle(patience))) {
     left.push(...found.map((one) => `${what}: ${one}`));
   }
   // The cluster takes a device away a moment after the volume.
   let machine: string[] = [];
   for (let looks = 0; looks < 100; looks++) {
-    const { mounts, loops, devices, entries } = await rig.observe();
+    const { mounts, loops, devices, entries } = await testbed.observe();
     // Connections are the Discovery-Client's to keep, and the node's own to drop.
     const connections = backend === "poseidon"
-      ? await Array.fromAsync(Deno.readDir(join(rig.addresses.sysfsRoot ?? "", "class/nvme")))
+      ? await Array.fromAsync(Deno.readDir(join(testbed.addresses.sysfsRoot ?? "", "class/nvme")))
       : [];
     machine = [
-      ...mounts.map(({ at }) => `mount: ${rig.short(at)}`),
+      ...mounts.map(({ at }) => `mount: ${testbed.shorten(at)}`),
       ...loops.map((name) => `loop device: ${name}`),
       ...devices.map((name) => `device: ${name}`),
       ...entries.map((name) => `discovery entry: ${name}`),
@@ -696,7 +696,7 @@ async function leftovers({ rig }: Place, volume: Volume): Promise<readonly strin
   // What the orchestrator made, it removes; anything that the driver made there is in its way.
   for (const directory of [volume.staging, volume.pod]) {
     await Deno.remove(directory).catch((error) =>
-      left.push(`directory: ${rig.short(directory)} (${messageOf(error)})`)
+      left.push(`directory: ${testbed.shorten(directory)} (${messageOf(error)})`)
     );
   }
   return left;
@@ -742,7 +742,7 @@ async function playFlow(
         for (const step of flow.before) await take(step, here, volume);
         if (flow.on === "controller") {
           // One that knows the cluster already calls it less often.
-          await here.rig.running("controller")?.end("SIGTERM", 10_000);
+          await here.testbed.running("controller")?.end("SIGTERM", 10_000);
           await here.startController();
         }
         const cut = await cutOff(flow, here, volume, k, way);

@@ -15,7 +15,8 @@ import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { controllerPermissions } from "../../k8s/image/permissions.ts";
 import { type Kind, kinds, makeRoot, nodeTools, unpacked } from "../../k8s/image/root.ts";
-import { Running, Testbed } from "../../lib/demo/testbed.ts";
+import { ServiceProcess } from "../../lib/demo/process.ts";
+import { Testbed } from "../../lib/demo/testbed.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { enter, type Entered } from "../support/image_root.ts";
@@ -176,12 +177,9 @@ async function runTools(entered: Entered, home: string): Promise<void> {
 
 /** Volumes with every file system, on loop devices, with controller and node in the image. */
 async function liveIn(entered: Entered, home: string, program: readonly string[]): Promise<void> {
-  const rig = new Testbed(home, [...entered.words, ...program], [
-    Deno.execPath(),
-    "run",
-    "-A",
-    join(home, "js/main.js"),
-  ]);
+  const testbed = new Testbed(home, [...entered.words, ...program], {
+    simulator: [Deno.execPath(), "run", "-A", join(home, "js/main.js")],
+  });
   const signal = AbortSignal.timeout(120_000);
   const call = async <I extends DescMessage, O extends DescMessage>(
     channel: Channel,
@@ -190,8 +188,8 @@ async function liveIn(entered: Entered, home: string, program: readonly string[]
   ): Promise<MessageShape<O>> => await channel.call(method, request, { signal });
   try {
     await check("node: controller and node start in the image", async () => {
-      await rig.startSimulator("loop", signal);
-      await Promise.all([rig.startController(signal), rig.startNode("image.node", signal)]);
+      await testbed.startSimulator("loop", signal);
+      await Promise.all([testbed.startController(signal), testbed.startNode("image.node", signal)]);
     });
     for (const fsType of ["ext4", "xfs", "btrfs"]) {
       await check(
@@ -201,12 +199,12 @@ async function liveIn(entered: Entered, home: string, program: readonly string[]
             accessType: { case: "mount" as const, value: { fsType } },
             accessMode: { mode: Mode.SINGLE_NODE_WRITER },
           };
-          const { secrets, controller, node } = rig;
+          const { secrets, controller, node } = testbed;
           const { volume } = await call(controller, Controller.method.createVolume, {
             name: `pvc-${fsType}`,
             capacityRange: { requiredBytes: gib },
             volumeCapabilities: [volumeCapability],
-            parameters: rig.parameters,
+            parameters: testbed.parameters,
             secrets,
           });
           const volumeId = volume?.volumeId ?? "";
@@ -248,11 +246,11 @@ async function liveIn(entered: Entered, home: string, program: readonly string[]
       );
     }
     await check("node: nothing is left, and all end with status 0", async () => {
-      assert.deepEqual(Object.values(await rig.clusterWhenIdle(signal)).flat(), []);
-      assert.deepEqual((await rig.stopAll()).map(({ ending }) => ending), ["exit 0", "exit 0", "exit 0"]);
+      assert.deepEqual(Object.values(await testbed.clusterWhenIdle(signal)).flat(), []);
+      assert.deepEqual((await testbed.stopAll()).map(({ exit }) => exit), ["exit 0", "exit 0", "exit 0"]);
     });
   } finally {
-    for (const { done, what } of await rig.cleanUp(true)) console.log(`${done ? "had to" : "could not"}: ${what}`);
+    for (const { done, what } of await testbed.cleanUp(true)) console.log(`${done ? "had to" : "could not"}: ${what}`);
   }
 }
 
@@ -268,7 +266,7 @@ async function controlIn(entered: Entered, home: string): Promise<void> {
     await must("mount", "--bind", sockets, join(entered.root, "var/lib/csi/sockets"));
     const socket = join(sockets, "csi.sock");
     const env = { CSI_ENDPOINT: "unix:///var/lib/csi/sockets/csi.sock", DENO_DIR: "/run/deno" };
-    const running = new Running("controller", [...entered.words, ...command], log, env);
+    const running = new ServiceProcess("controller", [...entered.words, ...command], log, { env });
     try {
       const signal = AbortSignal.timeout(60_000);
       await running.until("its start", signal, async () => {

@@ -40,16 +40,16 @@ const home = await Deno.makeTempDir({ prefix: "lbcsi-sanity-" });
 const backend = backends.find((name) => name === settings.backend);
 if (backend === undefined) throw new Error(`--backend ${settings.backend}: is not one of ${backends.join(", ")}`);
 const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
-const rig = new Testbed(home, program, program, backend);
+const testbed = new Testbed(home, program, { backend });
 let failures = 0;
 try {
   const sanity = await fetching(install);
   const patience = AbortSignal.timeout(60_000);
-  await rig.startSimulator("loop", patience);
+  await testbed.startSimulator("loop", patience);
   // The kernel lets a mounted ext4 grow for holders of CAP_SYS_RESOURCE only; xfs grows for any root.
   const fsType = await mayGrowMountedExt4() ? "ext4" : "xfs";
   await startController(fsType, patience);
-  await rig.startNode("sanity.node", patience, { LB_CSI_DEFAULT_FS: fsType });
+  await testbed.startNode("sanity.node", patience, { LB_CSI_DEFAULT_FS: fsType });
   console.log(`announced: ${(await announced()).join(", ")}`);
 
   for (let run = 1; run <= Number(settings.repeat); run++) {
@@ -67,14 +67,14 @@ try {
       if (run === 1) { for (const [reason, count] of skipped) console.log(`  skipped ${count}: ${reason}`); }
     }
   }
-  const left = await rig.clusterWhenIdle(AbortSignal.timeout(20_000));
+  const left = await testbed.clusterWhenIdle(AbortSignal.timeout(20_000));
   for (const [what, found] of Object.entries(left)) {
     if (found.length === 0) continue;
     failures++;
     console.log(`left over, ${what}: ${found.join(", ")}`);
   }
 } finally {
-  for (const { what } of await rig.cleanUp(settings.keep)) console.log(`cleaned up: ${what}`);
+  for (const { what } of await testbed.cleanUp(settings.keep)) console.log(`cleaned up: ${what}`);
 }
 console.log(failures === 0 ? "csi-sanity: 0 failed" : `csi-sanity: ${failures} failed`);
 Deno.exit(failures === 0 ? 0 : 1);
@@ -83,11 +83,11 @@ Deno.exit(failures === 0 ? 0 : 1);
 async function startController(fsType: string, patience: AbortSignal): Promise<void> {
   const configPath = join(home, "clusters.yaml");
   const options = ["--config", configPath, "--default-fs", fsType];
-  const { dagent, arrays, grpc, jwt, adminJwt } = rig.addresses;
+  const { dagent, arrays, grpc, jwt, adminJwt } = testbed.addresses;
   if (backend === "poseidon") {
     const system = { name: "simulated", endpoint: dagent, arrays };
     await Deno.writeTextFile(configPath, JSON.stringify({ systems: [system] }));
-    await rig.startService("controller", options, patience);
+    await testbed.startService("controller", options, patience);
     return;
   }
   const jwtPath = join(home, "jwt");
@@ -97,8 +97,8 @@ async function startController(fsType: string, patience: AbortSignal): Promise<v
   await Deno.writeTextFile(adminPath, adminJwt, { mode: 0o600 });
   const cluster = { name: "simulated", scheme: "grpc", jwt: adminPath, projects: ["default"], endpoints: grpc };
   await Deno.writeTextFile(configPath, JSON.stringify({ clusters: [cluster] }));
-  await rig.ask("POST", "/policies", { name: mutablePolicy, kind: "iops", read: 2560, write: 2560 });
-  await rig.startService("controller", [...options, "--jwt-path", jwtPath], patience);
+  await testbed.ask("POST", "/policies", { name: mutablePolicy, kind: "iops", read: 2560, write: 2560 });
+  await testbed.startService("controller", [...options, "--jwt-path", jwtPath], patience);
 }
 
 async function install(): Promise<string> {
@@ -120,8 +120,8 @@ async function mayGrowMountedExt4(): Promise<boolean> {
 
 async function announced(): Promise<readonly string[]> {
   const signal = AbortSignal.timeout(10_000);
-  const { capabilities } = await rig.controller.call(Controller.method.controllerGetCapabilities, {}, { signal });
-  const plugin = await rig.controller.call(Identity.method.getPluginCapabilities, {}, { signal });
+  const { capabilities } = await testbed.controller.call(Controller.method.controllerGetCapabilities, {}, { signal });
+  const plugin = await testbed.controller.call(Identity.method.getPluginCapabilities, {}, { signal });
   const kinds = plugin.capabilities.map(({ type }) =>
     type.case === "volumeExpansion" ? "growing online" : `service ${type.value?.type}`
   );
@@ -141,11 +141,11 @@ async function runSanity(sanity: string, accessType: "mount" | "block", run: num
   ];
   await Deno.writeTextFile(
     secretFile,
-    calls.map((call) => `${call}Secret:\n  jwt: ${rig.addresses.jwt}\n`).join(""),
+    calls.map((call) => `${call}Secret:\n  jwt: ${testbed.addresses.jwt}\n`).join(""),
     { mode: 0o600 },
   );
-  const parameters = backend === "poseidon" ? rig.parameters : {
-    "mgmt-endpoint": rig.addresses.grpc.join(","),
+  const parameters = backend === "poseidon" ? testbed.parameters : {
+    "mgmt-endpoint": testbed.addresses.grpc.join(","),
     "mgmt-scheme": "grpc",
     "replica-count": "1",
     "project-name": "default",

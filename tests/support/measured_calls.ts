@@ -55,21 +55,21 @@ export async function measureCalls(
   signal: AbortSignal,
 ): Promise<readonly Cost[]> {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-bounds-" });
-  const rig = new Testbed(home, program);
+  const testbed = new Testbed(home, program);
   try {
-    return await measure(rig, fsTypes, signal);
+    return await measure(testbed, fsTypes, signal);
   } finally {
-    const left = (await rig.cleanUp(false)).filter(({ done }) => !done);
+    const left = (await testbed.cleanUp(false)).filter(({ done }) => !done);
     for (const { what } of left) console.error(`could not clean up: ${what}`);
   }
 }
 
-async function measure(rig: Testbed, fsTypes: readonly FsType[], signal: AbortSignal): Promise<readonly Cost[]> {
+async function measure(testbed: Testbed, fsTypes: readonly FsType[], signal: AbortSignal): Promise<readonly Cost[]> {
   const withNode = fsTypes.length > 0;
-  await rig.startSimulator(withNode ? "loop" : "none", signal);
-  await rig.startController(signal);
-  const programs = withNode ? await wrapPrograms(rig.home) : undefined;
-  if (programs !== undefined) await rig.startNode(nodeId, signal, { PATH: programs.directory });
+  await testbed.startSimulator(withNode ? "loop" : "none", signal);
+  await testbed.startController(signal);
+  const programs = withNode ? await wrapPrograms(testbed.home) : undefined;
+  if (programs !== undefined) await testbed.startNode(nodeId, signal, { PATH: programs.directory });
   const costs: Cost[] = [];
   const meter = async <I extends DescMessage, O extends DescMessage>(
     call: string,
@@ -78,11 +78,11 @@ async function measure(rig: Testbed, fsTypes: readonly FsType[], signal: AbortSi
     request: MessageInitShape<I>,
   ): Promise<MessageShape<O>> => {
     await programs?.started();
-    await rig.newLogLines();
-    const before = await rig.managementCalls();
+    await testbed.newLogLines();
+    const before = await testbed.managementCalls();
     const answer = await channel.call(method, request, { signal, deadline: new Date(Date.now() + 60_000) });
-    const counts = countsBetween(before, await rig.managementCalls());
-    const log = await rig.newLogLines();
+    const counts = countsBetween(before, await testbed.managementCalls());
+    const log = await testbed.newLogLines();
     costs.push({
       call: `${method.name}, ${call}`,
       managementCalls: Object.entries(counts).flatMap(([rpc, count]) => Array<string>(count).fill(rpc)),
@@ -94,10 +94,10 @@ async function measure(rig: Testbed, fsTypes: readonly FsType[], signal: AbortSi
   };
 
   // The first calls make the connection, check the API version and ask for the cluster information, kept for a minute.
-  await life(rig, firstVolume, "mount", undefined, meter);
-  await life(rig, "volume", "mount", undefined, meter);
-  for (const fsType of fsTypes) await life(rig, `${fsType} volume`, "mount", fsType, meter);
-  if (withNode) await life(rig, "block volume", "block", undefined, meter);
+  await life(testbed, firstVolume, "mount", undefined, meter);
+  await life(testbed, "volume", "mount", undefined, meter);
+  for (const fsType of fsTypes) await life(testbed, `${fsType} volume`, "mount", fsType, meter);
+  if (withNode) await life(testbed, "block volume", "block", undefined, meter);
   return costs;
 }
 
@@ -110,13 +110,13 @@ type Meter = <I extends DescMessage, O extends DescMessage>(
 
 /** One volume from creation to deletion; on the node too when a file system is given or it is a block volume. */
 async function life(
-  rig: Testbed,
+  testbed: Testbed,
   label: string,
   type: "mount" | "block",
   fsType: FsType | undefined,
   meter: Meter,
 ): Promise<void> {
-  const { addresses, controller } = rig;
+  const { addresses, controller } = testbed;
   const secrets = { jwt: addresses.jwt };
   const volumeCapability: NonNullable<MessageInitShape<typeof Node.method.nodeStageVolume.input>["volumeCapability"]> =
     {
@@ -145,27 +145,27 @@ async function life(
     secrets,
   });
   if (type === "block" || fsType !== undefined) {
-    const staging = await Deno.makeTempDir({ dir: rig.home, prefix: "staging-" });
-    const pod = await Deno.makeTempDir({ dir: rig.home, prefix: "pod-" });
+    const staging = await Deno.makeTempDir({ dir: testbed.home, prefix: "staging-" });
+    const pod = await Deno.makeTempDir({ dir: testbed.home, prefix: "pod-" });
     const target = join(pod, "target");
     for (const state of ["new", "known"]) {
       const what = `${state} ${label}`;
-      await meter(what, rig.node, Node.method.nodeStageVolume, {
+      await meter(what, testbed.node, Node.method.nodeStageVolume, {
         volumeId,
         publishContext,
         stagingTargetPath: staging,
         volumeCapability,
       });
-      await meter(what, rig.node, Node.method.nodePublishVolume, {
+      await meter(what, testbed.node, Node.method.nodePublishVolume, {
         volumeId,
         publishContext,
         stagingTargetPath: staging,
         targetPath: target,
         volumeCapability,
       });
-      await meter(what, rig.node, Node.method.nodeGetVolumeStats, { volumeId, volumePath: target });
-      await meter(what, rig.node, Node.method.nodeUnpublishVolume, { volumeId, targetPath: target });
-      await meter(what, rig.node, Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath: staging });
+      await meter(what, testbed.node, Node.method.nodeGetVolumeStats, { volumeId, volumePath: target });
+      await meter(what, testbed.node, Node.method.nodeUnpublishVolume, { volumeId, targetPath: target });
+      await meter(what, testbed.node, Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath: staging });
     }
   }
   await meter(label, controller, Controller.method.controllerUnpublishVolume, { volumeId, nodeId, secrets });

@@ -5,7 +5,7 @@
  *   deno run -A inside.js --load FILE ...  only loads these bundles of scenarios, which fills Deno's cache
  */
 import { take } from "./queue.ts";
-import { modulesLoaded, read, VmInventory } from "./world.ts";
+import { GuestTestbed, modulesLoaded, read } from "./testbed.ts";
 import { type Check, type Report, reportMark, type Scenario } from "./scenario.ts";
 
 async function scenarioOf(file: string): Promise<Scenario> {
@@ -17,7 +17,7 @@ async function scenarioOf(file: string): Promise<Scenario> {
 const report = (report: Report) => console.log(reportMark + JSON.stringify(report));
 const uptime = () => read("/proc/uptime")?.split(" ")[0];
 
-async function run({ name, limitSeconds = 300, run }: Check, world: VmInventory): Promise<boolean> {
+async function run({ name, limitSeconds = 300, run }: Check, testbed: GuestTestbed): Promise<boolean> {
   const limit = new AbortController();
   const started = performance.now();
   const late = new Promise<never>((_resolve, reject) => {
@@ -30,29 +30,29 @@ async function run({ name, limitSeconds = 300, run }: Check, world: VmInventory)
   const ms = () => Math.round(performance.now() - started);
   try {
     // What hangs in the kernel does not hear of the signal.
-    await Promise.race([run(world, limit.signal), late]);
+    await Promise.race([run(testbed, limit.signal), late]);
     report({ event: "passed", name, ms: ms() });
     return true;
   } catch (error) {
     const problem = error instanceof Error ? error.stack ?? error.message : String(error);
-    report({ event: "failed", name, ms: ms(), problem: `${problem}\n${await world.evidence()}` });
+    report({ event: "failed", name, ms: ms(), problem: `${problem}\n${await testbed.evidence()}` });
     return false;
   } finally {
     clearTimeout(timer);
   }
 }
 
-/** Has the world run that a scenario starts with; exits when there is none to be had. */
-async function prepare(world: VmInventory, { start }: Scenario, name: string): Promise<void> {
-  if (start === undefined ? world.isIdle : world.isStarted(start)) return;
+/** Starts what the scenario needs, unless it runs already; exits when that fails. */
+async function prepare(testbed: GuestTestbed, { start }: Scenario, name: string): Promise<void> {
+  if (start === undefined ? testbed.isIdle : testbed.isStarted(start)) return;
   const began = performance.now();
   try {
-    if (start === undefined) await world.stop();
-    else await world.start(start);
+    if (start === undefined) await testbed.stop();
+    else await testbed.start(start);
   } catch (error) {
     const problem = error instanceof Error ? error.stack ?? error.message : String(error);
     const ms = Math.round(performance.now() - began);
-    report({ event: "failed", name, ms, problem: `${problem}\n${await world.evidence()}` });
+    report({ event: "failed", name, ms, problem: `${problem}\n${await testbed.evidence()}` });
     Deno.exit(3);
   }
   const seconds = ((performance.now() - began) / 1000).toFixed(1);
@@ -60,7 +60,7 @@ async function prepare(world: VmInventory, { start }: Scenario, name: string): P
 }
 
 async function runQueue(queue: string, boot: number): Promise<boolean> {
-  const world = new VmInventory((name, text) => report({ event: "measured", name, text }));
+  const testbed = new GuestTestbed((name, text) => report({ event: "measured", name, text }));
   report({ event: "measured", name: "booted", text: `${uptime()} s after the kernel's start` });
   await modulesLoaded();
   let failed = false;
@@ -70,10 +70,10 @@ async function runQueue(queue: string, boot: number): Promise<boolean> {
     const scenario = await scenarioOf(file);
     const check = scenario.boots[boot]?.find((check) => check.name === name);
     if (check === undefined) throw new Error(`${file} has no check "${name}" in boot ${boot}`);
-    await prepare(world, scenario, name);
-    if (await run(check, world)) continue;
+    await prepare(testbed, scenario, name);
+    if (await run(check, testbed)) continue;
     failed = true;
-    if (scenario.start !== undefined) await world.cleanUp();
+    if (scenario.start !== undefined) await testbed.cleanUp();
   }
   const [, idle = "0"] = read("/proc/uptime")?.split(" ") ?? [];
   report({

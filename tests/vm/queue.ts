@@ -32,8 +32,8 @@ export async function remaining(directory: string): Promise<readonly Item[]> {
 }
 
 /**
- * The next check for a guest in which the world of `group` runs: one of the same group, or else of a group that no guest
- * has begun, for to start a world takes as long as some checks do.
+ * The next check for a guest whose processes were started for `group`: one of the same group, or else of a group that no
+ * guest has begun, because starting the processes takes as long as some checks do.
  */
 export function take(directory: string, group: number | undefined): Item | undefined {
   for (;;) {

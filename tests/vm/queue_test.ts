@@ -15,7 +15,7 @@ Deno.test("each check in a virtual machine has a name of its own, so that --only
   assert.deepEqual(names.filter((name, at) => names.indexOf(name) !== at), []);
 });
 
-Deno.test("guests share out a queue: each check has one taker, who stays with its world while others begin new ones", async () => {
+Deno.test("guests share a queue: each check runs once, and a guest continues its own group while others begin new ones", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-queue-" });
   try {
     const queue = join(directory, "queue");

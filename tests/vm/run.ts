@@ -190,18 +190,21 @@ async function makeCode(code: Code): Promise<void> {
   await lbcsi("detach", ...us, "--uuid", crypto.randomUUID(), "--nqn", "nqn.2019-09.org.example:nobody");
   for (const backend of ["lightos", "poseidon"] as const) {
     const program = [...deno, ...code.program];
-    const rig = new Testbed(await Deno.makeTempDir({ prefix: "lbcsi-vm-rig-" }), program, program, backend);
+    const processes = new Testbed(await Deno.makeTempDir({ prefix: "lbcsi-vm-" }), program, { backend });
     const signal = AbortSignal.timeout(60_000);
     try {
-      await rig.startSimulator("none", signal, backend === "lightos" ? ["--schemes", "grpc"] : []);
-      await Promise.all([rig.startController(signal), rig.startNode("host.node", signal, {}, ["--attach", "direct"])]);
+      await processes.startSimulator("none", signal, backend === "lightos" ? ["--schemes", "grpc"] : []);
+      await Promise.all([
+        processes.startController(signal),
+        processes.startNode("host.node", signal, {}, ["--attach", "direct"]),
+      ]);
       if (backend === "poseidon") continue;
-      const token = join(rig.home, "token");
-      await Deno.writeTextFile(token, rig.secrets["jwt"] ?? "");
-      const id = `mgmt:${rig.addresses.grpc.join(",")}|nguid:${crypto.randomUUID()}|proj:default|scheme:grpc`;
+      const token = join(processes.home, "token");
+      await Deno.writeTextFile(token, processes.secrets["jwt"] ?? "");
+      const id = `mgmt:${processes.addresses.grpc.join(",")}|nguid:${crypto.randomUUID()}|proj:default|scheme:grpc`;
       await lbcsi("detach", ...us, id, "--jwt-path", token);
     } finally {
-      await rig.cleanUp(false);
+      await processes.cleanUp(false);
     }
   }
 }

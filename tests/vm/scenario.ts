@@ -2,7 +2,7 @@
  * What a file of scenarios/ is made of. Host and guest both load it: the host to know the names of the checks, the guest
  * to run them. So nothing may happen when such a file is merely loaded.
  */
-import type { StartOptions, VmInventory } from "./world.ts";
+import type { GuestTestbed, StartOptions } from "./testbed.ts";
 
 /** Something that is asserted on a real kernel. It makes what it needs and takes it away again. */
 export interface Check {
@@ -11,7 +11,7 @@ export interface Check {
   /** Default 300 s: a machine may be ten times as slow as another. */
   readonly limitSeconds?: number;
   /** Throws when it fails. `signal` aborts at the time limit. */
-  readonly run: (world: VmInventory, signal: AbortSignal) => Promise<void>;
+  readonly run: (testbed: GuestTestbed, signal: AbortSignal) => Promise<void>;
 }
 
 /** Checks that share a guest, one after the other. */

@@ -7,7 +7,7 @@
  */
 import { join } from "node:path";
 import type { DhchapKeys } from "../../lib/auth_key.ts";
-import { names, tool } from "./world.ts";
+import { names, tool } from "./testbed.ts";
 
 const root = "/sys/kernel/config/nvmet";
 

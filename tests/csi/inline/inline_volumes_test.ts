@@ -543,10 +543,10 @@ inlineTest(
   async () => {
     const signal = AbortSignal.timeout(60_000);
     const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-inline-" }));
-    const rig = new Testbed(home, lbcsi);
+    const testbed = new Testbed(home, lbcsi);
     try {
-      await rig.startSimulator("loop", signal);
-      const { adminJwt, jwt, ca = "", grpcs, discoveryDir = "", devRoot = "", sysfsRoot = "" } = rig.addresses;
+      await testbed.startSimulator("loop", signal);
+      const { adminJwt, jwt, ca = "", grpcs, discoveryDir = "", devRoot = "", sysfsRoot = "" } = testbed.addresses;
       const config = join(home, "clusters.yaml");
       await Deno.writeTextFile(join(home, "jwt"), `${adminJwt}\n`);
       await Deno.writeTextFile(join(home, "ca.pem"), ca);
@@ -564,13 +564,13 @@ inlineTest(
       );
       const places = ["--discovery-dir", discoveryDir, "--dev", devRoot, "--sysfs", sysfsRoot];
       const words = ["--node-id", "n1.node", "--config", config, ...places, "--log-level", "debug"];
-      const start = () => rig.startService("node", words, signal);
+      const start = () => testbed.startService("node", words, signal);
       const targets = [1, 2].map((number) => join(home, "pods", podUid(number), "volumes/x/scratch/mount"));
       const node = await start();
       for (const [at, targetPath] of targets.entries()) {
         await Deno.mkdir(dirname(targetPath), { recursive: true });
         const request = { ...inlineRequest(targetPath, { size: "1Gi" }, at + 1), secrets: { jwt } };
-        await rig.node.call(Node.method.nodePublishVolume, request, { signal });
+        await testbed.node.call(Node.method.nodePublishVolume, request, { signal });
       }
       const sweep = async (...more: string[]) => {
         const [program, ...args] = lbcsi;
@@ -578,7 +578,7 @@ inlineTest(
         const { code, stdout } = await new Deno.Command(program, { args: [...args, ...words] }).output();
         return { code, text: new TextDecoder().decode(stdout) };
       };
-      const volumes = async () => (await rig.observe()).volumes.filter(({ state }) => state === "Available").length;
+      const volumes = async () => (await testbed.observe()).volumes.filter(({ state }) => state === "Available").length;
 
       // The node dies, and with it pod 1 while kubelet is not looking; pod 2 goes on after the restart.
       await node.end("SIGKILL", 1000);
@@ -586,13 +586,13 @@ inlineTest(
       await Deno.remove(join(home, "pods", podUid(1)), { recursive: true });
       await start();
       await eventually("the leftover goes", async () => await volumes() === 1);
-      await rig.node.call(Node.method.nodePublishVolume, inlineRequest(targets[1] ?? "", { size: "1Gi" }, 2), {
+      await testbed.node.call(Node.method.nodePublishVolume, inlineRequest(targets[1] ?? "", { size: "1Gi" }, 2), {
         signal,
       });
       const listed = await sweep();
       const refused = await sweep("--delete");
       const kept = await volumes();
-      await rig.running("node")?.end("SIGKILL", 1000);
+      await testbed.running("node")?.end("SIGKILL", 1000);
       await new Deno.Command("umount", { args: [targets[1] ?? ""] }).output();
       const removed = await sweep("--delete", "--even-if-connected");
       const again = await sweep("--delete");
@@ -608,11 +608,11 @@ inlineTest(
       assert.equal(removed.code, 0);
       assert.match(removed.text, /: connected to the node, removed\n/);
       assert.equal(again.text, "0 inline volumes of n1.node\n");
-      const left = await rig.clusterWhenIdle(signal);
+      const left = await testbed.clusterWhenIdle(signal);
       assert.deepEqual([left["volumes"], left["access"]], [[], []]);
-      assert.deepEqual(await rig.logsThatHold([adminJwt, jwt]), []);
+      assert.deepEqual(await testbed.logsContaining([adminJwt, jwt]), []);
     } finally {
-      const failed = (await rig.cleanUp(false)).filter(({ done }) => !done);
+      const failed = (await testbed.cleanUp(false)).filter(({ done }) => !done);
       assert.deepEqual(failed, []);
     }
   },

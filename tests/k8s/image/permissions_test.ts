@@ -5,7 +5,8 @@ import { fileURLToPath } from "node:url";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { parseAllDocuments } from "yaml";
 import { configDirectories, permissionsWith, socketDirectories } from "../../../k8s/image/permissions.ts";
-import { Running, Testbed } from "../../../lib/demo/testbed.ts";
+import { ServiceProcess } from "../../../lib/demo/process.ts";
+import { Testbed } from "../../../lib/demo/testbed.ts";
 import { Channel } from "../../../lib/grpc/client.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
@@ -48,10 +49,13 @@ async function mounted(directory: string, name: string, text: string): Promise<s
 for (const backend of ["lightos", "poseidon"] as const) {
   Deno.test(`the permissions of lbcsi-controller are enough for whole lives of volumes, with ${backend}`, async () => {
     await withPlaces(async ({ sockets, configuration, program, signal }) => {
-      const rig = new Testbed(sockets, program, [Deno.execPath(), "run", "-A", "--no-check", mainPath], backend);
+      const testbed = new Testbed(sockets, program, {
+        simulator: [Deno.execPath(), "run", "-A", "--no-check", mainPath],
+        backend,
+      });
       try {
-        await rig.startSimulator("none", signal);
-        const { addresses, parameters } = rig;
+        await testbed.startSimulator("none", signal);
+        const { addresses, parameters } = testbed;
         const file = backend === "poseidon"
           ? { systems: [{ name: "a", endpoint: addresses.dagent, arrays: addresses.arrays }] }
           : { clusters: [{ name: "a", endpoints: addresses.grpcs, ca: "", jwt: "", projects: addresses.projects }] };
@@ -63,11 +67,11 @@ for (const backend of ["lightos", "poseidon"] as const) {
           options.push("--mgmt-ca", ca, "--jwt-path", jwt);
         }
         options.push("--config", await mounted(configuration, "clusters.yaml", JSON.stringify(file)));
-        await rig.startService("controller", options, signal, { HTTPS_PROXY: "", all_proxy: "http://127.0.0.1:9" });
+        await testbed.startService("controller", options, signal, { HTTPS_PROXY: "", all_proxy: "http://127.0.0.1:9" });
         const call = async <I extends DescMessage, O extends DescMessage>(
           method: DescMethodUnary<I, O>,
           request: MessageInitShape<I>,
-        ): Promise<MessageShape<O>> => await rig.controller.call(method, request, { signal });
+        ): Promise<MessageShape<O>> => await testbed.controller.call(method, request, { signal });
         const capability = {
           accessType: { case: "block" as const, value: {} },
           accessMode: { mode: Mode.SINGLE_NODE_WRITER },
@@ -83,7 +87,7 @@ for (const backend of ["lightos", "poseidon"] as const) {
         const { volumeId = "", volumeContext = {} } = volume ?? {};
         const publish = { volumeId, nodeId, volumeCapability: capability, volumeContext };
         await call(Controller.method.controllerPublishVolume, publish);
-        assert.deepEqual((await rig.observe()).volumes.map(({ acl }) => acl), [[hostNqn(nodeId)]]);
+        assert.deepEqual((await testbed.observe()).volumes.map(({ acl }) => acl), [[hostNqn(nodeId)]]);
         const { entries } = await call(Controller.method.listVolumes, {});
         assert.equal(entries.length, 1);
         const { availableCapacity } = await call(Controller.method.getCapacity, { parameters });
@@ -101,12 +105,12 @@ for (const backend of ["lightos", "poseidon"] as const) {
         }
         await call(Controller.method.controllerUnpublishVolume, { volumeId, nodeId });
         await call(Controller.method.deleteVolume, { volumeId });
-        const left = await rig.clusterWhenIdle(signal);
+        const left = await testbed.clusterWhenIdle(signal);
         assert.deepEqual(Object.values(left).flat(), []);
-        assert.equal(await rig.running("controller")?.end("SIGTERM", 10_000), "exit 0");
+        assert.equal(await testbed.running("controller")?.end("SIGTERM", 10_000), "exit 0");
         assert.doesNotMatch(await Deno.readTextFile(join(sockets, "controller.log")), /NotCapable/);
       } finally {
-        await rig.cleanUp(true);
+        await testbed.cleanUp(true);
       }
     });
   });
@@ -114,15 +118,15 @@ for (const backend of ["lightos", "poseidon"] as const) {
 
 Deno.test("the permissions of lbcsi-controller are enough to take over the socket of a killed process", async () => {
   await withPlaces(async ({ sockets, program, signal }) => {
-    const rig = new Testbed(sockets, program);
+    const testbed = new Testbed(sockets, program);
     try {
-      const first = await rig.startService("identity", [], signal);
+      const first = await testbed.startService("identity", [], signal);
       await first.end("SIGKILL", 10_000);
       const socket = join(sockets, "identity.sock");
       assert((await Deno.lstat(socket)).isSocket);
-      // Not by the rig, which takes the file away.
+      // Not by the test bed, which removes the socket file first.
       const command = [...program, "identity", "--endpoint", `unix://${socket}`];
-      const second = new Running("second", command, join(sockets, "second.log"));
+      const second = new ServiceProcess("second", command, join(sockets, "second.log"));
       try {
         await second.until("its start", signal, async () => {
           const log = await Deno.readTextFile(second.log).catch(() => "");
@@ -135,7 +139,7 @@ Deno.test("the permissions of lbcsi-controller are enough to take over the socke
         assert.equal(await second.end("SIGTERM", 10_000), "exit 0");
       }
     } finally {
-      await rig.cleanUp(true);
+      await testbed.cleanUp(true);
     }
   });
 });

@@ -6,7 +6,18 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { scenario as of } from "../scenario.ts";
-import { controllers, deviceOf, devicesWith, mountsBelow, names, nodeId, program, read, run, until } from "../world.ts";
+import {
+  controllers,
+  deviceOf,
+  devicesWith,
+  mountsBelow,
+  names,
+  nodeId,
+  program,
+  read,
+  run,
+  until,
+} from "../testbed.ts";
 
 async function lbcsi(...args: readonly string[]) {
   const [deno = "", ...words] = program;
@@ -24,14 +35,15 @@ function connections(): readonly string[] {
 export const scenario = of([
   {
     name: "lbcsi attach takes a volume ID and a token, grants, connects and mounts; detach undoes exactly that",
-    async run(world) {
-      const volume = await world.volume({}, false);
-      const mnt = join(world.home, "mnt");
+    async run(testbed) {
+      const volume = await testbed.volume({}, false);
+      const mnt = join(testbed.home, "mnt");
       await Deno.mkdir(mnt, { recursive: true });
-      const token = join(world.home, "token");
-      await Deno.writeTextFile(token, `${world.secrets["jwt"]}\n`, { mode: 0o600 });
+      const token = join(testbed.home, "token");
+      await Deno.writeTextFile(token, `${testbed.secrets["jwt"]}\n`, { mode: 0o600 });
       const who = [volume.id, "--node-id", "rescue.node", "--jwt-path", token];
-      const owner = async () => (await world.rig.observe()).volumes.find(({ uuid }) => uuid === volume.uuid)?.acl;
+      const owner = async () =>
+        (await testbed.processes.observe()).volumes.find(({ uuid }) => uuid === volume.uuid)?.acl;
 
       const attached = await lbcsi("attach", ...who, "--mount", mnt, "--format");
 
@@ -51,14 +63,14 @@ export const scenario = of([
       assert.equal(taken.code, 1);
       assert.match(taken.stderr, /guest\.node/);
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name:
       "a node that leaves connecting to lbcsi discovery-client: the cluster's discovery service leads to the device",
-    async run(world) {
-      const directory = join(world.home, "discovery.d");
+    async run(testbed) {
+      const directory = join(testbed.home, "discovery.d");
       await Deno.mkdir(directory, { recursive: true });
       const [deno = "", ...words] = program;
       const daemon = new Deno.Command("sh", {
@@ -66,17 +78,17 @@ export const scenario = of([
           ...["-c", 'exec "$0" "$@" 2>>"$LOG"', deno, ...words, "discovery-client", "--discovery-dir", directory],
           ...["--poll", "1"],
         ],
-        env: { LOG: join(world.home, "discovery-client.log") },
+        env: { LOG: join(testbed.home, "discovery-client.log") },
         stdin: "null",
         stdout: "null",
       }).spawn();
-      await world.rig.running("node")?.end("SIGTERM", 30_000);
-      await world.startNode(["--attach", "discovery-client", "--discovery-dir", directory]);
+      await testbed.processes.running("node")?.end("SIGTERM", 30_000);
+      await testbed.startNode(["--attach", "discovery-client", "--discovery-dir", directory]);
       try {
-        const volume = await world.volume();
+        const volume = await testbed.volume();
         const began = performance.now();
         await volume.stage(120);
-        world.measured("stage through the daemon, first volume", `${Math.round(performance.now() - began)} ms`);
+        testbed.measured("stage through the daemon, first volume", `${Math.round(performance.now() - began)} ms`);
         await volume.publish();
         await Deno.writeTextFile(`${volume.target}/file`, "written");
         await until(
@@ -93,12 +105,12 @@ export const scenario = of([
 
         await volume.end();
         await until("the daemon lets go", () => controllers().length === 0, 120);
-        await world.nothingLeft();
+        await testbed.nothingLeft();
       } finally {
         daemon.kill("SIGTERM");
         await daemon.status;
-        await world.rig.running("node")?.end("SIGTERM", 30_000);
-        await world.startNode();
+        await testbed.processes.running("node")?.end("SIGTERM", 30_000);
+        await testbed.startNode();
       }
     },
   },

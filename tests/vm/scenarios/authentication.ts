@@ -11,19 +11,19 @@ import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import { type Check, impatient, type Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";
 import {
+  assertCallFails,
   controllers,
   deviceOf,
   devicesWith,
+  type GuestTestbed,
   names,
   nodeId,
   program,
   read,
-  refuses,
   run,
   tool,
   until,
-  type VmInventory,
-} from "../world.ts";
+} from "../testbed.ts";
 
 const shellNode = "shell.node";
 const us = hostNqn(shellNode);
@@ -87,11 +87,11 @@ async function underLoad(directory: string, work: () => Promise<void>): Promise<
   await Deno.remove(stop);
 }
 
-async function withoutSupport(world: VmInventory): Promise<void> {
+async function withoutSupport(testbed: GuestTestbed): Promise<void> {
   const keys = newKeys();
-  await using target = new Target(world.home, [us]);
+  await using target = new Target(testbed.home, [us]);
   target.offer(1);
-  const file = join(world.home, "unused-key");
+  const file = join(testbed.home, "unused-key");
   await Deno.writeTextFile(file, keys.host.reveal(), { mode: 0o600 });
   const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", shellNode, "--address", "127.0.0.1:4421"];
 
@@ -110,34 +110,38 @@ async function withoutSupport(world: VmInventory): Promise<void> {
 }
 
 /** A cluster that demands keys, as its management API says, on a machine whose kernel has none. */
-async function refusedByTheNode(world: VmInventory): Promise<void> {
-  await world.start(impatient);
-  const { grpc, adminJwt } = world.rig.addresses;
+async function refusedByTheNode(testbed: GuestTestbed): Promise<void> {
+  await testbed.start(impatient);
+  const { grpc, adminJwt } = testbed.processes.addresses;
   using admin = new Channel({ address: grpc[0] ?? "" });
   await admin.call(DurosAPI.method.enableClusterInBandAuth, {}, {
     signal: AbortSignal.timeout(60_000),
     headers: { authorization: `Bearer ${adminJwt}` },
   });
-  const volume = await world.volume({ parameters: { "in-band-auth": "unidirectional" } });
-  volume.stageSecrets = world.secrets;
+  const volume = await testbed.volume({ parameters: { "in-band-auth": "unidirectional" } });
+  volume.stageSecrets = testbed.secrets;
 
-  await refuses(volume.stage(), "FAILED_PRECONDITION", /: the kernel was built without the authentication of NVMe/);
+  await assertCallFails(
+    volume.stage(),
+    "FAILED_PRECONDITION",
+    /: the kernel was built without the authentication of NVMe/,
+  );
 
   assert.deepEqual(controllers(), []);
   await volume.unstage();
   await volume.revoke();
   await volume.delete();
-  await world.stop();
+  await testbed.stop();
 }
 
 const checks: readonly Check[] = [
   {
     name: "authentication by hand: keys of files connect, wrong ones are refused, and keys change under I/O",
     limitSeconds: 900,
-    async run(world) {
-      if (!await canAuthenticate()) return await withoutSupport(world);
+    async run(testbed) {
+      if (!await canAuthenticate()) return await withoutSupport(testbed);
       const [first, second] = [newKeys(), newKeys()];
-      await using target = new Target(world.home, [us]);
+      await using target = new Target(testbed.home, [us]);
       target.demand(us, { ...first, controller: undefined });
       for (const port of [1, 2]) target.offer(port);
       const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", shellNode];
@@ -147,18 +151,18 @@ const checks: readonly Check[] = [
         const written = [["--dhchap-key-file", keys.host], ["--dhchap-ctrl-key-file", keys.controller]] as const;
         return (await Promise.all(written.map(async ([option, key]) => {
           if (key === undefined) return [];
-          const file = join(world.home, `${name}${option}`);
+          const file = join(testbed.home, `${name}${option}`);
           await Deno.writeTextFile(file, `${key.reveal()}\n`, { mode: 0o600 });
           return [option, file];
         }))).flat();
       };
-      const mnt = join(world.home, "mnt");
+      const mnt = join(testbed.home, "mnt");
       await Deno.mkdir(mnt, { recursive: true });
 
       const without = await attach();
       assert.equal(without.code, 1);
       assert.match(without.stderr, /in-band authentication \(DH-HMAC-CHAP\) is demanded there, and no key is given/);
-      const open = join(world.home, "open-key");
+      const open = join(testbed.home, "open-key");
       await Deno.writeTextFile(open, first.host.reveal(), { mode: 0o644 });
       const readable = await attach("--dhchap-key-file", open);
       assert.deepEqual([readable.code, /others than its owner may use it \(mode 644\)/.test(readable.stderr)], [
@@ -172,7 +176,7 @@ const checks: readonly Check[] = [
 
       const begin = performance.now();
       const one = await attach(...await files("one", { ...first, controller: undefined }), "--mount", mnt, "--format");
-      world.measured("lbcsi attach with a key", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("lbcsi attach with a key", `${Math.round(performance.now() - begin)} ms`);
       const device = deviceOf(target.uuid);
       assert.deepEqual(one, { code: 0, stdout: `${device} ${mnt}`, stderr: "" });
       assert.deepEqual(keysInUse(target.nqn), [textOf({ ...first, controller: undefined })]);
@@ -200,14 +204,14 @@ const checks: readonly Check[] = [
   {
     name: "authentication by lbcsi discovery-client: it connects with its keys, and replaces what has others",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
       target.offer(1);
-      const directory = join(world.home, "discovery.d");
+      const directory = join(testbed.home, "discovery.d");
       await Deno.mkdir(directory, { recursive: true });
       const entry = `-t tcp -a 127.0.0.1 -s 4421 -q ${us} -n ${target.nqn}\n`;
       await Deno.writeTextFile(join(directory, "one"), entry);
-      const log = join(world.home, "discovery-client.log");
+      const log = join(testbed.home, "discovery-client.log");
       const isAble = await canAuthenticate();
       for (const keys of [newKeys(), newKeys()]) {
         if (isAble) target.demand(us, keys);
@@ -215,7 +219,7 @@ const checks: readonly Check[] = [
         for (
           const [option, key] of [["dhchap-key-file", keys.host], ["dhchap-ctrl-key-file", keys.controller]] as const
         ) {
-          const file = join(world.home, option);
+          const file = join(testbed.home, option);
           await Deno.writeTextFile(file, key.reveal(), { mode: 0o600 });
           options.push(`--${option}`, file);
         }
@@ -244,25 +248,25 @@ const checks: readonly Check[] = [
   {
     name: "authentication with LightOS' trusted hosts: a volume's life with keys it keeps, and with changed ones",
     limitSeconds: 900,
-    async run(world) {
-      if (!await canAuthenticate()) return await refusedByTheNode(world);
-      await world.start({ simulator: ["--in-band-auth"], node: [...impatient.node || [], "--log-level", "debug"] });
-      const { subsystemNqn } = world.rig.addresses;
+    async run(testbed) {
+      if (!await canAuthenticate()) return await refusedByTheNode(testbed);
+      await testbed.start({ simulator: ["--in-band-auth"], node: [...impatient.node || [], "--log-level", "debug"] });
+      const { subsystemNqn } = testbed.processes.addresses;
       const secrets = async () => {
-        const { trustedHosts } = await world.rig.ask("GET", "/model") as {
+        const { trustedHosts } = await testbed.processes.ask("GET", "/model") as {
           trustedHosts: { name: string; hostSecret: string; targetSecret: string }[];
         };
         assert.deepEqual(trustedHosts.map(({ name }) => name), [nodeId]);
         return `${trustedHosts[0]?.hostSecret} ${trustedHosts[0]?.targetSecret}`;
       };
-      const volume = await world.volume({ parameters: { "in-band-auth": "bidirectional" } });
+      const volume = await testbed.volume({ parameters: { "in-band-auth": "bidirectional" } });
       assert.equal(volume.publishContext["in-band-auth"], "bidirectional");
-      volume.stageSecrets = world.secrets;
-      await world.rig.ask("GET", "/settled");
+      volume.stageSecrets = testbed.secrets;
+      await testbed.processes.ask("GET", "/settled");
 
       const begin = performance.now();
       await volume.stage();
-      world.measured("NodeStageVolume with keys of the cluster", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("NodeStageVolume with keys of the cluster", `${Math.round(performance.now() - begin)} ms`);
       await volume.publish();
       const kept = await secrets();
       assert.deepEqual(keysInUse(subsystemNqn), [kept]);
@@ -270,17 +274,17 @@ const checks: readonly Check[] = [
       await Deno.writeTextFile(join(volume.target, "file"), "precious");
 
       // What the kernel connects again, and what a new process of the node does.
-      await world.rig.ask("POST", "/paths/down", { server: 0 });
+      await testbed.processes.ask("POST", "/paths/down", { server: 0 });
       await until("a path is down", () => controllers().some(({ state }) => state !== "live"), 60);
-      await world.rig.ask("POST", "/paths/up", { server: 0 });
+      await testbed.processes.ask("POST", "/paths/up", { server: 0 });
       await until("both paths are live", () => controllers().filter(({ state }) => state === "live").length === 2, 90);
-      await world.rig.running("node")?.end("SIGKILL", 5000);
-      await world.startNode();
+      await testbed.processes.running("node")?.end("SIGKILL", 5000);
+      await testbed.startNode();
       const keys = newKeys();
       await underLoad(volume.target, async () => {
         volume.publishSecrets = { "dhchap-key": keys.host.reveal(), "dhchap-ctrl-key": keys.controller.reveal() };
         await volume.grant();
-        await world.rig.ask("GET", "/settled");
+        await testbed.processes.ask("GET", "/settled");
         assert.equal(await secrets(), textOf(keys));
         assert.deepEqual(keysInUse(subsystemNqn), [kept]);
         await volume.stage();
@@ -291,17 +295,17 @@ const checks: readonly Check[] = [
       });
       assert.equal(await Deno.readTextFile(join(volume.target, "file")), "precious");
 
-      const plain = await world.volume({ use: "block" });
-      await world.rig.ask("GET", "/settled");
+      const plain = await testbed.volume({ use: "block" });
+      await testbed.processes.ask("GET", "/settled");
       await plain.stage();
       assert.equal(devicesWith(plain.uuid).length, 1);
       await plain.end();
       await volume.end();
-      await world.nothingLeft();
-      for (const log of [world.logOf("node"), world.logOf("controller"), await tool("dmesg")]) {
+      await testbed.nothingLeft();
+      for (const log of [testbed.logOf("node"), testbed.logOf("controller"), await tool("dmesg")]) {
         for (const key of `${kept} ${textOf(keys)}`.split(" ")) assert(!log.includes(key.slice(10, 30)));
       }
-      await world.stop();
+      await testbed.stop();
     },
   },
 ];

@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { hostNqn } from "../../../lib/namespace.ts";
 import type { Check, Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";
-import { controllers, deviceOf, devicesWith, program, read, tool, until, type VmInventory } from "../world.ts";
+import { controllers, deviceOf, devicesWith, type GuestTestbed, program, read, tool, until } from "../testbed.ts";
 
 const us = hostNqn("guest.node");
 /** Seconds; on a quiet machine none of the waits takes 15. */
@@ -35,8 +35,8 @@ class Daemon implements AsyncDisposable {
   readonly log: string;
   #process: Deno.ChildProcess | undefined;
 
-  constructor(world: VmInventory) {
-    this.directory = join(world.home, `discovery-${crypto.randomUUID().slice(0, 8)}`);
+  constructor(testbed: GuestTestbed) {
+    this.directory = join(testbed.home, `discovery-${crypto.randomUUID().slice(0, 8)}`);
     this.log = `${this.directory}.log`;
   }
 
@@ -89,9 +89,9 @@ const checks: readonly Check[] = [
   {
     name: "the daemon connects what log pages and referrals list, follows them, and lets go when the file goes",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
-      await using daemon = new Daemon(world);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
+      await using daemon = new Daemon(testbed);
       target.offer(1);
       target.offer(2);
       await daemon.start();
@@ -100,12 +100,12 @@ const checks: readonly Check[] = [
       let begin = performance.now();
       await daemon.told("volume", "# as documented", line(target), `${line(target)} # twice`);
       await statesAre("4421 live", "discovery 4421 live");
-      world.measured("from the file to a device", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("from the file to a device", `${Math.round(performance.now() - begin)} ms`);
       await until("its device", () => devicesWith(target.uuid).length === 1, patience);
       target.refer(1, 2);
       begin = performance.now();
       await statesAre("4421 live", "4422 live", "discovery 4421 live", "discovery 4422 live");
-      world.measured("from a new referral to a second path", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("from a new referral to a second path", `${Math.round(performance.now() - begin)} ms`);
       target.offer(3);
       target.refer(2, 3);
       target.refer(3, 1);
@@ -123,9 +123,9 @@ const checks: readonly Check[] = [
   {
     name: "the daemon keeps a device that is mounted, in a container too, and lets go after the umount",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
-      await using daemon = new Daemon(world);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
+      await using daemon = new Daemon(testbed);
       target.offer(1);
       await daemon.start();
       await daemon.told("volume", line(target));
@@ -133,7 +133,7 @@ const checks: readonly Check[] = [
       await until("its device", () => devicesWith(target.uuid).length === 1, patience);
       const device = deviceOf(target.uuid);
       await tool("mkfs.ext4", "-q", device);
-      const place = join(world.home, "mnt");
+      const place = join(testbed.home, "mnt");
       await Deno.mkdir(place, { recursive: true });
       const hidden = new Deno.Command("unshare", {
         args: [
@@ -165,9 +165,9 @@ const checks: readonly Check[] = [
   {
     name: "promise 23: I/O goes on while a path is down and back, and while the daemon is killed and started again",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
-      await using daemon = new Daemon(world);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
+      await using daemon = new Daemon(testbed);
       target.offer(1);
       target.offer(2);
       await daemon.start();
@@ -179,16 +179,16 @@ const checks: readonly Check[] = [
       const device = deviceOf(target.uuid);
       const before = controllers().map(({ name }) => name);
       // Writes and reads back blocks until it is told to end; the first error ends it too.
-      const go = join(world.home, "go");
+      const go = join(testbed.home, "go");
       await Deno.writeTextFile(go, "");
       const script = `n=0; while [ -e ${go} ]; do
         n=$((n + 1)); printf 'block %010d' $n | dd of=${device} bs=4096 seek=$((n % 1000)) oflag=direct conv=sync status=none || exit 1
         dd if=${device} bs=4096 skip=$((n % 1000)) count=1 iflag=direct status=none | grep -aqF "block $(printf %010d $n)" || exit 2
-        echo $n >${world.home}/count
+        echo $n >${testbed.home}/count
         sleep 0.1
       done`;
       const writer = new Deno.Command("sh", { args: ["-c", script], stderr: "inherit" }).spawn();
-      const count = () => Number(read(`${world.home}/count`) ?? 0);
+      const count = () => Number(read(`${testbed.home}/count`) ?? 0);
       const goesOn = async (what: string) => {
         const from = count();
         await until(`I/O goes on ${what}`, () => count() > from + 5, patience);
@@ -206,20 +206,20 @@ const checks: readonly Check[] = [
       target.offer(2);
       const begin = performance.now();
       await statesAre(...all);
-      world.measured("from the way back to the path back", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("from the way back to the path back", `${Math.round(performance.now() - begin)} ms`);
       await goesOn("with both");
       await Deno.remove(go);
 
       assert.equal((await writer.status).code, 0);
-      world.measured("blocks written and read back", String(count()));
+      testbed.measured("blocks written and read back", String(count()));
     },
   },
   {
     name: "the daemon lives with files that are half, bad, empty, and with a target that refuses",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
-      await using daemon = new Daemon(world);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
+      await using daemon = new Daemon(testbed);
       target.offer(1);
       await daemon.start();
       const path = join(daemon.directory, "half");

@@ -5,7 +5,7 @@ import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
 import type { Check, Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";
-import { controllers, program, run, tool, until } from "../world.ts";
+import { controllers, program, run, tool, until } from "../testbed.ts";
 
 const nodeId = "doctor.node";
 const us = hostNqn(nodeId);
@@ -37,12 +37,12 @@ const checks: readonly Check[] = [
   {
     name: "promise 21: doctor sees modules, names, volumes and paths as the kernel shows them",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
       target.offer(1);
       target.offer(2);
       const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", nodeId];
-      const mnt = join(world.home, "mnt");
+      const mnt = join(testbed.home, "mnt");
       await Deno.mkdir(mnt, { recursive: true });
       const address = ["--address", "127.0.0.1:4421,127.0.0.1:4422", "--mount", mnt, "--format"];
       const attached = await lbcsi("attach", ...place, ...address, "--timeout", "300");
@@ -56,7 +56,7 @@ const checks: readonly Check[] = [
       await until("both are down", () => controllers().every(({ state }) => state !== "live"), 90);
       const begin = performance.now();
       const dead = await doctor();
-      world.measured("lbcsi doctor without a path", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("lbcsi doctor without a path", `${Math.round(performance.now() - begin)} ms`);
       target.offer(1);
       await until("a path is back", () => controllers().some(({ state }) => state === "live"), 90);
       assert.equal((await lbcsi("detach", ...place, "--mount", mnt, "--timeout", "300")).code, 0);
@@ -74,9 +74,9 @@ const checks: readonly Check[] = [
   {
     name: "promise 21: doctor finds our host ID under another host NQN, and what the kernel makes of it is told",
     limitSeconds: 900,
-    async run(world) {
+    async run(testbed) {
       const other = "nqn.2014-08.org.example:other";
-      await using target = new Target(world.home, [us, other]);
+      await using target = new Target(testbed.home, [us, other]);
       target.offer(1);
       target.offer(2);
       const connect = (hostNqn: string, port: string) =>
@@ -91,7 +91,7 @@ const checks: readonly Check[] = [
       const ours = await connect(us, "4422");
 
       const release = (await Deno.readTextFile("/proc/sys/kernel/osrelease")).trim();
-      world.measured(`a host ID with a second host NQN on ${release}`, `exit ${ours.code} ${ours.stderr}`);
+      testbed.measured(`a host ID with a second host NQN on ${release}`, `exit ${ours.code} ${ours.stderr}`);
       assert.equal(findings["host NQN and ID"]?.result, "problem");
       assert.match(
         findings["host NQN and ID"]?.found ?? "",
@@ -102,12 +102,15 @@ const checks: readonly Check[] = [
   {
     name: "promise 21: doctor says that nvme_tcp is not loaded, and whether this kernel can authenticate",
     limitSeconds: 600,
-    async run(world) {
+    async run(testbed) {
       const release = (await Deno.readTextFile("/proc/sys/kernel/osrelease")).trim();
       const options = await Deno.readTextFile("/dev/nvme-fabrics");
       const config = await Deno.readTextFile(`/boot/config-${release}`).catch(() => undefined);
       // Linux 6.1 lists what it was built without; so the list decides nothing.
-      world.measured(`/dev/nvme-fabrics on ${release} lists dhchap_secret`, String(options.includes("dhchap_secret")));
+      testbed.measured(
+        `/dev/nvme-fabrics on ${release} lists dhchap_secret`,
+        String(options.includes("dhchap_secret")),
+      );
 
       const loaded = await doctor();
       await tool("modprobe", "-r", "nvme_tcp");

@@ -3,27 +3,27 @@ import assert from "node:assert/strict";
 import { Node } from "../../../proto/gen/csi_pb.ts";
 import { type Check, scenario as of } from "../scenario.ts";
 import {
+  assertCallFails,
   capabilityOf,
   controllers,
   devicesWith,
+  type GuestTestbed,
   names,
   read,
-  refuses,
   run,
   tool,
   until,
-  type VmInventory,
   type VmVolumeRequest,
   type Volume,
-} from "../world.ts";
+} from "../testbed.ts";
 
 const gib = 1n << 30n;
 const marker = "plain text that nobody on the storage cluster may read ";
 const passphrase = "correct 'horse' \"battery\" ü";
 
 /** An encrypted volume whose class has one passphrase for all. */
-async function encrypted(world: VmInventory, wish: VmVolumeRequest = {}): Promise<Volume> {
-  const volume = await world.volume({ ...wish, parameters: { "host-encryption": "enabled", ...wish.parameters } });
+async function encrypted(testbed: GuestTestbed, wish: VmVolumeRequest = {}): Promise<Volume> {
+  const volume = await testbed.volume({ ...wish, parameters: { "host-encryption": "enabled", ...wish.parameters } });
   volume.stageSecrets = { "host-encryption-passphrase": passphrase };
   return volume;
 }
@@ -36,20 +36,20 @@ function mappers(): readonly string[] {
 }
 
 /** Whether a text is anywhere in a volume's bytes, as the cluster has them. */
-async function isOnCluster(world: VmInventory, { uuid }: Volume, text: string): Promise<boolean> {
+async function isOnCluster(testbed: GuestTestbed, { uuid }: Volume, text: string): Promise<boolean> {
   await tool("sync");
   // tar leaves out what was never written, which is most of it.
   const search =
     'tar --create --sparse --file=- "$1" 2>/dev/null | grep --quiet --binary-files=text --fixed-strings "$2"';
-  const { code } = await run("sh", "-c", search, "search", world.contentOf(uuid), text);
+  const { code } = await run("sh", "-c", search, "search", testbed.contentOf(uuid), text);
   return code === 0;
 }
 
 const lives = (["ext4", "block"] as const).map((use): Check => ({
   name: `promise 17: what is written to an encrypted ${use} volume arrives encrypted, and is read back after a life`,
   limitSeconds: 120,
-  async run(world) {
-    const volume = await encrypted(world, { use });
+  async run(testbed) {
+    const volume = await encrypted(testbed, { use });
     assert.match(volume.id, /\|hostcrypto:luks2$/);
     await volume.stage();
     await volume.stage();
@@ -65,8 +65,8 @@ const lives = (["ext4", "block"] as const).map((use): Check => ({
       assert.notEqual(rdev, (await Deno.stat(volume.device)).rdev);
     } else await Deno.writeTextFile(path, text);
     await tool("sync", path);
-    assert.equal(await isOnCluster(world, volume, "plain text that nobody"), false);
-    assert.equal(await isOnCluster(world, volume, "LUKS"), true);
+    assert.equal(await isOnCluster(testbed, volume, "plain text that nobody"), false);
+    assert.equal(await isOnCluster(testbed, volume, "LUKS"), true);
 
     await volume.unpublish();
     await volume.unstage();
@@ -80,7 +80,7 @@ const lives = (["ext4", "block"] as const).map((use): Check => ({
     file.close();
     assert.equal(new TextDecoder().decode(bytes), marker);
     await volume.end();
-    await world.nothingLeft();
+    await testbed.nothingLeft();
     assert.deepEqual(mappers(), []);
   },
 }));
@@ -90,8 +90,8 @@ export const scenario = of([
   {
     name: "promise 16: an encrypted xfs in use grows through all its layers",
     limitSeconds: 120,
-    async run(world) {
-      const volume = await encrypted(world, { use: "xfs" });
+    async run(testbed) {
+      const volume = await encrypted(testbed, { use: "xfs" });
       await volume.stage();
       await volume.publish();
       await Deno.writeTextFile(`${volume.target}/file`, "kept");
@@ -102,27 +102,27 @@ export const scenario = of([
       assert(total > 18n * gib / 10n, `the file system has ${total} bytes`);
       assert.equal(await Deno.readTextFile(`${volume.target}/file`), "kept");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name:
       "promise 25: an encrypted volume whose device was lost is opened again at publish, with the node-publish secret",
     limitSeconds: 240,
-    async run(world) {
-      const volume = await encrypted(world);
+    async run(testbed) {
+      const volume = await encrypted(testbed);
       await volume.stage();
       await volume.publish();
       await Deno.writeTextFile(`${volume.target}/kept`, "by the first pod");
       await tool("sync", "-f", volume.target);
       const take = (up: boolean) =>
-        Promise.all([0, 1].map((server) => world.rig.ask("POST", `/paths/${up ? "up" : "down"}`, { server })));
+        Promise.all([0, 1].map((server) => testbed.processes.ask("POST", `/paths/${up ? "up" : "down"}`, { server })));
       await take(false);
       await until("the kernel gives the device up", () => devicesWith(volume.uuid).length === 0, 120);
       await take(true);
       await volume.unpublish(20);
 
-      await refuses(
+      await assertCallFails(
         volume.publish(30),
         "FAILED_PRECONDITION",
         /the call brings no passphrase; end every pod on this node/,
@@ -132,14 +132,14 @@ export const scenario = of([
 
       assert.equal(await Deno.readTextFile(`${volume.target}/kept`), "by the first pod");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "a passphrase is changed when the volume is staged, and the old one opens it no more",
     limitSeconds: 120,
-    async run(world) {
-      const volume = await encrypted(world);
+    async run(testbed) {
+      const volume = await encrypted(testbed);
       await volume.stage();
       await Deno.writeTextFile(`${volume.staging}/file`, "kept");
       await volume.unstage();
@@ -152,22 +152,22 @@ export const scenario = of([
       assert.equal(await Deno.readTextFile(`${volume.staging}/file`), "kept");
       await volume.unstage();
       volume.stageSecrets = { "host-encryption-passphrase": passphrase };
-      await refuses(volume.stage(), "INVALID_ARGUMENT", /does not open nvme\d+n\d+/);
+      await assertCallFails(volume.stage(), "INVALID_ARGUMENT", /does not open nvme\d+n\d+/);
       volume.stageSecrets = { "host-encryption-passphrase": "changed" };
       await volume.stage();
       assert.equal(await Deno.readTextFile(`${volume.staging}/file`), "kept");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "a volume that the incumbent driver encrypted opens with its passphrase",
     limitSeconds: 120,
-    async run(world) {
+    async run(testbed) {
       // As that driver makes it: AES-128, no label, and its own words on the command line (docs/reference/lightos-api.md section 11);
       // but for the time that its key takes.
-      const volume = await encrypted(world);
-      const block = await world.volume({ use: "block" });
+      const volume = await encrypted(testbed);
+      const block = await testbed.volume({ use: "block" });
       await block.stage();
       const child = new Deno.Command("cryptsetup", {
         args: [
@@ -193,19 +193,19 @@ export const scenario = of([
         secrets: { "host-encryption-passphrase": passphrase },
       };
       // Without a file system and without our mark nothing proves that nobody has used it.
-      await refuses(
-        world.nodeCall(Node.method.nodeStageVolume, request),
+      await assertCallFails(
+        testbed.nodeCall(Node.method.nodeStageVolume, request),
         "FAILED_PRECONDITION",
         /holds no file system, and may have been used without one; it is left alone/,
       );
       const mapper = `/dev/mapper/lb-csi-nvme-uuid.${block.uuid}`;
       assert.deepEqual(mappers(), [`lb-csi-nvme-uuid.${block.uuid}`]);
       await tool("mkfs.ext4", "-q", mapper);
-      await world.nodeCall(Node.method.nodeStageVolume, request);
+      await testbed.nodeCall(Node.method.nodeStageVolume, request);
       assert.match(await tool("findmnt", "-no", "SOURCE", block.staging), /lb-csi-nvme-uuid|dm-/);
-      await world.nodeCall(Node.method.nodeUnstageVolume, { volumeId: id, stagingTargetPath: block.staging });
+      await testbed.nodeCall(Node.method.nodeUnstageVolume, { volumeId: id, stagingTargetPath: block.staging });
       await block.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
       assert.deepEqual(mappers(), []);
     },
   },
@@ -213,13 +213,13 @@ export const scenario = of([
     name:
       "promise 1: neither LUKS in a volume without host encryption nor a file system in one with it is written over",
     limitSeconds: 120,
-    async run(world) {
-      const plain = await world.volume();
+    async run(testbed) {
+      const plain = await testbed.volume();
       await plain.stage();
       await Deno.writeTextFile(`${plain.staging}/file`, "kept");
       await plain.unstage();
-      await refuses(
-        world.nodeCall(Node.method.nodeStageVolume, {
+      await assertCallFails(
+        testbed.nodeCall(Node.method.nodeStageVolume, {
           volumeId: `${plain.id}|hostcrypto:luks2`,
           publishContext: plain.publishContext,
           stagingTargetPath: plain.staging,
@@ -233,11 +233,11 @@ export const scenario = of([
       assert.equal(await Deno.readTextFile(`${plain.staging}/file`), "kept");
       await plain.end();
 
-      const secret = await encrypted(world);
+      const secret = await encrypted(testbed);
       await secret.stage();
       await secret.unstage();
-      await refuses(
-        world.nodeCall(Node.method.nodeStageVolume, {
+      await assertCallFails(
+        testbed.nodeCall(Node.method.nodeStageVolume, {
           volumeId: secret.id.replace("|hostcrypto:luks2", ""),
           publishContext: secret.publishContext,
           stagingTargetPath: secret.staging,
@@ -248,41 +248,41 @@ export const scenario = of([
       );
       await secret.stage();
       await secret.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "promise 8: a node that is killed while it encrypts a new volume leaves one that a repeat completes",
     limitSeconds: 180,
-    async run(world) {
+    async run(testbed) {
       // The tools after it are too short to be met; tests/csi/node/cutoff_test.ts has every step.
-      const volume = await encrypted(world);
+      const volume = await encrypted(testbed);
       const staged = volume.stage().catch(() => {});
       const runs = async () => (await run("pgrep", "-x", "cryptsetup")).code === 0;
       await until("cryptsetup runs", runs, 30);
-      await world.rig.running("node")?.end("SIGKILL", 10_000);
+      await testbed.processes.running("node")?.end("SIGKILL", 10_000);
       await staged;
       await until("it has ended", async () => !await runs(), 60);
-      await world.startNode();
+      await testbed.startNode();
 
       await volume.stage();
       await volume.publish();
       await Deno.writeTextFile(`${volume.target}/file`, "written");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
       assert.deepEqual(mappers(), []);
     },
   },
   {
     name: "promise 15: a larger clone of an encrypted volume opens with the source's passphrase and has its size",
     limitSeconds: 120,
-    async run(world) {
-      const origin = await encrypted(world);
+    async run(testbed) {
+      const origin = await encrypted(testbed);
       await origin.stage();
       await Deno.writeTextFile(`${origin.staging}/file`, "kept");
       await tool("sync", "-f", origin.staging);
       const source = { case: "volume" as const, value: { volumeId: origin.id } };
-      const clone = await encrypted(world, { source, sizeBytes: 2n * gib });
+      const clone = await encrypted(testbed, { source, sizeBytes: 2n * gib });
       await clone.stage();
       await clone.publish();
 
@@ -291,7 +291,7 @@ export const scenario = of([
       assert(total > 18n * gib / 10n, `the clone's file system has ${total} bytes`);
       await clone.end();
       await origin.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
 ]);

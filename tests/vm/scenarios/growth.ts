@@ -2,14 +2,14 @@
 import assert from "node:assert/strict";
 import { Controller } from "../../../proto/gen/csi_pb.ts";
 import { type Check, scenario as of } from "../scenario.ts";
-import { devicesWith, read, tool, until } from "../world.ts";
+import { devicesWith, read, tool, until } from "../testbed.ts";
 
 const gib = 1 << 30;
 
 const fileSystems = (["ext4", "xfs", "btrfs"] as const).map((use): Check => ({
   name: `promise 16: a mounted ${use} grows, and the answer is the size measured after it`,
-  async run(world) {
-    const volume = await world.volume({ use });
+  async run(testbed) {
+    const volume = await testbed.volume({ use });
     await volume.stage();
     await volume.publish();
     await Deno.writeTextFile(`${volume.target}/file`, use);
@@ -25,7 +25,7 @@ const fileSystems = (["ext4", "xfs", "btrfs"] as const).map((use): Check => ({
     assert.equal(await Deno.readTextFile(`${volume.target}/file`), use);
     await tool("dd", "if=/dev/zero", `of=${volume.target}/more`, "bs=1M", "count=8", "conv=fsync", "status=none");
     await volume.end();
-    await world.nothingLeft();
+    await testbed.nothingLeft();
   },
 }));
 
@@ -33,8 +33,8 @@ export const scenario = of([
   ...fileSystems,
   {
     name: "promise 16: a block volume in use grows, and its user sees the new size",
-    async run(world) {
-      const volume = await world.volume({ use: "block" });
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" });
       await volume.stage();
       await volume.publish();
       const file = await Deno.open(volume.target, { read: true, write: true });
@@ -49,19 +49,19 @@ export const scenario = of([
   },
   {
     name: "promise 15: a larger clone of a volume in use has its data and its own size at the first mount",
-    async run(world) {
-      const origin = await world.volume();
+    async run(testbed) {
+      const origin = await testbed.volume();
       await origin.stage();
       await origin.publish();
       await Deno.writeTextFile(`${origin.target}/file`, "before the snapshot");
       await tool("sync", "-f", origin.target);
-      const { snapshot } = await world.controllerCall(Controller.method.createSnapshot, {
+      const { snapshot } = await testbed.controllerCall(Controller.method.createSnapshot, {
         name: "snapshot",
         sourceVolumeId: origin.id,
-        secrets: world.secrets,
+        secrets: testbed.secrets,
       });
       const source = { case: "snapshot" as const, value: { snapshotId: snapshot?.snapshotId ?? "" } };
-      const clone = await world.volume({ sizeBytes: 2n * BigInt(gib), source });
+      const clone = await testbed.volume({ sizeBytes: 2n * BigInt(gib), source });
       await clone.stage();
       await clone.publish();
 
@@ -70,28 +70,28 @@ export const scenario = of([
       assert(total > 18n * BigInt(gib) / 10n, `the clone's file system has ${total} bytes`);
       assert.deepEqual([devicesWith(origin.uuid).length, devicesWith(clone.uuid).length], [1, 1]);
       await clone.end();
-      await world.controllerCall(Controller.method.deleteSnapshot, {
+      await testbed.controllerCall(Controller.method.deleteSnapshot, {
         snapshotId: snapshot?.snapshotId ?? "",
-        secrets: world.secrets,
+        secrets: testbed.secrets,
       });
       await origin.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "promise 14: a device that comes late is noticed within a fraction of a second of its arrival",
-    async run(world) {
-      const first = await world.volume({ use: "block" });
+    async run(testbed) {
+      const first = await testbed.volume({ use: "block" });
       await first.stage();
-      const late = await world.volume({ use: "block" });
-      await world.rig.ask("GET", "/settled");
-      const enable = `${world.targetOf(late.uuid)}/enable`;
+      const late = await testbed.volume({ use: "block" });
+      await testbed.processes.ask("GET", "/settled");
+      const enable = `${testbed.targetOf(late.uuid)}/enable`;
       await Deno.writeTextFile(enable, "0");
       await until("the device is away", () => devicesWith(late.uuid).length === 0);
 
       let answeredAt = 0;
       const staged = late.stage().then(() => answeredAt = performance.now());
-      await until("the driver has the kernel look again", () => world.logOf("node").includes("nvme ns-rescan"));
+      await until("the driver has the kernel look again", () => testbed.logOf("node").includes("nvme ns-rescan"));
       assert.equal(answeredAt, 0);
       await Deno.writeTextFile(enable, "1");
       await until("the device arrives", () => devicesWith(late.uuid).length === 1);
@@ -99,11 +99,11 @@ export const scenario = of([
       await staged;
 
       const ms = Math.round(answeredAt - arrivedAt);
-      world.measured("late device", `NodeStageVolume of a block volume answered ${ms} ms after its arrival in sysfs`);
+      testbed.measured("late device", `NodeStageVolume of a block volume answered ${ms} ms after its arrival in sysfs`);
       assert(ms < 3000, `${ms} ms`);
       await late.end();
       await first.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
 ]);

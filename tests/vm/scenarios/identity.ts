@@ -2,19 +2,19 @@
 import assert from "node:assert/strict";
 import { scenario as of } from "../scenario.ts";
 import {
+  assertCallFails,
   controllers,
   devicesWith,
+  type GuestTestbed,
   mountsBelow,
   read,
-  refuses,
   tool,
   until,
-  type VmInventory,
   type Volume,
-} from "../world.ts";
+} from "../testbed.ts";
 
-async function enable(world: VmInventory, volume: Volume, enabled: boolean): Promise<void> {
-  await Deno.writeTextFile(`${world.targetOf(volume.uuid)}/enable`, enabled ? "1" : "0");
+async function enable(testbed: GuestTestbed, volume: Volume, enabled: boolean): Promise<void> {
+  await Deno.writeTextFile(`${testbed.targetOf(volume.uuid)}/enable`, enabled ? "1" : "0");
   const wanted = enabled ? 1 : 0;
   await until(`namespace ${volume.uuid} has ${wanted} devices`, () => devicesWith(volume.uuid).length === wanted);
 }
@@ -26,10 +26,10 @@ async function firstBytes(path: string): Promise<string> {
 export const scenario = of([
   {
     name: "promise 3: after two namespaces have swapped their device names, each target shows its own volume",
-    async run(world) {
-      const one = await world.volume({ use: "block" });
-      const two = await world.volume({ use: "block" });
-      await world.rig.ask("GET", "/settled");
+    async run(testbed) {
+      const one = await testbed.volume({ use: "block" });
+      const two = await testbed.volume({ use: "block" });
+      await testbed.processes.ask("GET", "/settled");
       await one.stage();
       await two.stage();
       for (const volume of [one, two]) {
@@ -37,15 +37,15 @@ export const scenario = of([
       }
       const names = [one.device, two.device];
 
-      await enable(world, one, false);
-      await enable(world, two, false);
+      await enable(testbed, one, false);
+      await enable(testbed, two, false);
       // The kernel gives the lowest free number to whoever comes first.
       if (names[0] === undefined || names[1] === undefined || names[0] < names[1]) {
-        await enable(world, two, true);
-        await enable(world, one, true);
+        await enable(testbed, two, true);
+        await enable(testbed, one, true);
       } else {
-        await enable(world, one, true);
-        await enable(world, two, true);
+        await enable(testbed, one, true);
+        await enable(testbed, two, true);
       }
       assert.deepEqual([one.device, two.device], names.toReversed());
       await one.publish();
@@ -55,22 +55,22 @@ export const scenario = of([
       assert.equal(await firstBytes(two.target), two.uuid.slice(0, 8));
       await one.end();
       await two.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "promise 2: a mount whose device went and came back under another name is taken down and made anew",
-    async run(world) {
-      const volume = await world.volume();
-      const other = await world.volume({ use: "block" });
+    async run(testbed) {
+      const volume = await testbed.volume();
+      const other = await testbed.volume({ use: "block" });
       await other.stage();
       await volume.stage();
       await volume.publish();
       await tool("sh", "-c", `echo kept >${volume.target}/file && sync -f ${volume.target}`);
       const before = volume.device;
-      await enable(world, volume, false);
-      await refuses(volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
-      await enable(world, volume, true);
+      await enable(testbed, volume, false);
+      await assertCallFails(volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
+      await enable(testbed, volume, true);
       assert.notEqual(volume.device, before);
 
       const { volumeCondition } = await volume.stats();
@@ -84,21 +84,21 @@ export const scenario = of([
       await tool("sh", "-c", `echo more >${volume.target}/more && sync -f ${volume.target}`);
       await volume.end();
       await other.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name:
       "promise 4: a volume whose device is gone is unpublished and unstaged, file system and block, and nothing hangs",
-    async run(world) {
-      const keeper = await world.volume({ use: "block" });
+    async run(testbed) {
+      const keeper = await testbed.volume({ use: "block" });
       await keeper.stage();
       for (const use of ["ext4", "xfs", "block"] as const) {
-        const volume = await world.volume({ use });
+        const volume = await testbed.volume({ use });
         await volume.stage();
         await volume.publish();
         if (use !== "block") await Deno.writeTextFile(`${volume.target}/unwritten`, "x".repeat(100_000));
-        await enable(world, volume, false);
+        await enable(testbed, volume, false);
 
         await volume.unpublish(20);
         await volume.unstage(20);
@@ -110,14 +110,14 @@ export const scenario = of([
         await volume.delete();
       }
       await keeper.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "promise 4: access is taken away first, as when a pod is forced off: unstage still ends and leaves nothing",
-    async run(world) {
-      const keeper = await world.volume({ use: "block" });
-      const volume = await world.volume({ use: "xfs" });
+    async run(testbed) {
+      const keeper = await testbed.volume({ use: "block" });
+      const volume = await testbed.volume({ use: "xfs" });
       await keeper.stage();
       await volume.stage();
       await volume.publish();
@@ -133,15 +133,15 @@ export const scenario = of([
       await keeper.revoke();
       await keeper.delete();
       await volume.delete();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "promise 8: a connection that shows no namespace any more goes with the volume it was made for",
-    async run(world) {
-      const volume = await world.volume({ use: "block" });
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" });
       await volume.stage();
-      await enable(world, volume, false);
+      await enable(testbed, volume, false);
       assert.equal(controllers().length, 2);
 
       await volume.unstage();
@@ -149,13 +149,13 @@ export const scenario = of([
       assert.deepEqual(controllers(), []);
       await volume.revoke();
       await volume.delete();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "connections have the settings of lbcsi node, as sysfs shows them",
-    async run(world) {
-      const volume = await world.volume({ use: "block" });
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" });
       await volume.stage();
 
       for (const { name } of controllers()) {
@@ -170,8 +170,8 @@ export const scenario = of([
   },
   {
     name: "promise 5: what users have left on the volume, or in its place, is there after unpublish and unstage",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await volume.publish();
       await Deno.mkdir(`${volume.target}/a/b`, { recursive: true });
@@ -180,7 +180,7 @@ export const scenario = of([
       await tool("umount", volume.target);
       await Deno.writeTextFile(`${volume.target}/precious`, "on the root disk");
 
-      await refuses(volume.unpublish(), "FAILED_PRECONDITION", /it holds "precious", which are left alone/);
+      await assertCallFails(volume.unpublish(), "FAILED_PRECONDITION", /it holds "precious", which are left alone/);
       assert.equal(await Deno.readTextFile(`${volume.target}/precious`), "on the root disk");
       await Deno.remove(`${volume.target}/precious`);
       await volume.unpublish();
@@ -190,33 +190,37 @@ export const scenario = of([
       await volume.publish();
       assert.equal(await Deno.readTextFile(`${volume.target}/a/b/file`), "on the volume");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "promise 6: a pod never gets the node's own disk: publish mends a staging path that lost its mount or device",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await Deno.writeTextFile(`${volume.staging}/kept`, "on the volume");
       await tool("umount", volume.staging);
       const own = `${volume.staging}/own`;
       await Deno.writeTextFile(own, "on the node's disk");
-      await refuses(volume.publish(), "FAILED_PRECONDITION", /staging path ".*" holds files of the node's own disk/);
+      await assertCallFails(
+        volume.publish(),
+        "FAILED_PRECONDITION",
+        /staging path ".*" holds files of the node's own disk/,
+      );
       await assert.rejects(Deno.stat(volume.target), Deno.errors.NotFound);
       await Deno.remove(own);
       await volume.publish();
       assert.equal(await Deno.readTextFile(`${volume.target}/kept`), "on the volume");
       await volume.unpublish();
 
-      await enable(world, volume, false);
-      await refuses(volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
-      await enable(world, volume, true);
+      await enable(testbed, volume, false);
+      await assertCallFails(volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
+      await enable(testbed, volume, true);
       await volume.publish();
       assert.equal(await Deno.readTextFile(`${volume.target}/kept`), "on the volume");
       await Deno.writeTextFile(`${volume.target}/file`, "written");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
 ]);

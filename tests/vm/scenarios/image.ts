@@ -5,14 +5,14 @@
 import assert from "node:assert/strict";
 import { Node } from "../../../proto/gen/csi_pb.ts";
 import { type Check, impatient, scenario as of } from "../scenario.ts";
-import { controllers, deviceOf, tool } from "../world.ts";
+import { controllers, deviceOf, tool } from "../testbed.ts";
 
 const gib = 1n << 30n;
 
 const lives = (["ext4", "xfs", "btrfs"] as const).map((use): Check => ({
   name: `image: a volume with ${use} is connected, made, mounted, grown and taken away by what is in the image`,
-  async run(world) {
-    const volume = await world.volume({ use });
+  async run(testbed) {
+    const volume = await testbed.volume({ use });
     await volume.stage();
     await volume.publish();
     // From outside of the image.
@@ -24,7 +24,7 @@ const lives = (["ext4", "xfs", "btrfs"] as const).map((use): Check => ({
     assert.equal(await Deno.readTextFile(`${volume.target}/file`), use);
     await volume.end();
 
-    await world.nothingLeft();
+    await testbed.nothingLeft();
   },
 }));
 
@@ -32,22 +32,22 @@ export const scenario = of([
   ...lives,
   {
     name: "image: a raw block volume is published through the image",
-    async run(world) {
-      const volume = await world.volume({ use: "block" });
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" });
       await volume.stage();
       await volume.publish();
 
       assert.equal((await Deno.lstat(volume.target)).isBlockDevice, true);
       await Deno.writeTextFile(volume.target, "block");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "image: a volume with host encryption is opened by the cryptsetup of the image, with the default argon2id",
     limitSeconds: 300,
-    async run(world) {
-      const volume = await world.volume({ parameters: { "host-encryption": "enabled" } });
+    async run(testbed) {
+      const volume = await testbed.volume({ parameters: { "host-encryption": "enabled" } });
       const secrets = { "host-encryption-passphrase": "of the image's test" };
       const stage = {
         volumeId: volume.id,
@@ -56,26 +56,26 @@ export const scenario = of([
         volumeCapability: volume.capability,
         secrets,
       };
-      await world.nodeCall(Node.method.nodeStageVolume, stage, 120);
+      await testbed.nodeCall(Node.method.nodeStageVolume, stage, 120);
       await volume.publish();
       await Deno.writeTextFile(`${volume.target}/file`, "encrypted");
 
       assert.equal(await tool("blkid", "-p", "-s", "TYPE", "-o", "value", deviceOf(volume.uuid)), "crypto_LUKS");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "image: the node connects with the nvme-cli of an image that has no shell",
-    async run(world) {
-      const volume = await world.volume({ use: "block" });
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" });
       await volume.stage();
 
       assert.equal(controllers().length, 2);
       await assert.rejects(Deno.stat("/run/image/root/bin/sh"), Deno.errors.NotFound);
       assert.equal((await Deno.stat("/run/image/root/usr/sbin/nvme")).isFile, true);
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
 ], { ...impatient, image: true });

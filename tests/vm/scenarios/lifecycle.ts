@@ -2,12 +2,12 @@
 import assert from "node:assert/strict";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { type Check, scenario as of } from "../scenario.ts";
-import { controllers, deviceOf, devicesWith, mountsBelow, nodeId, read, tool, until } from "../world.ts";
+import { controllers, deviceOf, devicesWith, mountsBelow, nodeId, read, tool, until } from "../testbed.ts";
 
 const fileSystems = (["ext4", "xfs", "btrfs"] as const).map((use): Check => ({
   name: `a volume with ${use} lives from creation to deletion, each call made twice, and leaves nothing`,
-  async run(world) {
-    const volume = await world.volume({ use });
+  async run(testbed) {
+    const volume = await testbed.volume({ use });
     for (const call of [() => volume.stage(), () => volume.publish()]) {
       await call();
       await call();
@@ -30,7 +30,7 @@ const fileSystems = (["ext4", "xfs", "btrfs"] as const).map((use): Check => ({
     assert.equal(await Deno.readTextFile(`${volume.target}/file`), use);
     await volume.end();
 
-    await world.nothingLeft();
+    await testbed.nothingLeft();
     assert.deepEqual(devicesWith(volume.uuid), []);
   },
 }));
@@ -39,30 +39,31 @@ export const scenario = of([
   ...fileSystems,
   {
     name: "a raw block volume shows the volume's own bytes, and no other process keeps it",
-    async run(world) {
-      const volume = await world.volume({ use: "block" });
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" });
       await volume.stage();
       await volume.publish();
 
       await Deno.writeTextFile(volume.target, "block");
       await tool("sync", volume.target);
-      const [first] = (await tool("dd", `if=${world.contentOf(volume.uuid)}`, "bs=5", "count=1", "status=none")).split(
-        "\n",
-      );
+      const [first] = (await tool("dd", `if=${testbed.contentOf(volume.uuid)}`, "bs=5", "count=1", "status=none"))
+        .split(
+          "\n",
+        );
       await volume.unpublish();
       await volume.publish();
 
       assert.equal(first, "block");
       assert.equal((await Deno.lstat(volume.target)).isBlockDevice, true);
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "two volumes share the connections, and the last one to go takes them along",
-    async run(world) {
-      const one = await world.volume();
-      const two = await world.volume({ use: "block" });
+    async run(testbed) {
+      const one = await testbed.volume();
+      const two = await testbed.volume({ use: "block" });
       await Promise.all([one.stage(), two.stage()]);
       const before = controllers();
       assert.equal(before.length, 2);
@@ -78,8 +79,8 @@ export const scenario = of([
       assert.deepEqual(controllers(), []);
       await two.revoke();
       await Promise.all([one.delete(), two.delete()]);
-      await world.nothingLeft();
-      assert.deepEqual(mountsBelow(world.home), []);
+      await testbed.nothingLeft();
+      assert.deepEqual(mountsBelow(testbed.home), []);
     },
   },
 ]);

@@ -4,10 +4,19 @@
  */
 import assert from "node:assert/strict";
 import { scenario as of } from "../scenario.ts";
-import { controllers, devicesWith, mountsBelow, read, refuses, tool, until, type VmInventory } from "../world.ts";
+import {
+  assertCallFails,
+  controllers,
+  devicesWith,
+  type GuestTestbed,
+  mountsBelow,
+  read,
+  tool,
+  until,
+} from "../testbed.ts";
 
-const take = (world: VmInventory, server: number, up: boolean) =>
-  world.rig.ask("POST", `/paths/${up ? "up" : "down"}`, { server });
+const take = (testbed: GuestTestbed, server: number, up: boolean) =>
+  testbed.processes.ask("POST", `/paths/${up ? "up" : "down"}`, { server });
 const states = () => controllers().map(({ state }) => state).join(" ");
 const noneLive = () => controllers().length > 0 && controllers().every(({ state }) => state !== "live");
 
@@ -21,40 +30,40 @@ export const scenario = of([
   {
     name:
       "one lost path of two: I/O goes on, another volume is staged, and the path is made again when the kernel has given it up",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await volume.publish();
-      await take(world, 1, false);
+      await take(testbed, 1, false);
       await until("a path is lost", () => states() !== "live live");
       await tool("dd", "if=/dev/zero", `of=${volume.target}/a`, "bs=1M", "count=4", "conv=fsync", "status=none");
-      const other = await world.volume({ use: "block" });
+      const other = await testbed.volume({ use: "block" });
       await other.stage();
       await until("the kernel gives the path up", () => controllers().length === 1, 60);
 
-      await take(world, 1, true);
+      await take(testbed, 1, true);
       await until("the path is made again", () => states() === "live live", 90);
 
-      await take(world, 0, false);
+      await take(testbed, 0, false);
       await until("the other path is lost", () => states() !== "live live");
       await tool("dd", "if=/dev/zero", `of=${volume.target}/b`, "bs=1M", "count=4", "conv=fsync", "status=none");
-      await take(world, 0, true);
+      await take(testbed, 0, true);
       await until("both paths are there", () => states() === "live live", 90);
       await other.end();
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "a dead address among two is a warning, and the volume is staged over the other",
-    async run(world) {
-      await take(world, 0, false);
-      const volume = await world.volume();
+    async run(testbed) {
+      await take(testbed, 0, false);
+      const volume = await testbed.volume();
       await volume.stage();
 
       assert.equal(states(), "live");
-      assert.match(world.logOf("node"), /could not connect.*127\.0\.0\.1:4420: refused, nothing listens there/);
-      await take(world, 0, true);
+      assert.match(testbed.logOf("node"), /could not connect.*127\.0\.0\.1:4420: refused, nothing listens there/);
+      await take(testbed, 0, true);
       await volume.stage();
       assert.equal(states(), "live live");
       await volume.end();
@@ -62,19 +71,19 @@ export const scenario = of([
   },
   {
     name: "no address answers, or none lets this host in: stage says of each why",
-    async run(world) {
-      const volume = await world.volume();
-      for (const server of [0, 1]) await take(world, server, false);
-      await refuses(
+    async run(testbed) {
+      const volume = await testbed.volume();
+      for (const server of [0, 1]) await take(testbed, server, false);
+      await assertCallFails(
         volume.stage(),
         "UNAVAILABLE",
         /took the connection \(127\.0\.0\.1:4420: refused, nothing listens there; 127\.0\.0\.2:4420: refused, nothing listens/,
       );
-      for (const server of [0, 1]) await take(world, server, true);
+      for (const server of [0, 1]) await take(testbed, server, true);
       await volume.revoke();
-      await world.rig.ask("GET", "/settled");
+      await testbed.processes.ask("GET", "/settled");
 
-      await refuses(
+      await assertCallFails(
         volume.stage(),
         "UNAVAILABLE",
         /127\.0\.0\.1:4420: not allowed: the subsystem is unknown there or has no/,
@@ -86,37 +95,41 @@ export const scenario = of([
   },
   {
     name: "promise 4: all paths are lost and come back: nothing hangs meanwhile, and what was written is on the volume",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await volume.publish();
       await Deno.writeTextFile(`${volume.target}/unwritten`, "x".repeat(300_000));
-      for (const server of [0, 1]) await take(world, server, false);
+      for (const server of [0, 1]) await take(testbed, server, false);
       await until("no path is live", noneLive);
 
       const { volumeCondition } = await volume.stats();
       assert.match(volumeCondition?.message ?? "", /no live path/);
-      await refuses(volume.publish(20), "UNAVAILABLE", /has no live path \(nvme\d+ \w+; nvme\d+ \w+\)/);
-      await refuses(volume.stage(20), "UNAVAILABLE", /no live path|took the connection/);
+      await assertCallFails(volume.publish(20), "UNAVAILABLE", /has no live path \(nvme\d+ \w+; nvme\d+ \w+\)/);
+      await assertCallFails(volume.stage(20), "UNAVAILABLE", /no live path|took the connection/);
       await volume.unpublish(20);
-      await refuses(volume.unstage(20), "UNAVAILABLE", /has no live path .* what was not yet written waits for one/);
+      await assertCallFails(
+        volume.unstage(20),
+        "UNAVAILABLE",
+        /has no live path .* what was not yet written waits for one/,
+      );
       assert.equal(await stuck(), "");
-      for (const server of [0, 1]) await take(world, server, true);
+      for (const server of [0, 1]) await take(testbed, server, true);
       await until("a path is live", () => states().includes("live"));
       await volume.unstage();
 
       await volume.stage();
       assert.equal((await Deno.readTextFile(`${volume.staging}/unwritten`)).length, 300_000);
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name:
       "promise 25: all paths are lost until the kernel gives the devices up, and the next pods get their volumes without a stage",
     limitSeconds: 240,
-    async run(world) {
-      const volumes = [await world.volume(), await world.volume({ use: "block" })];
+    async run(testbed) {
+      const volumes = [await testbed.volume(), await testbed.volume({ use: "block" })];
       for (const volume of volumes) {
         await volume.stage();
         await volume.publish();
@@ -125,11 +138,11 @@ export const scenario = of([
       assert(mounted && block);
       await Deno.writeTextFile(`${mounted.target}/kept`, "by the first pod");
       await tool("sync", "-f", mounted.target);
-      for (const server of [0, 1]) await take(world, server, false);
+      for (const server of [0, 1]) await take(testbed, server, false);
       const isGone = () => volumes.every(({ uuid }) => devicesWith(uuid).length === 0);
       await until("the kernel gives the devices up", isGone, 120);
-      await refuses(mounted.publish(20), "UNAVAILABLE", /took the connection|no block device/);
-      for (const server of [0, 1]) await take(world, server, true);
+      await assertCallFails(mounted.publish(20), "UNAVAILABLE", /took the connection|no block device/);
+      for (const server of [0, 1]) await take(testbed, server, true);
       for (const volume of volumes) await volume.unpublish(20);
 
       for (const volume of volumes) await volume.publish();
@@ -138,14 +151,14 @@ export const scenario = of([
       await Deno.writeTextFile(`${mounted.target}/new`, "by the second pod");
       await tool("dd", "if=/dev/zero", `of=${block.target}`, "bs=4k", "count=1", "oflag=direct", "status=none");
       for (const volume of volumes) await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "all paths are inaccessible (ANA) while connected: nothing hangs, and it goes on afterwards",
-    async run(world) {
+    async run(testbed) {
       const ana = async (state: string) => {
-        for (const server of [0, 1]) await world.rig.ask("POST", "/paths/ana", { server, state });
+        for (const server of [0, 1]) await testbed.processes.ask("POST", "/paths/ana", { server, state });
         const paths = [...Deno.readDirSync("/sys/block")].map(({ name }) => name).filter((name) =>
           /^nvme\d+c/.test(name)
         );
@@ -154,40 +167,40 @@ export const scenario = of([
           () => paths.every((name) => read(`/sys/block/${name}/ana_state`) === state),
         );
       };
-      const volume = await world.volume();
+      const volume = await testbed.volume();
       await volume.stage();
       await ana("inaccessible");
 
-      await refuses(
+      await assertCallFails(
         volume.publish(20),
         "UNAVAILABLE",
         /no live path \(nvme\d+ live, inaccessible; nvme\d+ live, inaccessible\)/,
       );
-      await refuses(volume.unstage(20), "UNAVAILABLE", /no live path/);
+      await assertCallFails(volume.unstage(20), "UNAVAILABLE", /no live path/);
       await ana("optimized");
 
       await volume.publish();
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name:
       "promise 24: access is taken away while mounted: no write gets through, nothing hangs, and unstage succeeds in the end",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await volume.publish();
       await Deno.writeTextFile(`${volume.target}/written`, "before");
       await tool("sync", "-f", volume.target);
-      const content = world.contentOf(volume.uuid);
+      const content = testbed.contentOf(volume.uuid);
       await volume.revoke();
       await until("no path is live", noneLive);
       const fenced = Deno.statSync(content).mtime?.getTime();
       await Deno.writeTextFile(`${volume.target}/unwritten`, "after");
 
       await volume.unpublish(20);
-      await refuses(volume.unstage(20), "UNAVAILABLE", /has no live path/);
+      await assertCallFails(volume.unstage(20), "UNAVAILABLE", /has no live path/);
       assert.equal(await stuck(), "");
       await until("the kernel gives the device up", () => devicesWith(volume.uuid).length === 0, 90);
       await volume.unstage(20);
@@ -198,7 +211,7 @@ export const scenario = of([
       await volume.stage();
       assert.equal(await Deno.readTextFile(`${volume.staging}/written`), "before");
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
 ]);

@@ -2,18 +2,18 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { type Check, impatient, scenario as of } from "../scenario.ts";
-import { controllers, devicesWith, names, read, refuses, tool, until, type VmInventory } from "../world.ts";
+import { assertCallFails, controllers, devicesWith, type GuestTestbed, names, read, tool, until } from "../testbed.ts";
 
 /** Subsystems that POS has. */
-async function subsystemNqns(world: VmInventory): Promise<readonly string[]> {
-  const left = await world.rig.clusterWhenIdle(AbortSignal.timeout(30_000));
+async function subsystemNqns(testbed: GuestTestbed): Promise<readonly string[]> {
+  const left = await testbed.processes.clusterWhenIdle(AbortSignal.timeout(30_000));
   return left["access"] ?? [];
 }
 
 const lives = (["ext4", "block"] as const).map((use): Check => ({
   name: `PoseidonOS: a volume with ${use} lives from creation to deletion, each call made twice, and leaves nothing`,
-  async run(world) {
-    const volume = await world.volume({ use });
+  async run(testbed) {
+    const volume = await testbed.volume({ use });
     await volume.grant();
     const nqn = `nqn.2019-04.pos:lbcsi:${volume.uuid}:guest.node`;
     assert.equal(volume.publishContext["subsystem-nqn"], nqn);
@@ -25,7 +25,7 @@ const lives = (["ext4", "block"] as const).map((use): Check => ({
     const path = use === "block" ? volume.target : join(volume.target, "file");
     await Deno.writeTextFile(path, `text on ${use}`, { create: use !== "block" });
     await tool("sync", path);
-    await refuses(volume.grant("other.node"), "FAILED_PRECONDITION", /guest\.node has it/);
+    await assertCallFails(volume.grant("other.node"), "FAILED_PRECONDITION", /guest\.node has it/);
     const { usage } = await volume.stats();
     const total = Number(usage[0]?.total);
     assert(total > 0.8 * 2 ** 30 && total <= 2 ** 30, `${total} bytes`);
@@ -45,7 +45,7 @@ const lives = (["ext4", "block"] as const).map((use): Check => ({
     file.close();
     assert.equal(new TextDecoder().decode(bytes), `text on ${use}`);
     await volume.end();
-    await world.nothingLeft();
+    await testbed.nothingLeft();
   },
 }));
 
@@ -53,28 +53,28 @@ export const scenario = of([
   ...lives,
   {
     name: "PoseidonOS, promise 24: when detaching returns the namespace is gone, mounted or not, and unstage succeeds",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await volume.publish();
       await volume.revoke();
-      assert.deepEqual(await subsystemNqns(world), []);
+      assert.deepEqual(await subsystemNqns(testbed), []);
       await until("the device goes", () => devicesWith(volume.uuid).length === 0);
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "PoseidonOS starts anew and forgets its exports: attaching again brings the volume back with its data",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await volume.publish();
       await Deno.writeTextFile(`${volume.target}/file`, "kept");
       await tool("sync", "-f", volume.target);
 
-      await world.rig.ask("POST", "/restart", {});
-      assert.deepEqual(await subsystemNqns(world), []);
+      await testbed.processes.ask("POST", "/restart", {});
+      assert.deepEqual(await subsystemNqns(testbed), []);
       // What an orchestrator does when the node is told to use the volume again.
       await volume.grant();
       await until("the kernel is connected again", () => controllers().some(({ state }) => state === "live"), 60);
@@ -85,13 +85,13 @@ export const scenario = of([
       await Deno.writeTextFile(`${volume.target}/another`, "written");
       await tool("sync", "-f", volume.target);
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
   {
     name: "PoseidonOS: 25 volumes come and go while another one is written and read, without an error or a lost byte",
-    async run(world) {
-      const busy = await world.volume();
+    async run(testbed) {
+      const busy = await testbed.volume();
       await busy.stage();
       await busy.publish();
       const messages = (await tool("dmesg")).length;
@@ -115,7 +115,7 @@ export const scenario = of([
       })();
       const churn = async () => {
         for (let count = 0; count < 5; count++) {
-          const volume = await world.volume({ use: "block" }, count % 5 === 0);
+          const volume = await testbed.volume({ use: "block" }, count % 5 === 0);
           if (count % 5 === 0) await volume.revoke();
           await volume.delete();
         }
@@ -126,14 +126,14 @@ export const scenario = of([
       await io;
 
       assert(rounds > 5, `${rounds} rounds`);
-      world.measured("writes and reads while 25 volumes came and went", String(rounds));
+      testbed.measured("writes and reads while 25 volumes came and went", String(rounds));
       for (const name of names(busy.target).filter((name) => name.startsWith("file-"))) {
         const bytes = await Deno.readFile(join(busy.target, name));
         assert.deepEqual(bytes.subarray(1), block.subarray(1), name);
       }
       assert.doesNotMatch((await tool("dmesg")).slice(messages), /I\/O error/);
       await busy.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
 ], { ...impatient, backend: "poseidon" });

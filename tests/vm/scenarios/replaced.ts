@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { Scenario } from "../scenario.ts";
-import { capabilityOf, controllers, mountsBelow, read, tool, until, type VmInventory, Volume } from "../world.ts";
+import { capabilityOf, controllers, type GuestTestbed, mountsBelow, read, tool, until, Volume } from "../testbed.ts";
 
 /** Writes and syncs without end, and notes when each write was done; the emulated processor is for the others too. */
 function writer(path: string, notes: string): Deno.ChildProcess {
@@ -30,8 +30,8 @@ function load(): readonly Saved[] {
   return JSON.parse(Deno.readTextFileSync(saved));
 }
 
-function volumeOf(world: VmInventory, { id, context, directory, use, publishContext }: Saved): Volume {
-  const volume = new Volume(world, id, context, directory, capabilityOf(use));
+function volumeOf(testbed: GuestTestbed, { id, context, directory, use, publishContext }: Saved): Volume {
+  const volume = new Volume(testbed, id, context, directory, capabilityOf(use));
   volume.publishContext = publishContext;
   return volume;
 }
@@ -42,21 +42,21 @@ export const scenario: Scenario = {
     [
       {
         name: "promise 23: the node is stopped, killed and started while a pod writes: no error and no stall",
-        async run(world) {
-          const volume = await world.volume();
+        async run(testbed) {
+          const volume = await testbed.volume();
           await volume.stage();
           await volume.publish();
-          const notes = join(world.home, "writes");
+          const notes = join(testbed.home, "writes");
           const writing = writer(`${volume.target}/file`, notes);
           const times = () => (read(notes) ?? "").split("\n").filter((line) => line !== "").map(Number);
           const before = controllers();
           await until("it writes", () => times().length > 10);
           const undisturbed = times().length;
           for (const signal of ["SIGTERM", "SIGKILL"] as const) {
-            await world.rig.running("node")?.end(signal, 30_000);
+            await testbed.processes.running("node")?.end(signal, 30_000);
             const then = times().length;
             await until("it writes without a node", () => times().length > then + 10);
-            await world.startNode();
+            await testbed.startNode();
           }
           await volume.stage();
           await volume.publish();
@@ -70,21 +70,21 @@ export const scenario: Scenario = {
           assert(all.every((time) => time > 0), "a write failed");
           const gaps = all.slice(1).map((time, at) => time - (all[at] ?? 0));
           const longest = Math.max(...gaps.slice(undisturbed));
-          world.measured("longest pause of a writer", `${longest.toFixed(2)} s in ${all.length} writes`);
+          testbed.measured("longest pause of a writer", `${longest.toFixed(2)} s in ${all.length} writes`);
           assert(longest < 5, `a pause of ${longest} s`);
           await volume.unpublish();
           await volume.unstage();
           await volume.end();
-          await world.nothingLeft();
+          await testbed.nothingLeft();
         },
       },
       {
         name: "promise 4: volumes are in use when the machine loses its power",
-        async run(world) {
+        async run(testbed) {
           const volumes: Saved[] = [];
           for (const use of ["ext4", "xfs", "block"] as const) {
             for (const again of [true, false]) {
-              const volume = await world.volume({ use });
+              const volume = await testbed.volume({ use });
               await volume.stage();
               await volume.publish();
               if (use !== "block") {
@@ -103,9 +103,9 @@ export const scenario: Scenario = {
     [
       {
         name: "promise 4: after the reboot, volumes that were in use are staged and published again with their data",
-        async run(world) {
+        async run(testbed) {
           for (const known of load().filter(({ again }) => again)) {
-            const volume = volumeOf(world, known);
+            const volume = volumeOf(testbed, known);
             await volume.stage();
             await volume.publish();
             if (known.use !== "block") assert.equal(await Deno.readTextFile(`${volume.target}/file`), known.use);
@@ -115,9 +115,9 @@ export const scenario: Scenario = {
       },
       {
         name: "promise 4: after the reboot, volumes that nobody stages again are unpublished and unstaged",
-        async run(world) {
-          for (const known of load().filter(({ again }) => !again)) await volumeOf(world, known).end();
-          await world.nothingLeft();
+        async run(testbed) {
+          for (const known of load().filter(({ again }) => !again)) await volumeOf(testbed, known).end();
+          await testbed.nothingLeft();
           assert.deepEqual(mountsBelow("/disk/volumes"), []);
         },
       },

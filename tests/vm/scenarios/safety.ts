@@ -2,7 +2,7 @@
 import assert, { rejects } from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { type Check, scenario as of } from "../scenario.ts";
-import { devicesWith, read, refuses, run, tool, until, type VmInventory, type Volume } from "../world.ts";
+import { assertCallFails, devicesWith, type GuestTestbed, read, run, tool, until, type Volume } from "../testbed.ts";
 
 const mib = 1 << 20;
 
@@ -22,7 +22,7 @@ function fingerprint(path: string): string {
 interface Case {
   readonly what: string;
   /** Fills the volume's file before any host has seen it. */
-  readonly prepare: (file: string, world: VmInventory) => Promise<unknown>;
+  readonly prepare: (file: string, testbed: GuestTestbed) => Promise<unknown>;
   readonly code: "FAILED_PRECONDITION" | "UNAVAILABLE";
   readonly message: RegExp;
 }
@@ -47,8 +47,8 @@ const contents: readonly Case[] = [
   },
   {
     what: "a LUKS header",
-    prepare: (file, world) => {
-      const key = `${world.home}/key`;
+    prepare: (file, testbed) => {
+      const key = `${testbed.home}/key`;
       Deno.writeTextFileSync(key, "not a secret");
       return tool(
         "cryptsetup",
@@ -69,8 +69,8 @@ const contents: readonly Case[] = [
 ];
 
 /** Puts another device behind a namespace, as an array with broken drives would. */
-async function behind(world: VmInventory, volume: Volume, device: string): Promise<void> {
-  const directory = world.targetOf(volume.uuid);
+async function behind(testbed: GuestTestbed, volume: Volume, device: string): Promise<void> {
+  const directory = testbed.targetOf(volume.uuid);
   await Deno.writeTextFile(`${directory}/enable`, "0");
   await until("the device is away", () => devicesWith(volume.uuid).length === 0);
   await Deno.writeTextFile(`${directory}/device_path`, device);
@@ -94,27 +94,27 @@ const broken = [
 export const scenario = of([
   ...contents.map(({ what, prepare, code, message }): Check => ({
     name: `promise 1: a volume with ${what} is refused, and no byte on it changes`,
-    async run(world) {
-      const volume = await world.volume({}, false);
-      const file = world.contentOf(volume.uuid);
-      await prepare(file, world);
+    async run(testbed) {
+      const volume = await testbed.volume({}, false);
+      const file = testbed.contentOf(volume.uuid);
+      await prepare(file, testbed);
       const before = fingerprint(file);
       await volume.grant();
 
-      await refuses(volume.stage(), code, message);
-      await refuses(volume.stage(), code, message);
+      await assertCallFails(volume.stage(), code, message);
+      await assertCallFails(volume.stage(), code, message);
 
       assert.equal(fingerprint(file), before);
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   })),
   ...broken.map(([what, table]): Check => ({
     name: `promise 1: a volume that ${what} is refused, and not formatted when it can be read again`,
-    async run(world) {
-      const volume = await world.volume();
-      await world.rig.ask("GET", "/settled");
-      const file = world.contentOf(volume.uuid);
+    async run(testbed) {
+      const volume = await testbed.volume();
+      await testbed.processes.ask("GET", "/settled");
+      const file = testbed.contentOf(volume.uuid);
       const loop = await loopOf(file);
       const sectors = (1 << 30) / 512;
       const rows = table(sectors, loop);
@@ -124,33 +124,33 @@ export const scenario = of([
       await writer.close();
       assert.equal((await child.status).code, 0);
       const before = fingerprint(file);
-      await behind(world, volume, "/dev/mapper/bad");
+      await behind(testbed, volume, "/dev/mapper/bad");
 
-      await refuses(volume.stage(), "UNAVAILABLE", /cannot be read at byte|blkid cannot tell/);
+      await assertCallFails(volume.stage(), "UNAVAILABLE", /cannot be read at byte|blkid cannot tell/);
       assert.equal(fingerprint(file), before);
 
-      await behind(world, volume, loop);
+      await behind(testbed, volume, loop);
       await tool("dmsetup", "remove", "bad");
       await volume.stage();
       await volume.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   })),
   {
     name: "promise 1: a volume that has shrunk is refused, and mounts again with its size",
-    async run(world) {
-      const volume = await world.volume();
+    async run(testbed) {
+      const volume = await testbed.volume();
       await volume.stage();
       await Deno.writeTextFile(`${volume.staging}/file`, "there");
-      const other = await world.volume({ use: "block" });
+      const other = await testbed.volume({ use: "block" });
       await other.stage();
       await volume.unstage();
-      const file = world.contentOf(volume.uuid);
+      const file = testbed.contentOf(volume.uuid);
       const loop = await loopOf(file);
       const resize = async (bytes: number) => {
         await Deno.truncate(file, bytes);
         await tool("losetup", "-c", loop);
-        await Deno.writeTextFile(`${world.targetOf(volume.uuid)}/revalidate_size`, "1");
+        await Deno.writeTextFile(`${testbed.targetOf(volume.uuid)}/revalidate_size`, "1");
         await until(
           "the host sees the size",
           () => read(`/sys/class/block/${volume.device.slice(5)}/size`) === String(bytes / 512),
@@ -159,7 +159,7 @@ export const scenario = of([
       await resize(512 * mib);
       const before = fingerprint(file);
 
-      await refuses(
+      await assertCallFails(
         volume.stage(),
         "FAILED_PRECONDITION",
         /has 1073741824 bytes, but the device only 536870912: it has shrunk/,
@@ -175,23 +175,23 @@ export const scenario = of([
   },
   {
     name: "promise 1: a namespace that is disabled, or has no size, is waited for and then named, not formatted",
-    async run(world) {
-      const other = await world.volume({ use: "block" });
+    async run(testbed) {
+      const other = await testbed.volume({ use: "block" });
       await other.stage();
-      const volume = await world.volume();
-      await world.rig.ask("GET", "/settled");
-      const directory = world.targetOf(volume.uuid);
+      const volume = await testbed.volume();
+      await testbed.processes.ask("GET", "/settled");
+      const directory = testbed.targetOf(volume.uuid);
       await Deno.writeTextFile(`${directory}/enable`, "0");
       await until("the device is away", () => devicesWith(volume.uuid).length === 0);
 
       // What the node says at the deadline may come too late for the caller on a busy machine; its log has it.
       const said = () =>
-        world.logOf("node").split("\n").filter((line) =>
+        testbed.logOf("node").split("\n").filter((line) =>
           line.includes(volume.uuid) && /Cannot find a block device .* is live/.test(line)
         );
       await rejects(volume.stage(6));
       await until("the node has said why", () => said().length === 1);
-      const empty = `${world.home}/empty`;
+      const empty = `${testbed.home}/empty`;
       Deno.writeTextFileSync(empty, "");
       const loop = await tool("losetup", "-f", "--show", empty);
       await Deno.writeTextFile(`${directory}/device_path`, loop);
@@ -201,12 +201,12 @@ export const scenario = of([
 
       await tool("sh", "-c", `echo 0 > ${directory}/enable`);
       await tool("losetup", "-d", loop);
-      await Deno.writeTextFile(`${directory}/device_path`, await loopOf(world.contentOf(volume.uuid)));
+      await Deno.writeTextFile(`${directory}/device_path`, await loopOf(testbed.contentOf(volume.uuid)));
       await Deno.writeTextFile(`${directory}/enable`, "1");
       await volume.stage();
       await volume.end();
       await other.end();
-      await world.nothingLeft();
+      await testbed.nothingLeft();
     },
   },
 ]);

@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { hostNqn } from "../../../lib/namespace.ts";
 import type { Check, Scenario } from "../scenario.ts";
 import { Target } from "../target.ts";
-import { controllers, deviceOf, devicesWith, mountsBelow, program, run, tool, until } from "../world.ts";
+import { controllers, deviceOf, devicesWith, mountsBelow, program, run, tool, until } from "../testbed.ts";
 
 const nodeId = "shell.node";
 const us = hostNqn(nodeId);
@@ -20,18 +20,18 @@ const checks: readonly Check[] = [
   {
     name: "attach, list and detach of a known place: a device, a file system when asked for, and nothing at the end",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
       target.offer(1);
       target.offer(2);
       const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", nodeId];
       const address = ["--address", "127.0.0.1:4421,127.0.0.1:4422"];
-      const mnt = join(world.home, "mnt");
+      const mnt = join(testbed.home, "mnt");
       await Deno.mkdir(mnt, { recursive: true });
 
       const begin = performance.now();
       const attached = await lbcsi("attach", ...place, ...address);
-      world.measured("lbcsi attach", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("lbcsi attach", `${Math.round(performance.now() - begin)} ms`);
       assert.deepEqual(attached, { code: 0, stdout: deviceOf(target.uuid), stderr: "" });
       const mounted = await lbcsi("attach", ...place, ...address, "--mount", mnt, "--format");
       assert.deepEqual(mounted, { code: 0, stdout: `${deviceOf(target.uuid)} ${mnt}`, stderr: "" });
@@ -50,17 +50,17 @@ const checks: readonly Check[] = [
       assert.match(busy.stderr, new RegExp(`is in use by the mount at "${mnt}"`));
 
       assert.deepEqual(await lbcsi("detach", ...place, "--mount", mnt), { code: 0, stdout: "", stderr: "" });
-      assert.deepEqual([devicesWith(target.uuid), controllers(), mountsBelow(world.home)], [[], [], []]);
+      assert.deepEqual([devicesWith(target.uuid), controllers(), mountsBelow(testbed.home)], [[], [], []]);
     },
   },
   {
     name: "list answers and detach refuses while all paths are down, and both do their work when one is back",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
       target.offer(1);
       const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", nodeId];
-      const mnt = join(world.home, "mnt");
+      const mnt = join(testbed.home, "mnt");
       await Deno.mkdir(mnt, { recursive: true });
       const attached = await lbcsi("attach", ...place, "--address", "127.0.0.1:4421", "--mount", mnt, "--format");
       assert.equal(attached.code, 0, attached.stderr);
@@ -70,7 +70,7 @@ const checks: readonly Check[] = [
 
       const begin = performance.now();
       const { stdout } = await lbcsi("list");
-      world.measured("lbcsi list without a path", `${Math.round(performance.now() - begin)} ms`);
+      testbed.measured("lbcsi list without a path", `${Math.round(performance.now() - begin)} ms`);
       assert.match(stdout, /^ {2}path {3}nvme\d+ {2}127\.0\.0\.1:4421 {2}connecting {2}\S+$/m);
       assert.match(stdout, new RegExp(`^ {2}mount {2}${mnt} {2}ext4 {2}rw$`, "m"));
       const refused = await lbcsi("detach", ...place, "--mount", mnt);
@@ -87,11 +87,11 @@ const checks: readonly Check[] = [
   {
     name: "detach takes away what a connection that was lost for good has left",
     limitSeconds: 900,
-    async run(world) {
-      await using target = new Target(world.home, [us]);
+    async run(testbed) {
+      await using target = new Target(testbed.home, [us]);
       target.offer(1);
       const place = ["--uuid", target.uuid, "--nqn", target.nqn, "--node-id", nodeId];
-      const mnt = join(world.home, "mnt");
+      const mnt = join(testbed.home, "mnt");
       await Deno.mkdir(mnt, { recursive: true });
       const attached = await lbcsi("attach", ...place, "--address", "127.0.0.1:4421", "--mount", mnt, "--format");
       assert.equal(attached.code, 0, attached.stderr);

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
 import { scenario as of } from "../scenario.ts";
-import { controllers, devicesWith, names, program, read, run, tool, until, type VmInventory } from "../world.ts";
+import { controllers, devicesWith, type GuestTestbed, names, program, read, run, tool, until } from "../testbed.ts";
 
 const target = "/sys/kernel/config/nvmet";
 const hostA = hostNqn("a.node");
@@ -13,14 +13,14 @@ const hostB = hostNqn("b.node");
 const hostIdOf = (host: string) => `11111111-1111-4111-8111-${host === hostA ? "aaaaaaaaaaaa" : "bbbbbbbbbbbb"}`;
 
 /** nvme-cli's words, without the driver. */
-async function connect(world: VmInventory, host: string, traddr = "127.0.0.1") {
+async function connect(testbed: GuestTestbed, host: string, traddr = "127.0.0.1") {
   return await run(
     "nvme",
     "connect",
     "--transport=tcp",
     `--traddr=${traddr}`,
     "--trsvcid=4420",
-    `--nqn=${world.rig.addresses.subsystemNqn}`,
+    `--nqn=${testbed.processes.addresses.subsystemNqn}`,
     `--hostnqn=${host}`,
     `--hostid=${hostIdOf(host)}`,
     "--reconnect-delay=1",
@@ -28,109 +28,109 @@ async function connect(world: VmInventory, host: string, traddr = "127.0.0.1") {
   );
 }
 
-async function disconnect(world: VmInventory): Promise<void> {
-  await tool("nvme", "disconnect", `--nqn=${world.rig.addresses.subsystemNqn}`);
+async function disconnect(testbed: GuestTestbed): Promise<void> {
+  await tool("nvme", "disconnect", `--nqn=${testbed.processes.addresses.subsystemNqn}`);
 }
 
-const subsystemOf = (world: VmInventory) => `${target}/subsystems/${world.rig.addresses.subsystemNqn}`;
-const allowed = (world: VmInventory) => names(`${subsystemOf(world)}/allowed_hosts`);
+const subsystemOf = (testbed: GuestTestbed) => `${target}/subsystems/${testbed.processes.addresses.subsystemNqn}`;
+const allowed = (testbed: GuestTestbed) => names(`${subsystemOf(testbed)}/allowed_hosts`);
 
 export const scenario = of([
   {
     name: "nvmet: a granted host finds and reaches its volume by UUID and NGUID, any other is refused",
-    async run(world) {
-      const volume = await world.volume({ use: "block" }, false);
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" }, false);
       await volume.grant("a.node");
-      await world.rig.ask("GET", "/settled");
+      await testbed.processes.ask("GET", "/settled");
       const discover = (host: string) =>
         tool("nvme", "discover", "-t", "tcp", "-a", "127.0.0.1", "-s", "4420", "-q", host, "-I", hostIdOf(host));
 
-      const refused = await connect(world, hostB);
-      const accepted = await connect(world, hostA);
+      const refused = await connect(testbed, hostB);
+      const accepted = await connect(testbed, hostA);
       const device = await until("the device", () => devicesWith(volume.uuid)[0]);
 
       assert.equal(refused.code, 1);
       assert.equal(accepted.code, 0, accepted.stderr);
       assert.equal(read(`/sys/class/block/${device}/nguid`), volume.uuid);
-      assert.equal(read(`/sys/class/block/${device}/device/subsysnqn`), world.rig.addresses.subsystemNqn);
+      assert.equal(read(`/sys/class/block/${device}/device/subsysnqn`), testbed.processes.addresses.subsystemNqn);
       assert.equal(await tool("blockdev", "--getsize64", `/dev/${device}`), String(1 << 30));
-      assert((await discover(hostA)).includes(world.rig.addresses.subsystemNqn));
-      assert(!(await discover(hostB)).includes(world.rig.addresses.subsystemNqn));
-      await disconnect(world);
+      assert((await discover(hostA)).includes(testbed.processes.addresses.subsystemNqn));
+      assert(!(await discover(hostB)).includes(testbed.processes.addresses.subsystemNqn));
+      await disconnect(testbed);
       await volume.revoke("a.node");
       await volume.delete();
     },
   },
   {
     name: "nvmet: hosts with the same volumes are admitted together, one with others waits its turn",
-    async run(world) {
-      const shared = await world.volume({ use: "block", mode: Mode.MULTI_NODE_MULTI_WRITER }, false);
+    async run(testbed) {
+      const shared = await testbed.volume({ use: "block", mode: Mode.MULTI_NODE_MULTI_WRITER }, false);
       await shared.grant("a.node");
       await shared.grant("b.node");
-      await world.rig.ask("GET", "/settled");
-      assert.deepEqual(allowed(world), [hostA, hostB]);
+      await testbed.processes.ask("GET", "/settled");
+      assert.deepEqual(allowed(testbed), [hostA, hostB]);
 
-      const alone = await world.volume({ use: "block" }, false);
+      const alone = await testbed.volume({ use: "block" }, false);
       await alone.grant("b.node");
-      await world.rig.ask("GET", "/settled");
-      assert.deepEqual(allowed(world), [hostA]);
-      assert.equal(names(`${subsystemOf(world)}/namespaces`).length, 1);
+      await testbed.processes.ask("GET", "/settled");
+      assert.deepEqual(allowed(testbed), [hostA]);
+      assert.equal(names(`${subsystemOf(testbed)}/namespaces`).length, 1);
       await shared.revoke("a.node");
-      await world.rig.ask("GET", "/settled");
-      assert.deepEqual(allowed(world), [hostB]);
-      assert.equal(names(`${subsystemOf(world)}/namespaces`).length, 2);
+      await testbed.processes.ask("GET", "/settled");
+      assert.deepEqual(allowed(testbed), [hostB]);
+      assert.equal(names(`${subsystemOf(testbed)}/namespaces`).length, 2);
 
       for (const volume of [shared, alone]) {
         await volume.revoke("b.node");
         await volume.delete();
       }
-      await world.rig.ask("GET", "/settled");
-      assert.deepEqual(allowed(world), []);
+      await testbed.processes.ask("GET", "/settled");
+      assert.deepEqual(allowed(testbed), []);
     },
   },
   {
     name: "nvmet: a port goes down and comes back, and its ANA state reaches the host",
-    async run(world) {
-      const volume = await world.volume({ use: "block" }, false);
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" }, false);
       await volume.grant("a.node");
-      await world.rig.ask("GET", "/settled");
-      for (const traddr of ["127.0.0.1", "127.0.0.2"]) await connect(world, hostA, traddr);
+      await testbed.processes.ask("GET", "/settled");
+      for (const traddr of ["127.0.0.1", "127.0.0.2"]) await connect(testbed, hostA, traddr);
       const device = await until("the device", () => devicesWith(volume.uuid)[0]);
       const stateAt = (traddr: string) => controllers().find(({ address }) => address.includes(`=${traddr},`))?.state;
 
-      await world.rig.ask("POST", "/paths/down", { server: 0 });
+      await testbed.processes.ask("POST", "/paths/down", { server: 0 });
       await until("the first path is down", () => stateAt("127.0.0.1") === "connecting");
       await tool("dd", "if=/dev/zero", `of=/dev/${device}`, "bs=64k", "count=1", "oflag=direct", "status=none");
-      await world.rig.ask("POST", "/paths/up", { server: 0 });
+      await testbed.processes.ask("POST", "/paths/up", { server: 0 });
       await until("the first path is back", () => stateAt("127.0.0.1") === "live");
-      await world.rig.ask("POST", "/paths/ana", { server: 1, state: "inaccessible" });
+      await testbed.processes.ask("POST", "/paths/ana", { server: 1, state: "inaccessible" });
       await until(
         "the second path is inaccessible",
         () => names("/sys/block").some((name) => read(`/sys/block/${name}/ana_state`) === "inaccessible"),
       );
 
-      await world.rig.ask("POST", "/paths/ana", { server: 1, state: "optimized" });
-      await disconnect(world);
+      await testbed.processes.ask("POST", "/paths/ana", { server: 1, state: "optimized" });
+      await disconnect(testbed);
       await volume.revoke("a.node");
       await volume.delete();
     },
   },
   {
     name: "promise 24: nvmet: a host whose access is taken away is cut off at once, and does not come back",
-    async run(world) {
-      const volume = await world.volume({ use: "block" }, false);
+    async run(testbed) {
+      const volume = await testbed.volume({ use: "block" }, false);
       await volume.grant("a.node");
-      await world.rig.ask("GET", "/settled");
-      await connect(world, hostA);
+      await testbed.processes.ask("GET", "/settled");
+      await connect(testbed, hostA);
       const device = await until("the device", () => devicesWith(volume.uuid)[0]);
       const file = await Deno.open(`/dev/${device}`, { read: true, write: true });
 
       await volume.revoke("a.node");
-      await world.rig.ask("GET", "/settled");
+      await testbed.processes.ask("GET", "/settled");
 
       await until("the connection has ended", () => controllers().every(({ state }) => state !== "live"));
-      assert.equal((await connect(world, hostA, "127.0.0.2")).code, 1);
-      await disconnect(world);
+      assert.equal((await connect(testbed, hostA, "127.0.0.2")).code, 1);
+      await disconnect(testbed);
       file.close();
       await until("the device is gone", () => devicesWith(volume.uuid).length === 0);
       await volume.delete();
@@ -139,33 +139,33 @@ export const scenario = of([
   {
     name:
       "nvmet: a simulator takes away what a killed one has left, and in the end everything of its own, but nothing else",
-    async run(world) {
+    async run(testbed) {
       const theirs = {
         subsystem: `${target}/subsystems/nqn.2014-08.org.example:theirs`,
         host: `${target}/hosts/nqn.theirs`,
         port: `${target}/ports/7`,
       };
-      const volume = await world.volume({ use: "block" }, false);
+      const volume = await testbed.volume({ use: "block" }, false);
       await volume.grant("a.node");
-      await world.rig.ask("GET", "/settled");
-      await connect(world, hostA);
+      await testbed.processes.ask("GET", "/settled");
+      await connect(testbed, hostA);
       await until("the device", () => devicesWith(volume.uuid)[0]);
       for (const path of Object.values(theirs)) await Deno.mkdir(path);
       const before = names(`${target}/ports`);
 
-      await world.rig.running("simulator")?.end("SIGKILL", 5000);
+      await testbed.processes.running("simulator")?.end("SIGKILL", 5000);
       assert.equal(controllers()[0]?.state, "live");
-      await world.startSimulator();
+      await testbed.startSimulator();
 
       assert.deepEqual(names(`${target}/ports`), before);
       assert.equal(names("/run/lbcsi-simulator").length, 1);
       await until("the host is connected again", () => controllers()[0]?.state === "live");
       assert.equal((await tool("losetup", "-l", "-n", "-O", "BACK-FILE")).split("\n").length, 1);
-      await disconnect(world);
+      await disconnect(testbed);
       await volume.revoke("a.node");
       await volume.delete();
 
-      assert.equal(await world.rig.running("simulator")?.end("SIGTERM", 20_000), "exit 0");
+      assert.equal(await testbed.processes.running("simulator")?.end("SIGTERM", 20_000), "exit 0");
       assert.deepEqual(names(`${target}/ports`), ["7"]);
       assert.deepEqual(names(`${target}/subsystems`), ["nqn.2014-08.org.example:theirs"]);
       assert.deepEqual(names(`${target}/hosts`), ["nqn.theirs"]);
@@ -195,7 +195,7 @@ export const scenario = of([
       assert.deepEqual(names("/run/lbcsi-simulator"), []);
       await Deno.remove(shown);
       for (const path of Object.values(theirs)) await Deno.remove(path);
-      await world.stop();
+      await testbed.stop();
     },
   },
 ]);

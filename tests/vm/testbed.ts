@@ -1,12 +1,13 @@
 /**
- * The guest as a scenario sees it: commands, files of the kernel, and the program's processes: a simulated cluster over the
- * kernel's NVMe/TCP target, a controller, and a node that attaches directly. The scenario plays the orchestrator. Nothing
- * of this runs on the host.
+ * The test bed inside the guest: commands, kernel files, and the program's processes, which are a simulated cluster over the
+ * kernel's NVMe/TCP target, a controller, and a node that attaches directly. A scenario acts as the orchestrator. Nothing of
+ * this runs on the host.
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { type Backend, type Running, Testbed } from "../../lib/demo/testbed.ts";
+import type { ServiceProcess } from "../../lib/demo/process.ts";
+import { type Backend, Testbed } from "../../lib/demo/testbed.ts";
 import { CallError, type Channel } from "../../lib/grpc/client.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { hostNqn } from "../../lib/namespace.ts";
@@ -162,7 +163,7 @@ export function capabilityOf(
 
 /** A volume and the calls that an orchestrator makes for it. Each may be made again. */
 export class Volume {
-  readonly world: VmInventory;
+  readonly testbed: GuestTestbed;
   readonly id: string;
   readonly uuid: string;
   /** What is at the volume's paths on the node is in here. */
@@ -181,13 +182,13 @@ export class Volume {
   nodePublishSecrets: Record<string, string> = {};
 
   constructor(
-    world: VmInventory,
+    testbed: GuestTestbed,
     id: string,
     context: Record<string, string>,
     directory: string,
     capability: Capability,
   ) {
-    this.world = world;
+    this.testbed = testbed;
     this.id = id;
     this.uuid = uuidInId(id) ?? "";
     this.context = context;
@@ -204,29 +205,29 @@ export class Volume {
 
   /** ControllerPublishVolume: the node is on the access list afterwards. */
   async grant(node = nodeId): Promise<void> {
-    const { publishContext } = await this.world.controllerCall(Controller.method.controllerPublishVolume, {
+    const { publishContext } = await this.testbed.controllerCall(Controller.method.controllerPublishVolume, {
       volumeId: this.id,
       nodeId: node,
       volumeCapability: this.capability,
       volumeContext: this.context,
-      secrets: { ...this.world.secrets, ...this.publishSecrets },
+      secrets: { ...this.testbed.secrets, ...this.publishSecrets },
     });
     this.publishContext = publishContext;
     // The simulator answers before its target has changed, and a first connection is refused meanwhile.
-    await this.world.rig.ask("GET", "/settled");
+    await this.testbed.processes.ask("GET", "/settled");
   }
 
   /** ControllerUnpublishVolume: the fence. */
   async revoke(node = nodeId): Promise<void> {
-    await this.world.controllerCall(Controller.method.controllerUnpublishVolume, {
+    await this.testbed.controllerCall(Controller.method.controllerUnpublishVolume, {
       volumeId: this.id,
       nodeId: node,
-      secrets: this.world.secrets,
+      secrets: this.testbed.secrets,
     });
   }
 
   async stage(seconds?: number): Promise<void> {
-    await this.world.nodeCall(Node.method.nodeStageVolume, {
+    await this.testbed.nodeCall(Node.method.nodeStageVolume, {
       volumeId: this.id,
       volumeContext: this.context,
       publishContext: this.publishContext,
@@ -237,7 +238,7 @@ export class Volume {
   }
 
   async publish(seconds?: number): Promise<void> {
-    await this.world.nodeCall(Node.method.nodePublishVolume, {
+    await this.testbed.nodeCall(Node.method.nodePublishVolume, {
       volumeId: this.id,
       publishContext: this.publishContext,
       stagingTargetPath: this.staging,
@@ -250,27 +251,27 @@ export class Volume {
 
   async unpublish(seconds?: number): Promise<void> {
     const request = { volumeId: this.id, targetPath: this.target };
-    await this.world.nodeCall(Node.method.nodeUnpublishVolume, request, seconds);
+    await this.testbed.nodeCall(Node.method.nodeUnpublishVolume, request, seconds);
   }
 
   async unstage(seconds?: number): Promise<void> {
     const request = { volumeId: this.id, stagingTargetPath: this.staging };
-    await this.world.nodeCall(Node.method.nodeUnstageVolume, request, seconds);
+    await this.testbed.nodeCall(Node.method.nodeUnstageVolume, request, seconds);
   }
 
   async stats(path = this.target) {
-    return await this.world.nodeCall(Node.method.nodeGetVolumeStats, { volumeId: this.id, volumePath: path });
+    return await this.testbed.nodeCall(Node.method.nodeGetVolumeStats, { volumeId: this.id, volumePath: path });
   }
 
   /** ControllerExpandVolume and NodeExpandVolume; the size that the node has measured. */
   async expand(requiredBytes: bigint, path = this.target): Promise<bigint> {
-    await this.world.controllerCall(Controller.method.controllerExpandVolume, {
+    await this.testbed.controllerCall(Controller.method.controllerExpandVolume, {
       volumeId: this.id,
       capacityRange: { requiredBytes },
-      secrets: this.world.secrets,
+      secrets: this.testbed.secrets,
       volumeCapability: this.capability,
     });
-    const { capacityBytes } = await this.world.nodeCall(Node.method.nodeExpandVolume, {
+    const { capacityBytes } = await this.testbed.nodeCall(Node.method.nodeExpandVolume, {
       volumeId: this.id,
       volumePath: path,
       capacityRange: { requiredBytes },
@@ -279,9 +280,9 @@ export class Volume {
   }
 
   async delete(): Promise<void> {
-    this.world.forget(this);
-    const request = { volumeId: this.id, secrets: this.world.secrets };
-    await this.world.controllerCall(Controller.method.deleteVolume, request);
+    this.testbed.forget(this);
+    const request = { volumeId: this.id, secrets: this.testbed.secrets };
+    await this.testbed.controllerCall(Controller.method.deleteVolume, request);
   }
 
   /** The end of its life, from whatever state; nothing of it is left on node and cluster. */
@@ -294,7 +295,7 @@ export class Volume {
 }
 
 /** Asserts that a call is refused by the driver with this code and words. */
-export async function refuses(call: Promise<unknown>, code: CallError["code"], message: RegExp): Promise<void> {
+export async function assertCallFails(call: Promise<unknown>, code: CallError["code"], message: RegExp): Promise<void> {
   await assert.rejects(call, (error) => {
     assert(error instanceof CallError, `not an answer: ${error}`);
     assert.equal(error.code, code, error.message);
@@ -303,7 +304,7 @@ export async function refuses(call: Promise<unknown>, code: CallError["code"], m
   });
 }
 
-// -------------------------------------------------------------------------------------------------------- the world
+// ----------------------------------------------------------------------------------------------------- the test bed
 
 export interface StartOptions {
   /** Default `lightos`. */
@@ -318,11 +319,11 @@ export interface StartOptions {
   readonly onDisk?: boolean;
 }
 
-/** What the checks of one boot share. */
-export class VmInventory {
+/** What the checks of one boot share: the processes, and the volumes that are alive. */
+export class GuestTestbed {
   /** A directory in memory; sockets belong here. */
-  readonly home = Deno.makeTempDirSync({ dir: "/tmp", prefix: "world-" });
-  rig = new Testbed(this.home, program, program, "lightos", patienceMs);
+  readonly home = Deno.makeTempDirSync({ dir: "/tmp", prefix: "testbed-" });
+  processes = new Testbed(this.home, program, { startLimitMs: patienceMs });
   readonly #measured: (name: string, text: string) => void;
   /** Of what runs; undefined: nothing does. */
   #options: StartOptions | undefined;
@@ -340,7 +341,7 @@ export class VmInventory {
   }
 
   get secrets(): Record<string, string> {
-    return this.rig.secrets;
+    return this.processes.secrets;
   }
 
   /** Starts a new cluster, the controller and the node; first it stops those that run. */
@@ -349,17 +350,19 @@ export class VmInventory {
     this.#options = options;
     this.#starts++;
     const { backend = "lightos" } = options;
-    if (backend !== this.rig.backend) this.rig = new Testbed(this.home, program, program, backend, patienceMs);
+    if (backend !== this.processes.backend) {
+      this.processes = new Testbed(this.home, program, { backend, startLimitMs: patienceMs });
+    }
     if (options.image === true) {
       // Not below /tmp, which the image sees.
       const places = { "/deno-bin": "/deno", [code.directory]: code.directory };
       const { words } = await enter("/image", "/run/image", ["/tmp"], places);
       const inside = [...words, "/deno/deno", ...program.slice(1)];
-      this.rig = new Testbed(this.home, inside, program, backend, patienceMs);
+      this.processes = new Testbed(this.home, inside, { simulator: program, backend, startLimitMs: patienceMs });
     }
     await this.startSimulator();
     const signal = AbortSignal.timeout(patienceMs);
-    await Promise.all([this.rig.startController(signal), this.startNode()]);
+    await Promise.all([this.processes.startController(signal), this.startNode()]);
   }
 
   /** Whether what runs was started with these options. */
@@ -375,7 +378,7 @@ export class VmInventory {
   async stop(): Promise<void> {
     if (this.#options === undefined) return;
     this.#options = undefined;
-    await this.rig.stopAll();
+    await this.processes.stopAll();
   }
 
   /** The cluster's memory and contents: not in memory, where sparse files cannot be zeroed in place. */
@@ -389,17 +392,17 @@ export class VmInventory {
   }
 
   /** Starts the cluster, or a new one of the same state after the old one ended. */
-  async startSimulator(): Promise<Running> {
+  async startSimulator(): Promise<ServiceProcess> {
     const { simulator = [] } = this.#options ?? {};
-    const servers = this.rig.backend === "lightos" ? ["--schemes", "grpc", "--servers", "2"] : [];
+    const servers = this.processes.backend === "lightos" ? ["--schemes", "grpc", "--servers", "2"] : [];
     const options = ["--state", this.state, ...servers, ...simulator];
-    return await this.rig.startSimulator("nvmet", AbortSignal.timeout(patienceMs), options);
+    return await this.processes.startSimulator("nvmet", AbortSignal.timeout(patienceMs), options);
   }
 
   /** Starts the node, or a new one after the old one ended; `more` options of `lbcsi node` for this one only. */
-  async startNode(more: readonly string[] = []): Promise<Running> {
+  async startNode(more: readonly string[] = []): Promise<ServiceProcess> {
     const options = ["--attach", "direct", ...this.#options?.node ?? [], ...more];
-    return await this.rig.startNode(nodeId, AbortSignal.timeout(patienceMs), {}, options);
+    return await this.processes.startNode(nodeId, AbortSignal.timeout(patienceMs), {}, options);
   }
 
   async nodeCall<I extends DescMessage, O extends DescMessage>(
@@ -407,7 +410,7 @@ export class VmInventory {
     request: MessageInitShape<I>,
     seconds = 60,
   ): Promise<MessageShape<O>> {
-    return await call(this.rig.node, method, request, seconds);
+    return await call(this.processes.node, method, request, seconds);
   }
 
   async controllerCall<I extends DescMessage, O extends DescMessage>(
@@ -415,7 +418,7 @@ export class VmInventory {
     request: MessageInitShape<I>,
     seconds = 60,
   ): Promise<MessageShape<O>> {
-    return await call(this.rig.controller, method, request, seconds);
+    return await call(this.processes.controller, method, request, seconds);
   }
 
   /** CreateVolume and, unless told otherwise, ControllerPublishVolume. */
@@ -423,7 +426,7 @@ export class VmInventory {
     const { use = "ext4", sizeBytes = 1n << 30n, mode = Mode.SINGLE_NODE_WRITER, mountFlags = [] } = wish;
     const capability = capabilityOf(use, mode, mountFlags);
     const name = `volume-${++this.#volumes}-${crypto.randomUUID().slice(0, 8)}`;
-    const { backend, addresses, parameters } = this.rig;
+    const { backend, addresses, parameters } = this.processes;
     // Without TLS, which the emulated machine is slow at, and one replica, so that sizes add up.
     const plain = { "mgmt-endpoint": addresses.grpc.join(","), "mgmt-scheme": "grpc", "replica-count": "1" };
     const { volume } = await this.controllerCall(Controller.method.createVolume, {
@@ -451,8 +454,8 @@ export class VmInventory {
   async cleanUp(): Promise<void> {
     const quietly = (step: () => Promise<unknown>) => step().catch((error) => console.log(`clean-up: ${error}`));
     for (const server of [0, 1]) {
-      await quietly(() => this.rig.ask("POST", "/paths/up", { server }));
-      await quietly(() => this.rig.ask("POST", "/paths/ana", { server, state: "optimized" }));
+      await quietly(() => this.processes.ask("POST", "/paths/up", { server }));
+      await quietly(() => this.processes.ask("POST", "/paths/ana", { server, state: "optimized" }));
     }
     for (const directory of targets()) await quietly(() => Deno.writeTextFile(join(directory, "enable"), "1"));
     for (const volume of this.#alive) {
@@ -477,7 +480,7 @@ export class VmInventory {
 
   /** Asserts that nothing is left of any volume: on the cluster, in the mount table, of devices and connections. */
   async nothingLeft(): Promise<void> {
-    const left = await this.rig.clusterWhenIdle(AbortSignal.timeout(30_000));
+    const left = await this.processes.clusterWhenIdle(AbortSignal.timeout(30_000));
     assert.deepEqual(Object.values(left).flat(), []);
     assert.deepEqual(mountsBelow(this.home), []);
     // The node looks after connections without a namespace every 10 s, when the last volume went before its neighbours'
