@@ -69,7 +69,7 @@ export interface Faults {
   /** Tells `listener` of every call until it is disposed. */
   watch(listener: (event: CallEvent) => void): Disposable;
   /** For who serves the calls: tells the watchers. */
-  tell(event: CallEvent): void;
+  report(event: CallEvent): void;
 }
 
 export function faults(): Faults {
@@ -114,7 +114,7 @@ export function faults(): Faults {
       watchers.add(watcher);
       return { [Symbol.dispose]: () => void watchers.delete(watcher) };
     },
-    tell: (event) => {
+    report: (event) => {
       for (const watcher of watchers) watcher(event);
     },
     take(rpc, endpoint) {

@@ -3,7 +3,7 @@ import { createLogger } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { type EndpointState, serveControl } from "../../lib/simulator/control.ts";
-import type { Behaviour } from "../../lib/simulator/lightos/cluster.ts";
+import type { Behaviour } from "../../lib/simulator/lightos/behaviour.ts";
 import type { SimulatorAddresses } from "../../lib/simulator/lightos/simulator.ts";
 import { DurosAPI } from "../../proto/gen/lightos_pb.ts";
 import { eventually, startSimulator, type TestSimulator } from "../support/simulator.ts";

@@ -16,7 +16,7 @@ import { basename, dirname, join } from "node:path";
 import type { Logger } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import { formatAddress, parseAddress, type TransportAddress } from "../../namespace.ts";
-import type { ClusterIdentity } from "../lightos/cluster.ts";
+import type { ClusterIdentity } from "../lightos/model.ts";
 import { Contents, copySparse, exists, removeFile } from "./contents.ts";
 import { type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
 import { type DiscoveryEntry, watchDiscoveryDirectory } from "./discovery_client.ts";

@@ -32,7 +32,7 @@ import type { Logger } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import { parseAddress } from "../../namespace.ts";
 import { Contents, exists, removeFile } from "./contents.ts";
-import type { ClusterIdentity } from "../lightos/cluster.ts";
+import type { ClusterIdentity } from "../lightos/model.ts";
 import {
   type AnaState,
   anaStates,

@@ -111,7 +111,7 @@ export async function servePoseidon({ model, faults, host, port, log }: Poseidon
         if (rule.event === "panic") return reply(500, "");
         return status(isEvent(rule.event) ? rule.event : "POS_UNREACHABLE", rule.message ?? "told to fail");
       };
-      faults.tell({ phase: "begin", rpc, subject });
+      faults.report({ phase: "begin", rpc, subject });
       try {
         const delayMs = (rule?.delayMs ?? 0) + model.behaviour.callMs;
         // A caller that is gone changes nothing for PoseidonOS.
@@ -134,7 +134,7 @@ export async function servePoseidon({ model, faults, host, port, log }: Poseidon
         log.error("DAgent failed", { request: where, error: messageOf(error) });
         return reply(500, "");
       } finally {
-        faults.tell({ phase: "end", rpc, subject });
+        faults.report({ phase: "end", rpc, subject });
       }
     });
   };

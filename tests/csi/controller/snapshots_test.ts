@@ -9,7 +9,7 @@ import { type StatusCode, StatusError } from "../../../lib/error.ts";
 import { CallError, Channel } from "../../../lib/grpc/client.ts";
 import { serve, service } from "../../../lib/grpc/server.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
-import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
+import type { SimVolume } from "../../../lib/simulator/lightos/model.ts";
 import type { StorageBackend, VolumeRequest } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { parseVolumeId } from "../../../lib/volume_id.ts";

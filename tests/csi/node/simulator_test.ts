@@ -8,7 +8,7 @@ import type { Host } from "../../../lib/host/host.ts";
 import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../../lib/host/mount_table.ts";
 import { toPublishContext } from "../../../lib/namespace.ts";
-import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
+import type { SimVolume } from "../../../lib/simulator/lightos/model.ts";
 import { needs } from "../../support/needs.ts";
 import {
   blockCapability,

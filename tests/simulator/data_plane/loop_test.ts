@@ -4,7 +4,7 @@ import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { Channel } from "../../../lib/grpc/client.ts";
 import { parseDiscoveryFile } from "../../../lib/simulator/data_plane/discovery_client.ts";
-import type { SimVolume } from "../../../lib/simulator/lightos/cluster.ts";
+import type { SimVolume } from "../../../lib/simulator/lightos/model.ts";
 import { defaultSimulateSettings, simulate, type SimulateSettings } from "../../../lib/simulator/lightos/simulator.ts";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import { needs } from "../../support/needs.ts";

@@ -2,18 +2,13 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { type StatusCode, StatusError } from "../../../lib/error.ts";
-import {
-  type Behaviour,
-  Cluster,
-  type ClusterOptions,
-  defaultBehaviour,
-  parseSize,
-  type SimulatedVolumeRequest,
-  type SimVolume,
-  type VolumeState,
-  volumeStates,
-} from "../../../lib/simulator/lightos/cluster.ts";
 import { noDataPlane } from "../../../lib/simulator/data_plane/data_plane.ts";
+import { Action } from "../../../lib/simulator/lightos/action.ts";
+import { parseSize } from "../../../lib/simulator/lightos/arguments.ts";
+import { type Behaviour, defaultBehaviour } from "../../../lib/simulator/lightos/behaviour.ts";
+import { Cluster, type ClusterOptions } from "../../../lib/simulator/lightos/cluster.ts";
+import { type SimVolume, type VolumeState, volumeStates } from "../../../lib/simulator/lightos/model.ts";
+import type { SimulatedVolumeRequest } from "../../../lib/simulator/lightos/volumes.ts";
 import { eventually } from "../../support/simulator.ts";
 
 const gib = 1n << 30n;
@@ -22,7 +17,7 @@ const project = "default";
 Deno.test("createVolume answers Creating, and the volume becomes Available with another ETag", async () => {
   await using cluster = await open({ creationMs: 5 });
 
-  const volume = await cluster.createVolume(wish());
+  const volume = await cluster.createVolume(volumeRequest());
   const { state, protection, etag } = volume;
   await eventually("the volume is Available", () => volume.state === "Available");
 
@@ -34,17 +29,17 @@ Deno.test("createVolume answers Creating, and the volume becomes Available with 
 Deno.test("createVolume without a delay answers Available", async () => {
   await using cluster = await open({ creationMs: 0 });
 
-  const { state } = await cluster.createVolume(wish());
+  const { state } = await cluster.createVolume(volumeRequest());
 
   assert.equal(state, "Available");
 });
 
 Deno.test("createVolume refuses the name of a live volume", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
 
   await refuses(
-    cluster.createVolume(wish()),
+    cluster.createVolume(volumeRequest()),
     "ALREADY_EXISTS",
     `Cannot create volume "v1": volume ${uuid} has this name`,
   );
@@ -52,20 +47,20 @@ Deno.test("createVolume refuses the name of a live volume", async () => {
 
 Deno.test("createVolume accepts the name of a volume in another project", async () => {
   await using cluster = await open();
-  await cluster.createVolume(wish());
+  await cluster.createVolume(volumeRequest());
 
-  const volume = await cluster.createVolume(wish({ project: "other" }));
+  const volume = await cluster.createVolume(volumeRequest({ project: "other" }));
 
   assert.equal(volume.project, "other");
 });
 
 Deno.test("createVolume accepts the name of a Deleting volume, and getVolume by name shows the live one", async () => {
   await using cluster = await open({ deletionMs: 60_000 });
-  const old = await cluster.createVolume(wish());
+  const old = await cluster.createVolume(volumeRequest());
   cluster.deleteVolume({ project, uuid: old.uuid }, undefined);
   assert.equal(cluster.getVolume({ project, name: "v1" }).uuid, old.uuid);
 
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
 
   assert.equal(cluster.getVolume({ project, name: "v1" }).uuid, uuid);
   cluster.behaviour.nameShowsDead = true;
@@ -74,9 +69,9 @@ Deno.test("createVolume accepts the name of a Deleting volume, and getVolume by 
 
 Deno.test("createVolume that is doomed leaves a Failed husk that blocks neither name nor space, for ever", async () => {
   await using cluster = await open({ failCreations: 1 });
-  const husk = await cluster.createVolume(wish());
+  const husk = await cluster.createVolume(volumeRequest());
 
-  const retry = await cluster.createVolume(wish());
+  const retry = await cluster.createVolume(volumeRequest());
 
   assert.deepEqual([husk.state, retry.state], ["Failed", "Available"]);
   assert.equal(cluster.reservedBytes, gib);
@@ -137,7 +132,7 @@ for (
     await using cluster = await open();
     const { name = "v1" }: Partial<SimulatedVolumeRequest> = change;
 
-    await refuses(cluster.createVolume(wish(change)), code, `Cannot create volume "${name}": ${problem}`);
+    await refuses(cluster.createVolume(volumeRequest(change)), code, `Cannot create volume "${name}": ${problem}`);
 
     assert.deepEqual(cluster.volumes, []);
   });
@@ -145,7 +140,7 @@ for (
 
 Deno.test("space is taken with all replicas until the volume is gone", async () => {
   await using cluster = await open({ deletionMs: 5 });
-  const volume = await cluster.createVolume(wish({ size: "10 gib", replicaCount: 3 }));
+  const volume = await cluster.createVolume(volumeRequest({ size: "10 gib", replicaCount: 3 }));
   assert.equal(cluster.freeBytes, 2n * gib);
   await refuses(
     cluster.updateVolume({ project, uuid: volume.uuid }, { size: "11 gib" }, undefined),
@@ -170,13 +165,13 @@ for (
   ] as const
 ) {
   Deno.test(`parseSize reads "${text}"`, () => {
-    assert.equal(parseSize("try", text), bytes);
+    assert.equal(parseSize(new Action("try"), text), bytes);
   });
 }
 
 for (const text of ["", "b", "0", "-4096", "1.5 gib", "4096 x", "4096b b", "0x1000", "99999999999999999999"]) {
   Deno.test(`parseSize refuses "${text}"`, () => {
-    assert.throws(() => parseSize("try", text), (error: unknown) => {
+    assert.throws(() => parseSize(new Action("try"), text), (error: unknown) => {
       assert.ok(error instanceof StatusError);
       assert.equal(error.code, "INVALID_ARGUMENT");
       assert.ok(error.message.startsWith(`Cannot try: size "${text}" is `), error.message);
@@ -189,9 +184,9 @@ for (const size of ["511", "512", "4095", "4096"]) {
   Deno.test(`createVolume rounds ${size} bytes up to 4 KiB, and refuses what is no multiple as documented`, async () => {
     await using cluster = await open();
 
-    const { sizeBytes } = await cluster.createVolume(wish({ size }));
+    const { sizeBytes } = await cluster.createVolume(volumeRequest({ size }));
     cluster.behaviour.asDocumented = true;
-    const documented = cluster.createVolume(wish({ name: "v2", size }));
+    const documented = cluster.createVolume(volumeRequest({ name: "v2", size }));
 
     assert.equal(sizeBytes, 4096n);
     if (size === "4096") assert.equal((await documented).sizeBytes, 4096n);
@@ -204,7 +199,7 @@ for (const size of ["511", "512", "4095", "4096"]) {
 
 Deno.test("updateVolume rounds a size up to 4 KiB", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish({ size: "1 gib" }));
+  const { uuid } = await cluster.createVolume(volumeRequest({ size: "1 gib" }));
 
   await cluster.updateVolume({ project, uuid }, { size: String(gib + 1n) }, undefined);
 
@@ -213,7 +208,7 @@ Deno.test("updateVolume rounds a size up to 4 KiB", async () => {
 
 Deno.test("an access list holds any text, and host NQNs only as documented", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish({ acl: ["ace-1", "ace-2"] }));
+  const { uuid } = await cluster.createVolume(volumeRequest({ acl: ["ace-1", "ace-2"] }));
   const update = () => cluster.updateVolume({ project, uuid }, { acl: ["ace-3"] }, undefined);
 
   await update();
@@ -226,11 +221,13 @@ Deno.test("an access list holds any text, and host NQNs only as documented", asy
 
 Deno.test("a clone has its source's first ETag, and snapshots and clones change the source's", async () => {
   await using cluster = await open({ creationMs: 0 });
-  const source = await cluster.createVolume(wish());
+  const source = await cluster.createVolume(volumeRequest());
   const seen = [source.etag];
   const snapshot = await snapshotOf(cluster, source.uuid, "s1");
   seen.push(source.etag);
-  const clone = await cluster.createVolume(wish({ name: "c1", sourceSnapshot: { uuid: snapshot.uuid, name: "" } }));
+  const clone = await cluster.createVolume(
+    volumeRequest({ name: "c1", sourceSnapshot: { uuid: snapshot.uuid, name: "" } }),
+  );
   seen.push(source.etag);
 
   assert.equal(clone.etag, seen[0]);
@@ -239,10 +236,12 @@ Deno.test("a clone has its source's first ETag, and snapshots and clones change 
 
 Deno.test("as documented, ETags are unique in the cluster, and a snapshot leaves its source's alone", async () => {
   await using cluster = await open({ creationMs: 0, asDocumented: true });
-  const source = await cluster.createVolume(wish());
+  const source = await cluster.createVolume(volumeRequest());
   const { etag } = source;
   const snapshot = await snapshotOf(cluster, source.uuid, "s1");
-  const clone = await cluster.createVolume(wish({ name: "c1", sourceSnapshot: { uuid: snapshot.uuid, name: "" } }));
+  const clone = await cluster.createVolume(
+    volumeRequest({ name: "c1", sourceSnapshot: { uuid: snapshot.uuid, name: "" } }),
+  );
 
   assert.equal(source.etag, etag);
   assert.equal(new Set([etag, snapshot.etag, clone.etag]).size, 3);
@@ -250,8 +249,8 @@ Deno.test("as documented, ETags are unique in the cluster, and a snapshot leaves
 
 Deno.test("names and space follow renaming, growth, failure and deletion of volumes", async () => {
   await using cluster = await open({ creationMs: 0, deletionMs: 1 });
-  const one = await cluster.createVolume(wish({ name: "one", size: "2 gib", replicaCount: 2 }));
-  const two = await cluster.createVolume(wish({ name: "two", size: "1 gib", replicaCount: 1 }));
+  const one = await cluster.createVolume(volumeRequest({ name: "one", size: "2 gib", replicaCount: 2 }));
+  const two = await cluster.createVolume(volumeRequest({ name: "two", size: "1 gib", replicaCount: 1 }));
   const reserved = [cluster.reservedBytes];
   await cluster.updateVolume({ project, uuid: one.uuid }, { newName: "three", size: "3 gib" }, undefined);
   reserved.push(cluster.reservedBytes);
@@ -269,7 +268,7 @@ Deno.test("names and space follow renaming, growth, failure and deletion of volu
 
 Deno.test("updateVolume refuses another ETag and changes nothing", async () => {
   await using cluster = await open();
-  const volume = await cluster.createVolume(wish());
+  const volume = await cluster.createVolume(volumeRequest());
 
   await refuses(
     cluster.updateVolume({ project, uuid: volume.uuid }, { acl: ["nqn.a"] }, "0"),
@@ -282,7 +281,7 @@ Deno.test("updateVolume refuses another ETag and changes nothing", async () => {
 
 Deno.test("updateVolume of two callers with one ETag lets one of them win", async () => {
   await using cluster = await open();
-  const volume = await cluster.createVolume(wish());
+  const volume = await cluster.createVolume(volumeRequest());
   const { etag } = volume;
 
   const results = await Promise.allSettled(
@@ -295,7 +294,7 @@ Deno.test("updateVolume of two callers with one ETag lets one of them win", asyn
 
 Deno.test("updateVolume shrinks with force only", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish({ size: "2 gib" }));
+  const { uuid } = await cluster.createVolume(volumeRequest({ size: "2 gib" }));
 
   await refuses(
     cluster.updateVolume({ project, uuid }, { size: "1 gib" }, undefined),
@@ -309,8 +308,8 @@ Deno.test("updateVolume shrinks with force only", async () => {
 
 Deno.test("updateVolume renames to a free name only", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish());
-  const other = await cluster.createVolume(wish({ name: "v2" }));
+  const { uuid } = await cluster.createVolume(volumeRequest());
+  const other = await cluster.createVolume(volumeRequest({ name: "v2" }));
 
   await refuses(
     cluster.updateVolume({ project, uuid }, { newName: "v2" }, undefined),
@@ -324,7 +323,7 @@ Deno.test("updateVolume renames to a free name only", async () => {
 
 Deno.test("updateVolume with a delay shows Updating first", async () => {
   await using cluster = await open({ updateMs: 5 });
-  const volume = await cluster.createVolume(wish());
+  const volume = await cluster.createVolume(volumeRequest());
 
   await cluster.updateVolume({ project, uuid: volume.uuid }, { acl: ["nqn.a"] }, undefined);
 
@@ -349,7 +348,7 @@ for (const state of volumeStates) {
     }`,
     async () => {
       await using cluster = await open();
-      const { uuid } = await cluster.createVolume(wish());
+      const { uuid } = await cluster.createVolume(volumeRequest());
       cluster.setVolume(uuid, { state });
 
       const update = () => cluster.updateVolume({ project, uuid }, { acl: ["nqn.a"] }, undefined);
@@ -374,7 +373,7 @@ for (const state of volumeStates) {
 
 Deno.test("deleteVolume leaves snapshots alone, and the volume is NOT_FOUND in the end", async () => {
   await using cluster = await open({ deletionMs: 5 });
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
   const snapshot = await snapshotOf(cluster, uuid, "s1");
 
   cluster.deleteVolume({ project, uuid }, undefined);
@@ -390,7 +389,7 @@ Deno.test("deleteVolume leaves snapshots alone, and the volume is NOT_FOUND in t
 
 Deno.test("a volume of another project is NOT_FOUND", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
 
   await refuses(
     () => cluster.getVolume({ project: "other", uuid }),
@@ -401,7 +400,7 @@ Deno.test("a volume of another project is NOT_FOUND", async () => {
 
 Deno.test("held creations stay Creating until they are released", async () => {
   await using cluster = await open({ holdCreations: true });
-  const volume = await cluster.createVolume(wish());
+  const volume = await cluster.createVolume(volumeRequest());
   assert.equal(volume.state, "Creating");
 
   cluster.releaseCreations();
@@ -411,18 +410,18 @@ Deno.test("held creations stay Creating until they are released", async () => {
 
 Deno.test("a clone has its snapshot's size and labels unless it asks for more", async () => {
   await using cluster = await open();
-  const source = await cluster.createVolume(wish({ size: "2 gib", labels: labels(1) }));
+  const source = await cluster.createVolume(volumeRequest({ size: "2 gib", labels: labels(1) }));
   const snapshot = await snapshotOf(cluster, source.uuid, "s1");
   const sourceSnapshot = { uuid: snapshot.uuid, name: "" };
 
-  const same = await cluster.createVolume(wish({ name: "c1", size: "", sourceSnapshot }));
-  const larger = await cluster.createVolume(wish({ name: "c2", size: "3 gib", sourceSnapshot }));
+  const same = await cluster.createVolume(volumeRequest({ name: "c1", size: "", sourceSnapshot }));
+  const larger = await cluster.createVolume(volumeRequest({ name: "c2", size: "3 gib", sourceSnapshot }));
 
   assert.deepEqual([same.sizeBytes, larger.sizeBytes], [2n * gib, 3n * gib]);
   assert.deepEqual(same.labels, labels(1));
   assert.equal(same.sourceSnapshotUuid, snapshot.uuid);
   await refuses(
-    cluster.createVolume(wish({ name: "c3", size: "1 gib", sourceSnapshot })),
+    cluster.createVolume(volumeRequest({ name: "c3", size: "1 gib", sourceSnapshot })),
     "INVALID_ARGUMENT",
     `Cannot create volume "c3": size ${gib} is below the ${2n * gib} bytes of snapshot ${snapshot.uuid}`,
   );
@@ -430,7 +429,7 @@ Deno.test("a clone has its snapshot's size and labels unless it asks for more", 
 
 Deno.test("createSnapshot is refused while its source is Updating", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
   cluster.setVolume(uuid, { state: "Updating" });
 
   await refuses(
@@ -442,7 +441,7 @@ Deno.test("createSnapshot is refused while its source is Updating", async () => 
 
 Deno.test("createSnapshot with the name of a Deleting snapshot succeeds and ends as Failed", async () => {
   await using cluster = await open({ deletionMs: 60_000 });
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
   const first = await snapshotOf(cluster, uuid, "s1");
   await refuses(
     snapshotOf(cluster, uuid, "s1"),
@@ -458,7 +457,7 @@ Deno.test("createSnapshot with the name of a Deleting snapshot succeeds and ends
 
 Deno.test("a snapshot deletes itself when its retention time is over", async () => {
   await using cluster = await open({ deletionMs: 5 });
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
 
   await snapshotOf(cluster, uuid, "s1", 20);
 
@@ -467,9 +466,11 @@ Deno.test("a snapshot deletes itself when its retention time is over", async () 
 
 Deno.test("deleteSnapshot waits for clones", async () => {
   await using cluster = await open({ deletionMs: 5 });
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
   const snapshot = await snapshotOf(cluster, uuid, "s1");
-  const clone = await cluster.createVolume(wish({ name: "c1", sourceSnapshot: { uuid: snapshot.uuid, name: "" } }));
+  const clone = await cluster.createVolume(
+    volumeRequest({ name: "c1", sourceSnapshot: { uuid: snapshot.uuid, name: "" } }),
+  );
 
   cluster.deleteSnapshot({ project, uuid: snapshot.uuid });
   await eventually("the time for the deletion is over", () => snapshot.dueAtMs === undefined);
@@ -482,7 +483,7 @@ Deno.test("deleteSnapshot waits for clones", async () => {
 
 Deno.test("rollbackVolume restores the snapshot's size", async () => {
   await using cluster = await open({ rollbackMs: 5 });
-  const volume = await cluster.createVolume(wish());
+  const volume = await cluster.createVolume(volumeRequest());
   const snapshot = await snapshotOf(cluster, volume.uuid, "s1");
   await cluster.updateVolume({ project, uuid: volume.uuid }, { size: "2 gib" }, undefined);
 
@@ -495,8 +496,8 @@ Deno.test("rollbackVolume restores the snapshot's size", async () => {
 
 Deno.test("rollbackVolume refuses the snapshot of another volume, and a Deleting volume for now", async () => {
   await using cluster = await open({ deletionMs: 60_000 });
-  const { uuid } = await cluster.createVolume(wish());
-  const other = await cluster.createVolume(wish({ name: "v2" }));
+  const { uuid } = await cluster.createVolume(volumeRequest());
+  const other = await cluster.createVolume(volumeRequest({ name: "v2" }));
   const snapshot = await snapshotOf(cluster, other.uuid, "s1");
   const rollback = () => cluster.rollbackVolume({ project, uuid }, { uuid: snapshot.uuid, name: "" });
 
@@ -511,7 +512,7 @@ Deno.test("rollbackVolume refuses the snapshot of another volume, and a Deleting
 
 Deno.test("listVolumes pages through everything once, in the order of UUIDs", async () => {
   await using cluster = await open();
-  for (let number = 0; number < 7; number++) await cluster.createVolume(wish({ name: `v${number}` }));
+  for (let number = 0; number < 7; number++) await cluster.createVolume(volumeRequest({ name: `v${number}` }));
   const seen: string[] = [];
 
   for (let offsetUuid = "";;) {
@@ -527,7 +528,7 @@ Deno.test("listVolumes pages through everything once, in the order of UUIDs", as
 
 Deno.test("listVolumes shows Deleting volumes on demand only", async () => {
   await using cluster = await open({ deletionMs: 60_000 });
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
   cluster.deleteVolume({ project, uuid }, undefined);
 
   assert.deepEqual(cluster.listVolumes({ project }), []);
@@ -536,9 +537,9 @@ Deno.test("listVolumes shows Deleting volumes on demand only", async () => {
 
 Deno.test("visibleTo names what a host may reach in the volume's present state", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish({ acl: ["nqn.a"] }));
-  const open_ = await cluster.createVolume(wish({ name: "v2", acl: ["ALLOW_ANY"] }));
-  await cluster.createVolume(wish({ name: "v3" }));
+  const { uuid } = await cluster.createVolume(volumeRequest({ acl: ["nqn.a"] }));
+  const open_ = await cluster.createVolume(volumeRequest({ name: "v2", acl: ["ALLOW_ANY"] }));
+  await cluster.createVolume(volumeRequest({ name: "v3" }));
   assert.deepEqual(cluster.visibleTo("nqn.a").sort(), [uuid, open_.uuid].sort());
   assert.deepEqual(cluster.visibleTo("nqn.b"), [open_.uuid]);
 
@@ -554,12 +555,12 @@ Deno.test("a cluster with a file goes on with creations and deletions that were 
     let etag: string;
     {
       await using cluster = await open({ creationMs: 0, deletionMs: 60_000 }, { file });
-      const { uuid } = await cluster.createVolume(wish({ name: "deleting", labels: labels(2) }));
+      const { uuid } = await cluster.createVolume(volumeRequest({ name: "deleting", labels: labels(2) }));
       cluster.deleteVolume({ project, uuid }, undefined);
       cluster.behaviour.creationMs = 200;
-      etag = (await cluster.createVolume(wish({ name: "creating", acl: ["nqn.a"] }))).etag;
+      etag = (await cluster.createVolume(volumeRequest({ name: "creating", acl: ["nqn.a"] }))).etag;
       cluster.behaviour.holdCreations = true;
-      await cluster.createVolume(wish({ name: "held" }));
+      await cluster.createVolume(volumeRequest({ name: "held" }));
     }
     const dying = JSON.parse(await Deno.readTextFile(file));
     for (const volume of dying.volumes) if (volume.name === "deleting") volume.dueAtMs = Date.now();
@@ -587,7 +588,7 @@ Deno.test("a snapshot whose copy was cut off by a crash is Failed afterwards", a
     await Deno.remove(file);
     {
       await using cluster = await open({}, { file });
-      const { uuid } = await cluster.createVolume(wish());
+      const { uuid } = await cluster.createVolume(volumeRequest());
       cluster.behaviour.holdCreations = true;
       await snapshotOf(cluster, uuid, "s1");
     }
@@ -603,7 +604,7 @@ Deno.test("a snapshot whose copy was cut off by a crash is Failed afterwards", a
 
 Deno.test("visibleTo names nothing to hosts whose addresses are not admitted", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish({ acl: ["ALLOW_ANY"] }));
+  const { uuid } = await cluster.createVolume(volumeRequest({ acl: ["ALLOW_ANY"] }));
 
   await cluster.updateVolume({ project, uuid }, { ipAcl: ["192.0.2.1"] }, undefined);
   assert.deepEqual(cluster.visibleTo("nqn.a"), []);
@@ -631,7 +632,7 @@ Deno.test("Cluster.open refuses a damaged file and leaves it as it is", async ()
 
 Deno.test("forget leaves a cluster as new", async () => {
   await using cluster = await open();
-  const { uuid } = await cluster.createVolume(wish());
+  const { uuid } = await cluster.createVolume(volumeRequest());
   await snapshotOf(cluster, uuid, "s1");
 
   await cluster.forget();
@@ -666,7 +667,7 @@ function open(behaviour: Partial<Behaviour> = {}, change: Partial<ClusterOptions
   });
 }
 
-function wish(change: Partial<SimulatedVolumeRequest> = {}): SimulatedVolumeRequest {
+function volumeRequest(change: Partial<SimulatedVolumeRequest> = {}): SimulatedVolumeRequest {
   return {
     project,
     name: "v1",
