@@ -29,13 +29,13 @@ import {
 } from "../control.ts";
 import type { Machine, Paths } from "../data_plane/data_plane.ts";
 import type { Faults } from "../faults.ts";
-import type { PoseidonApi } from "./dagent.ts";
+import type { DAgent } from "./dagent.ts";
 import { arrayStates, type PosArray, type PosBehaviour, type PoseidonModel, situations } from "./system.ts";
 
 /** All that a test can do to a simulated PoseidonOS, callable in its process. */
 export interface PoseidonControl extends CallControl {
   readonly model: PoseidonModel;
-  readonly api: PoseidonApi;
+  readonly api: DAgent;
   behave(change: Partial<PosBehaviour>): void;
   setArray(name: string, to: Partial<Pick<PosArray, "state" | "situation">>): void;
   /** `access` has the NQNs of all subsystems, with or without a volume. */
@@ -50,7 +50,7 @@ export interface PoseidonControl extends CallControl {
   paths(): Paths;
 }
 
-export function poseidonControl(model: PoseidonModel, api: PoseidonApi, faults: Faults): PoseidonControl {
+export function poseidonControl(model: PoseidonModel, api: DAgent, faults: Faults): PoseidonControl {
   return {
     ...callControl(faults),
     model,

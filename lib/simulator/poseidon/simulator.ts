@@ -11,7 +11,7 @@ import { isArrayName } from "../../volume_id.ts";
 import type { DataPlane } from "../data_plane/data_plane.ts";
 import { faults } from "../faults.ts";
 import { lockFile } from "../state_file.ts";
-import { servePoseidon } from "./dagent.ts";
+import { serveDAgent } from "./dagent.ts";
 import { type PoseidonControl, poseidonControl, servePoseidonControl } from "./control.ts";
 import { defaultPosBehaviour, type PosBehaviour, PoseidonModel } from "./system.ts";
 import { openDataPlane } from "../lightos/simulator.ts";
@@ -111,7 +111,7 @@ export async function simulatePoseidon(settings: PoseidonSettings, log: Logger):
   });
   const rules = faults();
   const api = stack.use(
-    await servePoseidon({ model, faults: rules, host: settings.host, port: settings.port, log }),
+    await serveDAgent({ model, faults: rules, host: settings.host, port: settings.port, log }),
   );
   const controls = poseidonControl(model, api, rules);
   const port = stack.use(

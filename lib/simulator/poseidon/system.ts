@@ -63,7 +63,7 @@ export const events = {
 export type PosEvent = keyof typeof events;
 
 /** What PoseidonOS answers instead of doing something. */
-export class PosRefusal extends Error {
+export class PosError extends Error {
   readonly event: PosEvent;
 
   constructor(event: PosEvent, cause: string) {
@@ -199,7 +199,7 @@ export class PoseidonModel {
   array(name: string, event: PosEvent): PosArray {
     const array = this.#model.arrays.find((array) => array.name === name);
     if (array !== undefined) return array;
-    throw new PosRefusal(event, `array ${name} does not exist`);
+    throw new PosError(event, `array ${name} does not exist`);
   }
 
   /** What the array shows: nothing while it is not mounted. */
@@ -210,7 +210,7 @@ export class PoseidonModel {
   volume(array: PosArray, name: string): PosVolume {
     const volume = this.volumesOf(array).find((volume) => volume.name === name);
     if (volume !== undefined) return volume;
-    throw new PosRefusal("VOL_NOT_FOUND", `volume ${name} does not exist`);
+    throw new PosError("VOL_NOT_FOUND", `volume ${name} does not exist`);
   }
 
   usedBytes(array: PosArray): bigint {
@@ -235,28 +235,28 @@ export class PoseidonModel {
     const array = this.array(wish.array, "CREATE_VOL_ARRAY_NAME_DOES_NOT_EXIST");
     this.#requireMounted(array, "CREATE_VOL_CAN_ONLY_BE_WHILE_ONLINE");
     const { name, sizeBytes } = wish;
-    if (name.length < 2) throw new PosRefusal("CREATE_VOL_NAME_TOO_SHORT", `name "${name}" is too short`);
-    if (name.length > 255) throw new PosRefusal("CREATE_VOL_NAME_TOO_LONG", `name "${name}" is too long`);
-    if (name.trim() !== name) throw new PosRefusal("CREATE_VOL_NAME_START_OR_END_WITH_SPACE", `name "${name}"`);
+    if (name.length < 2) throw new PosError("CREATE_VOL_NAME_TOO_SHORT", `name "${name}" is too short`);
+    if (name.length > 255) throw new PosError("CREATE_VOL_NAME_TOO_LONG", `name "${name}" is too long`);
+    if (name.trim() !== name) throw new PosError("CREATE_VOL_NAME_START_OR_END_WITH_SPACE", `name "${name}"`);
     if (!/^[A-Za-z0-9_ -]+$/.test(name)) {
-      throw new PosRefusal("CREATE_VOL_NAME_INCLUDES_SPECIAL_CHAR", `name "${name}"`);
+      throw new PosError("CREATE_VOL_NAME_INCLUDES_SPECIAL_CHAR", `name "${name}"`);
     }
     if (array.volumes.some((volume) => volume.name === name)) {
-      throw new PosRefusal("CREATE_VOL_SAME_VOL_NAME_EXISTS", `name ${name} is in use`);
+      throw new PosError("CREATE_VOL_SAME_VOL_NAME_EXISTS", `name ${name} is in use`);
     }
     if (sizeBytes <= 0n || sizeBytes % mib !== 0n) {
-      throw new PosRefusal("CREATE_VOL_SIZE_NOT_ALIGNED", `size ${sizeBytes} is not a multiple of 1 MiB`);
+      throw new PosError("CREATE_VOL_SIZE_NOT_ALIGNED", `size ${sizeBytes} is not a multiple of 1 MiB`);
     }
     if (sizeBytes > array.capacityBytes - this.usedBytes(array)) {
-      throw new PosRefusal("CREATE_VOL_SIZE_EXCEEDED", `size ${sizeBytes} exceeds what is left`);
+      throw new PosError("CREATE_VOL_SIZE_EXCEEDED", `size ${sizeBytes} exceeds what is left`);
     }
     if (array.volumes.length >= mostVolumes) {
-      throw new PosRefusal("CREATE_VOL_EXCEED_MAX_NUM_OF_VOLS", `the array has ${mostVolumes} volumes`);
+      throw new PosError("CREATE_VOL_EXCEED_MAX_NUM_OF_VOLS", `the array has ${mostVolumes} volumes`);
     }
     checkLimits(wish);
     // A UUID that is too long overruns a buffer inside PoseidonOS; that must not be found out in production.
     if (wish.uuid !== "" && !/^[0-9a-fA-F-]{36}$/.test(wish.uuid)) {
-      throw new PosRefusal("VOL_REQ_PROCESSED_BUT_ERROR_OCCURED", `uuid "${wish.uuid}" cannot be read`);
+      throw new PosError("VOL_REQ_PROCESSED_BUT_ERROR_OCCURED", `uuid "${wish.uuid}" cannot be read`);
     }
     const takesUuids = this.behaviour.generation === "1.0";
     const taken = new Set(array.volumes.map(({ index }) => index));
@@ -280,7 +280,7 @@ export class PoseidonModel {
     const array = this.array(arrayName, "DELETE_VOL_ARRAY_NAME_DOES_NOT_EXIST");
     this.#requireMounted(array, "DELETE_VOL_CAN_ONLY_BE_WHILE_ONLINE");
     const volume = this.volume(array, name);
-    if (volume.isMounted) throw new PosRefusal("DELETE_VOL_MOUNTED_VOL_CANNOT_BE_DELETED", `${name} is mounted`);
+    if (volume.isMounted) throw new PosError("DELETE_VOL_MOUNTED_VOL_CANNOT_BE_DELETED", `${name} is mounted`);
     array.volumes.splice(array.volumes.indexOf(volume), 1);
     this.#dropNamespace(volume);
     this.#save();
@@ -292,16 +292,16 @@ export class PoseidonModel {
     const array = this.array(arrayName, "MOUNT_VOL_ARRAY_NAME_DOES_NOT_EXIST");
     this.#requireMounted(array, "MOUNT_VOL_CAN_ONLY_BE_WHILE_ONLINE");
     const volume = this.volume(array, name);
-    if (volume.isMounted) throw new PosRefusal("MOUNT_VOL_ALREADY_MOUNTED", `${name} is mounted`);
+    if (volume.isMounted) throw new PosError("MOUNT_VOL_ALREADY_MOUNTED", `${name} is mounted`);
     const hasRoom = (subsystem: PosSubsystem) => subsystem.namespaces.length < subsystem.maxNamespaces;
     const subsystem = this.#model.subsystems.find((subsystem) =>
       nqn === "" ? hasRoom(subsystem) && (subsystem.array ?? array.name) === array.name : subsystem.nqn === nqn
     );
-    if (subsystem === undefined) throw new PosRefusal("MOUNT_VOL_SUBSYSTEM_NOT_FOUND", `subsystem ${nqn}`);
+    if (subsystem === undefined) throw new PosError("MOUNT_VOL_SUBSYSTEM_NOT_FOUND", `subsystem ${nqn}`);
     if ((subsystem.array ?? array.name) !== array.name) {
-      throw new PosRefusal("MOUNT_VOL_SUBSYSTEM_MISMATCH", `${subsystem.nqn} belongs to array ${subsystem.array}`);
+      throw new PosError("MOUNT_VOL_SUBSYSTEM_MISMATCH", `${subsystem.nqn} belongs to array ${subsystem.array}`);
     }
-    if (!hasRoom(subsystem)) throw new PosRefusal("MOUNT_VOL_UNABLE_TO_ATTACH_TO_NVMF", `${subsystem.nqn} is full`);
+    if (!hasRoom(subsystem)) throw new PosError("MOUNT_VOL_UNABLE_TO_ATTACH_TO_NVMF", `${subsystem.nqn} is full`);
     const taken = new Set(subsystem.namespaces.map(({ nsid }) => nsid));
     let nsid = 1;
     while (taken.has(nsid)) nsid++;
@@ -317,12 +317,12 @@ export class PoseidonModel {
     const array = this.array(arrayName, "UNMOUNT_VOL_ARRAY_NAME_DOES_NOT_EXIST");
     this.#requireMounted(array, "UNMOUNT_VOL_CAN_ONLY_BE_WHILE_ONLINE");
     const volume = this.volume(array, name);
-    if (!volume.isMounted) throw new PosRefusal("UNMOUNT_VOL_ALREADY_UNMOUNTED", `${name} is not mounted`);
+    if (!volume.isMounted) throw new PosError("UNMOUNT_VOL_ALREADY_UNMOUNTED", `${name} is not mounted`);
     volume.isMounted = false;
     if (this.behaviour.halfUnmounts > 0) {
       this.behaviour.halfUnmounts--;
       this.#save();
-      throw new PosRefusal("VOL_REQ_PROCESSED_BUT_ERROR_OCCURED", "the namespace could not be detached within 15 s");
+      throw new PosError("VOL_REQ_PROCESSED_BUT_ERROR_OCCURED", "the namespace could not be detached within 15 s");
     }
     this.#dropNamespace(volume);
     this.#save();
@@ -335,7 +335,7 @@ export class PoseidonModel {
     limits: { readonly maxiops: bigint; readonly maxbw: bigint },
   ): void {
     const array = this.array(arrayName, "CLI_ARRAY_INFO_ARRAY_NOT_EXIST");
-    if (!this.behaviour.qos) throw new PosRefusal("QOS_CLI_FE_QOS_DISABLED", "FE QoS is disabled");
+    if (!this.behaviour.qos) throw new PosError("QOS_CLI_FE_QOS_DISABLED", "FE QoS is disabled");
     const volumes = names.map((name) => this.volume(array, name));
     const keep = (given: bigint, present: bigint) => given === -1n ? present : given;
     for (const volume of volumes) {
@@ -349,13 +349,13 @@ export class PoseidonModel {
   createSubsystem(wish: Pick<PosSubsystem, "nqn" | "serialNumber" | "modelNumber" | "maxNamespaces" | "allowAnyHost">) {
     const { nqn, serialNumber, modelNumber } = wish;
     if (this.#model.subsystems.some((subsystem) => subsystem.nqn === nqn)) {
-      throw new PosRefusal("CREATE_SUBSYSTEM_SUBNQN_ALREADY_EXIST", `${nqn} exists`);
+      throw new PosError("CREATE_SUBSYSTEM_SUBNQN_ALREADY_EXIST", `${nqn} exists`);
     }
     const printable = /^[\x20-\x7e]*$/;
     const fits = /^nqn\.\d{4}-\d{2}\.[a-z0-9.-]+:\S+$/.test(nqn) && nqn.length <= 223 && serialNumber.length <= 20 &&
       modelNumber.length <= 40 && printable.test(serialNumber + modelNumber);
     if (!fits || this.#model.subsystems.length >= mostSubsystems) {
-      throw new PosRefusal("CREATE_SUBSYSTEM_FAILURE", `the target refuses ${nqn}`);
+      throw new PosError("CREATE_SUBSYSTEM_FAILURE", `the target refuses ${nqn}`);
     }
     const room = wish.maxNamespaces > 0 ? wish.maxNamespaces : 256;
     const uuid = crypto.randomUUID();
@@ -365,9 +365,9 @@ export class PoseidonModel {
 
   /** Un-exports every volume in it first. */
   deleteSubsystem(nqn: string): void {
-    if (nqn === "") throw new PosRefusal("DELETE_SUBSYSTEM_FAILURE_SUBNQN_NAME_NOT_SPECIFIED", "no subnqn");
+    if (nqn === "") throw new PosError("DELETE_SUBSYSTEM_FAILURE_SUBNQN_NAME_NOT_SPECIFIED", "no subnqn");
     const subsystem = this.#model.subsystems.find((subsystem) => subsystem.nqn === nqn);
-    if (subsystem === undefined) throw new PosRefusal("DELETE_SUBSYSTEM_FAILURE_NO_SUBNQN", `no subsystem ${nqn}`);
+    if (subsystem === undefined) throw new PosError("DELETE_SUBSYSTEM_FAILURE_NO_SUBNQN", `no subsystem ${nqn}`);
     for (const { volumeUuid } of subsystem.namespaces) {
       for (const volume of this.#model.arrays.flatMap(({ volumes }) => volumes)) {
         if (volume.uuid === volumeUuid) volume.isMounted = false;
@@ -380,13 +380,13 @@ export class PoseidonModel {
 
   addListener(nqn: string, type: string, targetAddress: string, transportServiceId: string): void {
     const subsystem = this.#model.subsystems.find((subsystem) => subsystem.nqn === nqn);
-    if (subsystem === undefined) throw new PosRefusal("ADD_LISTENER_FAILURE_NO_SUBNQN", `no subsystem ${nqn}`);
+    if (subsystem === undefined) throw new PosError("ADD_LISTENER_FAILURE_NO_SUBNQN", `no subsystem ${nqn}`);
     const isThere = subsystem.listeners.some((listener) =>
       listener.targetAddress === targetAddress && listener.transportServiceId === transportServiceId
     );
     const isLocal = this.#options.targetAddresses.some((address) => address.startsWith(`${targetAddress}:`));
     if (type.toUpperCase() !== "TCP" || !this.behaviour.tcpTransport || isThere || !isLocal) {
-      throw new PosRefusal("ADD_LISTENER_FAILURE_SPDK_FAILURE", "the target refuses the listener");
+      throw new PosError("ADD_LISTENER_FAILURE_SPDK_FAILURE", "the target refuses the listener");
     }
     subsystem.listeners.push({ targetAddress, transportServiceId });
     this.#show(subsystem);
@@ -433,9 +433,9 @@ export class PoseidonModel {
 
   #requireMounted(array: PosArray, event: PosEvent): void {
     if (array.state === "STOP") {
-      throw new PosRefusal("VOL_REQ_REJECTED_IN_BROKEN_ARRAY", `array ${array.name} is broken`);
+      throw new PosError("VOL_REQ_REJECTED_IN_BROKEN_ARRAY", `array ${array.name} is broken`);
     }
-    if (!isMounted(array)) throw new PosRefusal(event, `array ${array.name} is ${array.state}`);
+    if (!isMounted(array)) throw new PosError(event, `array ${array.name} is ${array.state}`);
   }
 
   #dropNamespace(volume: PosVolume): void {
@@ -484,7 +484,7 @@ function isMounted({ state }: PosArray): boolean {
 function checkLimits({ maxiops, maxbw }: { readonly maxiops: bigint; readonly maxbw: bigint }): void {
   const fits = (value: bigint, most: bigint) => value === 0n || (value >= 10n && value <= most);
   if (fits(maxiops, 18_446_744_073_709_551n) && fits(maxbw, 17_592_186_044_415n)) return;
-  throw new PosRefusal("VOL_REQ_QOS_OUT_OF_RANGE", `maxiops ${maxiops}, maxbw ${maxbw}`);
+  throw new PosError("VOL_REQ_QOS_OUT_OF_RANGE", `maxiops ${maxiops}, maxbw ${maxbw}`);
 }
 
 function newModel({ arrays, capacityBytes }: PoseidonModelOptions): Model {
