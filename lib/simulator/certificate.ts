@@ -1,18 +1,18 @@
 /**
- * TLS certificates for the simulated cluster: a small CA of its own and a server certificate from it.
+ * TLS certificates for the simulated cluster: a CA of its own and a server certificate that the CA issues.
  *
- * With `@peculiar/x509`, as neither Deno nor `node:crypto` can issue certificates. Imported only when TLS is served.
+ * It uses `@peculiar/x509`, because neither Deno nor `node:crypto` can issue certificates. Imported only when TLS is served.
  */
 // tsyringe, inside @peculiar/x509, looks for this polyfill when it is loaded.
 import "reflect-metadata";
 import * as x509 from "@peculiar/x509";
 import { isIP } from "node:net";
 
-/** PEM texts. */
+/** Key and certificates in PEM form. */
 export interface Certificate {
   readonly key: string;
   readonly cert: string;
-  /** The CA's certificate, which a client has to trust. */
+  /** The CA's certificate, which clients must trust. */
   readonly ca: string;
 }
 
@@ -22,7 +22,7 @@ const dayMs = 24 * 3600 * 1000;
 /**
  * Makes a CA and a certificate for `hosts`, names and IP addresses, `localhost` and the loopback addresses included.
  *
- * @param days how long the certificate is valid; since yesterday, for a clock that is a little behind must not refuse it
+ * @param days how long the certificate is valid. It begins yesterday, so that a clock that is slow accepts it
  */
 export async function selfSigned(hosts: readonly string[], days = 3650): Promise<Certificate> {
   const notBefore = new Date(Date.now() - dayMs);

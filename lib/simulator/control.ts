@@ -1,7 +1,7 @@
 /**
  * The simulator's control port: HTTP with JSON, on a loopback address only.
  *
- * Every answer is JSON. A body that does not fit is answered with status 400 and `{"error": …}` that names the field, a
+ * Every answer is JSON. A body that does not match is answered with status 400 and `{"error": …}` that names the field, a
  * path that does not exist with 404.
  *
  * | request                       | body                                                        | effect                      |
@@ -9,30 +9,30 @@
  * | GET /                         |                                                             | addresses and tokens        |
  * | GET /model                    |                                                             | everything the cluster holds |
  * | GET /leftovers                |                                                             | what was not cleaned up     |
- * | GET /settled                  |                                                             | answers when hosts see what they may |
- * | GET /visible?host=NQN         |                                                             | namespaces a host may reach |
+ * | GET /settled                  |                                                             | answers when hosts see exactly what they may access |
+ * | GET /visible?host=NQN         |                                                             | namespaces that a host may access |
  * | GET /calls, DELETE /calls     |                                                             | calls per RPC; reset        |
  * | POST /faults                  | {rpc, count?, skip?, code? or event?, message?, delayMs?, drop?, hold?, when?, endpoint?} | adds a rule, see faults.ts |
- * | DELETE /faults                |                                                             | forgets the rules, lets held calls go on |
- * | GET /held, DELETE /held       |                                                             | calls that a rule holds; lets them go on |
+ * | DELETE /faults                |                                                             | removes the rules, releases held calls |
+ * | GET /held, DELETE /held       |                                                             | calls that a rule holds; releases them |
  * | GET /behaviour, PATCH         | any of {creationMs, deletionMs, updateMs, rollbackMs, holdCreations, failCreations, nameShowsDead, snapshotWaitsForClones, nameCheckedLast, asDocumented} | how the cluster behaves |
- * | POST /creations/release       |                                                             | lets held creations go on   |
- * | PATCH /volumes/UUID           | {state?, protection?}                                       | sets them, for good         |
+ * | POST /creations/release       |                                                             | releases held creations     |
+ * | PATCH /volumes/UUID           | {state?, protection?}                                       | sets them permanently       |
  * | POST /projects                | {name}                                                      | adds a project              |
  * | POST /policies                | {name, kind, read, write, projects?, description?}          | adds a QoS policy           |
  * | PATCH /features/NAME          | {enabled}                                                   | switches a feature          |
  * | POST /tokens                  | {projects?, lifeMs?}                                        | a token; without projects for the cluster |
  * | GET /endpoints                |                                                             | management endpoints, state |
  * | POST /endpoints/stop, /start, /hang, /drop | {server?, scheme?, address?}                   | to those that match         |
- * | POST /restart                 | {memory?: boolean}                                          | the cluster, as after a power cut |
+ * | POST /restart                 | {memory?: boolean}                                          | restarts the cluster, as after a power cut |
  * | GET /devices                  |                                                             | block devices of the machine |
  * | POST /devices/remove, /heal   | {uuid}                                                      | see Machine in data_plane.ts |
  * | POST /devices/restore         | {uuid, name?}                                               | the same                    |
  * | POST /devices/damage          | {uuid, how: "unreadable" or "empty"}                        | the same                    |
  * | POST /devices/swap            | {uuid, other}                                               | the same                    |
  * | GET /paths                    |                                                             | I/O controllers of the servers, state |
- * | POST /paths/down, /up         | {server}                                                    | as a server that is switched off, on |
- * | POST /paths/ana               | {server, state}                                             | what a server says of its path: "optimized", "inaccessible" … |
+ * | POST /paths/down, /up         | {server}                                                    | as if a server were switched off, on |
+ * | POST /paths/ana               | {server, state}                                             | the ANA state that a server reports: "optimized", "inaccessible" … |
  */
 import * as z from "zod";
 import type { Logger } from "../context.ts";
@@ -47,7 +47,7 @@ import type { ApiEndpoint } from "./lightos/service.ts";
 import { onFreePort } from "./port.ts";
 import type { Tokens } from "./lightos/token.ts";
 
-/** Which management endpoints: those that match every given field; all of them when none is given. */
+/** Selects management endpoints: those that match every given field; all of them without a field. */
 export interface EndpointFilter {
   /** Number of the server, from 0. */
   readonly server?: number | undefined;
@@ -56,7 +56,7 @@ export interface EndpointFilter {
   readonly address?: string | undefined;
 }
 
-/** A management endpoint and what it does now. */
+/** A management endpoint and its state. */
 export interface EndpointState {
   readonly server: number;
   readonly scheme: Scheme;
@@ -64,7 +64,7 @@ export interface EndpointState {
   readonly state: ApiEndpoint["state"];
 }
 
-/** What somebody made on the cluster or the machine, and nobody took away. */
+/** What was made on the cluster or the machine and has not been removed. */
 export interface Leftovers {
   /** Volumes, `<name> <uuid> <state>`; without husks of failed creations, which cannot be deleted. */
   readonly volumes: readonly string[];
@@ -75,12 +75,12 @@ export interface Leftovers {
   readonly devices: readonly string[];
 }
 
-/** A fault to add: one call, before its effect, unless it says otherwise. */
+/** A fault to add. Default: one call, before its effect. */
 export type FaultRequest =
   & { readonly rpc: string }
   & { readonly [K in Exclude<keyof FaultRule, "rpc">]?: FaultRule[K] };
 
-/** What can be done to the calls of a management API. */
+/** Control over the calls of a management API. */
 export interface CallControl {
   /** Calls per RPC since the last reset. */
   calls(): Readonly<Record<string, CallCount>>;
@@ -92,11 +92,11 @@ export interface CallControl {
   /** Calls that a rule holds, oldest first. */
   held(): readonly HeldCall[];
   releaseHeld(): void;
-  /** Tells `listener` when a call begins and when it has ended. */
+  /** Passes the begin and end of each call to `listener`. */
   watchCalls(listener: (event: CallEvent) => void): Disposable;
 }
 
-/** All that a test can do to a simulator, callable in its process; the control port offers the same over HTTP. */
+/** The functions of the control port, for callers in the same process. */
 export interface Control extends CallControl {
   readonly cluster: Cluster;
   behave(change: Partial<Behaviour>): void;
@@ -108,14 +108,14 @@ export interface Control extends CallControl {
   token(projects?: readonly string[], lifeMs?: number): string;
   visible(hostNqn: string): readonly string[];
   leftovers(): Leftovers;
-  /** Resolves when hosts see what they may. */
-  settled(): Promise<void>;
+  /** Resolves when hosts see exactly the namespaces that they may access. */
+  waitUntilSettled(): Promise<void>;
   endpoints(): readonly EndpointState[];
   stopEndpoints(which?: EndpointFilter): Promise<void>;
   startEndpoints(which?: EndpointFilter): Promise<void>;
   hangEndpoints(which?: EndpointFilter): Promise<void>;
   dropConnections(which?: EndpointFilter): void;
-  /** Ends and starts the cluster, with everything it remembers or as one that was installed anew. */
+  /** Ends and starts the cluster, with everything it holds or as a new installation. */
   restart(options?: { readonly memory?: boolean }): Promise<void>;
   /** @throws StatusError UNIMPLEMENTED for a data plane without a machine */
   machine(): Machine;
@@ -137,7 +137,8 @@ export function callControl(faults: Faults): CallControl {
   };
 }
 
-export function control(
+/** The control functions over a cluster and its endpoints. */
+export function createControl(
   cluster: Cluster,
   endpoints: readonly ApiEndpoint[],
   faults: Faults,
@@ -178,7 +179,7 @@ export function control(
       ),
       devices: (cluster.dataPlane.machine?.devices ?? []).map(({ name }) => name),
     }),
-    settled: () => cluster.dataPlane.settled(),
+    waitUntilSettled: () => cluster.dataPlane.waitUntilSettled(),
     endpoints: () => endpoints.map(({ server, scheme, address, state }) => ({ server, scheme, address, state })),
     stopEndpoints: (which) => each(which, (endpoint) => endpoint.stop()),
     startEndpoints: (which) => each(which, (endpoint) => endpoint.start()),
@@ -200,13 +201,13 @@ export function control(
   return self;
 }
 
-/** The machine that a data plane plays; throws UNIMPLEMENTED when it plays none. */
+/** The machine that a data plane simulates; throws UNIMPLEMENTED when it simulates none. */
 export function machineOf({ kind, machine }: DataPlane): Machine {
   if (machine !== undefined) return machine;
   throw new StatusError("UNIMPLEMENTED", `Cannot change a device: data plane "${kind}" has none, use another one`);
 }
 
-/** The ways to a data plane; throws UNIMPLEMENTED for one that no host connects to. */
+/** The I/O ports of a data plane; throws UNIMPLEMENTED when hosts cannot connect to it. */
 export function pathsOf({ kind, paths }: DataPlane): Paths {
   if (paths !== undefined) return paths;
   throw new StatusError("UNIMPLEMENTED", `Cannot change a path: nobody connects to data plane "${kind}", use "nvmet"`);
@@ -284,7 +285,7 @@ const uuidSchema = z.strictObject({ uuid: z.uuid() });
  * Serves the control port.
  *
  * @param about what GET / answers
- * @throws StatusError INVALID_ARGUMENT for a host that is not a loopback address: whoever reaches the port may do all
+ * @throws StatusError INVALID_ARGUMENT for a host that is not a loopback address, because the port needs no credentials
  */
 export function serveControl(
   control: Control,
@@ -405,9 +406,11 @@ function routesOf(control: Control, about: () => unknown): readonly Route[] {
 }
 
 /** What control ports of all storage systems offer: faults and counts of calls, and the devices of the machine. */
-export function sharedRoutes(control: CallControl & Pick<Control, "settled" | "machine" | "paths">): readonly Route[] {
+export function sharedRoutes(
+  control: CallControl & Pick<Control, "waitUntilSettled" | "machine" | "paths">,
+): readonly Route[] {
   return [
-    ["GET", /^\/settled$/, () => control.settled()],
+    ["GET", /^\/settled$/, () => control.waitUntilSettled()],
     ["GET", /^\/calls$/, () => control.calls()],
     ["DELETE", /^\/calls$/, () => control.resetCalls()],
     ["POST", /^\/faults$/, ({ text }) => control.fail(parse(faultSchema, text))],

@@ -1,27 +1,27 @@
-/** What goes wrong on purpose in a simulated management API, and which of its RPCs were called. */
+/** Injected faults of a simulated management API, and the number of calls of each RPC. */
 import { unlessAborted } from "../context.ts";
 import type { StatusCode } from "../error.ts";
 
-/** What is to happen to calls of an RPC. */
+/** A fault: what happens to calls of an RPC. */
 export interface FaultRule {
   /** Name of the RPC, `*` for every one. */
   readonly rpc: string;
-  /** How many calls it takes; 0: every call until it is cleared. */
+  /** Number of calls that it affects; 0: every call until it is cleared. */
   readonly count: number;
-  /** So many calls go by before it takes the first. */
+  /** Number of calls that pass before the first affected one. */
   readonly skip?: number | undefined;
-  /** Wait so long before anything else. */
+  /** Delay before anything else. */
   readonly delayMs?: number | undefined;
   /** Answer with this code. */
   readonly code?: StatusCode | undefined;
   readonly message?: string | undefined;
-  /** PoseidonOS: answer with this event, `VOL_MGR_BUSY`; with `panic` DAgent answers HTTP status 500 and nothing else. */
+  /** PoseidonOS: answer with this event, for example `VOL_MGR_BUSY`; `panic`: HTTP status 500 without a body. */
   readonly event?: string | undefined;
-  /** End the connections of the endpoint instead of an answer. */
+  /** End the connections of the endpoint instead of answering. */
   readonly drop?: boolean | undefined;
-  /** Keep the call waiting at `when` until it is let go, or its caller is gone. */
+  /** Hold the call at `when` until it is released, or its caller is gone. */
   readonly hold?: boolean | undefined;
-  /** `before` the call has had any effect, or `after`: the answer is lost. */
+  /** `before` the call has any effect, or `after` it: the answer is lost. */
   readonly when: "before" | "after";
   /** Only calls to this endpoint, `host:port`. */
   readonly endpoint?: string | undefined;
@@ -34,18 +34,18 @@ export interface CallCount {
   readonly endpoints: Record<string, number>;
 }
 
-/** A call that a rule keeps waiting. */
+/** A call that a rule holds. */
 export interface HeldCall {
   readonly rpc: string;
   readonly endpoint: string;
   readonly when: "before" | "after";
 }
 
-/** A call begins or has ended, for who watches. */
+/** A call begins or has ended. */
 export interface CallEvent {
   readonly phase: "begin" | "end";
   readonly rpc: string;
-  /** UUID of the object that the call is about, or its name while it has none; empty when it is about none. */
+  /** UUID of the object of the call, or its name while it has no UUID; empty when the call has no object. */
   readonly subject: string;
 }
 
@@ -58,27 +58,28 @@ export interface Faults {
   resetCalls(): void;
   add(rule: FaultRule): void;
   clear(): void;
-  /** The rule that this call meets, if any; takes one off its count. The oldest rule comes first. */
+  /** The oldest rule that applies to this call, if any; reduces its count. */
   take(rpc: string, endpoint: string): FaultRule | undefined;
-  /** Keeps a call waiting until `release`; rejects with the reason of `signal` when that comes first. */
+  /** Holds a call until `release`; rejects with the reason of `signal` when that aborts first. */
   hold(call: HeldCall, signal: AbortSignal): Promise<void>;
-  /** The calls that wait, oldest first. */
+  /** The calls that are held, oldest first. */
   held(): readonly HeldCall[];
-  /** Lets all waiting calls go on. */
+  /** Releases all held calls. */
   release(): void;
-  /** Tells `listener` of every call until it is disposed. */
+  /** Passes every call to `listener` until the result is disposed. */
   watch(listener: (event: CallEvent) => void): Disposable;
-  /** For who serves the calls: tells the watchers. */
+  /** Passes an event to the listeners. */
   report(event: CallEvent): void;
 }
 
-export function faults(): Faults {
+/** The rules and counters of a new simulator: none. */
+export function createFaults(): Faults {
   let counts: Record<string, CallCount> = {};
   let rules: { readonly rule: FaultRule; left: number; toSkip: number }[] = [];
   const held = new Map<HeldCall, () => void>();
   const watchers = new Set<(event: CallEvent) => void>();
   const release = () => {
-    for (const letGo of held.values()) letGo();
+    for (const resume of held.values()) resume();
   };
   return {
     count(rpc, endpoint) {

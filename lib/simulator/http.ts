@@ -1,15 +1,15 @@
 /**
- * A small HTTP/1.1 server over TCP, for an API that can be made to behave badly: it can be stopped, made to hang, and a
- * request can be left without its answer, which needs the connection in one's hands. One request per connection.
+ * A small HTTP/1.1 server over TCP for an API with injected faults: it can be stopped and made to hang, and a request can be
+ * left without an answer, for which the server must own the connection. One request per connection.
  */
 import { createServer, type Server, type Socket } from "node:net";
 import { StatusError } from "../error.ts";
 import { onFreePort } from "./port.ts";
 
-/** A request, whole. */
+/** A complete request. */
 export interface HttpRequest {
   readonly method: string;
-  /** As it was sent, with its escapes. */
+  /** As it was sent, with its percent-encoding. */
   readonly path: string;
   /** By lower-case name. */
   readonly headers: ReadonlyMap<string, string>;
@@ -18,12 +18,14 @@ export interface HttpRequest {
   readonly signal: AbortSignal;
 }
 
+/** An answer; `Content-Length` and `Connection` are added. */
 export interface HttpAnswer {
   readonly status: number;
   readonly headers: Readonly<Record<string, string>>;
   readonly body: string;
 }
 
+/** A server that can be stopped and made to hang. */
 export interface HttpServer extends AsyncDisposable {
   /** `host:port`. */
   readonly address: string;
@@ -31,21 +33,21 @@ export interface HttpServer extends AsyncDisposable {
   stop(): Promise<void>;
   /** Listens again, on the same port. */
   start(): Promise<void>;
-  /** Accepts connections and says nothing on them. */
+  /** Accepts connections and never answers. */
   hang(): Promise<void>;
   dropConnections(): void;
 }
 
 const longestRequest = 1 << 20;
 
-/** Serves until it is disposed. `answer` gives undefined to end the connection without a word. */
+/** Serves until it is disposed. `answer` resolves with undefined to end the connection without an answer. */
 export async function serveHttp(
   host: string,
-  wantedPort: number,
+  firstPort: number,
   answer: (request: HttpRequest) => Promise<HttpAnswer | undefined>,
 ): Promise<HttpServer> {
   const sockets = new Map<Socket, AbortController>();
-  let port = wantedPort;
+  let port = firstPort;
   let server: Server | undefined;
   let state: HttpServer["state"] = "stopped";
 
@@ -117,7 +119,7 @@ export async function serveHttp(
   };
 }
 
-/** The first request of a connection; undefined when it ends before, or is none. */
+/** The first request of a connection; undefined when the connection ends before, or the request is too long. */
 async function readRequest(socket: Socket): Promise<Omit<HttpRequest, "signal"> | undefined> {
   let bytes = Buffer.alloc(0);
   return await new Promise((resolve) => {
@@ -140,7 +142,7 @@ async function readRequest(socket: Socket): Promise<Omit<HttpRequest, "signal"> 
   });
 }
 
-/** The body in what has come so far; undefined while it is not whole. */
+/** The body in the bytes received so far; undefined while it is incomplete. */
 function wholeBody(bytes: Buffer, headers: ReadonlyMap<string, string>): Buffer | undefined {
   if (headers.get("transfer-encoding")?.toLowerCase() !== "chunked") {
     const length = Number(headers.get("content-length") ?? 0);

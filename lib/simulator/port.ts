@@ -1,12 +1,11 @@
 /**
- * Free TCP ports that stay free: from below the range that the kernel gives to outgoing connections and to those who
- * ask for port 0. A server that stops can start again on such a port; on one from the kernel's range, somebody's
- * connection may sit by then.
+ * Free TCP ports that stay free: below the range from which the kernel takes ports for outgoing connections and for port 0.
+ * A server that stops can start again on such a port; a port from the kernel's range may have been taken meanwhile.
  */
 import { hasCode } from "../error.ts";
 
 const lowest = 10_240;
-/** Where Linux starts its own range unless told otherwise. */
+/** Where the kernel's range starts by default. */
 const usualEnd = 32_768;
 const mostTries = 100;
 
@@ -18,7 +17,7 @@ export async function onFreePort<T>(port: number, listen: (port: number) => Prom
     try {
       return await listen(lowest + Math.floor(Math.random() * (end - lowest)));
     } catch (error) {
-      // serve says so of a port that is taken, with the reason in its cause.
+      // The error of a port that is in use.
       if (!hasCode(error, "FAILED_PRECONDITION") || tries === mostTries) throw error;
     }
   }

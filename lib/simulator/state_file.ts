@@ -1,12 +1,12 @@
-/** Files with which a simulator remembers itself. */
+/** Files that hold the state of a simulator between runs, and their lock. */
 import * as z from "zod";
 import { messageOf, StatusError } from "../error.ts";
 
 /**
- * What a file holds; undefined when it is not there.
+ * The state in a file; undefined when the file does not exist.
  *
- * @param what is in it, for the error
- * @throws StatusError FAILED_PRECONDITION when it cannot be read as that
+ * @param what the content, for the error
+ * @throws StatusError FAILED_PRECONDITION when the content does not match the schema
  */
 export async function readState<T>(file: string, schema: z.ZodType<T>, what: string): Promise<T | undefined> {
   let text: string;
@@ -30,21 +30,21 @@ export async function readState<T>(file: string, schema: z.ZodType<T>, what: str
   }
 }
 
-/** A model as JSON; numbers that do not fit are strings, as `z.coerce.bigint()` takes them. */
+/** The state as JSON; bigints are strings, which `z.coerce.bigint()` reads. */
 export function stateText(state: unknown): string {
   return JSON.stringify(state, (_key, value) => typeof value === "bigint" ? value.toString() : value, 1);
 }
 
-/** Writes it whole or not at all. Synchronous, so that an answer is never given before what it says is remembered. */
+/** Replaces a file atomically. Synchronous, so that no answer is sent before its effect is stored. */
 export function writeState(file: string, text: string): void {
   Deno.writeTextFileSync(`${file}.new`, text, { mode: 0o600 });
   Deno.renameSync(`${file}.new`, file);
 }
 
 /**
- * Holds a file against every other process until it is disposed, or this process ends, however that may be.
+ * Locks a file against every other process, until the lock is disposed or this process ends in any way.
  *
- * @param what is in use, for the error
+ * @param what the thing that is in use, for the error
  * @throws StatusError FAILED_PRECONDITION when another simulator holds it
  */
 export async function lockFile(path: string, what: string): Promise<Disposable> {

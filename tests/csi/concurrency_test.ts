@@ -275,7 +275,7 @@ Deno.test({
     const managed = env.sim.control.cluster.volumes.length;
     await inFlight(50, volumes, (volume) => pass(volume, "write"));
     // A device whose access was taken away a moment ago may still be there for NodeStageVolume, and go after it.
-    await env.sim.control.settled();
+    await env.sim.control.waitUntilSettled();
     await inFlight(50, [...chosen], (volume) => pass(volume, "read"));
     await inFlight(50, volumes, (volume) => race(env.delete, volume));
 

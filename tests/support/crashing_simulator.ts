@@ -26,7 +26,7 @@ const { discoveryDir = "", subsystemNqn } = sim.addresses;
 await Deno.writeTextFile(join(discoveryDir, "tmp.dc.1"), `-t tcp -a 127.0.0.1 -s 8009 -q ${host} -n ${subsystemNqn}\n`);
 await Deno.rename(join(discoveryDir, "tmp.dc.1"), join(discoveryDir, "1"));
 const [kept, gone] = await eventually("both devices appear", async () => {
-  await sim.control.settled();
+  await sim.control.waitUntilSettled();
   const { devices } = sim.control.machine();
   return devices.length === 2 ? devices : undefined;
 });

@@ -1,21 +1,22 @@
 /**
- * What the volumes and snapshots of a simulated cluster hold: sparse files in a directory.
+ * Contents of the volumes and snapshots of a simulated cluster: sparse files in a directory.
  *
- * Each step may be repeated after a crash: what is not finished has the ending `.new`.
+ * Each step may be repeated after a crash: unfinished files have the suffix `.new`.
  */
 import { join } from "node:path";
 import type { ChangedRun } from "./data_plane.ts";
 import { output } from "./run_command.ts";
 
+/** The files of one cluster. */
 export class Contents {
   readonly directory: string;
 
-  /** @param directory free of symbolic links, for the kernel names the files behind loop devices by their real paths */
+  /** @param directory without symbolic links, because the kernel reports the real paths of the files behind loop devices */
   constructor(directory: string) {
     this.directory = directory;
   }
 
-  /** Makes the directories; repeated: done. */
+  /** Makes the directories. Idempotent. */
   static async open(directory: string): Promise<Contents> {
     for (const kind of ["volumes", "snapshots"]) {
       await Deno.mkdir(join(directory, kind), { recursive: true, mode: 0o700 });
@@ -31,7 +32,7 @@ export class Contents {
     return join(this.directory, "snapshots", `${uuid}.img`);
   }
 
-  /** Zeros, or a copy of a snapshot with zeros behind it. There already: left as it is. */
+  /** Makes a volume of zeros, or a copy of a snapshot followed by zeros. Exists already: nothing. */
   async createVolume(uuid: string, sizeBytes: bigint, sourceSnapshotUuid: string | undefined): Promise<void> {
     const file = this.volumeFile(uuid);
     if (exists(file)) return;
@@ -48,7 +49,7 @@ export class Contents {
     await Deno.truncate(this.volumeFile(uuid), Number(sizeBytes));
   }
 
-  /** Makes the file at least so large: one that was killed in the middle of a growth had changed its model first. */
+  /** Makes the file at least this large: a simulator that was killed while a volume grew had changed the model first. */
   async finishGrowth(uuid: string, sizeBytes: bigint): Promise<void> {
     const { size } = await Deno.stat(this.volumeFile(uuid));
     if (BigInt(size) < sizeBytes) await this.resizeVolume(uuid, sizeBytes);
@@ -74,7 +75,7 @@ export class Contents {
     await removeFile(`${this.snapshotFile(uuid)}.new`);
   }
 
-  /** Gives a volume that no host has the content of a snapshot. */
+  /** Gives a volume the content of a snapshot. No host may use the volume. */
   async rollbackVolume(uuid: string, snapshotUuid: string, sizeBytes: bigint): Promise<void> {
     const file = this.volumeFile(uuid);
     await copySparse(this.snapshotFile(snapshotUuid), `${file}.new`);
@@ -115,7 +116,7 @@ export class Contents {
     if (run !== undefined) yield run;
   }
 
-  /** Forgets everything. */
+  /** Deletes all contents. */
   async clear(): Promise<void> {
     for (const kind of ["volumes", "snapshots"]) {
       for await (const { name } of Deno.readDir(join(this.directory, kind))) {
@@ -125,7 +126,7 @@ export class Contents {
   }
 }
 
-/** Whether there is anything at a path, a dangling link included. */
+/** Whether a path exists, also as a dangling link. */
 export function exists(path: string): boolean {
   try {
     Deno.lstatSync(path);
@@ -135,7 +136,7 @@ export function exists(path: string): boolean {
   }
 }
 
-/** Absent: done. */
+/** Removes a file. Absent: nothing. */
 export async function removeFile(path: string): Promise<void> {
   try {
     await Deno.remove(path);
@@ -144,14 +145,15 @@ export async function removeFile(path: string): Promise<void> {
   }
 }
 
+/** Copies a file and keeps its holes. */
 export async function copySparse(from: string, to: string): Promise<void> {
   await output("cp", "--reflink=auto", "--sparse=always", from, to);
 }
 
-async function readFully(file: Deno.FsFile, wantedBytes: number): Promise<Buffer> {
-  const bytes = Buffer.alloc(wantedBytes);
+async function readFully(file: Deno.FsFile, lengthBytes: number): Promise<Buffer> {
+  const bytes = Buffer.alloc(lengthBytes);
   let filled = 0;
-  while (filled < wantedBytes) {
+  while (filled < lengthBytes) {
     const count = await file.read(bytes.subarray(filled));
     if (count === null) break;
     filled += count;

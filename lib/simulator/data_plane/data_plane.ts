@@ -1,19 +1,18 @@
 /**
- * What the simulated cluster asks of the part of it that holds the data and shows it to hosts.
+ * The contract between a simulated cluster and its data plane, which holds the data and shows it to hosts.
  *
- * The model says what should be; a data plane makes it so. Contents (`createVolume` to `rollbackVolume`) are done when
- * the promise resolves, each may be repeated after a crash. What a host may see (`expose`, `hide`) takes effect soon
- * after, as with a real cluster that tells its hosts through change notifications. The calls of one data plane take
- * effect in the order in which they were made.
+ * The model decides; the data plane carries out. Changes of contents (`createVolume` to `rollbackVolume`) are complete when
+ * the promise resolves, and may be repeated after a crash. Changes of what hosts see (`expose`, `hide`) take effect soon
+ * after the call, as in a real cluster, which notifies its hosts. The calls of one data plane take effect in their order.
  */
 
-/** A namespace and who may see it. */
+/** A namespace and the hosts that may access it. */
 export interface ExposedNamespace {
   /** Namespace UUID, which is the volume's. */
   readonly uuid: string;
-  /** The subsystem that it is part of. LightOS has one for the whole cluster. */
+  /** Its subsystem. LightOS has one for the whole cluster. */
   readonly subsystemNqn: string;
-  /** Number of the namespace in its subsystem. */
+  /** Namespace ID in the subsystem. */
   readonly nsid: number;
   readonly sizeBytes: bigint;
   /** 512 or 4096. */
@@ -36,7 +35,7 @@ export interface ConnectedHost {
   readonly hostname: string;
 }
 
-/** A block device that stands for a namespace on the simulated machine. */
+/** The block device of a namespace on the simulated machine. */
 export interface ShownDevice {
   /** Namespace UUID. */
   readonly uuid: string;
@@ -50,25 +49,25 @@ export interface ShownDevice {
   readonly number: string;
 }
 
-/** What can happen to the block devices of a machine. Each throws NOT_FOUND when the namespace has no device there. */
+/** Changes to the block devices of a machine. Each throws NOT_FOUND when the namespace has no device there. */
 export interface Machine {
   readonly devices: readonly ShownDevice[];
-  /** The device vanishes, and stays away until `restore`; a mount of it gets I/O errors. */
+  /** Removes the device until `restore`; a mount of it gets I/O errors. */
   remove(uuid: string): Promise<void>;
-  /** Lets a removed device come back, under another name: `name`, or the lowest free one. */
+  /** Brings a removed device back under another name: `name`, or the lowest free one. */
   restore(uuid: string, name?: string): Promise<ShownDevice>;
-  /** Each of two devices takes the name of the other, as after a reconnect in another order. */
+  /** Exchanges the names of two devices, as a reconnect in another order does. */
   swap(uuid: string, otherUuid: string): Promise<void>;
   /**
-   * From now on each opening of the device node meets a device of the right size whose every read fails
-   * (`unreadable`), or one of size zero (`empty`). What was open before stays as it was.
+   * From now on, the device node opens a device of the right size whose reads fail (`unreadable`), or one of size zero
+   * (`empty`). Open files of the device are not affected.
    */
   damage(uuid: string, how: "unreadable" | "empty"): Promise<void>;
-  /** Ends `damage`. `written` tells whether anybody wrote to the damaged device. */
+  /** Ends `damage`. `written`: whether the damaged device was written to. */
   heal(uuid: string): Promise<{ readonly written: boolean }>;
 }
 
-/** How a port says that it reaches namespaces (NVMe's asymmetric namespace access). */
+/** States of asymmetric namespace access that a port can report. */
 export const anaStates = ["optimized", "non-optimized", "inaccessible", "persistent-loss", "change"] as const;
 export type AnaState = typeof anaStates[number];
 
@@ -81,15 +80,15 @@ export interface PathPort {
   readonly ana: AnaState | undefined;
 }
 
-/** The ways to the cluster's namespaces, one per server, by its number. Changes throw NOT_FOUND for a server that is not. */
+/** The I/O ports of the cluster, one per server, by its number. Changes throw NOT_FOUND for an unknown server. */
 export interface Paths {
   list(): readonly PathPort[];
-  /** Down: connections end and new ones are refused, as of a server that was switched off. */
+  /** Down: connections end and new ones are rejected, as by a server that was switched off. */
   take(server: number, up: boolean): Promise<void>;
   setAna(server: number, state: AnaState): Promise<void>;
 }
 
-/** In text form; `target` is empty where the host does not ask the cluster to prove itself. */
+/** DH-HMAC-CHAP keys in text form; `target` is empty when the host does not authenticate the cluster. */
 export interface HostSecrets {
   readonly host: string;
   readonly target: string;
@@ -97,17 +96,17 @@ export interface HostSecrets {
 
 export interface DataPlane extends AsyncDisposable {
   readonly kind: "none" | "loop" | "nvmet";
-  /** The machine whose kernel the data plane plays; absent without one. */
+  /** The machine that the data plane simulates; absent when it simulates none. */
   readonly machine?: Machine;
-  /** Absent where no host ever connects. */
+  /** Absent when hosts cannot connect. */
   readonly paths?: Paths;
-  /** Shows what has been exposed, and from now on each change: called once, when the model is complete. */
+  /** Shows what was exposed, and from now on each change. Called once, when the model is complete. */
   start(): Promise<void>;
-  /** Makes the content of a volume: zeros, or a copy of a snapshot with zeros behind it. Done already: nothing. */
+  /** Makes the content of a volume: zeros, or a copy of a snapshot with zeros behind it. Exists already: nothing. */
   createVolume(uuid: string, sizeBytes: bigint, sourceSnapshotUuid: string | undefined): Promise<void>;
-  /** Changes the size, keeping what fits. */
+  /** Changes the size and keeps the content that fits. */
   resizeVolume(uuid: string, sizeBytes: bigint): Promise<void>;
-  /** Takes the volume away from every host and forgets its content. Absent: done. */
+  /** Hides the volume from every host and deletes its content. Absent: nothing. */
   deleteVolume(uuid: string): Promise<void>;
   /** Copies the volume's content as it is when the call is made. */
   createSnapshot(uuid: string, volumeUuid: string): Promise<void>;
@@ -123,29 +122,29 @@ export interface DataPlane extends AsyncDisposable {
     blockSizeBytes: number,
     start: bigint,
   ): AsyncIterable<ChangedRun>;
-  /** Lets hosts see the namespace, or changes who may and how large it is. */
+  /** Shows the namespace to the hosts of its ACL, or changes its ACL and size. */
   expose(namespace: ExposedNamespace): void;
-  /** Takes the namespace away from every host. */
+  /** Hides the namespace from every host. */
   hide(uuid: string): void;
   /**
-   * Who may connect with which keys, by host NQN: nobody else may then, and who is connected without a key is cut off.
-   * Undefined: everybody may, without. Absent where nothing that connects could have a key.
+   * Sets the keys of the hosts that may connect, by host NQN. All other hosts are rejected and lose their connections.
+   * Undefined: all hosts may connect, without keys. Absent when the data plane does not support keys.
    */
   authenticate?(hosts: ReadonlyMap<string, HostSecrets> | undefined): void;
   /** Hosts that are connected now. */
   connectedHosts(): readonly ConnectedHost[];
   /** Resolves when every earlier `expose` and `hide` has taken effect. */
-  settled(): Promise<void>;
-  /** Forgets every content and takes everything away from the hosts. */
+  waitUntilSettled(): Promise<void>;
+  /** Deletes all contents and hides everything from the hosts. */
   clear(): Promise<void>;
 }
 
-/** Whether a host NQN may see a namespace with this access list. */
+/** Whether the ACL of a namespace admits a host NQN. */
 export function mayAccess(acl: readonly string[], hostNqn: string): boolean {
   return acl.includes("ALLOW_ANY") || (acl.includes(hostNqn) && !acl.includes("ALLOW_NONE"));
 }
 
-/** A data plane without data: the management side alone. No host is ever connected. */
+/** A data plane without data, for the management API alone. No host is ever connected. */
 export function noDataPlane(): DataPlane {
   const done = () => Promise.resolve();
   return {
@@ -162,7 +161,7 @@ export function noDataPlane(): DataPlane {
     expose() {},
     hide() {},
     connectedHosts: () => [],
-    settled: done,
+    waitUntilSettled: done,
     clear: done,
     [Symbol.asyncDispose]: done,
   };

@@ -1,10 +1,10 @@
 /**
- * What the simulated machine's Discovery-Client reads: one file per wish to be connected, in a directory that it watches
+ * The Discovery-Client of the simulated machine: it reads files with connections to make, in a directory that it watches
  * (docs/reference/lightos-api.md 12.3).
  *
- * Its habits are kept, the odd ones too: only files that are created or renamed into place count, a change in place and
- * a removal do not; one bad option makes it refuse the whole file; the reserved prefix of temporary names is honoured
- * for events and not when it looks through the directory at its start.
+ * Its odd behaviour is simulated too: only files that are created or renamed into place count, a change in place and a
+ * removal do not; one bad option makes it reject the whole file; it skips temporary names in events, but not when it reads
+ * the directory at its start.
  */
 import { basename, join } from "node:path";
 import { isIP } from "node:net";
@@ -21,7 +21,7 @@ export interface DiscoveryEntry {
   readonly hostId: string | undefined;
 }
 
-/** Prefix of names that are not finished yet. */
+/** Prefix of the names of unfinished files. */
 export const temporaryPrefix = "tmp.dc.";
 
 const optionNames: Readonly<Record<string, string>> = {
@@ -55,13 +55,13 @@ const lineSchema = z.object({
  * Reads a file of the Discovery-Client's directory. Lines that lack a mandatory option are left out and reported in
  * `skipped`.
  *
- * @throws StatusError INVALID_ARGUMENT when the whole file is refused: unknown option, bad address, port or transport
+ * @throws StatusError INVALID_ARGUMENT when the whole file is rejected: unknown option, bad address, port or transport
  */
 export function parseDiscoveryFile(text: string): { readonly entries: DiscoveryEntry[]; readonly skipped: string[] } {
   const entries = new Map<string, DiscoveryEntry>();
   const skipped: string[] = [];
   for (const [at, line] of text.split("\n").entries()) {
-    const refuse = (problem: string) =>
+    const failure = (problem: string) =>
       new StatusError("INVALID_ARGUMENT", `Cannot use line ${at + 1} "${line.trim()}": ${problem}`);
     const words = line.replace(/#.*$/, "").split(/[\s=]+/).filter((word) => word !== "");
     if (words.length === 0) continue;
@@ -70,9 +70,9 @@ export function parseDiscoveryFile(text: string): { readonly entries: DiscoveryE
       const word = words[next] ?? "";
       if (word === "-p" || word === "--persistent") continue;
       const name = optionNames[word];
-      if (name === undefined) throw refuse(`"${word}" is not an option`);
+      if (name === undefined) throw failure(`"${word}" is not an option`);
       const value = words[++next];
-      if (value === undefined) throw refuse(`${word} has no value`);
+      if (value === undefined) throw failure(`${word} has no value`);
       options[name] = value;
     }
     const missing = mandatory.filter((name) => options[name] === undefined);
@@ -81,7 +81,7 @@ export function parseDiscoveryFile(text: string): { readonly entries: DiscoveryE
       continue;
     }
     const parsed = lineSchema.safeParse(options);
-    if (!parsed.success) throw refuse(`bad ${parsed.error.issues.map(({ path }) => path.join(".")).join(", ")}`);
+    if (!parsed.success) throw failure(`bad ${parsed.error.issues.map(({ path }) => path.join(".")).join(", ")}`);
     const { traddr, trsvcid, hostnqn, subsysnqn, hostid } = parsed.data;
     const key = [traddr, trsvcid, hostnqn, subsysnqn].join(" ");
     if (entries.has(key)) continue;
@@ -91,8 +91,8 @@ export function parseDiscoveryFile(text: string): { readonly entries: DiscoveryE
 }
 
 /**
- * Watches `directory`, which is created when missing, and reports the entries of each file that appears. When it
- * resolves, the files that were there have been reported.
+ * Watches `directory`, which it creates when missing, and reports the entries of each file that appears. It resolves when
+ * the files that exist have been reported.
  */
 export async function watchDiscoveryDirectory(
   directory: string,
@@ -107,7 +107,7 @@ export async function watchDiscoveryDirectory(
       for (const problem of skipped) log.warning("discovery client skipped a line", { path, error: problem });
       report(entries);
     } catch (error) {
-      if (error instanceof Deno.errors.NotFound) return; // Gone again before it was read.
+      if (error instanceof Deno.errors.NotFound) return; // It was removed before it was read.
       log.warning("discovery client refused a file", { path, error: messageOf(error) });
     }
   };

@@ -1,44 +1,36 @@
 /**
- * A data plane of sparse files behind loop devices, which plays one machine: its kernel's NVMe driver, its
- * Discovery-Client and its nvme-cli. File systems on it are real, and no NVMe is needed.
+ * A data plane of sparse files behind loop devices. It simulates one machine: the kernel's NVMe driver, the Discovery-Client
+ * and nvme-cli. File systems on it are real, and the machine needs no NVMe.
  *
- * - For each namespace that a connected host may see there is a device node `nvmeXnY` with the loop device's number, an
- *   entry in a tree like sysfs, and the link that udev would make. They come and go with the access list.
- * - A device that vanishes under a mount leaves a dead mount, as in the kernel: the old loop device keeps a file of its
- *   own, which is emptied, so that every read and write of it fails; the volume lives on in a copy. Writes that are on
- *   their way at that moment may be in the copy or not, in any order. So does a deleted volume.
- * - Controllers that the Discovery-Client made stay, for removing one of its files does nothing. Those of nvme-cli go with
- *   `nvme disconnect`, and the devices that nobody has a path to any more go with them.
- * - An adopted device: after a crash, a simulator with the same directories takes over loop devices that still stand for
- *   its volumes, names and mounts included, and detaches the rest. A loop device is ours when its backing file is.
+ * - Each namespace that a connected host may access has a device node `nvmeXnY` with the loop device's number, an entry in a
+ *   tree like sysfs, and the link that udev would make. They appear and disappear with the ACL.
+ * - A device that disappears under a mount leaves a dead mount, as in the kernel: the old loop device keeps its own file,
+ *   which is truncated, so that every read and write fails; the volume continues in a copy. Writes in flight at that moment
+ *   may or may not be in the copy, in any order. A deleted volume leaves a dead mount too.
+ * - Controllers that the Discovery-Client made stay, because removing one of its files has no effect. Those of nvme-cli end
+ *   with `nvme disconnect`, together with the devices that have no other path.
+ * - After a crash, a simulator with the same directories adopts the loop devices of its volumes, with their names and
+ *   mounts, and detaches the rest. A loop device belongs to the simulator when its backing file does.
  */
-import { basename, dirname, join } from "node:path";
-import type { Logger } from "../../context.ts";
+import { join } from "node:path";
 import { messageOf, StatusError } from "../../error.ts";
 import { formatAddress, parseAddress, type TransportAddress } from "../../namespace.ts";
-import type { ClusterIdentity } from "../lightos/model.ts";
 import { Contents, copySparse, exists, removeFile } from "./contents.ts";
-import { type DataPlane, type ExposedNamespace, mayAccess, type ShownDevice } from "./data_plane.ts";
+import { type DataPlane, type ExposedNamespace, type Machine, mayAccess, type ShownDevice } from "./data_plane.ts";
 import { type DiscoveryEntry, watchDiscoveryDirectory } from "./discovery_client.ts";
-import { lockFile } from "../state_file.ts";
-import { type ProgramEnd, serveNvmeProgram } from "./nvme_program.ts";
-import { nameInTree, type SysfsController, type SysfsSubsystem, type SysfsTree, sysfsTree } from "./sysfs.ts";
-import { output, readText, run } from "./run_command.ts";
-
-export interface LoopOptions {
-  /** Where the contents live. */
-  readonly contentDir: string;
-  readonly discoveryDir: string;
-  readonly devRoot: string;
-  readonly sysfsRoot: string;
-  /** Where the machine's `nvme` is put. */
-  readonly programs: string;
-  readonly identity: ClusterIdentity;
-  readonly log: Logger;
-}
-
-/** Marks a directory whose contents the simulator may remove, and is locked by the one that uses it. */
-const marker = ".lbcsi-simulator";
+import { FilePlane } from "./file_plane.ts";
+import { attachLoop, attachWritableLoop, backingFile, deviceNumber } from "./loop_device.ts";
+import {
+  type AdoptableLoop,
+  adoptableLoops,
+  clearNodes,
+  type LoopOptions,
+  marker,
+  prepareMachine,
+} from "./loop_setup.ts";
+import { type CommandResult, serveNvmeProgram } from "./nvme_program.ts";
+import { output, run } from "./run_command.ts";
+import { type SysfsController, type SysfsSubsystem, SysfsTree } from "./sysfs.ts";
 
 interface Attached {
   readonly namespace: ExposedNamespace;
@@ -47,58 +39,52 @@ interface Attached {
   readonly loop: string;
   /** `7:5`. */
   readonly number: string;
-  /** Controllers that have a path to it, by name. */
+  /** Names of the controllers that have a path to it. */
   readonly paths: string;
   readonly damage?: { readonly how: "unreadable" | "empty"; readonly loop: string; readonly file: string };
 }
 
 /**
- * Opens the data plane, with the contents that are in its directories.
+ * Opens the data plane with the contents of its directories.
  *
  * @throws StatusError FAILED_PRECONDITION that names what is missing on this machine, or a directory that holds
  *   something else
  */
 export async function openLoopPlane(options: LoopOptions): Promise<DataPlane> {
   await using held = new AsyncDisposableStack();
-  await checkMachine(options, held);
+  await prepareMachine(options, held);
   const contents = await Contents.open(options.contentDir);
   return await LoopPlane.open({ ...options, contentDir: contents.directory }, contents, held);
 }
 
-class LoopPlane implements DataPlane {
+class LoopPlane extends FilePlane implements DataPlane {
   readonly kind = "loop";
-  readonly machine: NonNullable<DataPlane["machine"]>;
+  readonly machine: Machine;
   readonly #options: LoopOptions;
-  readonly #contents: Contents;
-  readonly #log: Logger;
   readonly #tree: SysfsTree;
-  readonly #exposed = new Map<string, ExposedNamespace>();
-  /** Namespaces that are kept away although a host may see them. */
+  /** Namespaces without a device although a host may access them, with the name that the device had. */
   readonly #removed = new Map<string, string>();
-  readonly #wantedNames = new Map<string, string>();
+  readonly #givenNames = new Map<string, string>();
   readonly #attached = new Map<string, Attached>();
   readonly #controllers: SysfsController[] = [];
-  /** Loop devices of an earlier run that may be taken over, with the names they had. */
-  readonly #adoptable: Map<string, { readonly loop: string; readonly name: string | undefined }>;
-  /** Names whose device is gone and still held open by somebody. */
+  /** Loop devices of an earlier run that may be taken over, by volume UUID. */
+  readonly #adoptable: Map<string, AdoptableLoop>;
+  /** Names of devices that are gone but still open in some process. */
   readonly #zombies = new Map<string, string>();
   readonly #machineId = crypto.randomUUID();
   readonly #held: AsyncDisposableStack;
   #watch: AsyncDisposable | undefined;
   #program: AsyncDisposable | undefined;
-  #queue: Promise<unknown> = Promise.resolve();
-  #reconcilePending = false;
-  #started = false;
   #cuts = 0;
 
-  /** @param held what keeps the directories from other simulators; taken over */
+  /** @param held the locks of the directories; the plane releases them at its end */
   static async open(options: LoopOptions, contents: Contents, held: AsyncDisposableStack): Promise<LoopPlane> {
-    const adoptable = await leftovers(options);
+    const adoptable = await adoptableLoops(options);
     const plane = new LoopPlane(options, contents, adoptable, held.move());
     try {
       const report = (entries: readonly DiscoveryEntry[]) => plane.#connect(entries);
       plane.#watch = await watchDiscoveryDirectory(options.discoveryDir, options.log, report);
-      plane.#program = await serveNvmeProgram(options.programs, options.log, (words) => plane.#nvme(words));
+      plane.#program = await serveNvmeProgram(options.programs, options.log, (args) => plane.#nvme(args));
     } catch (error) {
       await plane[Symbol.asyncDispose]();
       throw error;
@@ -109,116 +95,82 @@ class LoopPlane implements DataPlane {
   private constructor(
     options: LoopOptions,
     contents: Contents,
-    adoptable: Map<string, { readonly loop: string; readonly name: string | undefined }>,
+    adoptable: Map<string, AdoptableLoop>,
     held: AsyncDisposableStack,
   ) {
+    super(contents, options.log);
     this.#options = options;
-    this.#contents = contents;
     this.#held = held;
-    this.#log = options.log;
     this.#adoptable = adoptable;
-    this.#tree = sysfsTree(options.sysfsRoot);
+    this.#tree = new SysfsTree(options.sysfsRoot);
     clearNodes(options.devRoot);
     Deno.mkdirSync(join(options.devRoot, "disk/by-id"), { recursive: true });
+    this.machine = this.#createMachine();
+  }
+
+  #createMachine(): Machine {
     const deviceOf = (uuid: string) => {
       const device = this.#attached.get(uuid);
       if (device !== undefined) return device;
       throw new StatusError("NOT_FOUND", `Cannot change the device of namespace ${uuid}: it has none`);
     };
-    const machine: NonNullable<DataPlane["machine"]> = {
-      devices: [],
+    const devices = () => [...this.#attached.values()].map((device) => shown(this.#options.devRoot, device));
+    return {
+      get devices() {
+        return devices();
+      },
       remove: (uuid) =>
-        this.#enqueue(async () => {
+        this.enqueue(async () => {
           const device = deviceOf(uuid);
           this.#removed.set(uuid, device.name);
           await this.#detach(device, true);
         }),
       restore: (uuid, name) =>
-        this.#enqueue(async () => {
+        this.enqueue(async () => {
           const old = this.#removed.get(uuid);
           if (old === undefined) {
             throw new StatusError("NOT_FOUND", `Cannot restore the device of namespace ${uuid}: it was not removed`);
           }
           this.#removed.delete(uuid);
-          this.#wantedNames.set(uuid, name ?? this.#freeName(this.#instanceOf(uuid), old));
-          await this.#reconcile();
+          this.#givenNames.set(uuid, name ?? this.#freeName(this.#instanceOf(uuid), old));
+          await this.reconcile();
           return shown(this.#options.devRoot, deviceOf(uuid));
         }),
       swap: (uuid, otherUuid) =>
-        this.#enqueue(async () => {
+        this.enqueue(async () => {
           const one = deviceOf(uuid);
           const two = deviceOf(otherUuid);
           for (const device of [one, two]) this.#hideDevice(device);
           await this.#showDevice({ ...one, name: two.name });
           await this.#showDevice({ ...two, name: one.name });
         }),
-      damage: (uuid, how) => this.#enqueue(() => this.#damage(deviceOf(uuid), how)),
-      heal: (uuid) => this.#enqueue(() => this.#heal(deviceOf(uuid))),
+      damage: (uuid, how) => this.enqueue(() => this.#damage(deviceOf(uuid), how)),
+      heal: (uuid) => this.enqueue(() => this.#heal(deviceOf(uuid))),
     };
-    Object.defineProperty(machine, "devices", {
-      get: () => [...this.#attached.values()].map((device) => shown(options.devRoot, device)),
-      enumerable: true,
-    });
-    this.machine = machine;
   }
 
   // ------------------------------------------------------------------------------------------------------- contents
 
-  createVolume(uuid: string, sizeBytes: bigint, sourceSnapshotUuid: string | undefined): Promise<void> {
-    return this.#enqueue(() => this.#contents.createVolume(uuid, sizeBytes, sourceSnapshotUuid));
-  }
-
-  resizeVolume(uuid: string, sizeBytes: bigint): Promise<void> {
-    return this.#enqueue(() => this.#contents.resizeVolume(uuid, sizeBytes));
-  }
-
   deleteVolume(uuid: string): Promise<void> {
-    this.#exposed.delete(uuid);
-    return this.#enqueue(async () => {
+    this.exposed.delete(uuid);
+    return this.enqueue(async () => {
       const device = this.#attached.get(uuid);
       if (device !== undefined) await this.#detach(device, false);
       this.#removed.delete(uuid);
-      this.#wantedNames.delete(uuid);
+      this.#givenNames.delete(uuid);
       const adoptable = this.#adoptable.get(uuid);
       this.#adoptable.delete(uuid);
       if (adoptable !== undefined) await this.#release(adoptable.loop, uuid, false);
-      await this.#contents.deleteVolume(uuid);
+      await this.contents.deleteVolume(uuid);
     });
-  }
-
-  createSnapshot(uuid: string, volumeUuid: string): Promise<void> {
-    return this.#enqueue(() => this.#contents.createSnapshot(uuid, volumeUuid));
-  }
-
-  hasSnapshot(uuid: string): Promise<boolean> {
-    return Promise.resolve(this.#contents.hasSnapshot(uuid));
-  }
-
-  deleteSnapshot(uuid: string): Promise<void> {
-    return this.#enqueue(() => this.#contents.deleteSnapshot(uuid));
   }
 
   rollbackVolume(uuid: string, snapshotUuid: string, sizeBytes: bigint): Promise<void> {
-    return this.#enqueue(async () => {
+    return this.enqueue(async () => {
       const device = this.#attached.get(uuid);
       if (device !== undefined) await this.#detach(device, false);
-      await this.#contents.rollbackVolume(uuid, snapshotUuid, sizeBytes);
+      await this.contents.rollbackVolume(uuid, snapshotUuid, sizeBytes);
     });
-  }
-
-  changedRuns(snapshotUuid: string, baseUuid: string | undefined, blockSizeBytes: number, start: bigint) {
-    return this.#contents.changedRuns(snapshotUuid, baseUuid, blockSizeBytes, start);
-  }
-
-  // --------------------------------------------------------------------------------------------------------- hosts
-
-  expose(namespace: ExposedNamespace): void {
-    this.#exposed.set(namespace.uuid, namespace);
-    this.#changed();
-  }
-
-  hide(uuid: string): void {
-    if (this.#exposed.delete(uuid)) this.#changed();
   }
 
   connectedHosts() {
@@ -227,37 +179,33 @@ class LoopPlane implements DataPlane {
   }
 
   async start(): Promise<void> {
-    this.#started = true;
-    await this.#enqueue(async () => {
-      await this.#reconcile();
-      // What no volume needs any more: its namespace was deleted, or taken away, while nobody watched.
+    this.isStarted = true;
+    await this.enqueue(async () => {
+      await this.reconcile();
+      // Not needed by any volume: the namespace was deleted or hidden while no simulator ran.
       for (const [uuid, { loop }] of this.#adoptable) await this.#release(loop, uuid, true);
       this.#adoptable.clear();
     });
   }
 
-  async settled(): Promise<void> {
-    await this.#queue;
-  }
-
   clear(): Promise<void> {
-    this.#exposed.clear();
-    return this.#enqueue(async () => {
+    this.exposed.clear();
+    return this.enqueue(async () => {
       for (const device of [...this.#attached.values()]) await this.#detach(device, false);
       this.#removed.clear();
-      this.#wantedNames.clear();
-      await this.#contents.clear();
+      this.#givenNames.clear();
+      await this.contents.clear();
     });
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#watch?.[Symbol.asyncDispose]();
     await this.#program?.[Symbol.asyncDispose]();
-    await this.#enqueue(async () => {
+    await this.enqueue(async () => {
       for (const device of [...this.#attached.values()]) {
         this.#hideDevice(device);
         if (device.damage !== undefined) await this.#dropDamage(device.damage);
-        // Without cutting off who still uses it: its content stays whole until the last of them is gone.
+        // A process that still uses it keeps its content until it closes the device.
         await this.#free(device.loop);
       }
       this.#attached.clear();
@@ -270,29 +218,13 @@ class LoopPlane implements DataPlane {
 
   // -------------------------------------------------------------------------------------------------------- inside
 
-  /** Runs `step` after everything that was asked for before. */
-  #enqueue<T>(step: () => Promise<T>): Promise<T> {
-    const result = this.#queue.then(step);
-    this.#queue = result.catch(() => {});
-    return result;
-  }
-
-  #changed(): void {
-    if (this.#reconcilePending || !this.#started) return;
-    this.#reconcilePending = true;
-    this.#enqueue(async () => {
-      this.#reconcilePending = false;
-      await this.#reconcile();
-    }).catch((error) => this.#log.error("could not show the namespaces", { error: messageOf(error) }));
-  }
-
   #connect(entries: readonly DiscoveryEntry[]): void {
     const { identity } = this.#options;
     for (const { traddr, trsvcid, hostNqn, subsystemNqn, hostId } of entries) {
       const address = traddr.includes(":") ? `[${traddr}]:${trsvcid}` : `${traddr}:${trsvcid}`;
       const known = identity.servers.some(({ discoveryEndpoint }) => discoveryEndpoint === address);
       if (!known || subsystemNqn !== identity.subsystemNqn) {
-        this.#log.warning("discovery client found nobody", { address, subsystem: subsystemNqn });
+        this.log.warning("discovery client found nobody", { address, subsystem: subsystemNqn });
         continue;
       }
       const isConnected = this.#controllers.some((controller) =>
@@ -304,7 +236,7 @@ class LoopPlane implements DataPlane {
         this.#addController(subsystemNqn, hostNqn, hostId, endpoint);
       }
     }
-    this.#changed();
+    this.reconcileSoon();
   }
 
   #addController(nqn: string, hostNqn: string, hostId: string | undefined, at: TransportAddress): void {
@@ -329,10 +261,10 @@ class LoopPlane implements DataPlane {
     return { instance, nqn, model: "lbcsi simulator" };
   }
 
-  /** What the machine's `nvme` does. */
-  async #nvme(words: readonly string[]): Promise<ProgramEnd> {
-    const option = (name: string) => words.find((word) => word.startsWith(`--${name}=`))?.slice(name.length + 3) ?? "";
-    switch (words[0]) {
+  /** Runs a command of the machine's `nvme`. */
+  async #nvme(args: readonly string[]): Promise<CommandResult> {
+    const option = (name: string) => args.find((arg) => arg.startsWith(`--${name}=`))?.slice(name.length + 3) ?? "";
+    switch (args[0]) {
       case "connect":
         return await this.#nvmeConnect(option("nqn"), option("hostnqn"), option("hostid"), {
           traddr: option("traddr"),
@@ -340,69 +272,69 @@ class LoopPlane implements DataPlane {
         });
       case "disconnect": {
         const controller = this.#controllers.find(({ name }) => name === option("device"));
-        if (controller === undefined) return { status: 1, words: `Did not find device ${option("device")}` };
-        await this.#enqueue(async () => {
+        if (controller === undefined) return { status: 1, message: `Did not find device ${option("device")}` };
+        await this.enqueue(async () => {
           this.#controllers.splice(this.#controllers.indexOf(controller), 1);
           // The devices first, as long as their place in the tree is there.
-          await this.#reconcile();
+          await this.reconcile();
           this.#tree.removeController(controller);
         });
-        return { status: 0, words: "" };
+        return { status: 0, message: "" };
       }
       case "ns-rescan":
-        return { status: 0, words: "" };
+        return { status: 0, message: "" };
       default:
-        return { status: 1, words: `Invalid command "${words.join(" ")}"` };
+        return { status: 1, message: `Invalid command "${args.join(" ")}"` };
     }
   }
 
-  /** The words for failures are those of nvme-cli 2.3. */
-  async #nvmeConnect(nqn: string, hostNqn: string, hostId: string, at: TransportAddress): Promise<ProgramEnd> {
+  /** The error texts are those of nvme-cli 2.3. */
+  async #nvmeConnect(nqn: string, hostNqn: string, hostId: string, at: TransportAddress): Promise<CommandResult> {
     const address = formatAddress(at);
     const { identity } = this.#options;
     if (!identity.servers.some(({ nvmeEndpoint }) => nvmeEndpoint === address)) {
-      return { status: 1, words: "failed to write to nvme-fabrics device: Connection refused" };
+      return { status: 1, message: "failed to write to nvme-fabrics device: Connection refused" };
     }
-    // Subsystems of their own are there as long as they show something, and to whom they show it.
+    // A subsystem other than the cluster's exists while it exposes a namespace, and for the hosts that may access one.
     const isKnown = nqn === identity.subsystemNqn ||
-      [...this.#exposed.values()].some((namespace) =>
+      [...this.exposed.values()].some((namespace) =>
         namespace.subsystemNqn === nqn && mayAccess(namespace.acl, hostNqn)
       );
-    if (!isKnown) return { status: 1, words: "failed to write to nvme-fabrics device: Input/output error" };
+    if (!isKnown) return { status: 1, message: "failed to write to nvme-fabrics device: Input/output error" };
     const isConnected = this.#controllers.some((controller) =>
       controller.subsystem.nqn === nqn && formatAddress(controller) === address
     );
-    if (isConnected) return { status: 1, words: "already connected" };
-    await this.#enqueue(async () => {
+    if (isConnected) return { status: 1, message: "already connected" };
+    await this.enqueue(async () => {
       this.#addController(nqn, hostNqn, hostId, at);
-      await this.#reconcile();
+      await this.reconcile();
     });
-    return { status: 0, words: "" };
+    return { status: 0, message: "" };
   }
 
-  /** Makes the devices of the machine what the access lists say. */
-  async #reconcile(): Promise<void> {
-    const wanted = [...this.#exposed.values()]
+  /** Attaches and detaches devices until the machine shows what the ACLs admit. */
+  protected override async reconcile(): Promise<void> {
+    const visible = [...this.exposed.values()]
       .filter(({ uuid }) => !this.#removed.has(uuid) && this.#pathsTo(uuid).length > 0)
       .sort((a, b) => a.nsid - b.nsid);
     for (const device of [...this.#attached.values()]) {
       const { uuid, subsystemNqn } = device.namespace;
-      const isThere = wanted.some((namespace) => namespace.uuid === uuid && namespace.subsystemNqn === subsystemNqn);
+      const isThere = visible.some((namespace) => namespace.uuid === uuid && namespace.subsystemNqn === subsystemNqn);
       if (!isThere) await this.#detach(device, true);
     }
-    for (const namespace of wanted) {
+    for (const namespace of visible) {
       try {
         const device = this.#attached.get(namespace.uuid);
         if (device === undefined) await this.#attach(namespace);
         else await this.#refresh(device, namespace);
       } catch (error) {
-        this.#log.error("could not show a namespace", { volume: namespace.uuid, error: messageOf(error) });
+        this.log.error("could not show a namespace", { volume: namespace.uuid, error: messageOf(error) });
       }
     }
   }
 
   #pathsTo(uuid: string): SysfsController[] {
-    const namespace = this.#exposed.get(uuid);
+    const namespace = this.exposed.get(uuid);
     if (namespace === undefined) return [];
     return this.#controllers.filter(({ hostNqn, subsystem }) =>
       subsystem.nqn === namespace.subsystemNqn && mayAccess(namespace.acl, hostNqn)
@@ -417,16 +349,14 @@ class LoopPlane implements DataPlane {
     const { uuid, sectorSizeBytes } = namespace;
     const adopted = this.#adoptable.get(uuid);
     this.#adoptable.delete(uuid);
-    await this.#contents.finishGrowth(uuid, namespace.sizeBytes);
+    await this.contents.finishGrowth(uuid, namespace.sizeBytes);
     const loop = adopted?.loop ??
-      await output("losetup", "-f", "--show", "-b", String(sectorSizeBytes), this.#volumeFile(uuid));
+      await attachWritableLoop(this.#volumeFile(uuid), sectorSizeBytes);
     if (adopted !== undefined) await output("losetup", "-c", loop);
-    // The kernel keeps a loop device read-only that an earlier user made so, even through a detach.
-    else await output("blockdev", "--setrw", loop);
-    const name = this.#wantedNames.get(uuid) ?? adopted?.name ?? this.#freeName(this.#instanceOf(uuid));
-    this.#wantedNames.delete(uuid);
-    await this.#showDevice({ namespace, name, loop, number: numberOf(loop), paths: "" });
-    this.#log.info("showed a namespace", { volume: uuid, device: name });
+    const name = this.#givenNames.get(uuid) ?? adopted?.name ?? this.#freeName(this.#instanceOf(uuid));
+    this.#givenNames.delete(uuid);
+    await this.#showDevice({ namespace, name, loop, number: deviceNumber(loop), paths: "" });
+    this.log.info("showed a namespace", { volume: uuid, device: name });
   }
 
   async #refresh(device: Attached, namespace: ExposedNamespace): Promise<void> {
@@ -439,7 +369,7 @@ class LoopPlane implements DataPlane {
     if (changed.paths !== device.paths) this.#tree.putNamespace(this.#sysfsOf(changed));
   }
 
-  /** Everything of a device that can be seen: first sysfs, then the node, then udev's link, as the kernel does. */
+  /** Makes a device visible in the order of the kernel: sysfs, then the node, then udev's link. */
   async #showDevice(device: Attached): Promise<void> {
     const { namespace: { uuid }, name } = device;
     this.#attached.set(uuid, { ...device, paths: this.#pathText(uuid) });
@@ -451,7 +381,7 @@ class LoopPlane implements DataPlane {
   }
 
   async #makeNode(device: Attached): Promise<void> {
-    const [major = "", minor = ""] = (device.damage === undefined ? device.number : numberOf(device.damage.loop))
+    const [major = "", minor = ""] = (device.damage === undefined ? device.number : deviceNumber(device.damage.loop))
       .split(":");
     const node = join(this.#options.devRoot, device.name);
     await removeFile(`${node}~`);
@@ -471,7 +401,7 @@ class LoopPlane implements DataPlane {
     return {
       ...namespace,
       name,
-      number: damage === undefined ? number : numberOf(damage.loop),
+      number: damage === undefined ? number : deviceNumber(damage.loop),
       sizeBytes: damage?.how === "empty" ? 0n : namespace.sizeBytes,
       controllers: this.#pathsTo(namespace.uuid),
     };
@@ -481,14 +411,14 @@ class LoopPlane implements DataPlane {
     this.#hideDevice(device);
     if (device.damage !== undefined) await this.#dropDamage(device.damage);
     await this.#release(device.loop, device.namespace.uuid, keepContent, device.name);
-    this.#log.info("took a namespace away", { volume: device.namespace.uuid, device: device.name });
+    this.log.info("took a namespace away", { volume: device.namespace.uuid, device: device.name });
   }
 
-  /** Detaches a loop device; one that is in use loses its content, while the volume keeps it when `keepContent`. */
+  /** Detaches a loop device. One that is in use loses its content; the volume keeps it when `keepContent`. */
   async #release(loop: string, uuid: string, keepContent: boolean, name?: string): Promise<void> {
     const file = this.#volumeFile(uuid);
     await this.#free(loop);
-    // Whoever only looked at the device, as blkid does, has let go of it in a moment.
+    // A process that only inspects the device, such as blkid, closes it after a moment.
     for (let tries = 0; tries < 20; tries++) {
       if (backingFile(loop)?.startsWith(file) !== true) return;
       await new Promise((resolve) => setTimeout(resolve, 10));
@@ -497,7 +427,7 @@ class LoopPlane implements DataPlane {
     await this.#cut(loop, file, keepContent);
   }
 
-  /** Detaches a loop device, now or when its last user is gone, unless somebody else has it by now. */
+  /** Detaches a loop device, now or when its last user closes it, unless it is no longer ours. */
   async #free(loop: string): Promise<void> {
     if (backingFile(loop)?.startsWith(this.#options.contentDir)) await run("losetup", "-d", loop);
   }
@@ -516,13 +446,13 @@ class LoopPlane implements DataPlane {
     await removeFile(dead);
   }
 
-  /** The number of the subsystem that a namespace is seen in. */
+  /** The number of the subsystem that shows a namespace. */
   #instanceOf(uuid: string): number {
     return this.#pathsTo(uuid)[0]?.subsystem.instance ?? 0;
   }
 
-  /** The lowest name in a subsystem that no device has, and no mount of a device that is gone. */
-  #freeName(instance: number, butNot?: string): string {
+  /** The lowest device name in a subsystem that no device has, dead mounts included. */
+  #freeName(instance: number, except?: string): string {
     for (const [name, loop] of this.#zombies) {
       if (backingFile(loop)?.startsWith(this.#options.contentDir) !== true) this.#zombies.delete(name);
     }
@@ -530,7 +460,7 @@ class LoopPlane implements DataPlane {
     for (const { name } of this.#adoptable.values()) if (name !== undefined) taken.add(name);
     for (let head = 1;; head++) {
       const name = `nvme${instance}n${head}`;
-      if (!taken.has(name) && !this.#zombies.has(name) && name !== butNot) return name;
+      if (!taken.has(name) && !this.#zombies.has(name) && name !== except) return name;
     }
   }
 
@@ -540,8 +470,8 @@ class LoopPlane implements DataPlane {
     const file = join(this.#options.contentDir, "volumes", `${uuid}.damaged`);
     await Deno.writeFile(file, new Uint8Array());
     if (how === "unreadable") await Deno.truncate(file, Number(sizeBytes));
-    const loop = await output("losetup", "-f", "--show", "-b", String(sectorSizeBytes), file);
-    // A loop device keeps its size when its file is emptied behind its back; what lies past the end cannot be read.
+    const loop = await attachLoop(file, sectorSizeBytes);
+    // A loop device keeps its size when its file is truncated; what lies past the end cannot be read.
     await Deno.truncate(file, 0);
     if (how === "unreadable" && await canRead(loop)) {
       await run("losetup", "-d", loop);
@@ -571,7 +501,7 @@ class LoopPlane implements DataPlane {
   }
 
   #volumeFile(uuid: string): string {
-    return this.#contents.volumeFile(uuid);
+    return this.contents.volumeFile(uuid);
   }
 
   #linkOf(uuid: string): string {
@@ -581,101 +511,6 @@ class LoopPlane implements DataPlane {
 
 function shown(devRoot: string, { namespace: { uuid }, name, loop, number }: Attached): ShownDevice {
   return { uuid, name, path: join(devRoot, name), loop, number };
-}
-
-// -------------------------------------------------------------------------------------------------------- the machine
-
-async function checkMachine(options: LoopOptions, held: AsyncDisposableStack): Promise<void> {
-  const refuse = (problem: string, cause?: unknown) =>
-    new StatusError("FAILED_PRECONDITION", `Cannot use data plane "loop": ${problem}`, { cause });
-  if (Deno.build.os !== "linux") throw refuse("loop devices need Linux");
-  if (Deno.uid() !== 0) throw refuse("it needs root, this process has user ID " + Deno.uid());
-  if (!exists("/dev/loop-control")) throw refuse("/dev/loop-control is missing, load the module loop");
-  await Contents.open(options.contentDir);
-  for (const root of [options.devRoot, options.sysfsRoot]) {
-    await Deno.mkdir(root, { recursive: true });
-    const names = [...Deno.readDirSync(root)].map(({ name }) => name);
-    if (names.length > 0 && !names.includes(marker)) {
-      throw refuse(`directory ${root} holds ${names[0]}, an empty one or one of its own is needed`);
-    }
-    held.use(await lockFile(join(root, marker), root));
-  }
-  // The real thing is tried once: containers forbid any of these steps, each in its own way.
-  const file = join(options.contentDir, `probe-${crypto.randomUUID()}`);
-  const node = join(options.devRoot, `probe-${crypto.randomUUID()}`);
-  let loop: string | undefined;
-  try {
-    await Deno.writeFile(file, new Uint8Array(4096));
-    loop = await output("losetup", "-f", "--show", file).catch((cause) => {
-      throw refuse(`no loop device can be set up (${messageOf(cause)})`, cause);
-    });
-    const [major = "", minor = ""] = numberOf(loop).split(":");
-    await output("mknod", node, "b", major, minor).catch((cause) => {
-      throw refuse(`no device node can be made in ${options.devRoot} (${messageOf(cause)})`, cause);
-    });
-    try {
-      (await Deno.open(node)).close();
-    } catch (cause) {
-      throw refuse(`device nodes in ${options.devRoot} cannot be opened, it must not be mounted "nodev"`, cause);
-    }
-  } finally {
-    if (loop !== undefined) await run("losetup", "-d", loop);
-    await removeFile(node);
-    await removeFile(file);
-  }
-}
-
-/**
- * Loop devices that an earlier run left behind, by the UUID of their volume. What cannot be taken over (its volume is
- * gone, or it was given up already) is detached as far as possible.
- */
-async function leftovers(
-  { contentDir, sysfsRoot, log }: LoopOptions,
-): Promise<Map<string, { readonly loop: string; readonly name: string | undefined }>> {
-  const found = new Map<string, { readonly loop: string; readonly name: string | undefined }>();
-  const volumes = join(contentDir, "volumes");
-  for (const { name: device } of Deno.readDirSync("/sys/block")) {
-    if (!/^loop\d+$/.test(device)) continue;
-    const loop = `/dev/${device}`;
-    const file = backingFile(loop);
-    if (file === undefined || dirname(file) !== volumes) continue;
-    const uuid = /^([0-9a-f-]{36})\.img$/.exec(basename(file))?.[1];
-    const givenUp = readText(`/sys/block/${device}/loop/autoclear`) === "1";
-    if (uuid !== undefined && !givenUp && exists(file) && !found.has(uuid)) {
-      found.set(uuid, { loop, name: nameInTree(sysfsRoot, numberOf(loop)) });
-      continue;
-    }
-    log.info("detaches a loop device of an earlier run", { device: loop });
-    await run("losetup", "-d", loop);
-    if (uuid === undefined || !exists(file)) continue;
-    if (backingFile(loop) !== file) continue;
-    // Somebody still has it mounted: the volume goes on in a copy, so that two devices never write to one file.
-    await Deno.link(file, `${file}.dead`);
-    await copySparse(file, `${file}.new`);
-    await Deno.rename(`${file}.new`, file);
-    await Deno.truncate(`${file}.dead`, 0);
-    await run("losetup", "-c", loop);
-    await removeFile(`${file}.dead`);
-  }
-  return found;
-}
-
-function clearNodes(devRoot: string): void {
-  for (const { name } of Deno.readDirSync(devRoot)) {
-    if (/^(nvme\d+n\d+|probe-.*)~?$/.test(name)) Deno.removeSync(join(devRoot, name));
-  }
-  if (exists(join(devRoot, "disk"))) Deno.removeSync(join(devRoot, "disk"), { recursive: true });
-}
-
-/** Path of the file behind a loop device, `… (deleted)` when it has been removed; undefined when there is none. */
-function backingFile(loop: string): string | undefined {
-  return readText(`/sys/block/${basename(loop)}/loop/backing_file`);
-}
-
-function numberOf(loop: string): string {
-  const number = readText(`/sys/block/${basename(loop)}/dev`);
-  if (number !== undefined) return number;
-  throw new StatusError("INTERNAL", `Cannot find the number of ${loop}: it is not in sysfs`);
 }
 
 async function canRead(path: string): Promise<boolean> {

@@ -1,50 +1,51 @@
 /**
- * The simulated machine's `nvme`: a program of that name in a directory of the simulator, to be first on the PATH of who
- * shall connect there. It hands its words to the simulator in a file and waits for what the simulator says.
+ * The simulated machine's `nvme`: a program of that name in a directory of the simulator, which must come first on the PATH of
+ * a node that connects there. It passes its arguments to the simulator in a file and waits for the result.
  */
 import { basename, join } from "node:path";
 import type { Logger } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 
-/** How a command ended: exit status and what goes to stderr. */
-export interface ProgramEnd {
+/** How a command ended. */
+export interface CommandResult {
   readonly status: number;
-  readonly words: string;
+  /** Text for stderr. */
+  readonly message: string;
 }
 
 /**
- * Makes the program in `directory`, and runs its commands one after the other by `run` until it is disposed.
+ * Makes the program in `directory`, and runs its commands with `run`, one after the other, until it is disposed.
  *
- * @param run is given the words behind the program's name
+ * @param run receives the arguments of the program
  */
 export async function serveNvmeProgram(
   directory: string,
   log: Logger,
-  run: (words: readonly string[]) => Promise<ProgramEnd>,
+  run: (args: readonly string[]) => Promise<CommandResult>,
 ): Promise<AsyncDisposable> {
   const requests = join(directory, "requests");
   await Deno.mkdir(requests, { recursive: true, mode: 0o700 });
   const answer = async (path: string) => {
-    const words = (await Deno.readTextFile(path)).split("\n").slice(0, -1);
-    let end: ProgramEnd;
+    const args = (await Deno.readTextFile(path)).split("\n").slice(0, -1);
+    let result: CommandResult;
     try {
-      end = await run(words);
+      result = await run(args);
     } catch (error) {
-      log.error("nvme failed", { command: words.join(" "), error: messageOf(error) });
-      end = { status: 1, words: messageOf(error) };
+      log.error("nvme failed", { command: args.join(" "), error: messageOf(error) });
+      result = { status: 1, message: messageOf(error) };
     }
     const file = path.replace(/\.request$/, "");
     await Deno.remove(path);
-    await Deno.writeTextFile(`${file}.new`, `${end.status}\n${end.words}${end.words === "" ? "" : "\n"}`);
+    await Deno.writeTextFile(`${file}.new`, `${result.status}\n${result.message}${result.message === "" ? "" : "\n"}`);
     await Deno.rename(`${file}.new`, `${file}.answer`);
   };
   const seen = new Set<string>();
-  const look = async () => {
+  const answerNew = async () => {
     for await (const { name } of Deno.readDir(requests)) {
       if (!name.endsWith(".request") || seen.has(name)) continue;
       seen.add(name);
       await answer(join(requests, name)).catch((error) => {
-        // Who asked is gone, and took its request along.
+        // The program has ended and removed its request.
         if (!(error instanceof Deno.errors.NotFound)) log.error("nvme was not answered", { error: messageOf(error) });
       });
     }
@@ -54,7 +55,7 @@ export async function serveNvmeProgram(
   await Deno.rename(join(directory, "nvme~"), join(directory, "nvme"));
   const watching = (async () => {
     for await (const { paths } of watcher) {
-      if (paths.some((path) => basename(path).endsWith(".request"))) await look();
+      if (paths.some((path) => basename(path).endsWith(".request"))) await answerNew();
     }
   })();
   return {
@@ -65,7 +66,7 @@ export async function serveNvmeProgram(
   };
 }
 
-/** Waits for half a minute; a simulator that is gone does not answer. */
+/** The program waits half a minute, because a simulator that has ended does not answer. */
 function programText(requests: string): string {
   return `#!/bin/sh
 request='${requests.replaceAll("'", `'\\''`)}'/$$.$(cat /proc/sys/kernel/random/uuid)

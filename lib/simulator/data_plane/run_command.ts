@@ -1,13 +1,14 @@
-/** Commands that data planes run on their machine. */
+/** Commands and files that the data planes use on their machine. */
 import { StatusError } from "../../error.ts";
 
+/** How a command ended. */
 export interface Finished {
   readonly code: number;
   readonly stdout: string;
   readonly stderr: string;
 }
 
-/** Runs a command to its end; one that is not installed answers 127. */
+/** Runs a command to its end. A program that is not installed ends with 127. */
 export async function run(program: string, ...args: readonly string[]): Promise<Finished> {
   try {
     const { code, stdout, stderr } = await new Deno.Command(program, { args: [...args], env: { LC_ALL: "C" } })
@@ -20,7 +21,7 @@ export async function run(program: string, ...args: readonly string[]): Promise<
   }
 }
 
-/** What a command printed; throws INTERNAL with its error text when it fails. */
+/** Runs a command and resolves with what it printed; throws INTERNAL with its error text when it fails. */
 export async function output(program: string, ...args: readonly string[]): Promise<string> {
   const { code, stdout, stderr } = await run(program, ...args);
   if (code === 0) return stdout;

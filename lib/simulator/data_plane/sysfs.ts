@@ -1,8 +1,7 @@
 /**
- * A tree that is shaped like the part of sysfs in which Linux shows NVMe over fabrics with native multipath, and the
- * device nodes that belong to it.
+ * A directory tree in the shape of the part of sysfs where Linux shows NVMe over fabrics with native multipath.
  *
- * Layout and texts as seen on Linux 6.1 with real NVMe/TCP: `/sys/class/block/nvmeXnY` is the multipath head, X is the
+ * Layout and texts as on Linux 6.1 with real NVMe/TCP: `/sys/class/block/nvmeXnY` is the multipath head, X is the
  * number of the subsystem and not of a controller, Y is not the NSID; `nvmeXcCnY` are its paths, hidden, without a node;
  * `wwid` is `uuid.<uuid>`, `nguid` has dashes; every text ends in a newline.
  */
@@ -41,165 +40,172 @@ export interface SysfsNamespace {
   readonly controllers: readonly SysfsController[];
 }
 
-/** One tree. Everything is synchronous: whoever looks sees each entry whole or not at all. */
-export interface SysfsTree {
-  /** With its subsystem, if it is the first one of that. */
-  addController(controller: SysfsController): void;
-  /** With its subsystem, if it was the last one of that. Its namespaces have to be removed, or given other paths, before. */
-  removeController(controller: SysfsController): void;
-  /** Shows a namespace; again: with other paths, number or size. */
-  putNamespace(namespace: SysfsNamespace): void;
-  /** Absent: done. */
-  removeNamespace(name: string): void;
-  setSize(name: string, sizeBytes: bigint): void;
-  /** Removes everything below the root that is ours. */
-  clear(): void;
-}
-
 const subsystemsDir = "devices/virtual/nvme-subsystem";
 const controllersDir = "devices/virtual/nvme-fabrics/ctl";
 
-export function sysfsTree(root: string): SysfsTree {
-  const at = (...parts: string[]) => join(root, ...parts);
-  const clear = () => {
-    for (const part of ["class", "block", "dev", "devices"]) removeTree(at(part));
-  };
-  const paths = (name: string) =>
-    list(at(controllersDir)).flatMap((controller) =>
-      list(at(controllersDir, controller)).filter((entry) => isPathOf(entry, name)).map((path) => ({
-        controller,
-        path,
-      }))
-    );
+/** One tree. Everything is synchronous: a reader sees each entry whole or not at all. */
+export class SysfsTree {
+  readonly #root: string;
 
-  const subsystemDir = (instance: number | string) => at(subsystemsDir, `nvme-subsys${instance}`);
-  /** Where the device of a name is: it says the number of its subsystem. */
-  const headDir = (name: string) => subsystemDir(/^nvme(\d+)n/.exec(name)?.[1] ?? "");
-  const start = () => {
-    clear();
+  /** Makes an empty tree below `root`, after removing an earlier one. */
+  constructor(root: string) {
+    this.#root = root;
+    this.clear();
     for (const part of ["class/block", "class/nvme", "class/nvme-subsystem", "block", "dev/block", controllersDir]) {
-      Deno.mkdirSync(at(part), { recursive: true });
+      Deno.mkdirSync(this.#at(part), { recursive: true });
     }
-  };
-  start();
+  }
 
-  return {
-    addController(controller) {
-      const { name, traddr, trsvcid, subsystem: { instance, nqn, model } } = controller;
-      texts(subsystemDir(instance), {
-        subsysnqn: nqn,
-        model,
-        serial: "simulated",
-        firmware_rev: "3.17",
-        iopolicy: "numa",
-      });
-      link(at("class/nvme-subsystem", `nvme-subsys${instance}`), `../../${subsystemsDir}/nvme-subsys${instance}`);
-      const family = traddr.includes(":") ? "::1" : "127.0.0.1";
-      texts(at(controllersDir, name), {
-        state: "live",
-        address: `traddr=${traddr},trsvcid=${trsvcid},src_addr=${family}`,
-        subsysnqn: nqn,
-        hostnqn: controller.hostNqn,
-        hostid: controller.hostId,
-        transport: "tcp",
-        cntlid: String(Number(name.replace(/^nvme/, "")) + 1),
-        ctrl_loss_tmo: "600",
-        reconnect_delay: "10",
-        kato: "10",
-        queue_count: "2",
-      });
-      link(join(subsystemDir(instance), name), `../../nvme-fabrics/ctl/${name}`);
-      link(at("class/nvme", name), `../../${controllersDir}/${name}`);
-    },
+  /** Shows a controller, and its subsystem if it is the first controller of it. */
+  addController(controller: SysfsController): void {
+    const { name, traddr, trsvcid, subsystem: { instance, nqn, model } } = controller;
+    writeAttributes(this.#subsystemDir(instance), {
+      subsysnqn: nqn,
+      model,
+      serial: "simulated",
+      firmware_rev: "3.17",
+      iopolicy: "numa",
+    });
+    link(this.#at("class/nvme-subsystem", `nvme-subsys${instance}`), `../../${subsystemsDir}/nvme-subsys${instance}`);
+    const loopback = traddr.includes(":") ? "::1" : "127.0.0.1";
+    writeAttributes(this.#at(controllersDir, name), {
+      state: "live",
+      address: `traddr=${traddr},trsvcid=${trsvcid},src_addr=${loopback}`,
+      subsysnqn: nqn,
+      hostnqn: controller.hostNqn,
+      hostid: controller.hostId,
+      transport: "tcp",
+      cntlid: String(Number(name.replace(/^nvme/, "")) + 1),
+      ctrl_loss_tmo: "600",
+      reconnect_delay: "10",
+      kato: "10",
+      queue_count: "2",
+    });
+    link(join(this.#subsystemDir(instance), name), `../../nvme-fabrics/ctl/${name}`);
+    link(this.#at("class/nvme", name), `../../${controllersDir}/${name}`);
+  }
 
-    removeController({ name, subsystem: { instance } }) {
-      unlink(at("class/nvme", name));
-      unlink(join(subsystemDir(instance), name));
-      removeTree(at(controllersDir, name));
-      if (list(subsystemDir(instance)).some((entry) => /^nvme\d+$/.test(entry))) return;
-      unlink(at("class/nvme-subsystem", `nvme-subsys${instance}`));
-      removeTree(subsystemDir(instance));
-    },
+  /**
+   * Removes a controller, and its subsystem if it was the last controller of it. First remove its namespaces, or give them
+   * other paths.
+   */
+  removeController({ name, subsystem: { instance } }: SysfsController): void {
+    unlink(this.#at("class/nvme", name));
+    unlink(join(this.#subsystemDir(instance), name));
+    removeTree(this.#at(controllersDir, name));
+    if (list(this.#subsystemDir(instance)).some((entry) => /^nvme\d+$/.test(entry))) return;
+    unlink(this.#at("class/nvme-subsystem", `nvme-subsys${instance}`));
+    removeTree(this.#subsystemDir(instance));
+  }
 
-    putNamespace(namespace) {
-      const { name, uuid, number, controllers } = namespace;
-      const facts = {
-        uuid,
-        wwid: `uuid.${uuid}`,
-        nguid: uuid,
-        nsid: String(namespace.nsid),
-        size: String(namespace.sizeBytes / 512n),
-        removable: "0",
-      };
-      const queue = {
-        logical_block_size: String(namespace.sectorSizeBytes),
-        physical_block_size: String(namespace.sectorSizeBytes),
-      };
-      for (const { controller, path } of paths(name)) {
-        if (controllers.some((other) => other.name === controller)) continue;
-        unlink(at("class/block", path));
-        removeTree(at(controllersDir, controller, path));
-      }
-      for (const controller of controllers) {
-        const path = pathName(name, controller.name);
-        texts(at(controllersDir, controller.name, path), {
-          ...facts,
-          hidden: "1",
-          ro: "0",
-          ana_state: "optimized",
-          ana_grpid: "1",
-        });
-        texts(at(controllersDir, controller.name, path, "queue"), queue);
-        link(at(controllersDir, controller.name, path, "device"), `../../${controller.name}`);
-        link(at("class/block", path), `../../${controllersDir}/${controller.name}/${path}`);
-      }
-      const [major, minor] = number.split(":");
-      const home = join(headDir(name), name);
-      const subsystem = basename(headDir(name));
-      texts(join(home, "queue"), queue);
-      texts(home, {
-        ...facts,
-        hidden: "0",
-        dev: number,
-        uevent: `MAJOR=${major}\nMINOR=${minor}\nDEVNAME=${name}\nDEVTYPE=disk`,
-      });
-      link(join(home, "device"), `../../${subsystem}`);
-      // What blockdev(8) does to the device shows here.
-      link(join(home, "ro"), `/sys/dev/block/${number}/ro`);
-      for (const entry of list(at("dev/block"))) {
-        if (entry !== number && targetOf(at("dev/block", entry))?.endsWith(`/${name}`)) unlink(at("dev/block", entry));
-      }
-      link(at("dev/block", number), `../../${subsystemsDir}/${subsystem}/${name}`);
-      link(at("block", name), `../${subsystemsDir}/${subsystem}/${name}`);
-      // Last, as it is where readers start.
-      link(at("class/block", name), `../../${subsystemsDir}/${subsystem}/${name}`);
-    },
+  /** Shows a namespace. Shown already: gives it these paths, this number and this size. */
+  putNamespace(namespace: SysfsNamespace): void {
+    const { name, controllers } = namespace;
+    for (const { controller, path } of this.#pathsOf(name)) {
+      if (controllers.some((other) => other.name === controller)) continue;
+      this.#removePath(controller, path);
+    }
+    for (const controller of controllers) this.#putPath(namespace, controller.name);
+    this.#putHead(namespace);
+  }
 
-    removeNamespace(name) {
-      unlink(at("class/block", name));
-      unlink(at("block", name));
-      for (const entry of list(at("dev/block"))) {
-        if (targetOf(at("dev/block", entry))?.endsWith(`/${name}`)) unlink(at("dev/block", entry));
-      }
-      for (const { controller, path } of paths(name)) {
-        unlink(at("class/block", path));
-        removeTree(at(controllersDir, controller, path));
-      }
-      removeTree(join(headDir(name), name));
-    },
+  /** Removes a namespace. Absent: nothing. */
+  removeNamespace(name: string): void {
+    unlink(this.#at("class/block", name));
+    unlink(this.#at("block", name));
+    this.#unlinkNumbers(name, undefined);
+    for (const { controller, path } of this.#pathsOf(name)) this.#removePath(controller, path);
+    removeTree(join(this.#headDir(name), name));
+  }
 
-    setSize(name, sizeBytes) {
-      text(join(headDir(name), name, "size"), String(sizeBytes / 512n));
-      for (const { controller, path } of paths(name)) {
-        text(at(controllersDir, controller, path, "size"), String(sizeBytes / 512n));
-      }
-    },
+  setSize(name: string, sizeBytes: bigint): void {
+    const sectors = String(sizeBytes / 512n);
+    writeAttribute(join(this.#headDir(name), name, "size"), sectors);
+    for (const { controller, path } of this.#pathsOf(name)) {
+      writeAttribute(this.#at(controllersDir, controller, path, "size"), sectors);
+    }
+  }
 
-    clear,
-  };
+  /** Removes everything below the root that belongs to the tree. */
+  clear(): void {
+    for (const part of ["class", "block", "dev", "devices"]) removeTree(this.#at(part));
+  }
+
+  /** The hidden block device of one path. */
+  #putPath(namespace: SysfsNamespace, controller: string): void {
+    const path = pathName(namespace.name, controller);
+    const directory = this.#at(controllersDir, controller, path);
+    writeAttributes(directory, {
+      ...attributesOf(namespace),
+      hidden: "1",
+      ro: "0",
+      ana_state: "optimized",
+      ana_grpid: "1",
+    });
+    writeAttributes(join(directory, "queue"), queueOf(namespace));
+    link(join(directory, "device"), `../../${controller}`);
+    link(this.#at("class/block", path), `../../${controllersDir}/${controller}/${path}`);
+  }
+
+  /** The block device of a namespace, over all its paths. */
+  #putHead(namespace: SysfsNamespace): void {
+    const { name, number } = namespace;
+    const [major, minor] = number.split(":");
+    const directory = join(this.#headDir(name), name);
+    const subsystem = basename(this.#headDir(name));
+    writeAttributes(join(directory, "queue"), queueOf(namespace));
+    writeAttributes(directory, {
+      ...attributesOf(namespace),
+      hidden: "0",
+      dev: number,
+      uevent: `MAJOR=${major}\nMINOR=${minor}\nDEVNAME=${name}\nDEVTYPE=disk`,
+    });
+    link(join(directory, "device"), `../../${subsystem}`);
+    // What blockdev(8) does to the device shows here.
+    link(join(directory, "ro"), `/sys/dev/block/${number}/ro`);
+    this.#unlinkNumbers(name, number);
+    link(this.#at("dev/block", number), `../../${subsystemsDir}/${subsystem}/${name}`);
+    link(this.#at("block", name), `../${subsystemsDir}/${subsystem}/${name}`);
+    // Last, because readers start here.
+    link(this.#at("class/block", name), `../../${subsystemsDir}/${subsystem}/${name}`);
+  }
+
+  /** Removes the links from device numbers to a device, but for one number. */
+  #unlinkNumbers(name: string, except: string | undefined): void {
+    for (const number of list(this.#at("dev/block"))) {
+      if (number === except) continue;
+      if (targetOf(this.#at("dev/block", number))?.endsWith(`/${name}`)) unlink(this.#at("dev/block", number));
+    }
+  }
+
+  #removePath(controller: string, path: string): void {
+    unlink(this.#at("class/block", path));
+    removeTree(this.#at(controllersDir, controller, path));
+  }
+
+  /** The paths to a namespace that the tree shows. */
+  #pathsOf(name: string): { readonly controller: string; readonly path: string }[] {
+    return list(this.#at(controllersDir)).flatMap((controller) =>
+      list(this.#at(controllersDir, controller)).filter((entry) => isPathOf(entry, name))
+        .map((path) => ({ controller, path }))
+    );
+  }
+
+  #subsystemDir(instance: number | string): string {
+    return this.#at(subsystemsDir, `nvme-subsys${instance}`);
+  }
+
+  /** The directory that holds a device; its name contains the number of the subsystem. */
+  #headDir(name: string): string {
+    return this.#subsystemDir(/^nvme(\d+)n/.exec(name)?.[1] ?? "");
+  }
+
+  #at(...parts: string[]): string {
+    return join(this.#root, ...parts);
+  }
 }
 
-/** The device name that a tree from an earlier run gave to a device number, if it is still there. */
+/** The device name that the tree of an earlier run gave to a device number; undefined when it has none. */
 export function nameInTree(root: string, number: string): string | undefined {
   return targetOf(join(root, "dev/block", number))?.replace(/^.*\//, "");
 }
@@ -213,14 +219,29 @@ function isPathOf(entry: string, head: string): boolean {
   return /^nvme\d+c\d+n\d+$/.test(entry) && entry.replace(/c\d+/, "") === head;
 }
 
-function texts(directory: string, files: Readonly<Record<string, string>>): void {
-  Deno.mkdirSync(directory, { recursive: true });
-  for (const [name, content] of Object.entries(files)) text(join(directory, name), content);
+function attributesOf({ uuid, nsid, sizeBytes }: SysfsNamespace): Readonly<Record<string, string>> {
+  return {
+    uuid,
+    wwid: `uuid.${uuid}`,
+    nguid: uuid,
+    nsid: String(nsid),
+    size: String(sizeBytes / 512n),
+    removable: "0",
+  };
 }
 
-// Replaced and not rewritten: a reader of sysfs never sees half an attribute.
-function text(path: string, content: string): void {
-  Deno.writeTextFileSync(`${path}~`, `${content}\n`);
+function queueOf({ sectorSizeBytes }: SysfsNamespace): Readonly<Record<string, string>> {
+  return { logical_block_size: String(sectorSizeBytes), physical_block_size: String(sectorSizeBytes) };
+}
+
+function writeAttributes(directory: string, attributes: Readonly<Record<string, string>>): void {
+  Deno.mkdirSync(directory, { recursive: true });
+  for (const [name, text] of Object.entries(attributes)) writeAttribute(join(directory, name), text);
+}
+
+// Replaced, not rewritten: a reader of sysfs never sees half an attribute.
+function writeAttribute(path: string, text: string): void {
+  Deno.writeTextFileSync(`${path}~`, `${text}\n`);
   Deno.renameSync(`${path}~`, path);
 }
 

@@ -12,15 +12,15 @@ interface Entry {
   readonly bytes: bigint;
 }
 
-/** What an object counts as, read from it again by each `put`. */
+/** Properties that the index keeps of an object; each `put` reads them again. */
 export interface Traits<T> {
-  /** UUID of what it was made from, for `madeFrom`. */
+  /** UUID of the object that it was made from, for `madeFrom`. */
   source(object: T): string | undefined;
   /** The bytes that it reserves. */
   bytes(object: T): bigint;
 }
 
-/** Objects change in place: call `put` after each change of an object, its name and state included. */
+/** Objects change in place: call `put` after each change of an object, also of its name and state. */
 export class ObjectIndex<T extends Named> {
   readonly #traits: Traits<T>;
   readonly #objects = new Map<string, T>();
@@ -55,7 +55,7 @@ export class ObjectIndex<T extends Named> {
     return [...this.#bySource.get(sourceUuid) ?? []];
   }
 
-  /** Adds an object, or takes note of its changes. */
+  /** Adds an object, or updates the index after a change of it. */
   put(object: T): void {
     this.#forget(object);
     const { project, name, uuid } = object;

@@ -1,25 +1,25 @@
 /**
  * A simulated LightOS cluster as one object: management API, control port and data plane over one model.
  *
- * With a state directory it remembers everything: identity, ports, certificate, model and contents, so that one that is
- * started again there is the same cluster, with what was half done going on.
+ * With a state directory it keeps everything: identity, ports, certificate, model and contents. A simulator that starts
+ * there again is the same cluster and continues what was half done.
  */
-import * as z from "zod";
 import { join } from "node:path";
 import type { Logger } from "../../context.ts";
-import { messageOf, StatusError } from "../../error.ts";
+import { StatusError } from "../../error.ts";
 import type { Scheme } from "../../volume_id.ts";
+import { type Control, createControl, serveControl } from "../control.ts";
+import type { DataPlane } from "../data_plane/data_plane.ts";
+import { openDataPlane } from "../data_plane/open.ts";
+import { createFaults, type Faults } from "../faults.ts";
+import { lockFile } from "../state_file.ts";
 import { type Behaviour, defaultBehaviour } from "./behaviour.ts";
 import { Cluster } from "./cluster.ts";
-import type { ClusterIdentity } from "./model.ts";
-import { type Control, control, serveControl } from "../control.ts";
-import { type DataPlane, noDataPlane } from "../data_plane/data_plane.ts";
-import { faults } from "../faults.ts";
-import { lockFile, readState, stateText, writeState } from "../state_file.ts";
+import { type IdentityRecord, readIdentity, writeIdentity } from "./identity.ts";
 import { type ApiEndpoint, serveLightos } from "./service.ts";
-import { tokens } from "./token.ts";
+import { createTokens, type Tokens } from "./token.ts";
 
-/** How a simulator is to be; `defaultSimulateSettings` has a value for each. */
+/** Settings of a simulator; `defaultSimulateSettings` has a value for each. */
 export interface SimulateSettings {
   /** Address that the management API listens on. */
   readonly host: string;
@@ -38,7 +38,7 @@ export interface SimulateSettings {
   readonly capacityBytes: bigint;
   /** False admits calls without a token. */
   readonly authentication: boolean;
-  /** Whether hosts have to authenticate their connections, as LightOS does once that was enabled. */
+  /** Whether hosts must authenticate their connections (LightOS' in-band authentication). */
   readonly inBandAuth: boolean;
   readonly behaviour: Partial<Behaviour>;
   /**
@@ -46,7 +46,7 @@ export interface SimulateSettings {
    * are namespaces of the kernel's NVMe/TCP target; needs root and its modules.
    */
   readonly data: DataPlane["kind"];
-  /** Directory that remembers the cluster; undefined: nothing outlives the simulator. */
+  /** Directory that keeps the cluster between runs; undefined: nothing is kept. */
   readonly stateDir: string | undefined;
   /** Directory that the simulated Discovery-Client watches; undefined: `discovery.d` beside the contents. */
   readonly discoveryDir: string | undefined;
@@ -56,6 +56,7 @@ export interface SimulateSettings {
   readonly sysfsRoot: string | undefined;
 }
 
+/** Three servers on this machine without a data plane. */
 export const defaultSimulateSettings: SimulateSettings = {
   host: "127.0.0.1",
   servers: 3,
@@ -76,7 +77,7 @@ export const defaultSimulateSettings: SimulateSettings = {
   sysfsRoot: undefined,
 };
 
-/** All that somebody needs to use the simulator; printed as one line of JSON. */
+/** What a user of the simulator needs; printed as one line of JSON. */
 export interface SimulatorAddresses {
   readonly clusterUuid: string;
   readonly subsystemNqn: string;
@@ -98,15 +99,16 @@ export interface SimulatorAddresses {
   readonly discoveryDir: string | undefined;
   readonly devRoot: string | undefined;
   readonly sysfsRoot: string | undefined;
-  /** Directory of the machine's `nvme`, to be first on the PATH of a node that attaches directly. */
+  /** Directory of the machine's `nvme`, which must come first on the PATH of a node that attaches directly. */
   readonly programs: string | undefined;
 }
 
+/** A running simulator. */
 export interface Simulator {
   readonly addresses: SimulatorAddresses;
   /** The control port's functions, for callers in this process. */
   readonly control: Control;
-  /** Ends everything, takes its devices away, and forgets what is not in a state directory. */
+  /** Ends everything, removes its devices, and deletes what is not in a state directory. */
   stop(): Promise<void>;
 }
 
@@ -127,11 +129,11 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
     await Deno.mkdir(stateDir, { recursive: true, mode: 0o700 });
     stack.use(await lockFile(join(stateDir, "lock"), stateDir));
   }
-  const remembered = await readIdentity(stateDir, settings);
-  const dataPlane = stack.use(await openDataPlane(settings, remembered.identity, stack, log));
+  const record = await readIdentity(stateDir, settings);
+  const dataPlane = stack.use(await openDataPlane(settings, record.identity, stack, log));
   const cluster = stack.use(
     await Cluster.open({
-      identity: remembered.identity,
+      identity: record.identity,
       projects: settings.projects,
       capacityBytes: settings.capacityBytes,
       behaviour: { ...defaultBehaviour, ...settings.behaviour },
@@ -141,52 +143,30 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
     }),
   );
   if (settings.inBandAuth && !cluster.inBandAuthentication) cluster.setInBandAuthentication(true);
-  const issuer = tokens(Buffer.from(remembered.key, "base64url"));
-  const rules = faults();
-  const certificate = settings.schemes.includes("grpcs") ? remembered.certificate : undefined;
+  const tokens = createTokens(Buffer.from(record.key, "base64url"));
+  const faults = createFaults();
   const endpoints: ApiEndpoint[] = [];
   stack.defer(async () => {
     await Promise.all(endpoints.map((endpoint) => endpoint[Symbol.asyncDispose]()));
   });
-  const addressesOf = (scheme: Scheme) =>
-    endpoints.filter((endpoint) => endpoint.scheme === scheme).map(({ address }) => address);
-  for (const scheme of settings.schemes) {
-    const firstPort = scheme === "grpc" ? settings.grpcPort : settings.grpcsPort;
-    for (let server = 0; server < settings.servers; server++) {
-      endpoints.push(
-        await serveLightos({
-          cluster,
-          faults: rules,
-          tokens: issuer,
-          authentication: settings.authentication,
-          host: settings.host,
-          port: firstPort > 0 ? firstPort + server : remembered.ports[scheme]?.[server] ?? 0,
-          scheme,
-          server,
-          tls: scheme === "grpcs" ? certificate : undefined,
-          apiEndpoints: () => addressesOf(scheme),
-          log,
-        }),
-      );
-    }
-  }
-  const controls = control(cluster, endpoints, rules, issuer);
+  await startEndpoints(endpoints, { settings, record, cluster, tokens, faults, log });
+  const control = createControl(cluster, endpoints, faults, tokens);
   const port = stack.use(
-    await serveControl(controls, () => addresses, {
+    await serveControl(control, () => addresses, {
       host: "127.0.0.1",
-      port: settings.controlPort > 0 ? settings.controlPort : remembered.controlPort ?? 0,
+      port: settings.controlPort > 0 ? settings.controlPort : record.controlPort ?? 0,
       log,
     }),
   );
   const addresses: SimulatorAddresses = {
     clusterUuid: cluster.identity.uuid,
     subsystemNqn: cluster.identity.subsystemNqn,
-    grpc: addressesOf("grpc"),
-    grpcs: addressesOf("grpcs"),
+    grpc: addressesOf(endpoints, "grpc"),
+    grpcs: addressesOf(endpoints, "grpcs"),
     control: port.url,
-    ca: certificate?.ca,
-    adminJwt: issuer.issue({ scope: "cluster" }),
-    jwt: issuer.issue({ scope: "projects", projects: settings.projects }),
+    ca: settings.schemes.includes("grpcs") ? record.certificate?.ca : undefined,
+    adminJwt: tokens.issue({ scope: "cluster" }),
+    jwt: tokens.issue({ scope: "projects", projects: settings.projects }),
     projects: settings.projects,
     data: settings.data,
     stateDir,
@@ -196,156 +176,59 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
     programs: dataPlane.programs,
   };
   if (stateDir !== undefined) {
-    const ports = Object.fromEntries(
-      (["grpc", "grpcs"] as const).map((scheme) => [
-        scheme,
-        addressesOf(scheme).map((address) => Number(address.slice(address.lastIndexOf(":") + 1))),
-      ]),
-    );
-    writeIdentity(stateDir, { ...remembered, ports, controlPort: Number(new URL(port.url).port) });
+    const controlPort = Number(new URL(port.url).port);
+    writeIdentity(stateDir, { ...record, ports: portsOf(endpoints), controlPort });
   }
   const parts = stack.move();
   let stopped: Promise<void> | undefined;
-  return { addresses, control: controls, stop: () => stopped ??= parts.disposeAsync() };
+  return { addresses, control, stop: () => stopped ??= parts.disposeAsync() };
 }
 
-// ----------------------------------------------------------------------------------------------------------- identity
+/** What the management endpoints of a simulator are made from. */
+interface EndpointParts {
+  readonly settings: SimulateSettings;
+  readonly record: IdentityRecord;
+  readonly cluster: Cluster;
+  readonly tokens: Tokens;
+  readonly faults: Faults;
+  readonly log: Logger;
+}
 
-const identitySchema = z.object({
-  format: z.literal(1),
-  identity: z.object({
-    uuid: z.string(),
-    name: z.string(),
-    subsystemNqn: z.string(),
-    servers: z.array(z.object({
-      uuid: z.string(),
-      nodeUuid: z.string(),
-      name: z.string(),
-      nvmeEndpoint: z.string(),
-      discoveryEndpoint: z.string(),
-    })),
-  }),
-  /** Key of the tokens, base64url. */
-  key: z.string(),
-  certificate: z.object({ key: z.string(), cert: z.string(), ca: z.string(), host: z.string() }).optional(),
-  ports: z.record(z.string(), z.array(z.number())),
-  controlPort: z.number().optional(),
-});
-type Remembered = z.infer<typeof identitySchema>;
-
-async function readIdentity(stateDir: string | undefined, settings: SimulateSettings): Promise<Remembered> {
-  const found = stateDir === undefined
-    ? undefined
-    : await readState(join(stateDir, "identity.json"), identitySchema, "the simulator's identity");
-  const remembered: Remembered = found ?? {
-    format: 1,
-    identity: newIdentity(settings.clusterName),
-    key: Buffer.from(crypto.getRandomValues(new Uint8Array(32))).toString("base64url"),
-    ports: {},
-  };
-  const { servers } = remembered.identity;
-  for (let number = servers.length; number < settings.servers; number++) servers.push(newServer(number, settings.host));
-  servers.length = settings.servers;
-  if (settings.schemes.includes("grpcs") && remembered.certificate?.host !== settings.host) {
-    const { selfSigned } = await import("../certificate.ts");
-    remembered.certificate = { ...await selfSigned([settings.host]), host: settings.host };
+/** Starts one endpoint per scheme and server, and adds each to `endpoints` as soon as it runs. */
+async function startEndpoints(
+  endpoints: ApiEndpoint[],
+  { settings, record, cluster, tokens, faults, log }: EndpointParts,
+): Promise<void> {
+  for (const scheme of settings.schemes) {
+    const firstPort = scheme === "grpc" ? settings.grpcPort : settings.grpcsPort;
+    for (let server = 0; server < settings.servers; server++) {
+      endpoints.push(
+        await serveLightos({
+          cluster,
+          faults,
+          tokens,
+          authentication: settings.authentication,
+          host: settings.host,
+          port: firstPort > 0 ? firstPort + server : record.ports[scheme]?.[server] ?? 0,
+          scheme,
+          server,
+          tls: scheme === "grpcs" ? record.certificate : undefined,
+          apiEndpoints: () => addressesOf(endpoints, scheme),
+          log,
+        }),
+      );
+    }
   }
-  if (stateDir !== undefined) writeIdentity(stateDir, remembered);
-  return remembered;
 }
 
-function writeIdentity(stateDir: string, remembered: Remembered): void {
-  writeState(join(stateDir, "identity.json"), stateText(remembered));
+function addressesOf(endpoints: readonly ApiEndpoint[], scheme: Scheme): string[] {
+  return endpoints.filter((endpoint) => endpoint.scheme === scheme).map(({ address }) => address);
 }
 
-function newIdentity(name: string): ClusterIdentity & { servers: [] } {
-  const uuid = crypto.randomUUID();
-  return { uuid, name, subsystemNqn: `nqn.2016-01.com.lightbitslabs:uuid:${uuid}`, servers: [] };
-}
-
-function newServer(number: number, host: string): Remembered["identity"]["servers"][number] {
-  // Each server has its own address where that costs nothing: all of 127/8 is this machine.
-  const loopback = host.startsWith("127.") || host === "localhost";
-  const address = loopback ? `127.0.0.${number + 1}` : host.includes(":") ? `[${host}]` : host;
-  const shift = loopback ? 0 : number;
-  return {
-    uuid: crypto.randomUUID(),
-    nodeUuid: crypto.randomUUID(),
-    name: `server${number}`,
-    nvmeEndpoint: `${address}:${4420 + shift}`,
-    discoveryEndpoint: `${address}:${8009 + shift}`,
-  };
-}
-
-// --------------------------------------------------------------------------------------------------------- data plane
-
-/** A data plane, and where the machine that it plays has its things. */
-export interface OpenedPlane extends AsyncDisposable {
-  readonly plane: DataPlane;
-  readonly discoveryDir: string | undefined;
-  readonly devRoot: string | undefined;
-  readonly sysfsRoot: string | undefined;
-  /** Directory of the machine's `nvme`. */
-  readonly programs: string | undefined;
-}
-
-/** Opens the data plane that `settings` ask for; what it needs besides goes with `stack`. */
-export async function openDataPlane(
-  settings:
-    & Pick<SimulateSettings, "data" | "stateDir" | "discoveryDir" | "devRoot" | "sysfsRoot">
-    & Partial<Pick<SimulateSettings, "inBandAuth">>,
-  identity: ClusterIdentity,
-  stack: AsyncDisposableStack,
-  log: Logger,
-): Promise<OpenedPlane> {
-  if (settings.data === "none") return withoutMachine(noDataPlane());
-  let home = settings.stateDir;
-  if (home === undefined) {
-    const temporary = home = await Deno.makeTempDir({ prefix: "lbcsi-simulate-" });
-    stack.defer(() =>
-      Deno.remove(temporary, { recursive: true }).catch((error) => {
-        log.warning("could not remove the contents", { path: temporary, error: messageOf(error) });
-      })
-    );
-  }
-  const contentDir = join(home, "content");
-  if (settings.data === "nvmet") {
-    const { openNvmetPlane } = await import("../data_plane/nvmet.ts");
-    return withoutMachine(
-      await openNvmetPlane({ contentDir, identity, inBandAuth: settings.inBandAuth === true, log }),
-    );
-  }
-  const { openLoopPlane } = await import("../data_plane/loop.ts");
-  const discoveryDir = settings.discoveryDir ?? join(home, "discovery.d");
-  const devRoot = settings.devRoot ?? join(home, "dev");
-  const sysfsRoot = settings.sysfsRoot ?? join(home, "sys");
-  const programs = join(home, "programs");
-  const plane = await openLoopPlane({
-    programs,
-    contentDir,
-    discoveryDir,
-    devRoot,
-    sysfsRoot,
-    identity,
-    log,
-  });
-  return {
-    plane,
-    discoveryDir,
-    devRoot,
-    sysfsRoot,
-    programs,
-    [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
-  };
-}
-
-function withoutMachine(plane: DataPlane): OpenedPlane {
-  return {
-    plane,
-    discoveryDir: undefined,
-    devRoot: undefined,
-    sysfsRoot: undefined,
-    programs: undefined,
-    [Symbol.asyncDispose]: () => plane[Symbol.asyncDispose](),
-  };
+/** The ports of the endpoints by scheme, in the order of the servers. */
+function portsOf(endpoints: readonly ApiEndpoint[]): Record<string, number[]> {
+  return Object.fromEntries((["grpc", "grpcs"] as const).map((scheme) => [
+    scheme,
+    addressesOf(endpoints, scheme).map((address) => Number(address.slice(address.lastIndexOf(":") + 1))),
+  ]));
 }

@@ -1,22 +1,22 @@
 /**
- * The tokens of the simulated cluster: JSON Web Tokens that it signs itself, with HMAC-SHA-256.
+ * The tokens of the simulated cluster: JSON Web Tokens that it signs itself with HMAC-SHA-256.
  *
- * A real cluster checks RS256 signatures against public keys that an operator stores on it. For a client both are the
- * same: an opaque text in `authorization: Bearer`.
+ * A real cluster verifies RS256 signatures with public keys that an operator stores on it. To a client both are an opaque
+ * text in `authorization: Bearer`.
  */
 import { createHmac, timingSafeEqual } from "node:crypto";
 import * as z from "zod";
 
-/** Who a call comes from. */
+/** The rights of a caller. */
 export type Caller =
   | { readonly scope: "cluster" }
   | { readonly scope: "projects"; readonly projects: readonly string[] };
 
 /** Issues and checks tokens. */
 export interface Tokens {
-  /** @param lifeMs how long it is valid; negative for one that has expired */
+  /** @param lifeMs how long the token is valid; negative: it has expired */
   issue(caller: Caller, lifeMs?: number): string;
-  /** The caller, or a text that says what is wrong with the token. */
+  /** The caller, or what is wrong with the token. */
   check(token: string): Caller | string;
 }
 
@@ -24,8 +24,8 @@ const yearMs = 365 * 24 * 3600 * 1000;
 const clusterAdmin = "system:cluster-admin";
 const claimsSchema = z.object({ exp: z.number(), roles: z.array(z.string()) });
 
-/** Tokens that are signed with `key`: whoever has the same key accepts them. */
-export function tokens(key: Uint8Array): Tokens {
+/** Issues and checks tokens that are signed with `key`. */
+export function createTokens(key: Uint8Array): Tokens {
   const sign = (text: string) => createHmac("sha256", key).update(text).digest("base64url");
   return {
     issue(caller, lifeMs = 10 * yearMs) {

@@ -1,6 +1,6 @@
 /**
- * The control port of a simulated PoseidonOS: HTTP with JSON, on a loopback address only. Beside what control.ts has for
- * every storage system (calls, faults by `event`, held calls, devices):
+ * The control port of a simulated PoseidonOS: HTTP with JSON, on a loopback address only. In addition to the routes that
+ * control.ts has for every storage system (calls, faults by `event`, held calls, devices):
  *
  * | request                 | body                                                              | effect                      |
  * | ----------------------- | ----------------------------------------------------------------- | --------------------------- |
@@ -32,17 +32,17 @@ import type { Faults } from "../faults.ts";
 import type { DAgent } from "./dagent.ts";
 import { arrayStates, type PosArray, type PosBehaviour, type PoseidonModel, situations } from "./system.ts";
 
-/** All that a test can do to a simulated PoseidonOS, callable in its process. */
+/** The functions of the control port, for callers in the same process. */
 export interface PoseidonControl extends CallControl {
   readonly model: PoseidonModel;
   readonly api: DAgent;
   behave(change: Partial<PosBehaviour>): void;
   setArray(name: string, to: Partial<Pick<PosArray, "state" | "situation">>): void;
-  /** `access` has the NQNs of all subsystems, with or without a volume. */
+  /** `access` holds the NQNs of all subsystems, with or without a volume. */
   leftovers(): Leftovers;
-  /** Resolves when hosts see what they may. */
-  settled(): Promise<void>;
-  /** Ends and starts PoseidonOS and its DAgent, with its volumes or as one that was installed anew. */
+  /** Resolves when hosts see exactly the namespaces that they may access. */
+  waitUntilSettled(): Promise<void>;
+  /** Ends and starts PoseidonOS and DAgent, with its volumes or as a new installation. */
   restart(options?: { readonly memory?: boolean }): Promise<void>;
   /** @throws StatusError UNIMPLEMENTED for a data plane without a machine */
   machine(): Machine;
@@ -50,7 +50,8 @@ export interface PoseidonControl extends CallControl {
   paths(): Paths;
 }
 
-export function poseidonControl(model: PoseidonModel, api: DAgent, faults: Faults): PoseidonControl {
+/** The control functions over a model and its DAgent. */
+export function createPoseidonControl(model: PoseidonModel, api: DAgent, faults: Faults): PoseidonControl {
   return {
     ...callControl(faults),
     model,
@@ -67,7 +68,7 @@ export function poseidonControl(model: PoseidonModel, api: DAgent, faults: Fault
       access: model.subsystems.map(({ nqn }) => nqn),
       devices: (model.dataPlane.machine?.devices ?? []).map(({ name }) => name),
     }),
-    settled: () => model.dataPlane.settled(),
+    waitUntilSettled: () => model.dataPlane.waitUntilSettled(),
     async restart({ memory = true } = {}) {
       const wasRunning = api.state === "running";
       await api.stop();

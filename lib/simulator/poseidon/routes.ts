@@ -33,6 +33,7 @@ export function routesOf(model: PoseidonModel): readonly Route[] {
   return [
     ...arrayRoutes(model),
     ...volumeRoutes(model),
+    ...qosRoutes(model),
     ...exportRoutes(model),
     ...subsystemRoutes(model),
     ...transportRoutes(model),
@@ -154,6 +155,12 @@ function volumeRoutes(model: PoseidonModel): readonly Route[] {
       path: /^\/volumes\/([^/]+)$/,
       run: (call) => model.deleteVolume(readParam(inArray, call).array, nameIn(call)),
     },
+  ];
+}
+
+/** Limits of volumes. */
+function qosRoutes(model: PoseidonModel): readonly Route[] {
+  return [
     {
       rpc: "SetQos",
       method: "POST",
@@ -174,7 +181,6 @@ function volumeRoutes(model: PoseidonModel): readonly Route[] {
     },
   ];
 }
-
 /** Exports of volumes: PoseidonOS calls it mount. */
 function exportRoutes(model: PoseidonModel): readonly Route[] {
   return [

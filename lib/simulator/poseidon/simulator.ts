@@ -1,22 +1,22 @@
 /**
  * A simulated PoseidonOS as one object: DAgent's REST API, control port and data plane over one model.
  *
- * With a state directory it remembers its volumes and their contents. What PoseidonOS forgets when it starts it forgets
- * too: exports, subsystems, listeners.
+ * With a state directory it keeps its volumes and their contents. Like PoseidonOS it loses exports, subsystems and listeners
+ * at a restart.
  */
 import { join } from "node:path";
 import type { Logger } from "../../context.ts";
 import { StatusError } from "../../error.ts";
 import { isArrayName } from "../../volume_id.ts";
 import type { DataPlane } from "../data_plane/data_plane.ts";
-import { faults } from "../faults.ts";
+import { createFaults } from "../faults.ts";
 import { lockFile } from "../state_file.ts";
 import { serveDAgent } from "./dagent.ts";
-import { type PoseidonControl, poseidonControl, servePoseidonControl } from "./control.ts";
+import { createPoseidonControl, type PoseidonControl, servePoseidonControl } from "./control.ts";
 import { defaultPosBehaviour, type PosBehaviour, PoseidonModel } from "./system.ts";
-import { openDataPlane } from "../lightos/simulator.ts";
+import { openDataPlane } from "../data_plane/open.ts";
 
-/** How a simulated PoseidonOS is to be; `defaultPoseidonSettings` has a value for each. */
+/** Settings of a simulated PoseidonOS; `defaultPoseidonSettings` has a value for each. */
 export interface PoseidonSettings {
   /** Address that DAgent listens on. */
   readonly host: string;
@@ -24,7 +24,7 @@ export interface PoseidonSettings {
   readonly port: number;
   /** Port of the control port, which is always on 127.0.0.1; 0 takes a free one. */
   readonly controlPort: number;
-  /** Names of the arrays, mounted and empty at first. */
+  /** Names of the arrays, which are mounted and empty at first. */
   readonly arrays: readonly string[];
   /** Space of each array in bytes. */
   readonly capacityBytes: bigint;
@@ -48,13 +48,13 @@ export const defaultPoseidonSettings: PoseidonSettings = {
   sysfsRoot: undefined,
 };
 
-/** All that somebody needs to use it; printed as one line of JSON. */
+/** What a user of the simulator needs; printed as one line of JSON. */
 export interface PoseidonAddresses {
   readonly backend: "poseidon";
   /** DAgent, `host:port`. */
   readonly dagent: string;
   readonly arrays: readonly string[];
-  /** Where volumes are served: what the StorageClass has under these names. */
+  /** Where volumes are served, under the names of StorageClass parameters. */
   readonly targetAddress: string;
   readonly transportServiceId: string;
   /** Control port, `http://127.0.0.1:port`. */
@@ -72,7 +72,7 @@ export interface PoseidonSimulator {
   readonly addresses: PoseidonAddresses;
   /** The control port's functions, for callers in this process. */
   readonly control: PoseidonControl;
-  /** Ends everything, takes its devices away, and forgets what is not in a state directory. */
+  /** Ends everything, removes its devices, and deletes what is not in a state directory. */
   stop(): Promise<void>;
 }
 
@@ -95,7 +95,7 @@ export async function simulatePoseidon(settings: PoseidonSettings, log: Logger):
   const identity = {
     uuid: crypto.randomUUID(),
     name: "simulated",
-    // No host ever finds this one: each export has a subsystem of its own.
+    // Not used: each export has a subsystem of its own.
     subsystemNqn: "nqn.2019-04.pos:simulated",
     servers: [{ uuid: "", nodeUuid: "", name: "pos", nvmeEndpoint: target, discoveryEndpoint: target }],
   };
@@ -109,11 +109,11 @@ export async function simulatePoseidon(settings: PoseidonSettings, log: Logger):
     dataPlane: plane,
     file: stateDir === undefined ? undefined : join(stateDir, "poseidon.json"),
   });
-  const rules = faults();
+  const faults = createFaults();
   const api = stack.use(
-    await serveDAgent({ model, faults: rules, host: settings.host, port: settings.port, log }),
+    await serveDAgent({ model, faults, host: settings.host, port: settings.port, log }),
   );
-  const controls = poseidonControl(model, api, rules);
+  const controls = createPoseidonControl(model, api, faults);
   const port = stack.use(
     await servePoseidonControl(controls, () => addresses, { host: "127.0.0.1", port: settings.controlPort, log }),
   );

@@ -1,19 +1,19 @@
 /**
- * The model of a PoseidonOS: arrays, volumes, subsystems, and what it refuses. Free of HTTP: poseidon.ts speaks for it.
+ * The model of a PoseidonOS: arrays, volumes, subsystems, and the requests that it rejects. Free of HTTP: dagent.ts serves it.
  *
- * Facts are from docs/reference/poseidonos-api.md sections 6, 7, 11 and 12. Where those do not say how PoseidonOS behaves, the stricter of two
- * behaviours was taken, so that a driver that works here works there.
+ * Facts are from docs/reference/poseidonos-api.md sections 6, 7, 11 and 12. Where those leave open how PoseidonOS behaves,
+ * the stricter of two behaviours was taken, so that a driver that works here works there.
  *
  * - Volumes outlive a restart. Subsystems, listeners and exports do not, unless `saveRestore` is on.
  * - An array that is not mounted answers as if it had no volumes.
- * - Of an exported volume, hosts see something when its subsystem listens where this machine's target is.
+ * - Hosts see an exported volume when its subsystem listens at an address of this machine's target.
  */
 import * as z from "zod";
 import { StatusError } from "../../error.ts";
 import { readState, stateText, writeState } from "../state_file.ts";
 import type { DataPlane } from "../data_plane/data_plane.ts";
 
-/** Names of events with their numbers: in POS 0.12 to 1.0, and in 0.11 where that was another one. */
+/** Names of events with their numbers in POS 0.12 to 1.0 and in 0.11. */
 export const events = {
   CLI_SERVER_BUSY: [1224, 1223],
   CLI_LIST_ARRAY_NO_ARRAY_EXISTS: [1225, 1225],
@@ -62,7 +62,7 @@ export const events = {
 } as const satisfies Record<string, readonly [number, number]>;
 export type PosEvent = keyof typeof events;
 
-/** What PoseidonOS answers instead of doing something. */
+/** PoseidonOS rejects a request with an event. */
 export class PosError extends Error {
   readonly event: PosEvent;
 
@@ -118,21 +118,21 @@ const modelSchema = z.object({
 });
 type Model = z.infer<typeof modelSchema>;
 
-/** How PoseidonOS behaves now; may be changed while it runs. */
+/** How PoseidonOS behaves. The values may be changed while it runs. */
 export interface PosBehaviour {
-  /** How long each call holds DAgent's lock, at least. */
+  /** The least time for which each call holds DAgent's lock. */
   callMs: number;
-  /** Whose status codes are spoken. */
+  /** The version whose status codes are used. */
   generation: "1.0" | "0.11";
-  /** Limits of speed can be set. Otherwise new volumes lose theirs without a word. */
+  /** QoS limits can be set. Otherwise new volumes silently get none. */
   qos: boolean;
   /** The target has a TCP transport. */
   tcpTransport: boolean;
-  /** Exports outlive a restart. */
+  /** Exports survive a restart. */
   saveRestore: boolean;
-  /** So many of the next un-exports end half done: the volume is Unmounted and its namespace is still there. */
+  /** How many of the next unmounts fail half done: the volume is Unmounted but its namespace remains. */
   halfUnmounts: number;
-  /** PoseidonOS itself is dead: DAgent says so of every call. */
+  /** PoseidonOS itself is dead: DAgent answers every call so. */
   dead: boolean;
 }
 
@@ -150,7 +150,7 @@ export interface PoseidonModelOptions {
   readonly arrays: readonly string[];
   readonly capacityBytes: bigint;
   readonly behaviour: PosBehaviour;
-  /** Addresses of this machine's target, where hosts reach what listens there. */
+  /** Addresses of this machine's target, where hosts can connect. */
   readonly targetAddresses: readonly string[];
   readonly dataPlane: DataPlane;
   /** File that remembers the model; undefined: memory only. */
@@ -161,7 +161,7 @@ const mib = 1n << 20n;
 const mostVolumes = 256;
 const mostSubsystems = 1024;
 
-/** A PoseidonOS. */
+/** A PoseidonOS. The methods throw PosError as PoseidonOS answers. */
 export class PoseidonModel {
   readonly behaviour: PosBehaviour;
   readonly dataPlane: DataPlane;
@@ -173,7 +173,7 @@ export class PoseidonModel {
     const { file } = options;
     const found = file === undefined ? undefined : await readState(file, modelSchema, "the PoseidonOS");
     const model = new PoseidonModel(options, found ?? newModel(options));
-    // A simulator that starts again is a PoseidonOS that starts again.
+    // A restart of the simulator is a restart of PoseidonOS.
     model.#forgetExports();
     await options.dataPlane.start();
     model.#save();
@@ -195,14 +195,14 @@ export class PoseidonModel {
     return this.#model.subsystems;
   }
 
-  /** The array of this name; otherwise refuses with `event`. */
+  /** The array of this name; throws PosError with `event` when there is none. */
   array(name: string, event: PosEvent): PosArray {
     const array = this.#model.arrays.find((array) => array.name === name);
     if (array !== undefined) return array;
     throw new PosError(event, `array ${name} does not exist`);
   }
 
-  /** What the array shows: nothing while it is not mounted. */
+  /** The volumes that an array shows: none while it is not mounted. */
   volumesOf(array: PosArray): readonly PosVolume[] {
     return isMounted(array) ? array.volumes : [];
   }
@@ -224,7 +224,7 @@ export class PoseidonModel {
     );
   }
 
-  async createVolume(wish: {
+  async createVolume(request: {
     readonly array: string;
     readonly name: string;
     readonly sizeBytes: bigint;
@@ -232,9 +232,9 @@ export class PoseidonModel {
     readonly maxbw: bigint;
     readonly uuid: string;
   }): Promise<void> {
-    const array = this.array(wish.array, "CREATE_VOL_ARRAY_NAME_DOES_NOT_EXIST");
-    this.#requireMounted(array, "CREATE_VOL_CAN_ONLY_BE_WHILE_ONLINE");
-    const { name, sizeBytes } = wish;
+    const array = this.array(request.array, "CREATE_VOL_ARRAY_NAME_DOES_NOT_EXIST");
+    this.#assertMounted(array, "CREATE_VOL_CAN_ONLY_BE_WHILE_ONLINE");
+    const { name, sizeBytes } = request;
     if (name.length < 2) throw new PosError("CREATE_VOL_NAME_TOO_SHORT", `name "${name}" is too short`);
     if (name.length > 255) throw new PosError("CREATE_VOL_NAME_TOO_LONG", `name "${name}" is too long`);
     if (name.trim() !== name) throw new PosError("CREATE_VOL_NAME_START_OR_END_WITH_SPACE", `name "${name}"`);
@@ -253,10 +253,10 @@ export class PoseidonModel {
     if (array.volumes.length >= mostVolumes) {
       throw new PosError("CREATE_VOL_EXCEED_MAX_NUM_OF_VOLS", `the array has ${mostVolumes} volumes`);
     }
-    checkLimits(wish);
-    // A UUID that is too long overruns a buffer inside PoseidonOS; that must not be found out in production.
-    if (wish.uuid !== "" && !/^[0-9a-fA-F-]{36}$/.test(wish.uuid)) {
-      throw new PosError("VOL_REQ_PROCESSED_BUT_ERROR_OCCURED", `uuid "${wish.uuid}" cannot be read`);
+    assertLimits(request);
+    // A UUID that is too long overruns a buffer inside PoseidonOS, so the driver must never send one.
+    if (request.uuid !== "" && !/^[0-9a-fA-F-]{36}$/.test(request.uuid)) {
+      throw new PosError("VOL_REQ_PROCESSED_BUT_ERROR_OCCURED", `uuid "${request.uuid}" cannot be read`);
     }
     const takesUuids = this.behaviour.generation === "1.0";
     const taken = new Set(array.volumes.map(({ index }) => index));
@@ -265,10 +265,10 @@ export class PoseidonModel {
     const volume: PosVolume = {
       index,
       name,
-      uuid: takesUuids && wish.uuid !== "" ? wish.uuid.toLowerCase() : crypto.randomUUID(),
+      uuid: takesUuids && request.uuid !== "" ? request.uuid.toLowerCase() : crypto.randomUUID(),
       sizeBytes,
-      maxiops: this.behaviour.qos ? wish.maxiops : 0n,
-      maxbw: this.behaviour.qos ? wish.maxbw : 0n,
+      maxiops: this.behaviour.qos ? request.maxiops : 0n,
+      maxbw: this.behaviour.qos ? request.maxbw : 0n,
       isMounted: false,
     };
     array.volumes.push(volume);
@@ -278,7 +278,7 @@ export class PoseidonModel {
 
   async deleteVolume(arrayName: string, name: string): Promise<void> {
     const array = this.array(arrayName, "DELETE_VOL_ARRAY_NAME_DOES_NOT_EXIST");
-    this.#requireMounted(array, "DELETE_VOL_CAN_ONLY_BE_WHILE_ONLINE");
+    this.#assertMounted(array, "DELETE_VOL_CAN_ONLY_BE_WHILE_ONLINE");
     const volume = this.volume(array, name);
     if (volume.isMounted) throw new PosError("DELETE_VOL_MOUNTED_VOL_CANNOT_BE_DELETED", `${name} is mounted`);
     array.volumes.splice(array.volumes.indexOf(volume), 1);
@@ -287,10 +287,10 @@ export class PoseidonModel {
     await this.dataPlane.deleteVolume(volume.uuid);
   }
 
-  /** Exports a volume; without an NQN, in any subsystem of the array that has room, as PoseidonOS does. */
+  /** Exports a volume. Without an NQN, PoseidonOS takes any subsystem of the array that has room. */
   async mountVolume(arrayName: string, name: string, nqn: string): Promise<void> {
     const array = this.array(arrayName, "MOUNT_VOL_ARRAY_NAME_DOES_NOT_EXIST");
-    this.#requireMounted(array, "MOUNT_VOL_CAN_ONLY_BE_WHILE_ONLINE");
+    this.#assertMounted(array, "MOUNT_VOL_CAN_ONLY_BE_WHILE_ONLINE");
     const volume = this.volume(array, name);
     if (volume.isMounted) throw new PosError("MOUNT_VOL_ALREADY_MOUNTED", `${name} is mounted`);
     const hasRoom = (subsystem: PosSubsystem) => subsystem.namespaces.length < subsystem.maxNamespaces;
@@ -310,12 +310,12 @@ export class PoseidonModel {
     volume.isMounted = true;
     this.#show(subsystem);
     this.#save();
-    await this.dataPlane.settled();
+    await this.dataPlane.waitUntilSettled();
   }
 
   async unmountVolume(arrayName: string, name: string): Promise<void> {
     const array = this.array(arrayName, "UNMOUNT_VOL_ARRAY_NAME_DOES_NOT_EXIST");
-    this.#requireMounted(array, "UNMOUNT_VOL_CAN_ONLY_BE_WHILE_ONLINE");
+    this.#assertMounted(array, "UNMOUNT_VOL_CAN_ONLY_BE_WHILE_ONLINE");
     const volume = this.volume(array, name);
     if (!volume.isMounted) throw new PosError("UNMOUNT_VOL_ALREADY_UNMOUNTED", `${name} is not mounted`);
     volume.isMounted = false;
@@ -326,7 +326,7 @@ export class PoseidonModel {
     }
     this.#dropNamespace(volume);
     this.#save();
-    await this.dataPlane.settled();
+    await this.dataPlane.waitUntilSettled();
   }
 
   setLimits(
@@ -339,15 +339,17 @@ export class PoseidonModel {
     const volumes = names.map((name) => this.volume(array, name));
     const keep = (given: bigint, present: bigint) => given === -1n ? present : given;
     for (const volume of volumes) {
-      const wanted = { maxiops: keep(limits.maxiops, volume.maxiops), maxbw: keep(limits.maxbw, volume.maxbw) };
-      checkLimits(wanted);
-      Object.assign(volume, wanted);
+      const limited = { maxiops: keep(limits.maxiops, volume.maxiops), maxbw: keep(limits.maxbw, volume.maxbw) };
+      assertLimits(limited);
+      Object.assign(volume, limited);
     }
     this.#save();
   }
 
-  createSubsystem(wish: Pick<PosSubsystem, "nqn" | "serialNumber" | "modelNumber" | "maxNamespaces" | "allowAnyHost">) {
-    const { nqn, serialNumber, modelNumber } = wish;
+  createSubsystem(
+    request: Pick<PosSubsystem, "nqn" | "serialNumber" | "modelNumber" | "maxNamespaces" | "allowAnyHost">,
+  ) {
+    const { nqn, serialNumber, modelNumber } = request;
     if (this.#model.subsystems.some((subsystem) => subsystem.nqn === nqn)) {
       throw new PosError("CREATE_SUBSYSTEM_SUBNQN_ALREADY_EXIST", `${nqn} exists`);
     }
@@ -357,13 +359,13 @@ export class PoseidonModel {
     if (!fits || this.#model.subsystems.length >= mostSubsystems) {
       throw new PosError("CREATE_SUBSYSTEM_FAILURE", `the target refuses ${nqn}`);
     }
-    const room = wish.maxNamespaces > 0 ? wish.maxNamespaces : 256;
+    const room = request.maxNamespaces > 0 ? request.maxNamespaces : 256;
     const uuid = crypto.randomUUID();
-    this.#model.subsystems.push({ ...wish, maxNamespaces: room, uuid, listeners: [], namespaces: [] });
+    this.#model.subsystems.push({ ...request, maxNamespaces: room, uuid, listeners: [], namespaces: [] });
     this.#save();
   }
 
-  /** Un-exports every volume in it first. */
+  /** First unmounts every volume of the subsystem. */
   deleteSubsystem(nqn: string): void {
     if (nqn === "") throw new PosError("DELETE_SUBSYSTEM_FAILURE_SUBNQN_NAME_NOT_SPECIFIED", "no subnqn");
     const subsystem = this.#model.subsystems.find((subsystem) => subsystem.nqn === nqn);
@@ -393,7 +395,7 @@ export class PoseidonModel {
     this.#save();
   }
 
-  /** Puts an array into a state that it then keeps; one that is not mounted exports nothing. */
+  /** Puts an array into a state that it keeps. An array that is not mounted exports nothing. */
   setArray(name: string, to: Partial<Pick<PosArray, "state" | "situation">>): void {
     const array = this.#model.arrays.find((array) => array.name === name);
     if (array === undefined) throw new StatusError("NOT_FOUND", `Cannot set array "${name}": it does not exist`);
@@ -408,8 +410,8 @@ export class PoseidonModel {
   }
 
   /**
-   * PoseidonOS ends and starts again: with its volumes, or as one that was installed anew. Hosts that were connected try
-   * to be again for minutes, and their devices wait; so they are left as they are until somebody exports the volume.
+   * Ends and starts PoseidonOS, with its volumes or as a new installation. Connected hosts try to reconnect for minutes while
+   * their devices wait, so the devices stay until the volume is exported again.
    */
   async restart(memory: boolean): Promise<void> {
     if (!memory) {
@@ -431,7 +433,7 @@ export class PoseidonModel {
     }
   }
 
-  #requireMounted(array: PosArray, event: PosEvent): void {
+  #assertMounted(array: PosArray, event: PosEvent): void {
     if (array.state === "STOP") {
       throw new PosError("VOL_REQ_REJECTED_IN_BROKEN_ARRAY", `array ${array.name} is broken`);
     }
@@ -448,7 +450,7 @@ export class PoseidonModel {
     this.dataPlane.hide(volume.uuid);
   }
 
-  /** Shows hosts what a subsystem holds, as far as it listens where they come. */
+  /** Exposes the volumes of a subsystem that listens at an address of this machine's target. */
   #show({ nqn, listeners, namespaces, allowAnyHost }: PosSubsystem): void {
     const isReachable = listeners.some(({ targetAddress, transportServiceId }) =>
       this.#options.targetAddresses.includes(`${targetAddress}:${transportServiceId}`)
@@ -481,7 +483,7 @@ function isMounted({ state }: PosArray): boolean {
   return state === "NORMAL" || state === "BUSY";
 }
 
-function checkLimits({ maxiops, maxbw }: { readonly maxiops: bigint; readonly maxbw: bigint }): void {
+function assertLimits({ maxiops, maxbw }: { readonly maxiops: bigint; readonly maxbw: bigint }): void {
   const fits = (value: bigint, most: bigint) => value === 0n || (value >= 10n && value <= most);
   if (fits(maxiops, 18_446_744_073_709_551n) && fits(maxbw, 17_592_186_044_415n)) return;
   throw new PosError("VOL_REQ_QOS_OUT_OF_RANGE", `maxiops ${maxiops}, maxbw ${maxbw}`);

@@ -58,7 +58,7 @@ async function start() {
   await Deno.writeTextFile(join(discovery, "tmp.dc.x"), line);
   await Deno.rename(join(discovery, "tmp.dc.x"), join(discovery, volume.uuid));
   const device = await eventually("the device appears", () => simulator.control.machine().devices[0]?.path);
-  await simulator.control.settled();
+  await simulator.control.waitUntilSettled();
   const idOf = (uuid: string) => `mgmt:${simulator.addresses.grpc.join(",")}|nguid:${uuid}|proj:default|scheme:grpc`;
   const parts = stack.move();
   return {

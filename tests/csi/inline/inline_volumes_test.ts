@@ -29,7 +29,7 @@ function inlineTest(name: string, fn: () => Promise<void>, ...more: string[]): v
 /** Asserts that nothing is left of any volume, on the cluster or on the machine. */
 async function nothingLeft(n: InlineNode): Promise<void> {
   await eventually("the volumes go", () => n.sim.control.leftovers().volumes.length === 0);
-  await n.sim.control.settled();
+  await n.sim.control.waitUntilSettled();
   assert.deepEqual(n.sim.control.leftovers(), { volumes: [], snapshots: [], access: [], devices: [] });
   assert.deepEqual(await n.mounts(), []);
   assert.deepEqual([...Deno.readDirSync(n.sim.addresses.discoveryDir ?? "")], []);

@@ -59,7 +59,7 @@ Deno.test({
     await grant(sim, volume, ["nqn.2019-09.com.lightbitslabs:host:other.node"]);
 
     await eventually("the host connects", () => sim.control.cluster.dataPlane.connectedHosts().length === 1);
-    await sim.control.settled();
+    await sim.control.waitUntilSettled();
 
     assert.deepEqual(devices(sim), []);
     assert.deepEqual(sim.control.visible(host), []);
@@ -77,7 +77,7 @@ Deno.test({
 
     await grant(sim, volume, ["ALLOW_NONE"]);
 
-    await sim.control.settled();
+    await sim.control.waitUntilSettled();
     assert.deepEqual(devices(sim), []);
     assert.deepEqual([...Deno.readDirSync(join(dev(sim), "disk/by-id"))], []);
     await assert.rejects(Deno.stat(device.path), Deno.errors.NotFound);
@@ -96,7 +96,7 @@ Deno.test({
     await command("sync", "-f", mount.path);
 
     await grant(sim, volume, ["ALLOW_NONE"]);
-    await sim.control.settled();
+    await sim.control.waitUntilSettled();
 
     assert.deepEqual(devices(sim), []);
     const write = command("dd", "if=/dev/zero", `of=${mount.path}/lost`, "bs=4096", "count=1", "conv=fsync");
@@ -118,7 +118,7 @@ Deno.test({
     await using _mount = await mkfsAndMount(sim, volume);
 
     await grant(sim, volume, ["ALLOW_NONE"]);
-    await sim.control.settled();
+    await sim.control.waitUntilSettled();
     await grant(sim, volume, [host]);
 
     assert.equal(await appeared(sim, volume.uuid), "nvme0n2");
@@ -134,7 +134,7 @@ Deno.test({
     await using _mount = await mkfsAndMount(sim, volume);
 
     await sim.control.cluster.updateVolume({ project, uuid: volume.uuid }, { size: String(64 * mib) }, undefined);
-    await sim.control.settled();
+    await sim.control.waitUntilSettled();
 
     const size = await Deno.readTextFile(join(sysfs(sim), "class/block/nvme0n1/size"));
     assert.equal(size, `${64 * mib / 512}\n`);
@@ -185,7 +185,7 @@ Deno.test({
 
     cluster.rollbackVolume({ project, uuid: volume.uuid }, { uuid: snapshot.uuid, name: "" });
     await eventually("the rollback ends", () => volume.state === "Available");
-    await sim.control.settled();
+    await sim.control.waitUntilSettled();
 
     assert.equal(volume.sizeBytes, BigInt(16 * mib));
     assert.equal(await peek(sim, volume, 4096, 3), "old");
@@ -624,7 +624,7 @@ async function connect(sim: TestSimulator, name: string): Promise<void> {
 
 function appeared(sim: TestSimulator, uuid: string): Promise<string> {
   return eventually("the device appears", async () => {
-    await sim.control.settled();
+    await sim.control.waitUntilSettled();
     const device = sim.control.machine().devices.find((other) => other.uuid === uuid);
     return device?.name;
   });
