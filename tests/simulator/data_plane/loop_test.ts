@@ -251,7 +251,7 @@ Deno.test({
   ignore,
   async fn() {
     const stateDir = await Deno.makeTempDir({ prefix: "lbcsi-test-" });
-    const script = join(import.meta.dirname ?? "", "support/crashing_simulator.ts");
+    const script = join(import.meta.dirname ?? "", "../../support/crashing_simulator.ts");
     let mount: Mount | undefined;
     try {
       // A process of its own, as only a killed one leaves everything behind.
