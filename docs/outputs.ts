@@ -10,8 +10,15 @@ import { fileURLToPath } from "node:url";
 /** The root of the repository, with a slash at its end. */
 export const root = fileURLToPath(new URL("../", import.meta.url));
 
-/** Paths of all documents from the root: the README, those of this directory and of its `reference`. */
-export const documentPaths: readonly string[] = ["README.md", ...documentsIn("docs"), ...documentsIn("docs/reference")];
+/** Paths of all documents from the root: those of the root, of this directory and of its `reference`. */
+export const documentPaths: readonly string[] = [
+  "README.md",
+  "CHANGELOG.md",
+  "CONTRIBUTING.md",
+  "SECURITY.md",
+  ...documentsIn("docs"),
+  ...documentsIn("docs/reference"),
+];
 
 function documentsIn(directory: string): readonly string[] {
   return [...Deno.readDirSync(root + directory)].map(({ name }) => `${directory}/${name}`)

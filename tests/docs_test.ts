@@ -132,6 +132,100 @@ Deno.test("YAML in documents can be read", () => {
   deepStrictEqual(problems, []);
 });
 
+// ------------------------------------------------------------------------------------------------------- citations
+
+/** A place in the repository that names a document, and the sections that it names in it: `7.5`, `6.5 to 6.7`. */
+interface Citation {
+  readonly place: string;
+  readonly file: string;
+  readonly sections: readonly string[];
+}
+
+const number = String.raw`\d+(?:\.\d+)*`;
+const citation = new RegExp(
+  String.raw`(?<![\w./-])((?:docs/[\w./-]+|[A-Z]+)\.md)((?:(?:,| and| to)? (?:sections? )?${number}(?![\w-]))*)`,
+  "g",
+);
+
+/** The documents that a text names. Lines of one comment are one text. */
+function citationsIn(place: string, text: string): readonly Citation[] {
+  const joined = text.replace(/\n[ \t]*(?:\*(?!\/)|\/\/|#)?[ \t]*/g, " ");
+  return [...joined.matchAll(citation)].map(([, file = "", sections = ""]) => ({
+    place,
+    file,
+    sections: sectionsIn(sections),
+  }));
+}
+
+/** The sections that ` sections 6.5 to 6.7, 9.4` names, those between the two ends of a range too. */
+function sectionsIn(text: string): readonly string[] {
+  const range = new RegExp(`(${number}) to (${number})`, "g");
+  return text.replace(range, (whole, from: string, to: string) => {
+    const parent = /^(?:.*\.)?/.exec(from)?.[0] ?? "";
+    const [first, last] = [from, to].map((end) => Number(end.slice(parent.length)));
+    if (first === undefined || last === undefined || !to.startsWith(parent) || !(first < last)) return whole;
+    return Array.from({ length: last - first + 1 }, (_, at) => `${parent}${first + at}`).join(" ");
+  }).match(new RegExp(number, "g")) ?? [];
+}
+
+/** Why a citation leads nowhere, or undefined. */
+function citationProblem({ place, file, sections }: Citation): string | undefined {
+  if (!exists(file)) return `${place}: ${file} does not exist`;
+  const isNumbered = file.startsWith("docs/reference/");
+  if (isNumbered && sections.length === 0) return `${place}: names no section of ${file}`;
+  const headings = [...prose(textOf(file)).matchAll(/^#{2,} (\d+(?:\.\d+)*)\.? /gm)].map(([, number = ""]) => number);
+  const missing = sections.filter((section) => !headings.includes(section));
+  return missing.length === 0 ? undefined : `${place}: ${file} has no section ${missing.join(", ")}`;
+}
+
+/** All code, scripts and templates of the repository, without what is generated. */
+const codePaths = [
+  "main.ts",
+  "Containerfile",
+  "deno.json",
+  ".ci/run",
+  ...["lib", "tests", "k8s", "proto", "docs", ".ci"].flatMap(sourcesOf).filter((path) =>
+    /\.(ts|go|proto|sh|ya?ml|tpl)$/.test(path) && !path.startsWith("proto/gen/") && path !== "tests/docs_test.ts"
+  ),
+];
+
+Deno.test("documents and sections that code, comments and documents cite exist", () => {
+  const citations = [
+    ...codePaths.flatMap((path) => citationsIn(path, Deno.readTextFileSync(root + path))),
+    // Links are in another test; what is left are names in the text.
+    ...[...documents].flatMap(([path, text]) =>
+      citationsIn(path, text.replace(/\[([^\]]*)\]\([^)]*\)/g, "")).filter(({ file }) => file.startsWith("docs/"))
+    ),
+  ];
+
+  ok(citations.length > 80, `${citations.length}`);
+  ok(citations.some(({ sections }) => sections.length > 3));
+  deepStrictEqual(citations.map(citationProblem).filter((problem) => problem !== undefined), []);
+});
+
+Deno.test("a citation of a file or section that does not exist is found", () => {
+  const wrong = [
+    "docs/reference/csi.md 7.99",
+    "docs/reference/csi.md sections 7.1, 99",
+    "docs/reference/csi.md 7.7 to 7.9.",
+    "docs/reference/csi.md\n * section 99",
+    "docs/reference/csi.md",
+    "docs/nothing.md",
+    "NOTHING.md",
+  ];
+  const right = [
+    "(facts: docs/reference/csi.md 7.7, 11). A path",
+    "docs/reference/lightos-api.md\n * sections 6.5 to 6.7, 9.4",
+    "docs/reference/csi.md 2.3. 8 calls",
+    "docs/helm.md",
+  ];
+  const problemsOf = (text: string) =>
+    citationsIn("here", text).map(citationProblem).filter((problem) => problem !== undefined);
+
+  deepStrictEqual(wrong.filter((text) => problemsOf(text).length !== 1), []);
+  deepStrictEqual(right.flatMap(problemsOf), []);
+});
+
 // ----------------------------------------------------------------------------------------------- tables of the code
 
 /** The rows of each table of a document under headings, as cells without blanks around them. */
@@ -412,7 +506,7 @@ function sourcesOf(directory: string): readonly string[] {
   );
 }
 
-/** What the driver can say; the simulator and the demo are not it. */
+/** The texts of the driver, without those of the simulator and the demo. */
 const literals = sourcesOf("lib").filter((path) => !/^lib\/(simulator|demo)\//.test(path))
   .flatMap((path) => literalsIn(Deno.readTextFileSync(root + path)).map((literal) => ({ ...literal, path })));
 

@@ -3,7 +3,7 @@
  *
  * RESOURCE_EXHAUSTED is not final for most sidecars: they repeat the same request until it succeeds, and let nobody change
  * or delete what was asked for until then. So only CreateVolume keeps it, which csi-provisioner takes for final. The reasons
- * for each code are in docs/reference/csi.md.
+ * for each code are in docs/reference/csi.md 2.5.
  */
 import { hasCode, type StatusCode, StatusError } from "../../error.ts";
 

@@ -1,8 +1,8 @@
 /**
  * The LightOS management API over gRPC, served for a simulated cluster.
  *
- * One endpoint is one server with one scheme; each can be stopped, started again and made to hang, as real servers do.
- * Messages and their meaning are those of docs/reference/lightos-api.md, sections 6, 14 and 15.
+ * One endpoint is one server with one scheme; each can be stopped, started again and made to hang, as servers do.
+ * Messages are those of proto/lightos.proto, meanings those of docs/reference/lightos-api.md sections 6, 14 and 15.
  */
 import type { DescMethod } from "@bufbuild/protobuf";
 import { createServer, type Socket } from "node:net";

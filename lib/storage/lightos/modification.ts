@@ -68,7 +68,7 @@ export function lightosModification(clusters: ClusterPool): Modification {
       const action = `modify volume ${id.uuid}`;
       if (isCompressed && id.hostEncryption !== undefined) {
         throw new StatusError(
-          // Only this marks the class as one that this volume cannot have (docs/reference/csi.md).
+          // Only this marks the class as one that this volume cannot have (docs/reference/csi.md 2.5).
           "INVALID_ARGUMENT",
           `Cannot ${action}: it is encrypted on the host, and what is encrypted cannot be compressed by the cluster`,
         );

@@ -1,5 +1,5 @@
 /**
- * PoseidonOS behind the StorageBackend contract, through DAgent's REST API (facts: docs/reference/poseidonos-api.md).
+ * PoseidonOS behind the StorageBackend contract, through DAgent's REST API (facts: docs/reference/poseidonos-api.md sections 5 to 7, 11 and 12).
  *
  * Three things decide the flows below:
  * - Every answer can be lost, and some failures are only half true. So each change is followed by a look, and what is found
