@@ -3,7 +3,9 @@ import { deepStrictEqual, ok, strictEqual } from "node:assert/strict";
 import { parse, parseAllDocuments } from "yaml";
 import config from "../deno.json" with { type: "json" };
 import { blocksOf, documentPaths, refreshed, root, run, runsOf } from "../docs/outputs.ts";
-import { chartDirectory, minors, render } from "../k8s/charts.ts";
+import { chartDirectory, render } from "../k8s/charts.ts";
+import { minorsIn, supportedMinors } from "../k8s/rendered_files.ts";
+import { manifestPath, readK8sFile } from "./support/charts.ts";
 import { backgroundContext, createLogger, Secrets } from "../lib/context.ts";
 import { parsePoseidonId, parseVolumeId } from "../lib/volume_id.ts";
 import { lightosBackend } from "../lib/storage/lightos/backend.ts";
@@ -475,8 +477,8 @@ Deno.test("the table of Kubernetes versions says what the manifests have", () =>
       (_, at) => [from + at, ...cells.map((cell) => cell.replaceAll("`", ""))],
     );
   });
-  const real = minors.map((minor) => {
-    const text = Deno.readTextFileSync(`${root}k8s/lb-csi-plugin-k8s-v1.${minor}.yaml`);
+  const real = minorsIn(supportedMinors).map((minor) => {
+    const text = readK8sFile(manifestPath(`lb-csi-plugin-k8s-v1.${minor}.yaml`));
     const image = (name: string) => new RegExp(`/${name}:(\\S+)`).exec(text)?.[1];
     return [
       minor,

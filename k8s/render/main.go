@@ -1,8 +1,8 @@
 // Command render does what `helm template` and `helm lint` do, with Helm's own packages, for many charts, values and
 // Kubernetes versions in one run: a process for each of them would take minutes.
 //
-// It reads a JSON list of requests from standard input and writes a JSON list of answers, in the same order. What is
-// wrong with a chart is part of its answer; the exit status tells only of requests that cannot be read.
+// It reads a JSON list of requests from standard input and writes a JSON list of answers in the same order. A fault of a
+// chart is part of its answer; the exit status is not zero only if the requests cannot be read.
 package main
 
 import (
@@ -24,15 +24,16 @@ type request struct {
 	Namespace   string         `json:"namespace"`
 	KubeVersion string         `json:"kubeVersion"`
 	Values      map[string]any `json:"values"`
-	// Look for faults of style too; their messages come beside the files.
+	// Also run the linter.
 	Lint bool `json:"lint"`
 }
 
 type answer struct {
 	// Rendered templates by their path in the chart.
-	Files    map[string]string `json:"files"`
-	Messages []string          `json:"messages"`
-	Error    string            `json:"error,omitempty"`
+	Files map[string]string `json:"files,omitempty"`
+	// Warnings and errors of the linter.
+	Messages []string `json:"messages,omitempty"`
+	Error    string   `json:"error,omitempty"`
 }
 
 func main() {
@@ -42,8 +43,8 @@ func main() {
 		os.Exit(1)
 	}
 	answers := make([]answer, len(requests))
-	for i, wanted := range requests {
-		files, messages, err := render(wanted)
+	for i, request := range requests {
+		files, messages, err := render(request)
 		answers[i] = answer{Files: files, Messages: messages}
 		if err != nil {
 			answers[i].Error = err.Error()
@@ -55,21 +56,21 @@ func main() {
 	}
 }
 
-func render(wanted request) (map[string]string, []string, error) {
-	version, err := chartutil.ParseKubeVersion(wanted.KubeVersion)
+func render(request request) (map[string]string, []string, error) {
+	version, err := chartutil.ParseKubeVersion(request.KubeVersion)
 	if err != nil {
 		return nil, nil, err
 	}
-	// Each step below may change the values, so each chart is loaded anew and values come from their own JSON.
-	loaded, err := loader.Load(wanted.Chart)
+	// Each step below may change the chart and its values, so each request loads its own.
+	loaded, err := loader.Load(request.Chart)
 	if err != nil {
 		return nil, nil, err
 	}
-	messages := []string{}
-	if wanted.Lint {
-		linter := lint.AllWithKubeVersion(wanted.Chart, wanted.Values, wanted.Namespace, version)
+	var messages []string
+	if request.Lint {
+		linter := lint.AllWithKubeVersion(request.Chart, request.Values, request.Namespace, version)
 		for _, message := range linter.Messages {
-			// The only information-level wish is a picture.
+			// The only message of the information level asks for an icon.
 			if message.Severity > support.InfoSev {
 				messages = append(messages, message.Error())
 			}
@@ -78,13 +79,13 @@ func render(wanted request) (map[string]string, []string, error) {
 	if loaded.Metadata.KubeVersion != "" && !chartutil.IsCompatibleRange(loaded.Metadata.KubeVersion, version.String()) {
 		return nil, messages, fmt.Errorf("%s is for Kubernetes %s, not for %s", loaded.Name(), loaded.Metadata.KubeVersion, version)
 	}
-	if err := chartutil.ProcessDependenciesWithMerge(loaded, wanted.Values); err != nil {
+	if err := chartutil.ProcessDependenciesWithMerge(loaded, request.Values); err != nil {
 		return nil, messages, err
 	}
 	capabilities := chartutil.DefaultCapabilities.Copy()
 	capabilities.KubeVersion = *version
-	options := chartutil.ReleaseOptions{Name: wanted.Release, Namespace: wanted.Namespace, Revision: 1, IsInstall: true}
-	values, err := chartutil.ToRenderValues(loaded, wanted.Values, options, capabilities)
+	options := chartutil.ReleaseOptions{Name: request.Release, Namespace: request.Namespace, Revision: 1, IsInstall: true}
+	values, err := chartutil.ToRenderValues(loaded, request.Values, options, capabilities)
 	if err != nil {
 		return nil, messages, err
 	}

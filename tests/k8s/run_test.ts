@@ -1,7 +1,8 @@
-/** The driver started as manifests start it, and asked for volumes as the examples ask. */
+/** The driver, started as manifests start it, creates volumes with the parameters of the examples. */
 import assert from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import { chartDirectory, documents, render, type Values } from "../../k8s/charts.ts";
+import { manifestPath, readK8sFile } from "../support/charts.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { parseVolumeId } from "../../lib/volume_id.ts";
 import {
@@ -17,8 +18,8 @@ import { type Container, type KubeObject, objectsOf, podOf } from "../support/ob
 import { poseidonParameters, startPoseidon } from "../support/poseidon.ts";
 import { eventually, managementEndpoints, startSimulator } from "../support/simulator.ts";
 
-const k8s = new URL("../../k8s/", import.meta.url);
-const objectsIn = (path: string) => objectsOf(Deno.readTextFileSync(new URL(path, k8s)));
+const objectsIn = (path: string) => objectsOf(readK8sFile(path));
+const objectsInManifest = (bundleName: string) => objectsIn(manifestPath(bundleName));
 
 const containerOf = (objects: readonly KubeObject[], role: string): Container => {
   const all = objects.flatMap((object) => podOf(object)?.spec.containers ?? []);
@@ -28,16 +29,16 @@ const containerOf = (objects: readonly KubeObject[], role: string): Container =>
 };
 
 /**
- * Runs a container's command in its environment and nothing else, on the node worker-1, and lets `body` call it. Files of
- * the pod are looked for under `files`.
+ * Runs a container's command with its environment only, on the node worker-1, while `body` calls its services. Paths of
+ * configuration files point into `files`.
  */
-async function running(
+async function withRunning(
   { args = [], env = [] }: Container,
   body: (channel: Channel) => Promise<void>,
   files = "/nowhere",
 ): Promise<void> {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-k8s-" });
-  // As kubelet makes an emptyDir for the controller, and the plugin's directory for the node.
+  // The modes that kubelet gives an emptyDir (controller) and the plugin's directory (node).
   await Deno.chmod(directory, args[0] === "controller" ? 0o2777 : 0o755);
   const socket = `${directory}/${args[0] === "controller" ? "lbcsi/" : ""}csi.sock`;
   const variables = Object.fromEntries(
@@ -58,12 +59,12 @@ async function running(
   const output = process.output();
   try {
     using channel = new Channel({ address: `unix://${socket}` });
-    let ended: string | undefined;
-    output.then(({ stderr }) => ended = new TextDecoder().decode(stderr));
+    let stderrAtExit: string | undefined;
+    output.then(({ stderr }) => stderrAtExit = new TextDecoder().decode(stderr));
     await eventually(
       "an answer of the driver",
       () => {
-        assert.equal(ended, undefined);
+        assert.equal(stderrAtExit, undefined);
         return channel.call(Identity.method.probe, {}, { signal: AbortSignal.timeout(1000) }).catch(() => undefined);
       },
       30_000,
@@ -76,7 +77,7 @@ async function running(
     try {
       process.kill("SIGKILL");
     } catch {
-      // it has ended
+      // it has already ended
     }
     await output;
     await Deno.remove(directory, { recursive: true });
@@ -85,13 +86,13 @@ async function running(
 
 const options = () => ({ signal: AbortSignal.timeout(20_000) });
 
-for (const path of ["lb-csi-plugin-k8s-v1.17.yaml", "lb-csi-plugin-k8s-v1.37-dc.yaml", "poscsi-k8s-v1.37.yaml"]) {
-  Deno.test(`controller and node start as ${path} starts them, under the name of its CSIDriver`, async () => {
-    const objects = objectsIn(path);
+for (const name of ["lb-csi-plugin-k8s-v1.17.yaml", "lb-csi-plugin-k8s-v1.37-dc.yaml", "poscsi-k8s-v1.37.yaml"]) {
+  Deno.test(`controller and node start as ${name} starts them, under the name of its CSIDriver`, async () => {
+    const objects = objectsInManifest(name);
     const driver = objects.find(({ kind }) => kind === "CSIDriver")?.metadata.name;
 
     for (const role of ["controller", "node"]) {
-      await running(containerOf(objects, role), async (channel) => {
+      await withRunning(containerOf(objects, role), async (channel) => {
         assert.equal((await channel.call(Identity.method.getPluginInfo, {}, options())).name, driver);
         if (role === "node") {
           assert.equal((await channel.call(Node.method.nodeGetInfo, {}, options())).nodeId, "worker-1.node");
@@ -101,7 +102,7 @@ for (const path of ["lb-csi-plugin-k8s-v1.17.yaml", "lb-csi-plugin-k8s-v1.37-dc.
   });
 }
 
-/** The parameters of a class as external-provisioner passes them on, with what `--extra-create-metadata` adds. */
+/** The parameters of a StorageClass as external-provisioner passes them on, with those of `--extra-create-metadata`. */
 function parametersOf(path: string): Record<string, string> {
   const parameters = objectsIn(path).find(({ kind }) => kind === "StorageClass")?.parameters ?? {};
   return {
@@ -112,7 +113,7 @@ function parametersOf(path: string): Record<string, string> {
   };
 }
 
-const wish = (parameters: Record<string, string>, mutableParameters: Record<string, string> = {}) => ({
+const createRequest = (parameters: Record<string, string>, mutableParameters: Record<string, string> = {}) => ({
   name: "pvc-1",
   capacityRange: { requiredBytes: 1n << 30n },
   volumeCapabilities: [
@@ -125,20 +126,24 @@ const wish = (parameters: Record<string, string>, mutableParameters: Record<stri
   mutableParameters,
 });
 
-Deno.test("the class of the LightOS examples makes a volume, and its attributes are understood", async () => {
+Deno.test("the StorageClass of the LightOS examples makes a volume, and the driver understands the attributes classes", async () => {
   await using simulator = await startSimulator();
   const endpoint = { "mgmt-endpoint": managementEndpoints(simulator), "mgmt-scheme": "grpc" };
   const parameters = { ...parametersOf("examples/secret-and-storage-class.yaml"), ...endpoint };
   const attributes = objectsIn("examples/volume-attributes-workload.yaml")
     .filter(({ kind }) => kind === "VolumeAttributesClass").map(({ parameters = {} }) => parameters);
 
-  await running(containerOf(objectsIn("lb-csi-plugin-k8s-v1.37.yaml"), "controller"), async (channel) => {
+  await withRunning(containerOf(objectsInManifest("lb-csi-plugin-k8s-v1.37.yaml"), "controller"), async (channel) => {
     const secrets = { jwt: simulator.addresses.jwt };
-    const { volume } = await channel.call(Controller.method.createVolume, { ...wish(parameters), secrets }, options());
+    const { volume } = await channel.call(
+      Controller.method.createVolume,
+      { ...createRequest(parameters), secrets },
+      options(),
+    );
 
     assert.equal(volume?.capacityBytes, 1n << 30n);
     const encrypted = {
-      ...wish({ ...parametersOf("examples/encrypted-workload.yaml"), ...endpoint }),
+      ...createRequest({ ...parametersOf("examples/encrypted-workload.yaml"), ...endpoint }),
       name: "pvc-2",
       secrets,
     };
@@ -149,19 +154,19 @@ Deno.test("the class of the LightOS examples makes a volume, and its attributes 
     assert.equal(attributes.length, 2);
     for (const mutableParameters of attributes) {
       const request = { volumeId: volume.volumeId, secrets, mutableParameters };
-      const answer = channel.call(Controller.method.controllerModifyVolume, request, options());
-      // Its parameters are known; the policy is one that the reader of the example has.
-      await assert.rejects(answer, /there is no QoS policy "(silver|gold)"/);
+      const modification = channel.call(Controller.method.controllerModifyVolume, request, options());
+      // The driver knows the parameter; the policy itself is one that the reader of the example has.
+      await assert.rejects(modification, /there is no QoS policy "(silver|gold)"/);
     }
   });
 });
 
-Deno.test("the class of the PoseidonOS examples makes a volume", async () => {
+Deno.test("the StorageClass of the PoseidonOS examples makes a volume", async () => {
   await using simulator = await startPoseidon();
   const parameters = { ...parametersOf("examples/storageclass.yaml"), ...poseidonParameters(simulator) };
 
-  await running(containerOf(objectsIn("poscsi-k8s-v1.37.yaml"), "controller"), async (channel) => {
-    const { volume } = await channel.call(Controller.method.createVolume, wish(parameters), options());
+  await withRunning(containerOf(objectsInManifest("poscsi-k8s-v1.37.yaml"), "controller"), async (channel) => {
+    const { volume } = await channel.call(Controller.method.createVolume, createRequest(parameters), options());
 
     assert.equal(volume?.capacityBytes, 1n << 30n);
   });
@@ -201,7 +206,7 @@ const configured: readonly (readonly [what: string, values: Values, roles: reado
 
 for (const [what, values, roles] of configured) {
   Deno.test({
-    name: `controller and node start with what the chart makes of ${what}`,
+    name: `controller and node start with ${what} from the chart`,
     ignore: !needs("go"),
     fn: async () => {
       const chart = chartDirectory("lb-csi-plugin");
@@ -217,10 +222,10 @@ for (const [what, values, roles] of configured) {
         for (const [name, text] of Object.entries(data)) await Deno.writeTextFile(`${files}/${name}`, text);
 
         for (const role of roles) {
-          await running(containerOf(objects, role), async (channel) => {
+          await withRunning(containerOf(objects, role), async (channel) => {
             if (role !== "controller") return;
             const { capabilities } = await channel.call(Controller.method.controllerGetCapabilities, {}, options());
-            // Lists are announced for a cluster file only, so the file has been read.
+            // LIST_VOLUMES is announced only with a cluster file, so the driver has read it.
             const types = capabilities.map(({ type }) => type.case === "rpc" ? type.value.type : undefined);
             assert.ok(types.includes(Rpc.LIST_VOLUMES));
           }, files);

@@ -1,31 +1,23 @@
 /**
- * Every manifest against every Kubernetes version that it is for: the OpenAPI documents of API servers where there are
- * some in a Go module (1.23 to 1.35), and the Go types of each version (1.17 to 1.37).
+ * Validates every manifest and example for every Kubernetes version that it is for: with the OpenAPI documents of API
+ * servers, which a Go module has for 1.23 to 1.35, and with the Go types of each version, 1.17 to 1.37.
  */
 import assert from "node:assert/strict";
 import { parseAllDocuments } from "yaml";
-import {
-  chartDirectory,
-  documents,
-  generated,
-  minors,
-  render,
-  type RenderRequest,
-  runGo,
-  type Values,
-} from "../../k8s/charts.ts";
+import { chartDirectory, documents, render, type RenderRequest, runGo, type Values } from "../../k8s/charts.ts";
+import { minorsIn, renderedFiles, supportedMinors } from "../../k8s/rendered_files.ts";
+import { readK8sFile } from "../support/charts.ts";
 import { goModules, unlessGoLacks } from "../support/go.ts";
 import { needs } from "../support/needs.ts";
 
-const k8s = new URL("../../k8s/", import.meta.url);
-const read = (path: string) => Deno.readTextFileSync(new URL(path, k8s));
+const minors = minorsIn(supportedMinors);
 
-/** What API servers publish, collected by a validator for kubectl. */
+/** The OpenAPI documents that API servers publish, from the sources of a validator for kubectl. */
 const openAPI = "sigs.k8s.io/kubectl-validate@v0.0.5-0.20260105161640-a97ccfaca20b";
-/** The first release of each minor version: a field which came with a patch, if that ever happens, counts as unknown. */
+/** The Go types of the first release of a minor version. A field that a patch release added would count as unknown. */
 const typesOf = (minor: number) => [`k8s.io/api@v0.${minor}.0`, `k8s.io/apimachinery@v0.${minor}.0`] as const;
 
-interface Wanted {
+interface Manifest {
   readonly name: string;
   readonly kubeVersion: string;
   readonly text: string;
@@ -39,37 +31,23 @@ interface Verdict {
   readonly problems: readonly string[];
 }
 
-/** Undefined where Go modules cannot be fetched. */
-async function verdicts(wanted: readonly Wanted[]): Promise<readonly Verdict[] | undefined> {
+/** Validates manifests; undefined if Go modules cannot be fetched. */
+async function validate(manifests: readonly Manifest[]): Promise<readonly Verdict[] | undefined> {
   return await unlessGoLacks(async () => {
     const directories = await goModules([openAPI, ...minors.flatMap(typesOf)]);
     const types = minors.map((minor) => `1.${minor}=${typesOf(minor).map((one) => directories.get(one)).join(":")}`);
     const builtins = `${directories.get(openAPI)}/pkg/openapiclient/builtins`;
-    return await runGo("tests/go/k8s_schemas", [builtins, ...types], wanted) as readonly Verdict[];
+    return await runGo("tests/go/k8s_schemas", [builtins, ...types], manifests) as readonly Verdict[];
   });
 }
 
 /** The snapshot API that a cluster of this version has. */
-const snapshotApi = (minor: number) => read(`snapshot-controller-${minor < 20 ? 3 : minor < 25 ? 4 : 8}.yaml`);
+const snapshotApi = (minor: number) =>
+  readK8sFile(`manifests/snapshot-controller-${minor < 20 ? 3 : minor < 25 ? 4 : 8}.yaml`);
 
-/** The minors that a file is for. */
-function minorsOf(path: string): readonly number[] {
-  const between = (first: number, last: number) => minors.filter((minor) => minor >= first && minor <= last);
-  const named = /v1\.(\d+)/.exec(path)?.[1];
-  if (named !== undefined) return [Number(named)];
-  if (path === "snapshot-controller-3.yaml") return between(17, 19);
-  if (path === "snapshot-controller-4.yaml") return between(20, 24);
-  if (path === "snapshot-controller-8.yaml") return between(25, 37);
-  if (path.includes("attributes")) return between(34, 37);
-  if (path.includes("rwop")) return between(22, 37);
-  if (path.includes("inline")) return between(19, 37); // an alpha field before 1.23, which other versions accept
-  if (/snapshot/.test(path)) return between(20, 37);
-  return minors;
-}
-
-function judge(wanted: readonly Wanted[], found: readonly Verdict[]): void {
-  assert.equal(found.length, wanted.length);
-  for (const [i, { name, kubeVersion }] of wanted.entries()) {
+function assertValid(manifests: readonly Manifest[], found: readonly Verdict[]): void {
+  assert.equal(found.length, manifests.length);
+  for (const [i, { name, kubeVersion }] of manifests.entries()) {
     assert.deepEqual([name, kubeVersion, found[i]?.problems], [name, kubeVersion, []]);
     assert.ok((found[i]?.objects ?? 0) > 0, name);
   }
@@ -79,37 +57,37 @@ Deno.test({
   name: "every manifest and example is valid for every Kubernetes version that it is for",
   ignore: !needs("go"),
   fn: async () => {
-    const wanted = generated.flatMap(({ path }) =>
-      minorsOf(path).map((minor) => ({
+    const manifests = renderedFiles.flatMap(({ path, minors }) =>
+      minorsIn(minors).map((minor) => ({
         name: path,
         kubeVersion: `1.${minor}`,
-        text: read(path),
+        text: readK8sFile(path),
         crds: snapshotApi(minor),
       }))
     );
 
-    const found = await verdicts(wanted);
+    const found = await validate(manifests);
 
     if (found === undefined) return;
-    judge(wanted, found);
+    assertValid(manifests, found);
     const sum = (count: (verdict: Verdict) => number) => found.reduce((sum, verdict) => sum + count(verdict), 0);
     console.log(
-      `${generated.length} files, ${wanted.length} times a file and a version: ${
+      `${renderedFiles.length} files, ${manifests.length} pairs of a file and a version: ${
         sum(({ objects }) => objects)
       } objects, ` +
-        `${sum(({ openapi }) => openapi)} held against OpenAPI documents, ${
+        `${sum(({ openapi }) => openapi)} validated with OpenAPI documents, ${
           sum(({ types }) => types)
-        } against Go types, ` +
-        `${sum(({ crds }) => crds)} against custom resource definitions`,
+        } with Go types, ` +
+        `${sum(({ crds }) => crds)} with custom resource definitions`,
     );
-    // No object passes because nothing knows it, and both sources are really asked.
+    // Every object was validated by something, and each source validated some.
     assert.ok(sum(({ types, crds, openapi }) => types + crds + openapi) > sum(({ objects }) => objects) * 1.4);
     assert.ok(sum(({ openapi }) => openapi) > 500 && sum(({ types }) => types) > 800 && sum(({ crds }) => crds) > 30);
   },
 });
 
-/** Values that bring what the defaults leave out. */
-const everything: Values = {
+/** Values that render what the defaults leave out. */
+const allFeatures: Values = {
   clusters: [{ name: "rack1", endpoints: "192.0.2.1:443", ephemeral: { projects: ["default"], maxSize: "1Ti" } }],
   inlineVolumes: true,
   discoveryClient: "lbcsi",
@@ -139,19 +117,24 @@ const everything: Values = {
 };
 
 Deno.test({
-  name: "the plugin's chart with all that it can do is valid for every Kubernetes version",
+  name: "the driver's chart with all its features is valid for every Kubernetes version",
   ignore: !needs("go"),
   fn: async () => {
     const requests = minors.flatMap((minor): RenderRequest[] => {
-      const grown = {
+      const newerFeatures = {
         storageCapacity: minor >= 21,
         enableHealthMonitor: minor >= 25,
         volumeAttributesClassGate: minor >= 31,
       };
       return [
-        { ...everything, ...grown, controllerKind: "StatefulSet" },
-        { ...everything, ...grown, controllerKind: "Deployment" },
-        { ...grown, backend: "poseidon", systems: [{ name: "rack1", endpoint: "192.0.2.1:3000" }], maxVolumes: 100 },
+        { ...allFeatures, ...newerFeatures, controllerKind: "StatefulSet" },
+        { ...allFeatures, ...newerFeatures, controllerKind: "Deployment" },
+        {
+          ...newerFeatures,
+          backend: "poseidon",
+          systems: [{ name: "rack1", endpoint: "192.0.2.1:3000" }],
+          maxVolumes: 100,
+        },
       ].map((values) => ({
         chart: chartDirectory("lb-csi-plugin"),
         release: "lb-csi",
@@ -163,21 +146,21 @@ Deno.test({
     const rendered = await unlessGoLacks(() => render(requests));
     if (rendered === undefined) return;
     assert.deepEqual(rendered.flatMap(({ error }) => error ?? []), []);
-    const wanted = requests.map(({ kubeVersion }, i) => ({
-      name: `all of lb-csi-plugin, ${i}`,
+    const manifests = requests.map(({ kubeVersion }, i) => ({
+      name: `lb-csi-plugin with all features, ${i}`,
       kubeVersion: kubeVersion.slice(1, -2),
       text: rendered.slice(i, i + 1).flatMap(documents).join("\n---\n"),
       crds: "",
     }));
 
-    const found = await verdicts(wanted);
+    const found = await validate(manifests);
 
-    if (found !== undefined) judge(wanted, found);
+    if (found !== undefined) assertValid(manifests, found);
   },
 });
 
-/** What is wrong, a text, and the version for which it is wrong. */
-const bad: readonly (readonly [problem: RegExp, minor: number, text: string])[] = [
+/** Invalid manifests: the expected problem, the minor version, the text. */
+const invalid: readonly (readonly [problem: RegExp, minor: number, text: string])[] = [
   [
     /seLinuxMount/,
     24,
@@ -227,10 +210,10 @@ const bad: readonly (readonly [problem: RegExp, minor: number, text: string])[] 
 ];
 
 Deno.test({
-  name: "a manifest with a fault is refused with the field that is at fault",
+  name: "validation of an invalid manifest names the invalid field",
   ignore: !needs("go"),
   fn: async () => {
-    const found = await verdicts(bad.map(([problem, minor, text]) => ({
+    const found = await validate(invalid.map(([problem, minor, text]) => ({
       name: String(problem),
       kubeVersion: `1.${minor}`,
       text,
@@ -238,13 +221,13 @@ Deno.test({
     })));
     if (found === undefined) return;
 
-    for (const [i, [problem]] of bad.entries()) assert.match(found[i]?.problems.join("\n") ?? "", problem);
+    for (const [i, [problem]] of invalid.entries()) assert.match(found[i]?.problems.join("\n") ?? "", problem);
   },
 });
 
 // ------------------------------------------------------------------------------------------------- the snapshot API
 
-/** The definitions without prose: descriptions, messages of rules, notes of tools. */
+/** The definitions without prose: descriptions, messages of rules, annotations of tools. */
 function structure(node: unknown): unknown {
   if (Array.isArray(node)) return node.map(structure);
   if (typeof node !== "object" || node === null) return node;
@@ -280,7 +263,7 @@ for (
         specs(Deno.readTextFileSync(`${directory}/config/crd/snapshot.storage.k8s.io_${name}.yaml`))
       );
       assert.equal(theirs.length, 3);
-      assert.deepEqual(specs(read(path)), theirs);
+      assert.deepEqual(specs(readK8sFile(path)), theirs);
     },
   });
 }

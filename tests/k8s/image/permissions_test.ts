@@ -3,14 +3,14 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { parseAllDocuments } from "yaml";
 import { configDirectories, permissionsWith, socketDirectories } from "../../../k8s/image/permissions.ts";
+import { driverManifests } from "../../../k8s/rendered_files.ts";
 import { ServiceProcess } from "../../../lib/demo/process.ts";
 import { Testbed } from "../../../lib/demo/testbed.ts";
 import { Channel } from "../../../lib/grpc/client.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
-import { podOf } from "../../support/objects.ts";
+import { driverContainer } from "../../support/charts.ts";
 
 const mainPath = fileURLToPath(new URL("../../../main.ts", import.meta.url));
 const gib = 1n << 30n;
@@ -216,22 +216,14 @@ for (
 }
 
 Deno.test("the controller of each manifest finds its socket and its files in directories that it may use", () => {
-  const k8s = new URL("../../../k8s/", import.meta.url);
   const within = (path: string, directories: readonly string[]) =>
     directories.some((directory) => path === directory || path.startsWith(`${directory}/`));
-  const seen: string[] = [];
-  for (const { name } of Deno.readDirSync(k8s)) {
-    if (!/^(lb-csi-plugin|poscsi)-.*\.yaml$/.test(name)) continue;
-    for (const document of parseAllDocuments(Deno.readTextFileSync(new URL(name, k8s)))) {
-      for (const { args, env = [] } of podOf(document.toJS())?.spec.containers ?? []) {
-        if (args?.[0] !== "controller") continue;
-        seen.push(name);
-        for (const { name, value = "" } of env) {
-          if (name === "CSI_ENDPOINT") assert(within(value.replace("unix://", ""), socketDirectories), value);
-          else if (value.startsWith("/")) assert(within(value, configDirectories), `${name}: ${value}`);
-        }
-      }
+  for (const { path } of driverManifests) {
+    const { env = [] } = driverContainer(path, "controller");
+    assert(env.some(({ name }) => name === "CSI_ENDPOINT"), path);
+    for (const { name, value = "" } of env) {
+      if (name === "CSI_ENDPOINT") assert(within(value.replace("unix://", ""), socketDirectories), value);
+      else if (value.startsWith("/")) assert(within(value, configDirectories), `${name}: ${value}`);
     }
   }
-  assert(seen.length > 40 && seen.some((name) => name.startsWith("poscsi")), seen.join());
 });

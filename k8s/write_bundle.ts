@@ -1,0 +1,49 @@
+/**
+ * `deno task bundle [DIRECTORY]`: packs everything that an installation needs into `lb-csi-bundle-<version>.tar.gz`, in
+ * `dist/` or the given directory:
+ *
+ *     lb-csi-bundle-<version>/
+ *       README.md LICENSE docs/*.md docs/reference/*.md
+ *       k8s/*.yaml                             a manifest for each Kubernetes version, named as in the vendor's bundle
+ *       helm/charts/<chart>-<version>.tgz
+ *       examples/*.yaml
+ *
+ * The same files always give the same bytes, so anyone can verify a bundle by making it again.
+ */
+import { chartDirectory, chartNames, k8sRoot, version } from "./charts.ts";
+import { renderedFiles } from "./rendered_files.ts";
+import { type ArchiveEntry, tarGzip } from "./tar.ts";
+
+const root = `${k8sRoot}..`;
+const name = `lb-csi-bundle-${version}`;
+const directory = Deno.args[0] ?? `${root}/dist`;
+
+const bundle = tarGzip(
+  [
+    ...["README.md", "LICENSE"].map((path) => ({ path, content: Deno.readFileSync(`${root}/${path}`) })),
+    ...filesBelow(`${root}/docs`, "docs").filter(({ path }) => path.endsWith(".md")),
+    ...renderedFiles.flatMap(({ path, bundlePaths }) => {
+      const content = Deno.readFileSync(k8sRoot + path);
+      return bundlePaths.map((path) => ({ path, content }));
+    }),
+    ...chartNames.map((chart) => ({
+      path: `helm/charts/${chart}-${version}.tgz`,
+      content: tarGzip(filesBelow(chartDirectory(chart), chart)),
+    })),
+  ].map(({ path, content }) => ({ path: `${name}/${path}`, content })),
+);
+await Deno.mkdir(directory, { recursive: true });
+await Deno.writeFile(`${directory}/${name}.tar.gz`, bundle);
+console.log(`${directory}/${name}.tar.gz: ${bundle.length} bytes`);
+
+/** The files below a directory, without hidden ones, each with its path below `prefix`. */
+function filesBelow(directory: string, prefix: string): readonly ArchiveEntry[] {
+  return [...Deno.readDirSync(directory)].filter(({ name }) => !name.startsWith(".")).flatMap(
+    ({ name, isDirectory }) => {
+      const path = `${directory}/${name}`;
+      return isDirectory
+        ? filesBelow(path, `${prefix}/${name}`)
+        : [{ path: `${prefix}/${name}`, content: Deno.readFileSync(path) }];
+    },
+  );
+}
