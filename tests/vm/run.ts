@@ -1,17 +1,18 @@
 /**
  * `deno task test:vm`: boots virtual machines with the real NVMe/TCP initiator and target of the Linux kernel, runs the
- * real program in them, and tells of each check whether it holds. Needs root and packages of Debian, which it names.
+ * real program in them, and prints for each check whether it passed. Needs root and Debian packages, which it names.
  *
- *   --only TEXT      checks whose name, or whose file in scenarios/, has TEXT in it
+ *   --only TEXT      run the checks whose name, or whose file in scenarios/, contains TEXT
  *   --suite SUITE    Debian release of the guest: bookworm (kernel 6.1, nvme-cli 2.3; default) or trixie (6.12, 2.13)
- *   --keep           leave the folder of the run: the kernel's messages, the logs of the program, the disk
- *   --bench          measure instead: the files of bench/
- *   --list           name the checks
- *   --jobs COUNT     guests at the same time, default 2
+ *   --keep           keep the directory of the run: the kernel's messages, the logs of the program, the disk
+ *   --bench          run the benchmarks of bench/ instead
+ *   --list           print the names of the checks
+ *   --jobs COUNT     number of guests that run at the same time, default 2
  *
  * The guest's image is built when it is missing or its inputs have changed, in $LBCSI_VM_CACHE (default
- * ~/.cache/lbcsi-vm), 300 MB per suite, and so is QEMU, 170 MB. What a guest with a failed check said follows at its end,
- * with the last of its kernel's messages. Exit status: 0 all passed, 1 some failed, 2 bad options or something is missing.
+ * ~/.cache/lbcsi-vm), 300 MB per suite, and so is QEMU, 170 MB. When a check of a guest fails, the guest's output and the
+ * last messages of its kernel are printed when it ends. The last lines list the failed checks again and count.
+ * Exit status: 0 all passed, 1 some failed, 2 invalid options or something is missing.
  */
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -24,9 +25,9 @@ import { type Check, type Report, reportMark, type Scenario } from "./scenario.t
 
 const here = fileURLToPath(new URL(".", import.meta.url));
 const repository = join(here, "../..");
-// Guests with more processors than there are cores for them wait for one another's locks.
-const mostProcessors = 2;
-// A guest is given up after this. On two cores one lives for 5 minutes; a machine may be several times as slow.
+// Guests with more processors than the host has cores for wait for each other's locks.
+const maxProcessors = 2;
+// A guest that runs longer is killed. On two cores a guest runs for 5 minutes; other machines may be several times slower.
 const bootLimitSeconds = 2400;
 
 const { values: options } = parseArgs({
@@ -43,44 +44,48 @@ const { values: options } = parseArgs({
 
 const jobs = Number(options.jobs);
 if (!Number.isInteger(jobs) || jobs < 1) {
-  console.error(`--jobs "${options.jobs}": is not a whole number from 1 up`);
+  console.error(`--jobs "${options.jobs}": is not a whole number of at least 1`);
   Deno.exit(2);
 }
-const processors = Math.min(mostProcessors, Math.max(1, Math.floor(navigator.hardwareConcurrency / jobs)));
-const folder = options.bench ? "bench" : "scenarios";
-/** What guests of one kind run. */
+const processors = Math.min(maxProcessors, Math.max(1, Math.floor(navigator.hardwareConcurrency / jobs)));
+const scenarioDirectory = options.bench ? "bench" : "scenarios";
+
+/** Checks that run in guests of the same kind. */
 interface Plan {
-  /** Items of each boot; guests share them. */
+  /** The checks of each boot. Guests take them from a queue. */
   readonly boots: readonly (readonly Item[])[];
-  /** Whether the guest sees the root file system of the image. */
-  readonly image: boolean;
-  /** Whether it takes a guest of its own. */
-  readonly own: boolean;
+  /** Whether the guest sees the root file system of the node's image. */
+  readonly hasImage: boolean;
+  /** Whether the plan has a guest of its own. */
+  readonly isExclusive: boolean;
 }
 
 /**
- * What is to run: most checks are of one plan, whose guests are any number. A scenario of several boots, which look at what
- * earlier ones have left, has a guest of its own, and so has one that mounts over the directories of the others.
+ * Loads the scenarios. Most checks belong to one plan, which any number of guests share. A scenario of several boots has a
+ * guest of its own, because each boot needs what the one before has left on the disk; so has a scenario that mounts over
+ * directories which other checks use.
  */
-async function load(): Promise<readonly Plan[]> {
-  const own: Plan[] = [];
+async function loadPlans(): Promise<readonly Plan[]> {
+  const exclusive: Plan[] = [];
   const groups = new Map<string, Item[]>();
   for (const file of await scenarioFiles()) {
-    const { scenario }: { scenario: Scenario } = await import(new URL(`./${folder}/${file}`, import.meta.url).href);
+    const { scenario }: { scenario: Scenario } = await import(
+      new URL(`./${scenarioDirectory}/${file}`, import.meta.url).href
+    );
     const { boots, start } = scenario;
     const { only } = options;
-    const wanted = ({ name }: Check) => only === undefined || file.includes(only) || name.includes(only);
-    if (!boots.flat().some(wanted)) continue;
-    const image = start?.image === true;
+    const isSelected = ({ name }: Check) => only === undefined || file.includes(only) || name.includes(only);
+    if (!boots.flat().some(isSelected)) continue;
+    const hasImage = start?.image === true;
     const itemsOf = (checks: readonly Check[], group: number): Item[] =>
       checks.map(({ name }) => ({ group, file: bundleOf(file), name }));
     if (boots.length > 1) {
-      own.push({ boots: boots.map((checks) => itemsOf(checks, 0)), image, own: true });
+      exclusive.push({ boots: boots.map((checks) => itemsOf(checks, 0)), hasImage, isExclusive: true });
       continue;
     }
-    const checks = boots.flat().filter(wanted);
-    if (image) {
-      own.push({ boots: [itemsOf(checks, 0)], image, own: true });
+    const checks = boots.flat().filter(isSelected);
+    if (hasImage) {
+      exclusive.push({ boots: [itemsOf(checks, 0)], hasImage, isExclusive: true });
       continue;
     }
     const key = JSON.stringify(start) ?? "";
@@ -88,21 +93,22 @@ async function load(): Promise<readonly Plan[]> {
     groups.set(key, group);
     group.push(...itemsOf(checks, [...groups.keys()].indexOf(key)));
   }
-  // The largest group last: its many short checks are what guests share out evenly in the end.
+  // The largest group comes last, because its many short checks can be divided evenly between guests at the end.
   const shared = [...groups.values()].sort((one, other) => one.length - other.length).flat();
-  return shared.length === 0 ? own : [...own, { boots: [shared], image: false, own: false }];
+  return shared.length === 0 ? exclusive : [...exclusive, { boots: [shared], hasImage: false, isExclusive: false }];
 }
 
 async function scenarioFiles(): Promise<readonly string[]> {
-  const names = await Array.fromAsync(Deno.readDir(join(here, folder)), ({ name }) => name);
+  const names = await Array.fromAsync(Deno.readDir(join(here, scenarioDirectory)), ({ name }) => name);
   return names.filter((name) => name.endsWith(".ts")).sort();
 }
 
-/** Where the bundle of a file is, below the folder of inside.js. */
+/** The path of a scenario file's bundle, relative to the directory of inside.js. */
 function bundleOf(file: string): string {
-  return `${folder}/${file.replace(/ts$/, "js")}`;
+  return `${scenarioDirectory}/${file.replace(/ts$/, "js")}`;
 }
 
+/** The programs that a run needs, and their Debian packages. */
 const packages: Readonly<Record<string, string>> = {
   mmdebstrap: "mmdebstrap",
   cpio: "cpio",
@@ -114,9 +120,10 @@ const packages: Readonly<Record<string, string>> = {
   setpriv: "util-linux",
 };
 
-function refuseMissing(): void {
+/** Exits with status 2 if this machine lacks something that a run needs. */
+function requirePrograms(): void {
   const path = (Deno.env.get("PATH") ?? "").split(":");
-  const isThere = (program: string) =>
+  const isInstalled = (program: string) =>
     path.some((directory) => {
       try {
         return Deno.statSync(join(directory, program)).isFile;
@@ -124,7 +131,7 @@ function refuseMissing(): void {
         return false;
       }
     });
-  const missing = Object.keys(packages).filter((program) => !isThere(program)).map((program) => packages[program]);
+  const missing = Object.keys(packages).filter((program) => !isInstalled(program)).map((program) => packages[program]);
   if (missing.length > 0) {
     console.error(
       `This needs packages: apt-get install -y --no-install-recommends ${[...new Set(missing)].sort().join(" ")}`,
@@ -137,14 +144,15 @@ function refuseMissing(): void {
   }
 }
 
-async function command(program: string, args: readonly string[]): Promise<void> {
-  const done = await new Deno.Command(program, { args: [...args], cwd: repository, stdin: "null", stdout: "null" })
+/** Runs a program in the repository. Throws when it fails. */
+async function runCommand(program: string, args: readonly string[]): Promise<void> {
+  const status = await new Deno.Command(program, { args: [...args], cwd: repository, stdin: "null", stdout: "null" })
     .spawn().status;
-  if (!done.success) throw new Error(`Cannot go on: ${program} ${args.join(" ")} exits ${done.code}`);
+  if (!status.success) throw new Error(`Cannot go on: ${program} ${args.join(" ")} exits ${status.code}`);
 }
 
-/** What the guest does. */
-function commandFor(code: Code, boot: number): string {
+/** The script that a guest runs. */
+function guestScript(code: Code, boot: number): string {
   return `
 exec 2>&1
 mkdir -p /disk
@@ -161,50 +169,64 @@ exit $status
 `;
 }
 
-interface Counted {
+/** The outcome of checks. */
+interface Outcome {
   readonly passed: number;
-  readonly failed: number;
+  /** Names of the checks that failed or did not run. */
+  readonly failed: readonly string[];
 }
 
-/** Makes the bundles, and runs each part of them once: so its bytecode gets into the cache. */
+const noChecks: Outcome = { passed: 0, failed: [] };
+
+function sum(outcomes: readonly Outcome[]): Outcome {
+  return outcomes.reduce(
+    ({ passed, failed }, outcome) => ({
+      passed: passed + outcome.passed,
+      failed: [...failed, ...outcome.failed],
+    }),
+    noChecks,
+  );
+}
+
+/** Makes the bundles, and runs each part of them once, which puts its bytecode into the cache. */
 async function makeCode(code: Code): Promise<void> {
   const bundle = ["bundle", "--quiet", "--code-splitting", "--outdir"];
-  // All files, whichever are to run: with one alone the folders would be others.
+  // Always all files: with one file alone the bundle has another directory layout.
   const files = await scenarioFiles();
   await Promise.all([
-    command(Deno.execPath(), [...bundle, code.programDir, "main.ts"]),
-    command(Deno.execPath(), [
+    runCommand(Deno.execPath(), [...bundle, code.programDir, "main.ts"]),
+    runCommand(Deno.execPath(), [
       ...[...bundle, code.checksDir, join(here, "inside.ts")],
-      ...files.map((name) => join(here, folder, name)),
+      ...files.map((name) => join(here, scenarioDirectory, name)),
     ]),
   ]);
   const deno = ["env", `DENO_DIR=${code.cache}`, "NO_COLOR=1", Deno.execPath()];
   const [env = "", ...words] = deno;
-  await command(env, [...words, ...code.checks, "--load", ...files.map(bundleOf)]);
-  // How these end tells of this machine, where they find nothing.
+  await runCommand(env, [...words, ...code.checks, "--load", ...files.map(bundleOf)]);
+  // Their exit status does not matter: this machine has nothing that they could find.
   const lbcsi = async (...args: readonly string[]) =>
     void await new Deno.Command(env, { args: [...words, ...code.program, ...args], stdin: "null" }).output();
-  const us = ["--node-id", "host.node"];
+  const nodeOptions = ["--node-id", "host.node"];
   await lbcsi("list");
   await lbcsi("doctor", "--checks", "machine", "--json");
-  await lbcsi("detach", ...us, "--uuid", crypto.randomUUID(), "--nqn", "nqn.2019-09.org.example:nobody");
+  await lbcsi("detach", ...nodeOptions, "--uuid", crypto.randomUUID(), "--nqn", "nqn.2019-09.org.example:absent");
   for (const backend of ["lightos", "poseidon"] as const) {
     const program = [...deno, ...code.program];
-    const processes = new Testbed(await Deno.makeTempDir({ prefix: "lbcsi-vm-" }), program, { backend });
+    const testbed = new Testbed(await Deno.makeTempDir({ prefix: "lbcsi-vm-testbed-" }), program, { backend });
     const signal = AbortSignal.timeout(60_000);
     try {
-      await processes.startSimulator("none", signal, backend === "lightos" ? ["--schemes", "grpc"] : []);
+      await testbed.startSimulator("none", signal, backend === "lightos" ? ["--schemes", "grpc"] : []);
       await Promise.all([
-        processes.startController(signal),
-        processes.startNode("host.node", signal, {}, ["--attach", "direct"]),
+        testbed.startController(signal),
+        testbed.startNode("host.node", signal, {}, ["--attach", "direct"]),
       ]);
       if (backend === "poseidon") continue;
-      const token = join(processes.home, "token");
-      await Deno.writeTextFile(token, processes.secrets["jwt"] ?? "");
-      const id = `mgmt:${processes.addresses.grpc.join(",")}|nguid:${crypto.randomUUID()}|proj:default|scheme:grpc`;
-      await lbcsi("detach", ...us, id, "--jwt-path", token);
+      const token = join(testbed.home, "token");
+      await Deno.writeTextFile(token, testbed.secrets["jwt"] ?? "");
+      const id = `mgmt:${testbed.addresses.grpc.join(",")}|nguid:${crypto.randomUUID()}|proj:default|scheme:grpc`;
+      await lbcsi("detach", ...nodeOptions, id, "--jwt-path", token);
     } finally {
-      await processes.cleanUp(false);
+      await testbed.cleanUp(false);
     }
   }
 }
@@ -214,141 +236,180 @@ interface Run {
   readonly imageDir: string;
   readonly emulatorDir: string;
   readonly code: Code;
-  /** The root file system of the node's image, which is still being made. */
+  /** The root file system of the node's image. It is complete when `rootReady` resolves. */
   readonly rootDir: string;
   readonly rootReady: Promise<void>;
-  /** Where guests have their files. */
+  /** The directory for the files of the guests. */
   readonly directory: string;
   readonly stop: AbortSignal;
   guests: number;
 }
 
-/** A queue with guests on it. */
+/** A queue of checks, and the guests that take from it. */
 interface Work {
   readonly queueDir: string;
   readonly items: readonly Item[];
-  /** Names of checks of which guests have told how they ended. */
-  readonly told: Set<string>;
+  /** Names of the checks whose outcome guests have reported. */
+  readonly reported: Set<string>;
   readonly boot: number;
-  readonly image: boolean;
+  readonly hasImage: boolean;
   /** A disk that outlives the boot. */
   readonly diskFile: string | undefined;
-  /** Guests that will soon take a check. */
+  /** Number of guests that boot and have not taken a check yet. */
   starting: number;
   /** How the last guest ended. */
-  ended: string;
+  lastEnd: string;
 }
 
-/** Boots a guest for a queue, and counts what it tells of its checks. */
-async function bootFor(work: Work, run: Run): Promise<Counted & { begun: number }> {
+/** Boots a guest for a queue, prints the outcome of its checks and counts them. */
+async function bootFor(work: Work, run: Run): Promise<Outcome & { readonly begun: number }> {
   const { imageDir, emulatorDir, code, rootDir, stop } = run;
   const runDir = join(run.directory, `guest${++run.guests}`);
   await Deno.mkdir(runDir);
-  let [begun, passed, failed] = [0, 0, 0];
-  let current: string | undefined;
-  const chatter: string[] = [];
-  const give = (name: string, problem: string) => {
-    failed++;
-    current = undefined;
-    work.told.add(name);
-    console.log(`FAILED ${name}\n${problem.replace(/^/gm, "    ")}`);
-  };
-  const onLine = (line: string) => {
-    const at = line.indexOf(reportMark);
-    if (at < 0) return void chatter.push(line);
-    const report: Report = JSON.parse(line.slice(at + reportMark.length));
-    if (report.event === "begins") {
-      if (begun++ === 0) work.starting--;
-      current = report.name;
-    }
-    if (report.event === "measured") console.log(`   ${report.name}: ${report.text}`);
-    if (report.event === "passed") {
-      passed++;
-      current = undefined;
-      work.told.add(report.name);
-      console.log(`ok ${report.name} (${(report.ms / 1000).toFixed(1)} s)`);
-    }
-    if (report.event === "failed") give(report.name, report.problem);
-  };
+  const guest = new GuestOutput(work);
   work.starting++;
-  const how = await boot({
+  const end = await boot({
     imageDir,
     emulatorDir,
     runDir,
-    command: commandFor(code, work.boot),
+    command: guestScript(code, work.boot),
     shares: [
       { path: code.directory, at: code.directory },
       { path: dirname(Deno.execPath()), at: "/deno-bin" },
       { path: work.queueDir, at: "/queue", writable: true },
-      ...(work.image ? [{ path: rootDir, at: "/image" }] : []),
+      ...(work.hasImage ? [{ path: rootDir, at: "/image" }] : []),
     ],
     diskFile: work.diskFile,
     memoryMib: 2048,
     processors,
-    onLine,
+    onLine: (line) => guest.read(line),
     signal: AbortSignal.any([AbortSignal.timeout(bootLimitSeconds * 1000), stop]),
   });
-  if (begun === 0) work.starting--;
-  work.ended = "problem" in how ? how.problem : `the guest's command ended with status ${how.status}`;
-  if (current !== undefined) give(current, `${work.ended} while this ran`);
-  if (failed > 0 || begun === 0) {
-    console.log(`--- what the guest said:\n${chatter.slice(-40).join("\n")}`);
-    console.log(`--- the end of its kernel's messages:\n${await lastWords(runDir, 25)}`);
+  work.lastEnd = "problem" in end ? end.problem : `the guest's command ended with status ${end.status}`;
+  const { begun, passed, failed } = guest.finish();
+  if (failed.length > 0 || begun === 0) {
+    console.log(`--- the guest's output:\n${guest.otherLines.slice(-40).join("\n")}`);
+    console.log(`--- the last messages of its kernel:\n${await lastWords(runDir, 25)}`);
   }
   return { begun, passed, failed };
 }
 
-/** Boots guests, one after the other, until nothing is left in the queue: one that dies over a check is followed by another. */
-async function serve(work: Work, run: Run): Promise<Counted> {
-  let [passed, failed] = [0, 0];
-  while (!run.stop.aborted && (await remaining(work.queueDir)).length > work.starting) {
-    const counted = await bootFor(work, run);
-    passed += counted.passed;
-    failed += counted.failed;
-    if (counted.begun === 0) break;
+/** Reads the lines of a guest: prints its reports and counts them. */
+class GuestOutput {
+  /** Lines that are not reports. */
+  readonly otherLines: string[] = [];
+  readonly #work: Work;
+  readonly #failed: string[] = [];
+  #begun = 0;
+  #passed = 0;
+  #current: string | undefined;
+
+  constructor(work: Work) {
+    this.#work = work;
   }
-  return { passed, failed };
+
+  read(line: string): void {
+    const start = line.indexOf(reportMark);
+    if (start < 0) return void this.otherLines.push(line);
+    const report: Report = JSON.parse(line.slice(start + reportMark.length));
+    if (report.event === "begins") {
+      if (this.#begun++ === 0) this.#work.starting--;
+      this.#current = report.name;
+    }
+    if (report.event === "measured") console.log(`   ${report.name}: ${report.text}`);
+    if (report.event === "passed") {
+      this.#passed++;
+      this.#end(report.name);
+      console.log(`ok ${report.name} (${(report.ms / 1000).toFixed(1)} s)`);
+    }
+    if (report.event === "failed") this.#fail(report.name, report.problem);
+  }
+
+  /** Counts the check that was running when the guest ended as failed. */
+  finish(): Outcome & { readonly begun: number } {
+    if (this.#begun === 0) this.#work.starting--;
+    if (this.#current !== undefined) this.#fail(this.#current, `${this.#work.lastEnd} while this ran`);
+    return { begun: this.#begun, passed: this.#passed, failed: this.#failed };
+  }
+
+  #fail(name: string, problem: string): void {
+    this.#failed.push(name);
+    this.#end(name);
+    console.log(`FAILED ${name}\n${problem.replace(/^/gm, "    ")}`);
+  }
+
+  #end(name: string): void {
+    this.#current = undefined;
+    this.#work.reported.add(name);
+  }
 }
 
-/** Counts as failed what no guest has told of: nobody has begun it, or who had taken it died before it could say so. */
-function leftOver(work: Work, why = work.ended): number {
-  const left = work.items.filter(({ name }) => !work.told.has(name));
-  for (const { name } of left) console.log(`FAILED ${name}\n    it was not run: ${why}`);
-  return left.length;
+/** Boots guests, one after the other, until the queue is empty. A guest that dies in a check is followed by another one. */
+async function serveQueue(work: Work, run: Run): Promise<Outcome> {
+  const outcomes: Outcome[] = [];
+  while (!run.stop.aborted && (await remaining(work.queueDir)).length > work.starting) {
+    const outcome = await bootFor(work, run);
+    outcomes.push(outcome);
+    if (outcome.begun === 0) break;
+  }
+  return sum(outcomes);
 }
 
-async function workOn(plan: Plan, boot: number, directory: string, diskFile?: string): Promise<Work> {
+/** Counts as failed the checks without a report: no guest has begun them, or theirs died before it could report. */
+function failUnreported(work: Work, reason = work.lastEnd): Outcome {
+  const failed = work.items.map(({ name }) => name).filter((name) => !work.reported.has(name));
+  for (const name of failed) console.log(`FAILED ${name}\n    it was not run: ${reason}`);
+  return { passed: 0, failed };
+}
+
+async function createWork(plan: Plan, boot: number, directory: string, diskFile?: string): Promise<Work> {
   const queueDir = join(directory, `queue${boot}`);
   const items = plan.boots[boot] ?? [];
   await lay(queueDir, items);
-  return { queueDir, items, told: new Set(), boot, image: plan.image, diskFile, starting: 0, ended: "" };
+  const { hasImage } = plan;
+  return { queueDir, items, reported: new Set(), boot, hasImage, diskFile, starting: 0, lastEnd: "" };
 }
 
-/** All boots of a plan that has a guest of its own. */
-async function playOwn(plan: Plan, run: Run): Promise<Counted> {
-  const directory = join(run.directory, `own${++run.guests}`);
+/** Runs all boots of a plan that has a guest of its own. */
+async function runExclusive(plan: Plan, run: Run): Promise<Outcome> {
+  const directory = join(run.directory, `exclusive${++run.guests}`);
   await Deno.mkdir(directory);
   const diskFile = plan.boots.length === 1 ? undefined : join(directory, "disk.img");
   if (diskFile !== undefined) {
     await Deno.writeFile(diskFile, new Uint8Array());
     await Deno.truncate(diskFile, 4 * 2 ** 30);
   }
-  let [passed, failed] = [0, 0];
+  let outcome = noChecks;
   for (const boot of plan.boots.keys()) {
-    const work = await workOn(plan, boot, directory, diskFile);
-    if (failed > 0) {
-      failed += leftOver(work, "an earlier boot failed");
+    const work = await createWork(plan, boot, directory, diskFile);
+    if (outcome.failed.length > 0) {
+      outcome = sum([outcome, failUnreported(work, "an earlier boot failed")]);
       continue;
     }
-    if (plan.image) await run.rootReady;
-    const counted = await serve(work, run);
-    passed += counted.passed;
-    failed += counted.failed + leftOver(work);
+    if (plan.hasImage) await run.rootReady;
+    const served = await serveQueue(work, run);
+    outcome = sum([outcome, served, failUnreported(work)]);
   }
-  return { passed, failed };
+  return outcome;
 }
 
-const plans = await load();
+/** Runs all plans in `jobs` guests at a time. */
+async function runPlans(plans: readonly Plan[], run: Run): Promise<Outcome> {
+  // Plans with the image come last, because its root file system is still being made.
+  const exclusive = plans.filter(({ isExclusive }) => isExclusive)
+    .sort((one, other) => Number(one.hasImage) - Number(other.hasImage));
+  const shared = plans.find(({ isExclusive }) => !isExclusive);
+  const sharedWork = shared === undefined ? undefined : await createWork(shared, 0, run.directory);
+  const outcomes = await Promise.all(Array.from({ length: jobs }, async (_nothing, worker) => {
+    const outcomes: Outcome[] = [];
+    for (const plan of worker === 0 ? exclusive : []) outcomes.push(await runExclusive(plan, run));
+    if (sharedWork !== undefined) outcomes.push(await serveQueue(sharedWork, run));
+    return sum(outcomes);
+  }));
+  return sum([...outcomes, sharedWork === undefined ? noChecks : failUnreported(sharedWork)]);
+}
+
+const plans = await loadPlans();
 if (options.list) {
   for (const { file, name } of plans.flatMap(({ boots }) => boots.flat())) console.log(`${file}: ${name}`);
   Deno.exit(0);
@@ -357,7 +418,7 @@ if (plans.length === 0) {
   console.error(`No check has "${options.only}" in its name or file`);
   Deno.exit(2);
 }
-refuseMissing();
+requirePrograms();
 const started = performance.now();
 const cache = Deno.env.get("LBCSI_VM_CACHE") ?? join(Deno.env.get("HOME") ?? "/root", ".cache/lbcsi-vm");
 const imageDir = join(cache, options.suite);
@@ -366,38 +427,27 @@ const stop = new AbortController();
 for (const name of ["SIGINT", "SIGTERM"] as const) {
   Deno.addSignalListener(name, () => stop.abort(new Error(`stopped by ${name}`)));
 }
-// Not in /tmp, which is another one in a guest's image.
+// Not in /tmp, because guests have a /tmp of their own and see this directory at the same path.
 const directory = await Deno.makeTempDir({ dir: "/var/tmp", prefix: "lbcsi-vm-" });
-const abandon = async (error: unknown): Promise<never> => {
+const exitUnprepared = async (error: unknown): Promise<never> => {
   await Deno.remove(directory, { recursive: true }).catch(() => {});
   console.error(error instanceof Error ? error.message : error);
   Deno.exit(2);
 };
 const code = codeAt(join(directory, "code"));
 const rootDir = join(directory, "root");
-const makeRoot = () => command(Deno.execPath(), ["run", "-A", "k8s/image/root.ts", "node", rootDir]);
-const rootReady = plans.some(({ image }) => image) ? makeRoot().catch(abandon) : Promise.resolve();
-const makeGuest = command("bash", [join(here, "build_guest.sh"), options.suite, imageDir, emulatorDir]);
-await Promise.all([makeGuest, makeCode(code)]).catch(abandon);
+const makeRoot = () => runCommand(Deno.execPath(), ["run", "-A", "k8s/image/root.ts", "node", rootDir]);
+const rootReady = plans.some(({ hasImage }) => hasImage) ? makeRoot().catch(exitUnprepared) : Promise.resolve();
+const makeGuest = runCommand("bash", [join(here, "build_guest.sh"), options.suite, imageDir, emulatorDir]);
+await Promise.all([makeGuest, makeCode(code)]).catch(exitUnprepared);
 const run: Run = { imageDir, emulatorDir, code, rootDir, rootReady, directory, stop: stop.signal, guests: 0 };
-const toBoot = Math.round((performance.now() - started) / 1000);
-// The image's last, for its root file system.
-const own = plans.filter(({ own }) => own).sort((one, other) => Number(one.image) - Number(other.image));
-const shared = plans.find(({ own }) => !own);
-const sharedWork = shared === undefined ? undefined : await workOn(shared, 0, directory);
-const counts = await Promise.all(Array.from({ length: jobs }, async (_nothing, worker) => {
-  const counts: Counted[] = [];
-  for (const plan of worker === 0 ? own : []) counts.push(await playOwn(plan, run));
-  if (sharedWork !== undefined) counts.push(await serve(sharedWork, run));
-  return counts;
-}));
-const sum = (numbers: readonly number[]) => numbers.reduce((sum, number) => sum + number, 0);
-const passed = sum(counts.flat().map(({ passed }) => passed));
-const failed = sum(counts.flat().map(({ failed }) => failed)) +
-  (sharedWork === undefined ? 0 : leftOver(sharedWork));
-if (options.keep) console.log(`The folder of this run: ${directory}`);
+const secondsToBoot = Math.round((performance.now() - started) / 1000);
+const { passed, failed } = await runPlans(plans, run);
+if (options.keep) console.log(`The directory of this run: ${directory}`);
 else await Deno.remove(directory, { recursive: true });
 const seconds = Math.round((performance.now() - started) / 1000);
-console.log(`${options.suite}, ${seconds} s, of which ${toBoot} s until the first boot`);
-console.log(`${passed} passed, ${failed} failed`);
-Deno.exit(failed === 0 && !stop.signal.aborted ? 0 : 1);
+console.log(`${options.suite}, ${seconds} s, of which ${secondsToBoot} s until the first boot`);
+// Again, because logs of CI are cut in the middle.
+for (const name of failed) console.log(`FAILED ${name}`);
+console.log(`${passed} passed, ${failed.length} failed`);
+Deno.exit(failed.length === 0 && !stop.signal.aborted ? 0 : 1);
