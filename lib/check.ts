@@ -22,7 +22,7 @@ export interface Check {
 const mostShown = 6;
 
 /** The items as one text; of a long list the first ones, and how many more there are. */
-export function shortList(items: readonly string[], separator: ", " | "; " = ", "): string {
+export function formatList(items: readonly string[], separator: ", " | "; " = ", "): string {
   // One more costs no more room than saying that there is one more.
   if (items.length <= mostShown + 1) return items.join(separator);
   return `${items.slice(0, mostShown).join(separator)}${separator}and ${items.length - mostShown} more`;
@@ -67,4 +67,10 @@ export async function runCheck(name: string, look: () => Promise<Omit<Check, "na
 export function reasonOf(error: unknown): string {
   const text = messageOf(error);
   return error instanceof StatusError ? text.replace(/^Cannot .*?: /, "") : text;
+}
+
+export type Finding = Omit<Check, "name">;
+
+export function formatCount(number: number, what: string): string {
+  return `${number} ${what}${number === 1 ? "" : "s"}`;
 }

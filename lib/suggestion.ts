@@ -5,7 +5,7 @@
  * added, left out, replaced, or swapped with its neighbour), at most one slip for each three characters, and at least one.
  * Case and the separators "-", "_" and "." do not count. Undefined when none is close.
  */
-export function closest(word: string, known: readonly string[]): string | undefined {
+export function closestWord(word: string, known: readonly string[]): string | undefined {
   const plain = plainForm(word);
   let best: string | undefined;
   let fewest = Math.max(1, Math.floor(plain.length / 3)) + 1;
@@ -24,15 +24,15 @@ export function closest(word: string, known: readonly string[]): string | undefi
  */
 export function unknownKeys(keys: readonly string[], known: readonly string[]): string {
   const named = keys.map((key) => {
-    const meant = closest(key, known);
+    const meant = closestWord(key, known);
     return meant === undefined ? `"${key}"` : `"${key}" (did you mean "${meant}"?)`;
   });
   return `${named.join(", ")} unknown (known: ${known.join(", ")})`;
 }
 
 /** `, did you mean "replica-count"?`, to follow an unknown word in a message; empty when no known word is close. */
-export function suggestion(word: string, known: readonly string[]): string {
-  const meant = closest(word, known);
+export function didYouMean(word: string, known: readonly string[]): string {
+  const meant = closestWord(word, known);
   return meant === undefined ? "" : `, did you mean "${meant}"?`;
 }
 

@@ -1,5 +1,5 @@
 import { equal } from "node:assert/strict";
-import { closest, suggestion, unknownKeys } from "../lib/suggestion.ts";
+import { closestWord, didYouMean, unknownKeys } from "../lib/suggestion.ts";
 
 const known = ["mgmt-endpoint", "mgmt-scheme", "replica-count", "compression", "project-name", "mkfs-options"];
 
@@ -16,19 +16,19 @@ Deno.test("the closest known word: a slip of the keyboard is found", () => {
       ["mkfs-option", "mkfs-options"],
     ] as const
   ) {
-    equal(closest(word, known), meant, word);
+    equal(closestWord(word, known), meant, word);
   }
 });
 
 Deno.test("the closest known word: a word that is like none has none", () => {
   for (const word of ["", "x", "reclaim-policy", "fsType", "m".repeat(10_000)]) {
-    equal(closest(word, known), undefined, word);
+    equal(closestWord(word, known), undefined, word);
   }
-  equal(closest("anything", []), undefined);
+  equal(closestWord("anything", []), undefined);
 });
 
 Deno.test("the closest known word: of two that are close, the closer one", () => {
-  equal(closest("qos-policy-nam", ["qos-policy-uuid", "qos-policy-name"]), "qos-policy-name");
+  equal(closestWord("qos-policy-nam", ["qos-policy-uuid", "qos-policy-name"]), "qos-policy-name");
 });
 
 Deno.test("unknown keys are named with what was meant by each, and with those that are known", () => {
@@ -39,6 +39,6 @@ Deno.test("unknown keys are named with what was meant by each, and with those th
 });
 
 Deno.test("a suggestion reads on from the unknown word, and is empty without one", () => {
-  equal(suggestion("replica-cuont", known), ', did you mean "replica-count"?');
-  equal(suggestion("zzz", known), "");
+  equal(didYouMean("replica-cuont", known), ', did you mean "replica-count"?');
+  equal(didYouMean("zzz", known), "");
 });

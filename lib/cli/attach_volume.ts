@@ -18,12 +18,9 @@ import type { Host } from "../host/host.ts";
 import { canonicalPath } from "../host/mount_point.ts";
 import { mountsAt, mountTable } from "../host/mount_table.ts";
 import { assertAuthenticated } from "../host/nvme/authentication.ts";
-import { type BlockDevice, findDevice } from "../host/nvme/devices.ts";
 import { assertHasPath } from "../host/nvme/paths.ts";
-import { recheckDevice } from "../host/nvme/recheck.ts";
+import type { BlockDevice } from "../host/nvme/devices.ts";
 import { waitForDevice } from "../host/nvme/wait.ts";
-import { assertUnmountCanEnd, unmountAll } from "../host/unmount.ts";
-import { allUsersOf } from "../host/users.ts";
 import type { RemoteNamespace } from "../namespace.ts";
 import type { StorageBackend } from "../storage/backend.ts";
 
@@ -78,7 +75,7 @@ export async function attachVolume(
   mount: MountRequest | undefined,
 ): Promise<Attached> {
   // First, so that nothing has been done when it is refused.
-  const path = mount === undefined ? undefined : await mountPointOf(host, mount.path);
+  const path = mount === undefined ? undefined : await findMountPoint(host, mount.path);
   const namespace = "namespace" in wanted
     ? wanted.namespace
     : await wanted.backend.grantAccess(ctx, wanted.secrets, wanted.volumeId, {
@@ -91,7 +88,7 @@ export async function attachVolume(
   await attacher.attach(
     volume,
     namespace,
-    attacher.takesKeys ? await keysOf(volume, hostNqn, namespace, wanted) : undefined,
+    attacher.takesKeys ? await connectionKeys(volume, hostNqn, namespace, wanted) : undefined,
   );
   const device = await waitForDevice(host, volume, namespace.uuid, { subsystemNqn, hint: attacher.hint });
   if (inBandAuth !== undefined) {
@@ -116,7 +113,7 @@ export async function attachVolume(
 const noKeys: GivenKeys = { host: undefined, controller: undefined };
 
 /** The keys to connect with: the cluster's where it is asked and nothing else gives them. */
-async function keysOf(
+async function connectionKeys(
   ctx: RequestContext,
   hostNqn: string,
   { uuid, inBandAuth: kind }: RemoteNamespace,
@@ -135,7 +132,7 @@ async function keysOf(
   });
 }
 
-async function mountPointOf(host: Host, given: string): Promise<string> {
+async function findMountPoint(host: Host, given: string): Promise<string> {
   const path = await canonicalPath(host, given);
   // What is mounted is not looked at, it may not answer.
   if (path !== undefined && mountsAt(await mountTable(host), path).length > 0) return path;
@@ -145,48 +142,4 @@ async function mountPointOf(host: Host, given: string): Promise<string> {
     "FAILED_PRECONDITION",
     `Cannot mount at "${given}": ${kind === "absent" ? "there is no such directory" : "it is not a directory"}`,
   );
-}
-
-/**
- * Unmounts the volume at `mountPath` if that is given, lets go of its namespace, and takes this host's access away (where
- * a cluster is asked). Nothing of that is there: done.
- *
- * @throws StatusError FAILED_PRECONDITION, before anything but `mountPath` was touched, when something else uses the volume
- *   here; UNAVAILABLE when unmounting would wait for a path; and what Attacher.detach and revokeAccess throw
- */
-export async function detachVolume(
-  ctx: RequestContext,
-  { host, attacher, hostNqn, discoveryDirectory }: LocalMachine,
-  wanted: AttachRequest,
-  mountPath: string | undefined,
-): Promise<void> {
-  const uuid = "namespace" in wanted ? wanted.namespace.uuid : wanted.backend.uuidOf(wanted.volumeId);
-  const subsystemNqn = "namespace" in wanted ? wanted.namespace.subsystemNqn : undefined;
-  const action = `detach namespace ${uuid}`;
-  const volume = ctx.with({ volume: uuid });
-  const discoveryFile = `${discoveryDirectory}/${uuid}`;
-  if (discoveryDirectory !== undefined && await host.kindOf(discoveryFile) !== "absent") {
-    throw new StatusError(
-      "FAILED_PRECONDITION",
-      `Cannot ${action}: "${discoveryFile}" asks the Discovery-Client to keep it connected, most likely for the node ` +
-        `service; detach it with --attach=discovery-client if nobody needs it`,
-    );
-  }
-  const device = await findDevice(host, uuid, subsystemNqn);
-  const path = mountPath === undefined ? undefined : await canonicalPath(host, mountPath);
-  if (path !== undefined) {
-    if (device !== undefined) {
-      await assertUnmountCanEnd(host, volume.doing(action), { device, path });
-    }
-    await unmountAll(host, volume.doing(action), path, device);
-  }
-  if (device !== undefined) await assertUnused(host, volume.doing(action), device);
-  await attacher.detach(volume, uuid, subsystemNqn);
-  if ("backend" in wanted) await wanted.backend.revokeAccess(volume, wanted.secrets, wanted.volumeId, hostNqn);
-}
-
-async function assertUnused(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
-  const users = await allUsersOf(host, await recheckDevice(host, ctx, device));
-  if (users.length === 0) return;
-  throw ctx.error("FAILED_PRECONDITION", `${device.path} is in use by ${users.join(", ")}`);
 }

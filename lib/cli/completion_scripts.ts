@@ -3,20 +3,15 @@
  *
  * They are plain text that the shell sources once; pressing Tab starts no program of ours.
  */
-import { choicesOf, type Option, type Options } from "./options.ts";
+import type { CommandSummary } from "./command.ts";
+import { choicesOf } from "./option_schemas.ts";
+import type { Option } from "./options.ts";
 
 export const shells = ["bash", "zsh", "fish"] as const;
 export type Shell = typeof shells[number];
 
-/** A command with its options, as completion sees it. */
-export interface CompletedCommand {
-  readonly name: string;
-  readonly summary: string;
-  readonly options: Options;
-}
-
 /** The script for `source <(lbcsi completion bash)` and its like. */
-export function completionScript(shell: Shell, commands: readonly CompletedCommand[]): string {
+export function completionScript(shell: Shell, commands: readonly CommandSummary[]): string {
   return { bash, zsh, fish }[shell](commands);
 }
 
@@ -34,7 +29,7 @@ type Value = { readonly kind: "choices"; readonly choices: readonly string[] } |
 
 const helpFlag: Flag = { spellings: ["--help", "-h"], meaning: "list the options", value: undefined };
 
-function flagsOf({ options }: CompletedCommand): readonly Flag[] {
+function flagsOf({ options }: CommandSummary): readonly Flag[] {
   const flags = Object.entries(options).filter(([, option]) => !option.word).map(([name, option]) => ({
     spellings: [`--${name}`, ...option.short === undefined ? [] : [`-${option.short}`]],
     meaning: option.meaning,
@@ -44,7 +39,7 @@ function flagsOf({ options }: CompletedCommand): readonly Flag[] {
 }
 
 /** What a bare word may be; commands have at most one. */
-function wordOf({ options }: CompletedCommand): Value | undefined {
+function wordOf({ options }: CommandSummary): Value | undefined {
   const word = Object.values(options).find((option) => option.word);
   return word === undefined ? undefined : valueOf(word);
 }
@@ -59,7 +54,7 @@ function valueOf(option: Option): Value {
 
 const quote = (text: string) => `'${text.replaceAll("'", `'\\''`)}'`;
 
-function bash(commands: readonly CompletedCommand[]): string {
+function bash(commands: readonly CommandSummary[]): string {
   const reply = (value: Value) => {
     switch (value.kind) {
       case "choices":
@@ -112,7 +107,7 @@ complete -F _lbcsi lbcsi
 `;
 }
 
-function zsh(commands: readonly CompletedCommand[]): string {
+function zsh(commands: readonly CommandSummary[]): string {
   // In a specification of _arguments these have a meaning of their own.
   const plain = (text: string) => text.replace(/[\\[\]:]/g, "\\$&");
   const action = (value: Value) => {
@@ -158,7 +153,7 @@ compdef _lbcsi lbcsi
 `;
 }
 
-function fish(commands: readonly CompletedCommand[]): string {
+function fish(commands: readonly CommandSummary[]): string {
   const escape = (text: string) => `'${text.replaceAll("\\", "\\\\").replaceAll("'", "\\'")}'`;
   const takes = (value: Value) => {
     switch (value.kind) {

@@ -10,7 +10,8 @@ import { StatusError } from "../error.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
 import type { Host } from "../host/host.ts";
 import { programProblem } from "../host/programs.ts";
-import { fileSystemTools, mountTools, nvmeTcp, rights, type Tool } from "./doctor/machine.ts";
+import { checkNvmeTcp, checkRights } from "./doctor/kernel.ts";
+import { fileSystemTools, mountTools, type Tool } from "./doctor/tools.ts";
 
 /** What a command needs of the machine. */
 export interface Needs {
@@ -32,15 +33,15 @@ export function mountPrograms(fsType: FsType | undefined): Needs["programs"] {
 }
 
 /** What a command lacks: the checks that are problems, and none that is well. */
-export async function missingFor(
+export async function findMissing(
   host: Host,
   { rights: needsRights, nvme, programs }: Needs,
 ): Promise<readonly Check[]> {
   // Another place for /sys and /dev is most often a simulated machine, which has no modules and an nvme of its own.
   const isThisMachine = host.roots.sysfs === "/sys" && host.roots.dev === "/dev";
   const checks = await Promise.all([
-    ...(needsRights ? [runCheck("rights", () => rights(host))] : []),
-    ...(nvme && isThisMachine ? [runCheck("NVMe/TCP", () => nvmeTcp(host))] : []),
+    ...(needsRights ? [runCheck("rights", () => checkRights(host))] : []),
+    ...(nvme && isThisMachine ? [runCheck("NVMe/TCP", () => checkNvmeTcp(host))] : []),
     ...Object.entries(programs).map(([name, names]) =>
       runCheck(name, () => {
         const missing = names.flatMap((program) => {
@@ -65,7 +66,7 @@ export function describeCheck({ name, found, advice }: Check): string {
 
 /** Throws FAILED_PRECONDITION with all that a command lacks. */
 export async function assertReady(action: string, host: Host, needs: Needs): Promise<void> {
-  const missing = await missingFor(host, needs);
+  const missing = await findMissing(host, needs);
   if (missing.length === 0) return;
   throw new StatusError(
     "FAILED_PRECONDITION",

@@ -4,6 +4,8 @@
  * that start with `#` are skipped. Keys are those of the Kubernetes Secret.
  */
 import { StatusError } from "../error.ts";
+import { readRequiredFile } from "./option_files.ts";
+import { UsageError } from "./options.ts";
 
 /** The secrets in a file's text. Throws INVALID_ARGUMENT that names the line, and nothing of what is in it. */
 export function parseSecretFile(text: string): Readonly<Record<string, string>> {
@@ -18,4 +20,14 @@ export function parseSecretFile(text: string): Readonly<Record<string, string>> 
     secrets.set(key, value);
   }
   return Object.fromEntries(secrets);
+}
+
+/** The secrets in the file at `path`. Throws UsageError, which shows nothing of its content. */
+export function readSecretFile(path: string): Readonly<Record<string, string>> {
+  const text = readRequiredFile("--secrets", path);
+  try {
+    return parseSecretFile(text);
+  } catch (error) {
+    throw error instanceof StatusError ? new UsageError(`--secrets "${path}": ${error.message}`) : error;
+  }
 }

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import * as z from "zod";
-import { choicesOf } from "../../lib/cli/options.ts";
+import { choicesOf } from "../../lib/cli/option_schemas.ts";
 import { completionScript, type Shell } from "../../lib/cli/completion_scripts.ts";
 import { needs } from "../support/needs.ts";
 

@@ -2,9 +2,10 @@
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { type Check, shortList, simulatorCheck } from "../../lib/check.ts";
-import { machineChecks, type MachineOptions } from "../../lib/cli/doctor/machine.ts";
-import { doctorAsJson, doctorAsText, runChecks } from "../../lib/cli/doctor/report.ts";
+import { type Check, formatList, simulatorCheck } from "../../lib/check.ts";
+import { runChecks } from "../../lib/cli/doctor/checks.ts";
+import { type MachineCheckOptions, runMachineChecks } from "../../lib/cli/doctor/machine.ts";
+import { doctorAsJson, doctorAsText } from "../../lib/cli/doctor/report.ts";
 import { createLogger, Secrets } from "../../lib/context.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
@@ -85,7 +86,7 @@ interface Change {
   readonly refusals?: Readonly<Record<string, string>>;
   /** What tools print; undefined: it is not installed. */
   readonly tools?: Readonly<Record<string, string | undefined>>;
-  readonly options?: Partial<MachineOptions>;
+  readonly options?: Partial<MachineCheckOptions>;
 }
 
 /** A machine in a directory of its own, with real programs. */
@@ -118,7 +119,7 @@ async function machine({ files, refusals = {}, tools, options }: Change = {}) {
       return refusal === undefined ? linux.readText(path) : Promise.reject(new Error(refusal));
     },
   };
-  const all: MachineOptions = {
+  const all: MachineCheckOptions = {
     host,
     nodeId,
     attach: "discovery-client",
@@ -134,7 +135,7 @@ async function machine({ files, refusals = {}, tools, options }: Change = {}) {
   return {
     root,
     options: all,
-    checks: () => machineChecks(callContext(), all),
+    checks: () => runMachineChecks(callContext(), all),
     [Symbol.asyncDispose]: () => Deno.remove(root, { recursive: true }),
   };
 }
@@ -907,9 +908,9 @@ Deno.test("doctor knows a simulator, and does not try data addresses that nothin
 Deno.test("doctor cuts a long list of the same, and says how many more there are", () => {
   const list = (count: number) => Array.from({ length: count }, (_, at) => `m${at}`);
 
-  strictEqual(shortList(list(7)), "m0, m1, m2, m3, m4, m5, m6");
-  strictEqual(shortList(list(50), "; "), "m0; m1; m2; m3; m4; m5; and 44 more");
-  strictEqual(shortList([]), "");
+  strictEqual(formatList(list(7)), "m0, m1, m2, m3, m4, m5, m6");
+  strictEqual(formatList(list(50), "; "), "m0; m1; m2; m3; m4; m5; and 44 more");
+  strictEqual(formatList([]), "");
 });
 
 Deno.test("doctor looks at PoseidonOS: DAgent, transport, arrays, and how full they are", async () => {

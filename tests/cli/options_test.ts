@@ -1,16 +1,8 @@
 import { deepStrictEqual, match, strictEqual, throws } from "node:assert/strict";
 import * as z from "zod";
-import {
-  absolutePath,
-  describeOptions,
-  type Options,
-  readOptions,
-  switchSchema,
-  unixEndpoint,
-  unknownVariables,
-  UsageError,
-  wholeNumber,
-} from "../../lib/cli/options.ts";
+import { absolutePath, switchSchema, unixEndpoint, wholeNumber } from "../../lib/cli/option_schemas.ts";
+import { describeOptions, type Options, readOptions, UsageError } from "../../lib/cli/options.ts";
+import { unknownVariables } from "../../lib/cli/unknown_variables.ts";
 
 const options = {
   endpoint: {

@@ -2,15 +2,11 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import {
-  type AttachRequest,
-  attachVolume,
-  detachVolume,
-  type LocalMachine,
-  type MountRequest,
-} from "../../lib/cli/attach_volume.ts";
-import { listAsJson, listAsText, listVolumes } from "../../lib/cli/listed_volumes.ts";
-import { describeCheck, missingFor } from "../../lib/cli/readiness.ts";
+import { type AttachRequest, attachVolume, type LocalMachine, type MountRequest } from "../../lib/cli/attach_volume.ts";
+import { detachVolume } from "../../lib/cli/detach_volume.ts";
+import { listAsJson, listAsText } from "../../lib/cli/list_report.ts";
+import { listVolumes } from "../../lib/cli/list_volumes.ts";
+import { describeCheck, findMissing } from "../../lib/cli/readiness.ts";
 import { parseSecretFile } from "../../lib/cli/secret_file.ts";
 import { createLogger, Secrets } from "../../lib/context.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
@@ -666,20 +662,20 @@ Deno.test("promise 21: missingFor tells all that a fresh machine lacks, in the w
   const calm: Host = { ...host, run: () => Promise.reject(new Error("a program was run")) };
   const needs = { rights: true, nvme: true, programs: { "xfs tools": ["sh", "mkfs.nowhere"], "mount tools": ["sh"] } };
 
-  assert.deepEqual((await missingFor(calm, needs)).map(describeCheck), [
+  assert.deepEqual((await findMissing(calm, needs)).map(describeCheck), [
     "rights: CAP_SYS_ADMIN, CAP_DAC_OVERRIDE, CAP_SYS_RESOURCE missing -> run it as root; in Kubernetes in a privileged " +
     "container",
     notLoaded,
     "xfs tools: mkfs.nowhere: it is not installed",
   ]);
-  assert.deepEqual(await missingFor(host, { rights: false, nvme: false, programs: {} }), []);
+  assert.deepEqual(await findMissing(host, { rights: false, nvme: false, programs: {} }), []);
 });
 
 Deno.test("missingFor asks no simulated machine for kernel modules", async () => {
   await using host = await freshHost();
   const simulated = { ...host, roots: { ...host.roots, sysfs: "/tmp/sys", dev: "/tmp/dev" } };
 
-  assert.deepEqual(await missingFor(simulated, { rights: false, nvme: true, programs: {} }), []);
+  assert.deepEqual(await findMissing(simulated, { rights: false, nvme: true, programs: {} }), []);
 });
 
 Deno.test("promise 21: lbcsi attach and detach say at once which tools are missing, before they do anything", async () => {

@@ -354,9 +354,9 @@ Deno.test("a program that cannot be started for want of descriptors is UNAVAILAB
     const url = (path: string) => JSON.stringify(new URL(path, import.meta.url).href);
     await Deno.writeTextFile(
       script,
-      `import { linuxHost } from ${url("../../lib/host/host.ts")};
+      `import { createLinuxHost } from ${url("../../lib/host/host.ts")};
       import { createLogger } from ${url("../../lib/context.ts")};
-      const host = linuxHost({ log: createLogger("error") });
+      const host = createLinuxHost({ log: createLogger("error") });
       const run = () => host.run("touch", [Deno.args[0] ?? ""], { signal: AbortSignal.timeout(20_000), onAbort: "finish" })
         .then(({ code }) => ["ran", code], (error) => [error.code, error.message]);
       const held: Deno.FsFile[] = [];

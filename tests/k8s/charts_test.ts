@@ -3,7 +3,10 @@ import assert from "node:assert/strict";
 import { parse } from "yaml";
 import { chartNames, render, version } from "../../k8s/charts.ts";
 import { minorsIn, supportedMinors } from "../../k8s/rendered_files.ts";
-import { controllerOptions, discoveryOptions, doctorOptions, nodeOptions } from "../../lib/cli/option_groups.ts";
+import { controllerOptions } from "../../lib/cli/controller.ts";
+import { discoveryClientOptions } from "../../lib/cli/discovery_client.ts";
+import { doctorOptions } from "../../lib/cli/doctor.ts";
+import { nodeOptions } from "../../lib/cli/node.ts";
 import type { Options } from "../../lib/cli/options.ts";
 import { parseConfig } from "../../lib/storage/lightos/cluster_file.ts";
 import { parseSystems } from "../../lib/storage/poseidon/cluster_file.ts";
@@ -201,7 +204,7 @@ Deno.test("the chart's schema knows each variable of the driver that the chart d
   assert.deepEqual(allowed("nodeOptions"), without(variables(nodeOptions, doctorOptions), setByChart("node")));
   assert.deepEqual(
     allowed("discoveryClientOptions"),
-    without(variables(discoveryOptions), ["LB_CSI_LOG_LEVEL", "LB_CSI_LOG_FMT", "LB_CSI_DISCOVERY_IO_QUEUES"]),
+    without(variables(discoveryClientOptions), ["LB_CSI_LOG_LEVEL", "LB_CSI_LOG_FMT", "LB_CSI_DISCOVERY_IO_QUEUES"]),
   );
   assert.deepEqual(keysIn("clusters"), knownKeys(() => parseConfig("f", "clusters: [{ zzz: 1 }]")));
   assert.deepEqual(keysIn("systems"), knownKeys(() => parseSystems("f", "systems: [{ zzz: 1 }]")));

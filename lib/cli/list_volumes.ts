@@ -16,7 +16,7 @@ import { allDevices, type BlockDevice } from "../host/nvme/devices.ts";
 import { isLivePath, type NamespacePath, pathsOf } from "../host/nvme/paths.ts";
 import { mountsOf, relationOf } from "../host/volume_mounts.ts";
 import { formatAddress, isNodeHostNqn } from "../namespace.ts";
-import { columns, printable } from "./table.ts";
+import { isOfDeviceTree } from "./device_tree.ts";
 
 /** One way to a volume, or one connection without. */
 export interface ListedPath {
@@ -60,7 +60,7 @@ export interface ListedConnection extends ListedPath {
   readonly subsystemNqn: string;
 }
 
-export interface Listed {
+export interface VolumeList {
   /** Those with a device first, by its name. */
   readonly volumes: readonly ListedVolume[];
   /** Mounts of NVMe namespaces that are not on this machine any more: reads and writes there fail. */
@@ -82,7 +82,7 @@ export interface ListOptions {
 export async function listVolumes(
   ctx: RequestContext,
   { host, uuid, all, discoveryDirectory }: ListOptions,
-): Promise<Listed> {
+): Promise<VolumeList> {
   const [controllers, devices, table, files] = await Promise.all([
     allControllers(host),
     allDevices(host),
@@ -108,7 +108,8 @@ export async function listVolumes(
         uuid: device.uuid,
         device: device.path,
         sizeBytes: device.sizeBytes,
-        fileSystem: own.find((mount) => mount.root === "/")?.fsType ?? await probe(host, ctx, device, paths),
+        fileSystem: own.find((mount) => mount.root === "/")?.fsType ??
+          await readFileSystemType(host, ctx, device, paths),
         subsystemNqn: device.subsystemNqn,
         paths: paths.map(({ controller, anaState }) => listedPath(controller, anaState)),
         holders,
@@ -121,7 +122,9 @@ export async function listVolumes(
   const absent = asked.filter((found) => isWanted(found) && present.every((volume) => volume.uuid !== found));
   const deadMounts: Mount[] = [];
   for (const mount of table) {
-    if (uuid === undefined && isOfTree(host, table, mount) && await relationOf(host, mount, undefined) === "dead") {
+    if (
+      uuid === undefined && isOfDeviceTree(host, table, mount) && await relationOf(host, mount, undefined) === "dead"
+    ) {
       deadMounts.push(mount);
     }
   }
@@ -147,21 +150,6 @@ export async function listVolumes(
       .map((controller) => ({ ...listedPath(controller, undefined), subsystemNqn: controller.subsystemNqn }))
       .sort((a, b) => byName(a.controller, b.controller)),
   };
-}
-
-/**
- * Whether a mount can be of a device of the tree that `host.roots` names. With a tree that is not the kernel's own (`--sysfs`
- * of a simulated machine), the devices of all others are missing in it, and nothing is wrong with their mounts.
- */
-export function isOfTree(host: Host, table: readonly Mount[], { root, source }: Mount): boolean {
-  const { dev, sysfs } = host.roots;
-  // A container can have the kernel's at another place.
-  if (sysfs === "/sys" || table.some((mount) => mount.fsType === "sysfs" && mount.path === sysfs)) return true;
-  if (source.startsWith(`${dev}/`)) return true;
-  // A device node that is bound to a file: its place in the file system that the tree is on.
-  const place = root.replace(/\/\/deleted$/, "");
-  const name = place.slice(place.lastIndexOf("/"));
-  return place !== name && `${dev}${name}`.endsWith(place);
 }
 
 function isUuid(text: string): boolean {
@@ -194,16 +182,16 @@ function listedMount(mount: Mount): ListedMount {
 }
 
 // A controller that has just lost its other end says `live` for some seconds more, and a read then waits.
-const probeMs = 2000;
+const readMs = 2000;
 
-async function probe(
+async function readFileSystemType(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
   paths: readonly NamespacePath[],
 ): Promise<string | undefined> {
   if (!paths.some(isLivePath)) return undefined;
-  using limit = timeLimit(ctx.signal, probeMs);
+  using limit = timeLimit(ctx.signal, readMs);
   try {
     // What can be mounted first: asked for everything, blkid takes the content of files for members of a RAID.
     for (const filter of [["-n", fsTypes.join(",")], ["-n", "crypto_LUKS"], []]) {
@@ -220,72 +208,4 @@ async function probe(
     ctx.log.debug("could not tell the file system", { device: device.path, error: messageOf(error) });
     return undefined;
   }
-}
-
-// ---------------------------------------------------------------------------------------------------------- showing
-
-/** The list as JSON, for programs; sizes are numbers of bytes, what is not known is left out. */
-export function listAsJson(listed: Listed): string {
-  return JSON.stringify(listed, (_key, value) => typeof value === "bigint" ? Number(value) : value, 2);
-}
-
-/** The list as text for people; ends without a newline. */
-export function listAsText({ volumes, deadMounts, connections }: Listed): string {
-  const lines: string[] = [];
-  if (volumes.length > 0) {
-    const rows = [
-      ["VOLUME", "DEVICE", "SIZE", "FILE SYSTEM", "SUBSYSTEM"],
-      ...volumes.map((volume) => [
-        volume.uuid,
-        volume.device ?? "none",
-        volume.sizeBytes === undefined ? "-" : formatSize(volume.sizeBytes),
-        volume.fileSystem ?? "-",
-        volume.subsystemNqn ?? "-",
-      ]),
-    ];
-    const [head = "", ...heads] = columns(rows);
-    lines.push(head);
-    const paths = columns(volumes.flatMap((volume) => volume.paths.map(pathCells)));
-    for (const [at, volume] of volumes.entries()) {
-      lines.push(heads[at] ?? "");
-      for (const line of paths.splice(0, volume.paths.length)) lines.push(`  path   ${line}`);
-      for (const holder of volume.holders) lines.push(`  under  ${holder}`);
-      for (const mount of volume.mounts) lines.push(`  mount  ${describe(mount)}`);
-      if (volume.device === undefined) {
-        lines.push(`  asked for by ${volume.discoveryFile}, but this machine has no device of it`);
-      }
-    }
-  }
-  if (deadMounts.length > 0) {
-    lines.push("", "MOUNTS WITHOUT A DEVICE (reads and writes fail; unmount them)");
-    for (const mount of deadMounts) lines.push(`  ${describe(mount)}  was ${printable(mount.source)}`);
-  }
-  if (connections.length > 0) {
-    lines.push("", "CONNECTIONS WITHOUT A VOLUME");
-    for (const line of columns(connections.map((each) => [...pathCells(each), each.subsystemNqn]))) {
-      lines.push(`  ${line}`);
-    }
-  }
-  if (lines[0] === "") lines.shift();
-  return lines.length === 0 ? "lbcsi has nothing on this machine" : lines.join("\n");
-}
-
-function pathCells({ controller, address, state, anaState }: ListedPath): string[] {
-  return [controller, address, state, anaState ?? "-"];
-}
-
-function describe({ path, type, fileSystem, readOnly }: ListedMount): string {
-  return `${printable(path)}  ${type === "block" ? "block device" : fileSystem}  ${readOnly ? "ro" : "rw"}`;
-}
-
-/** `64 MiB`, `1.5 TiB`. */
-function formatSize(bytes: bigint): string {
-  const units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];
-  let value = Number(bytes);
-  let at = 0;
-  while (value >= 1024 && at < units.length - 1) {
-    value /= 1024;
-    at++;
-  }
-  return `${Number(value.toFixed(1))} ${units[at]}`;
 }

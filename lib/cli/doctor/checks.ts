@@ -1,0 +1,120 @@
+import { type Check, formatList } from "../../check.ts";
+import { type RequestContext, timeLimit } from "../../context.ts";
+import { connectProblem, ownNames } from "../../host/tcp_probe.ts";
+import { formatAddress, hostNqn, type TransportAddress } from "../../namespace.ts";
+import type { SystemReport } from "../../storage/backend.ts";
+import { type MachineCheckOptions, runMachineChecks } from "./machine.ts";
+
+/** Checks of one thing. */
+export interface Section {
+  /** `machine`, or `cluster rack1`. */
+  readonly of: string;
+  readonly checks: readonly Check[];
+}
+
+/**
+ * Everything that is to be looked at.
+ *
+ * @param machine undefined: this machine is not to be looked at, and is no node
+ * @param reports what storage systems said of themselves, while the machine is looked at
+ */
+export async function runChecks(
+  ctx: RequestContext,
+  machine: MachineCheckOptions | undefined,
+  reports: Promise<readonly SystemReport[]>,
+): Promise<readonly Section[]> {
+  const [checks, systems] = await Promise.all([
+    machine === undefined ? undefined : runMachineChecks(ctx, machine),
+    reports,
+  ]);
+  const sections = checks === undefined ? [] : [{ of: "machine", checks }];
+  const ofSystems = systems.map(async (report) => ({
+    of: report.name,
+    checks: [
+      ...report.checks,
+      ...machine === undefined ? [] : await combinedChecks(ctx, machine, report, checks ?? []),
+    ],
+  }));
+  return [...sections, ...await Promise.all(ofSystems)];
+}
+
+/** What only the machine and the cluster together tell. */
+async function combinedChecks(
+  ctx: RequestContext,
+  machine: MachineCheckOptions,
+  report: SystemReport,
+  ofMachine: readonly Check[],
+): Promise<readonly Check[]> {
+  const { attach, nodeId } = machine;
+  const isTried = report.hasDataPath ?? true;
+  return [
+    ...isTried ? await checkAddresses(ctx, "data addresses", report.addresses) : [],
+    ...isTried && attach === "discovery-client"
+      ? await checkAddresses(ctx, "discovery addresses", report.discovery)
+      : [],
+    ...report.connected === undefined || nodeId === undefined ? [] : [checkConnectedHost(nodeId, report.connected)],
+    ...report.inBandAuth === true ? [checkAuthentication(ofMachine)] : [],
+  ];
+}
+
+const connectMs = 3000;
+
+async function checkAddresses(
+  ctx: RequestContext,
+  name: string,
+  addresses: readonly TransportAddress[],
+): Promise<readonly Check[]> {
+  if (addresses.length === 0) return [];
+  using limit = timeLimit(ctx.signal, connectMs);
+  const tried = await Promise.all(addresses.map(async (address) => ({
+    text: formatAddress(address),
+    problem: await connectProblem(address, limit.signal),
+  })));
+  const reached = tried.filter(({ problem }) => problem === undefined);
+  const failed = tried.flatMap(({ text, problem }) => problem === undefined ? [] : [`${text}: ${problem}`]);
+  if (failed.length === 0) {
+    return [{
+      name,
+      verdict: "ok",
+      found: `${formatList(reached.map(({ text }) => text))} reached`,
+    }];
+  }
+  return [{
+    name,
+    verdict: reached.length === 0 ? "problem" : "warning",
+    found: `${reached.length} of ${tried.length} reached; ${formatList(failed, "; ")}`,
+    advice: "let this machine through to each server's data address (firewall, routes)",
+  }];
+}
+
+/** Machines that were cloned with their names look the same to the cluster, and each is let into the other's volumes. */
+function checkConnectedHost(nodeId: string, { address, hostname }: NonNullable<SystemReport["connected"]>): Check {
+  const name = "connected as this node";
+  const own = ownNames();
+  const who = `${address === "" ? "an unknown address" : address}${hostname === "" ? "" : ` (${hostname})`}`;
+  if (address === "") return { name, verdict: "not checked", found: `the cluster shows ${who}` };
+  if (own.addresses.has(address)) return { name, verdict: "ok", found: `this machine, from ${who}` };
+  return {
+    name,
+    verdict: "problem",
+    found: `another machine is connected as ${hostNqn(nodeId)}: ${who} is not one of this machine's addresses`,
+    advice:
+      "give each machine a node ID of its own, for this one is let into the other's volumes; only where addresses " +
+      "are translated on the way can it be this machine",
+  };
+}
+
+function checkAuthentication(ofMachine: readonly Check[]): Check {
+  const name = "authentication of this node";
+  const machine = ofMachine.find(({ name }) => name === "in-band authentication");
+  if (machine?.verdict === "ok") return { name, verdict: "ok", found: "the cluster demands it, and this machine can" };
+  if (machine?.verdict !== "warning") {
+    return { name, verdict: "not checked", found: `the cluster demands it; of this machine: ${machine?.found}` };
+  }
+  return {
+    name,
+    verdict: "problem",
+    found: `the cluster demands DH-HMAC-CHAP, and ${machine.found}`,
+    advice: "use a kernel that can",
+  };
+}

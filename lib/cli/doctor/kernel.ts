@@ -1,0 +1,121 @@
+import type { Finding } from "../../check.ts";
+import { messageOf } from "../../error.ts";
+import type { FsType } from "../../host/filesystem/fs_type.ts";
+import type { Host } from "../../host/host.ts";
+import { authenticationObstacle } from "../../host/nvme/authentication.ts";
+import { kernelErrorNumber } from "../../host/nvme/fabrics.ts";
+import type { MachineCheckOptions } from "./machine.ts";
+
+// ------------------------------------------------------------------------------------------------------------- kernel
+
+const capabilities = [
+  // Mounting, and /dev/nvme-fabrics.
+  ["CAP_SYS_ADMIN", 21n, "problem"],
+  // Kubelet's directories belong to root and are closed to others.
+  ["CAP_DAC_OVERRIDE", 1n, "problem"],
+  // The kernel lets nobody else grow a mounted ext4.
+  ["CAP_SYS_RESOURCE", 24n, "warning"],
+] as const;
+
+/** The capabilities that the driver needs. */
+export async function checkRights(host: Host): Promise<Finding> {
+  const status = await host.readText(`${host.roots.proc}/self/status`) ?? "";
+  const effective = BigInt(`0x${/^CapEff:\s*([0-9a-f]+)$/m.exec(status)?.[1] ?? "0"}`);
+  const missing = capabilities.filter(([, bit]) => (effective & (1n << bit)) === 0n);
+  if (missing.length === 0) return { verdict: "ok", found: capabilities.map(([name]) => name).join(", ") };
+  return {
+    verdict: missing.some(([, , verdict]) => verdict === "problem") ? "problem" : "warning",
+    found: `${missing.map(([name]) => name).join(", ")} missing`,
+    advice: "run it as root; in Kubernetes in a privileged container",
+  };
+}
+
+/** The kernel's NVMe/TCP, and whether this process may use it. */
+export async function checkNvmeTcp(host: Host): Promise<Finding> {
+  const { sysfs, dev } = host.roots;
+  const isLoaded = await host.kindOf(`${sysfs}/module/nvme_tcp`) !== "absent";
+  const hasDevice = await host.kindOf(`${dev}/nvme-fabrics`) !== "absent";
+  const refused = hasDevice ? await openProblem(host, `${dev}/nvme-fabrics`) : undefined;
+  if (refused !== undefined) {
+    return {
+      verdict: "problem",
+      found: `this process may not open ${dev}/nvme-fabrics (${refused})`,
+      advice: "run it as root; in a container a privileged one; see what SELinux or AppArmor forbids (kernel log)",
+    };
+  }
+  if (isLoaded && hasDevice) return { verdict: "ok", found: `nvme_tcp is loaded, ${dev}/nvme-fabrics is there` };
+  const found = isLoaded
+    ? `nvme_tcp is loaded, but ${dev}/nvme-fabrics is missing`
+    : `the kernel module nvme_tcp is not loaded${hasDevice ? "" : `, and ${dev}/nvme-fabrics is missing`}`;
+  const advice = isLoaded
+    ? `in a container: mount the host's /dev there`
+    : "modprobe nvme_tcp on the host, and a file in /etc/modules-load.d so that it is loaded at each start";
+  return { verdict: "problem", found, advice };
+}
+
+/** Why this process may not open a file; undefined: it may, or what goes wrong is something else. */
+async function openProblem(host: Host, path: string): Promise<string | undefined> {
+  try {
+    await host.readText(path);
+  } catch (error) {
+    if ([1, 13].includes(kernelErrorNumber(error) ?? 0)) return messageOf(error);
+  }
+  return undefined;
+}
+
+export async function checkMultipath(host: Host): Promise<Finding> {
+  const parameter = `${host.roots.sysfs}/module/nvme_core/parameters/multipath`;
+  const text = (await host.readText(parameter))?.trim();
+  if (text === "Y") return { verdict: "ok", found: "on" };
+  if (text === undefined && await host.kindOf(`${host.roots.sysfs}/module/nvme_core`) === "absent") {
+    return { verdict: "not checked", found: "the kernel module nvme_core is not loaded" };
+  }
+  return {
+    verdict: "problem",
+    found: text === undefined ? "this kernel was built without it (CONFIG_NVME_MULTIPATH)" : "off",
+    advice: text === undefined
+      ? "use a kernel that has it: without, each path of a volume is a device of its own"
+      : `nvme_core.multipath=Y on the kernel's command line (it is ${text} now): without, each path of a volume is a ` +
+        `device of its own`,
+  };
+}
+
+export async function checkFileSystemSupport(
+  { host, modulesDirectory = "/lib/modules" }: MachineCheckOptions,
+  fsType: FsType,
+  ifMissing: "problem" | "warning",
+): Promise<Finding> {
+  const known = await host.readText(`${host.roots.proc}/filesystems`) ?? "";
+  if (new RegExp(`^\\t${fsType}$`, "m").test(known)) return { verdict: "ok", found: "there" };
+  const hasModule = await hasKernelModule(host, modulesDirectory, fsType);
+  if (hasModule === undefined) {
+    return { verdict: "not checked", found: "not loaded; whether the host has its module cannot be seen from here" };
+  }
+  if (hasModule) return { verdict: "ok", found: "the kernel loads it at the first mount" };
+  return { verdict: ifMissing, found: "this kernel has none", advice: "use a kernel with it, or another file system" };
+}
+
+/** Whether the kernel that runs has a module; undefined: its list is not here, as in a container. */
+export async function hasKernelModule(host: Host, directory: string, module: string): Promise<boolean | undefined> {
+  const release = (await host.readText(`${host.roots.proc}/sys/kernel/osrelease`))?.trim();
+  const lists = await Promise.all(
+    ["modules.dep", "modules.builtin"].map((name) => host.readText(`${directory}/${release}/${name}`)),
+  );
+  if (lists.every((list) => list === undefined)) return undefined;
+  return lists.some((list) => new RegExp(`/${module.replaceAll("_", "[_-]")}\\.ko\\b`).test(list ?? ""));
+}
+
+export async function checkInBandAuthentication(host: Host): Promise<Finding> {
+  const fabrics = `${host.roots.dev}/nvme-fabrics`;
+  if (await host.kindOf(fabrics) === "absent") return { verdict: "not checked", found: `${fabrics} is missing` };
+  const refused = await openProblem(host, fabrics);
+  if (refused !== undefined) return { verdict: "not checked", found: `${fabrics} cannot be opened (${refused})` };
+  const obstacle = await authenticationObstacle(host, "bidirectional");
+  if (obstacle === undefined) return { verdict: "ok", found: "the kernel knows DH-HMAC-CHAP" };
+  return {
+    verdict: "warning",
+    found: obstacle,
+    advice:
+      "a cluster that demands it lets this node connect to nothing, and volumes with in-band-auth are refused here",
+  };
+}

@@ -1,0 +1,115 @@
+import { type Finding, formatCount, formatList } from "../../check.ts";
+import type { Host } from "../../host/host.ts";
+import { mountTable } from "../../host/mount_table.ts";
+import { relationOf, volumesInUse } from "../../host/volume_mounts.ts";
+import { isLivePath, pathsOf } from "../../host/nvme/paths.ts";
+import { addressOf, allControllers, type NvmeController } from "../../host/nvme/controllers.ts";
+import { attachedVolumes, hasNamespaces } from "../../host/nvme/devices.ts";
+import { findMapper } from "../../host/mapper.ts";
+import { formatAddress, isNodeHostNqn } from "../../namespace.ts";
+import { isOfDeviceTree } from "../device_tree.ts";
+import type { MachineCheckOptions } from "./machine.ts";
+
+// --------------------------------------------------------------------------------------------------- what is there now
+
+export async function checkVolumeCount({ host, maxVolumes, isOurs }: MachineCheckOptions): Promise<Finding> {
+  const [attached, used] = (await Promise.all([attachedVolumes(host), volumesInUse(host)])).map((devices) =>
+    devices.filter(({ subsystemNqn }) => isOurs(subsystemNqn)).length
+  );
+  const here = `${attached} attached, ${used} in use`;
+  if (maxVolumes === 0) return { verdict: "ok", found: `${here}; the orchestrator decides how many may be` };
+  const found = `${here}, ${maxVolumes} allowed (--max-volumes)`;
+  if ((used ?? 0) < maxVolumes) return { verdict: "ok", found };
+  return { verdict: "warning", found, advice: "no further volume is taken here" };
+}
+
+/** Volumes that no read or write gets to, and those that have lost some of their ways. */
+export async function checkPaths(host: Host): Promise<Finding> {
+  const controllers = await allControllers(host);
+  const dead: string[] = [];
+  const poor: string[] = [];
+  const devices = await attachedVolumes(host);
+  for (const device of devices) {
+    const ways = await pathsOf(host, device, controllers);
+    const lost = ways.filter(({ controller }) => controller.state !== "live");
+    const shown = ways.map(({ controller, anaState }) =>
+      `${controller.name} ${controller.state} ${anaState ?? ""}`.trim()
+    );
+    if (!ways.some(isLivePath)) dead.push(`${device.name} (${device.uuid}): ${shown.join(", ") || "no path"}`);
+    else if (lost.length > 0) poor.push(`${device.name} (${device.uuid}): ${shown.join(", ")}`);
+  }
+  if (dead.length > 0) {
+    return {
+      verdict: "problem",
+      found: `no live path to ${formatList(dead, "; ")}`,
+      advice: "reads and writes wait; see that this machine reaches the cluster and is on the volume's access list",
+    };
+  }
+  if (poor.length > 0) {
+    return {
+      verdict: "warning",
+      found: `paths lost: ${formatList(poor, "; ")}`,
+      advice: "look at the network and the cluster",
+    };
+  }
+  return { verdict: "ok", found: devices.length === 0 ? "no volume is attached" : "all live" };
+}
+
+export async function checkConnections(host: Host): Promise<Finding> {
+  const ours = (await allControllers(host)).filter(({ transport, hostNqn }) =>
+    transport === "tcp" && isNodeHostNqn(hostNqn)
+  );
+  const idle: NvmeController[] = [];
+  for (const controller of ours) {
+    if (!controller.isDiscovery && !await hasNamespaces(host, controller.subsystemNqn)) idle.push(controller);
+  }
+  if (idle.length === 0) return { verdict: "ok", found: `${ours.length}, none without a volume` };
+  const shown = idle.map((controller) => {
+    const address = addressOf(controller);
+    return `${controller.name} to ${controller.subsystemNqn} at ${
+      address === undefined ? controller.address : formatAddress(address)
+    }, ${controller.state}`;
+  });
+  return {
+    verdict: "warning",
+    found: `without a volume: ${formatList(shown, "; ")}`,
+    advice: "it goes by itself with lbcsi node --attach=direct and lbcsi discovery-client; else nvme disconnect",
+  };
+}
+
+export async function checkMounts(host: Host): Promise<Finding> {
+  const dead: string[] = [];
+  const table = await mountTable(host);
+  for (const mount of table) {
+    const isOurs = isOfDeviceTree(host, table, mount) || mount.source.startsWith("/dev/");
+    if (isOurs && await relationOf(host, mount, undefined) === "dead") {
+      dead.push(`"${mount.path}" (was ${mount.source})`);
+    }
+  }
+  if (dead.length === 0) return { verdict: "ok", found: "none has lost its device" };
+  return {
+    verdict: "problem",
+    found: `the device has gone under ${formatList(dead)}`,
+    advice: "end the pods there; what is left after them can be unmounted",
+  };
+}
+
+export async function checkOpenMappers(host: Host): Promise<Finding> {
+  const base = `${host.roots.sysfs}/class/block`;
+  let open = 0;
+  const stale: string[] = [];
+  for (const name of await host.list(base) ?? []) {
+    if (!/^dm-\d+$/.test(name)) continue;
+    const mapper = (await host.readText(`${base}/${name}/dm/name`))?.trim() ?? "";
+    const uuid = /^lb-csi-nvme-uuid\.([0-9a-f-]{36})$/.exec(mapper)?.[1];
+    if (uuid === undefined) continue;
+    open++;
+    if ((await findMapper(host, uuid))?.encrypts?.beneath === undefined) stale.push(`${name} (${mapper})`);
+  }
+  if (stale.length === 0) return { verdict: "ok", found: `${formatCount(open, "volume")}` };
+  return {
+    verdict: "problem",
+    found: `the device has gone under ${formatList(stale)}`,
+    advice: "end the pods that use it; cryptsetup close takes away what is left",
+  };
+}

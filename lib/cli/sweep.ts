@@ -1,0 +1,77 @@
+/** `lbcsi sweep`: lists or removes the inline volumes of a node that is dead. */
+import * as z from "zod";
+import { backgroundContext, createLogger } from "../context.ts";
+import { messageOf, StatusError } from "../error.ts";
+import { hostNqn, nodeIdProblem } from "../namespace.ts";
+import { defineCommand } from "./command.ts";
+import { openLightos } from "./compose.ts";
+import { logOptions, trustOptions } from "./option_groups.ts";
+import { switchSchema } from "./option_schemas.ts";
+import { type Options, type Settings, UsageError } from "./options.ts";
+
+const sweepOptions = {
+  config: {
+    short: "c",
+    env: ["LB_CSI_CONFIG"],
+    value: "FILE",
+    meaning: "cluster file",
+    schema: z.string({ error: "is missing" }).startsWith("/", "is not an absolute path"),
+  },
+  "node-id": { short: "n", value: "ID", meaning: "the dead node", schema: z.string({ error: "is missing" }) },
+  delete: { meaning: "remove what is found; without it, list it and change nothing", schema: switchSchema },
+  "even-if-connected": {
+    meaning: "remove volumes too that the cluster shows as connected to the node: for a connection that died with it",
+    schema: switchSchema,
+  },
+  ...trustOptions,
+  ...logOptions,
+  "log-level": { ...logOptions["log-level"], fallback: "warning" },
+} as const satisfies Options;
+
+const helpText =
+  `A pod's inline volume is removed by the node that made it, after the pod, or when that node starts again. A node that
+never comes back leaves its volumes; this lists them, and with --delete removes them with everything in them.
+
+Be sure that the node is dead, and not merely out of Kubernetes' sight: a pod that still runs there loses its data. A volume
+that the cluster shows as connected to the node is refused. Removing takes the node's access away first.`;
+
+/** `lbcsi sweep`. */
+export const sweepCommand = defineCommand(sweepOptions, run, helpText);
+
+async function run(settings: Settings<typeof sweepOptions>): Promise<number> {
+  const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "sweep" });
+  const nodeId = settings["node-id"];
+  const problem = nodeIdProblem(nodeId);
+  if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
+  await using backend = await openLightos(settings, log);
+  const { inline } = backend;
+  const obstacle = inline?.obstacle();
+  if (inline === undefined || obstacle !== undefined) {
+    throw new UsageError(`--config "${settings.config}": ${obstacle}`);
+  }
+  const ctx = backgroundContext(`sweep after ${nodeId}`, log, 600_000);
+  const { volumes, problems } = await inline.listVolumes(ctx, nodeId);
+  let failures = problems.length;
+  for (const text of problems) console.error(`lbcsi sweep: ${text}`);
+  for (const volume of volumes) {
+    const { uuid, place, pod, capacityBytes } = volume;
+    const isConnected = volume.connectedHosts.includes(hostNqn(nodeId));
+    let outcome = `${isConnected ? "connected to the node, " : ""}${settings.delete ? "removed" : "left alone"}`;
+    if (settings.delete) {
+      try {
+        if (isConnected && !settings["even-if-connected"]) {
+          throw new StatusError("FAILED_PRECONDITION", "refused: the node is connected to it (--even-if-connected)");
+        }
+        await inline.removeVolume(ctx, volume);
+      } catch (error) {
+        failures++;
+        outcome = messageOf(error);
+      }
+    }
+    console.log(`${uuid}  ${capacityBytes} bytes  ${place}  pod ${pod.namespace}/${pod.name}: ${outcome}`);
+  }
+  console.log(
+    `${volumes.length} inline volumes of ${nodeId}${settings.delete ? "" : ", nothing was changed (--delete)"}`,
+  );
+  return failures === 0 ? 0 : 1;
+}
