@@ -1,4 +1,4 @@
-/** Keys of the Secrets that calls bring along. Other keys are nobody's affair, unless they look like a mistyped one of these. */
+/** The keys of the Secrets in calls. Other keys are ignored, unless they look like a mistyped key of this driver. */
 
 /** All keys that this driver reads. */
 export const secretKeys: readonly string[] = [
@@ -14,15 +14,15 @@ export const secretKeys: readonly string[] = [
 ];
 
 /**
- * What is wrong with a key that looks like one of this driver and is none; undefined: nothing. Passed over in silence, a
- * mistyped `mgmt-tls-pin` would be no pin at all, and a `JWT` the controller's own token.
+ * What is wrong with a key that looks like one of this driver and is not. Undefined: nothing. If such keys were ignored, a
+ * mistyped `mgmt-tls-pin` would mean no pin at all, and `JWT` would mean the token of the controller.
  */
 export function secretKeyProblem(key: string): string | undefined {
   if (secretKeys.includes(key)) return undefined;
   const plain = plainOf(key);
   const isLike = /^(mgmt|dhchap|host-encryption)-/.test(plain) || plain === "jwt";
   if (!isLike) return undefined;
-  // `mgmt-ca` is the beginning of one.
+  // `mgmt-ca` is the beginning of a key.
   const distanceTo = (known: string) => plainOf(known).startsWith(`${plain}-`) ? 1 : distance(plain, plainOf(known));
   const [nearest] = secretKeys.map((known) => ({ known, distance: distanceTo(known) }))
     .sort((a, b) => a.distance - b.distance);
@@ -31,7 +31,7 @@ export function secretKeyProblem(key: string): string | undefined {
     : `is not a key of this driver (known: ${secretKeys.join(", ")})`;
 }
 
-/** Whether the value of a key is used as it is: another byte would be another passphrase. */
+/** Whether the value of a key is used unchanged, because one byte more or less makes another passphrase. */
 export function isTakenAsItIs(key: string): boolean {
   return key.startsWith("host-encryption-passphrase");
 }
@@ -40,7 +40,7 @@ function plainOf(key: string): string {
   return key.toLowerCase().replaceAll(/[_.]/g, "-");
 }
 
-/** How many letters have to be added, taken away or changed to make one text of another (Levenshtein). */
+/** How many letters have to be added, removed or replaced to turn one text into the other (Levenshtein). */
 function distance(a: string, b: string): number {
   let row = Array.from({ length: b.length + 1 }, (_, at) => at);
   for (const [i, letter] of [...a].entries()) {

@@ -1,8 +1,8 @@
-/** The known word that a person most likely meant: "did you mean". */
+/** Finds the known word that an unknown one was most likely meant to be. */
 
 /**
  * The word of `known` that `word` was most likely meant to be: the one with the fewest slips of the keyboard (a character
- * added, left out, replaced, or swapped with its neighbour), at most one slip for each three characters, and at least one.
+ * added, left out, replaced, or swapped with its neighbour). One slip for each three characters is allowed, and at least one.
  * Case and the separators "-", "_" and "." do not count. Undefined when none is close.
  */
 export function closestWord(word: string, known: readonly string[]): string | undefined {
@@ -19,8 +19,8 @@ export function closestWord(word: string, known: readonly string[]): string | un
 }
 
 /**
- * `"replica-cuont" (did you mean "replica-count"?), "colour" unknown (known: replica-count, compression)`: what is wrong with
- * keys that a map may not have.
+ * What is wrong with keys that a map may not have:
+ * `"replica-cuont" (did you mean "replica-count"?), "colour" unknown (known: replica-count, compression)`.
  */
 export function unknownKeys(keys: readonly string[], known: readonly string[]): string {
   const named = keys.map((key) => {
@@ -36,14 +36,14 @@ export function didYouMean(word: string, known: readonly string[]): string {
   return meant === undefined ? "" : `, did you mean "${meant}"?`;
 }
 
-/** Longer words are cut: their comparison would cost the square of their length, and no known word is that long. */
+/** Longer words are cut: comparing them costs the square of their length, and no known word is that long. */
 const longestWord = 100;
 
 function plainForm(word: string): string {
   return word.slice(0, longestWord).toLowerCase().replace(/[-_.]/g, "");
 }
 
-/** The Damerau-Levenshtein distance in its restricted form: a swapped pair is not changed again. */
+/** The restricted Damerau-Levenshtein distance: a swapped pair of letters is not changed again. */
 function distance(a: string, b: string): number {
   let beforePrevious: number[] = [];
   let previous = Array.from({ length: b.length + 1 }, (_, column) => column);

@@ -120,7 +120,7 @@ async function attach(ctx: RequestContext, settings: AttachSettings): Promise<At
     throw new UsageError(`--format: the volume is encrypted on its host (${hostEncryption}), not in clear text`);
   }
   const { assertReady, mountPrograms } = await import("./readiness.ts");
-  await assertReady("attach the volume", machine.host, {
+  await assertReady(ctx, machine.host, {
     rights: settings.attach === "direct" || mount !== undefined,
     nvme: true,
     programs: {

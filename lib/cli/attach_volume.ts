@@ -1,16 +1,15 @@
 /**
- * Attaching and detaching a volume for the engineer at a shell: what controller and node do for a pod, in one go and
- * without an orchestrator. It has no way of its own to connect, mount or let go; it calls the ones that the node calls.
+ * Attaches a volume for an engineer at a shell: what controller and node do for a pod, in one step and without an
+ * orchestrator. To connect and mount, it calls the same functions as the node service.
  *
- * Both go forward only. Repeated after a failure, an interruption or a success, attach does what is missing, and detach
- * undoes whatever part of attach is there. What attach was told, detach has to be told again: nothing is written down.
+ * It goes forward only: repeated after a failure, an interruption or a success, it does what is missing. Nothing is written
+ * down, so detachVolume needs the same arguments again.
  *
- * A blank device is formatted only when that is asked for: an orchestrator mounts a volume for the first time on purpose,
- * a person who types the ID of the wrong volume does not.
+ * A blank device is formatted only on request. An orchestrator mounts a volume for the first time on purpose; a person who
+ * types the ID of the wrong volume does not.
  */
 import { type DhchapKeys, type GivenKeys, givenKeys, keysFor } from "../auth_key.ts";
 import type { RequestContext, Secrets } from "../context.ts";
-import { StatusError } from "../error.ts";
 import type { Attacher } from "../host/attach/attacher.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
 import { mountVolume } from "../host/filesystem/mount.ts";
@@ -24,16 +23,16 @@ import { waitForDevice } from "../host/nvme/wait.ts";
 import type { RemoteNamespace } from "../namespace.ts";
 import type { StorageBackend } from "../storage/backend.ts";
 
-/** This machine, and under which name it connects. */
+/** This machine, and the name under which it connects. */
 export interface LocalMachine {
   readonly host: Host;
   readonly attacher: Attacher;
   readonly hostNqn: string;
-  /** Where a Discovery-Client is told what to connect, when `attacher` is not the one that tells it. */
+  /** The directory that a Discovery-Client watches, when `attacher` does not write to it. */
   readonly discoveryDirectory: string | undefined;
 }
 
-/** Which volume: one that a cluster is asked for by its ID, or a place that is known already. */
+/** Which volume: one that the cluster finds by its ID, or a namespace whose place is known. */
 export type AttachRequest =
   | {
     readonly backend: StorageBackend;
@@ -42,53 +41,55 @@ export type AttachRequest =
     readonly volumeContext: Readonly<Record<string, string>>;
     readonly secrets: Secrets;
   }
-  /** `inBandAuth` of the namespace says for what kind of authentication `keys` are. */
+  /** `inBandAuth` of the namespace says which kind of authentication `keys` are for. */
   | { readonly namespace: RemoteNamespace; readonly keys?: GivenKeys };
 
-/** What is to be done with an attached volume; `path` is where to mount it. */
+/** How an attached volume is mounted, and at which path. */
 export interface MountRequest {
   readonly path: string;
-  /** The file system that has to be there; undefined: whichever is. */
+  /** The file system that the volume has to have; undefined: any. */
   readonly fsType: FsType | undefined;
   readonly readOnly: boolean;
-  /** Whether a blank device is given a file system: `fsType`, or ext4. */
+  /** Whether a blank device is formatted, with `fsType` or ext4. */
   readonly format: boolean;
 }
 
-/** What attachVolume leaves. */
+/** The result of attachVolume. */
 export interface Attached {
   readonly device: BlockDevice;
   readonly mount: { readonly path: string; readonly fsType: string; readonly readOnly: boolean } | undefined;
 }
 
 /**
- * Grants this host access (where a cluster is asked), connects, waits for the device, and mounts it. May be repeated.
+ * Grants this host access (with a volume ID), connects, waits for the device, and mounts it. May be repeated.
  *
- * @throws StatusError FAILED_PRECONDITION when another host has access, the directory to mount at is missing, or the device
- *   holds something else than asked for; UNAVAILABLE when it does not come before `ctx.signal` aborts; and what
- *   StorageBackend.grantAccess, Attacher.attach and mountVolume throw
+ * @throws StatusError FAILED_PRECONDITION when another host has access, the mount point is missing, or the content of the
+ *   device is not the one that was asked for; UNAVAILABLE when the device does not appear before `ctx.signal` aborts; and
+ *   what StorageBackend.grantAccess, Attacher.attach and mountVolume throw
  */
 export async function attachVolume(
   ctx: RequestContext,
   { host, attacher, hostNqn }: LocalMachine,
-  wanted: AttachRequest,
+  request: AttachRequest,
   mount: MountRequest | undefined,
 ): Promise<Attached> {
-  // First, so that nothing has been done when it is refused.
-  const path = mount === undefined ? undefined : await findMountPoint(host, mount.path);
-  const namespace = "namespace" in wanted
-    ? wanted.namespace
-    : await wanted.backend.grantAccess(ctx, wanted.secrets, wanted.volumeId, {
+  // First, so that a missing mount point leaves nothing behind.
+  const path = mount === undefined
+    ? undefined
+    : await findMountPoint(ctx.doing(`mount at "${mount.path}"`), host, mount.path);
+  const namespace = "namespace" in request
+    ? request.namespace
+    : await request.backend.grantAccess(ctx, request.secrets, request.volumeId, {
       hostNqn,
       shared: false,
-      volumeContext: wanted.volumeContext,
+      volumeContext: request.volumeContext,
     });
   const volume = ctx.with({ volume: namespace.uuid });
   const { subsystemNqn, inBandAuth } = namespace;
   await attacher.attach(
     volume,
     namespace,
-    attacher.takesKeys ? await connectionKeys(volume, hostNqn, namespace, wanted) : undefined,
+    attacher.takesKeys ? await connectionKeys(volume, hostNqn, namespace, request) : undefined,
   );
   const device = await waitForDevice(host, volume, namespace.uuid, { subsystemNqn, hint: attacher.hint });
   if (inBandAuth !== undefined) {
@@ -112,34 +113,34 @@ export async function attachVolume(
 
 const noKeys: GivenKeys = { host: undefined, controller: undefined };
 
-/** The keys to connect with: the cluster's where it is asked and nothing else gives them. */
+/** The keys to connect with: those of the request, else those of the cluster. */
 async function connectionKeys(
   ctx: RequestContext,
   hostNqn: string,
   { uuid, inBandAuth: kind }: RemoteNamespace,
-  wanted: AttachRequest,
+  request: AttachRequest,
 ): Promise<DhchapKeys | undefined> {
   if (kind === undefined) return undefined;
-  return await keysFor(kind, "backend" in wanted ? givenKeys(wanted.secrets) : wanted.keys ?? noKeys, async () => {
-    const authentication = "backend" in wanted ? wanted.backend.authentication : undefined;
-    if ("backend" in wanted && authentication !== undefined) {
-      return await authentication.keysOf(ctx, wanted.secrets, wanted.volumeId, hostNqn, kind);
+  return await keysFor(kind, "backend" in request ? givenKeys(request.secrets) : request.keys ?? noKeys, async () => {
+    const authentication = "backend" in request ? request.backend.authentication : undefined;
+    if ("backend" in request && authentication !== undefined) {
+      return await authentication.keysOf(ctx, request.secrets, request.volumeId, hostNqn, kind);
     }
-    throw new StatusError(
+    throw ctx.doing(`attach namespace ${uuid}`).error(
       "FAILED_PRECONDITION",
-      `Cannot attach namespace ${uuid}: no key is given (--dhchap-key-file)`,
+      "no key is given (--dhchap-key-file)",
     );
   });
 }
 
-async function findMountPoint(host: Host, given: string): Promise<string> {
+async function findMountPoint(ctx: RequestContext, host: Host, given: string): Promise<string> {
   const path = await canonicalPath(host, given);
-  // What is mounted is not looked at, it may not answer.
+  // The kind of a mounted file is not read: its file system may not answer.
   if (path !== undefined && mountsAt(await mountTable(host), path).length > 0) return path;
   const kind = path === undefined ? "absent" : await host.kindOf(path);
   if (path !== undefined && kind === "directory") return path;
-  throw new StatusError(
+  throw ctx.error(
     "FAILED_PRECONDITION",
-    `Cannot mount at "${given}": ${kind === "absent" ? "there is no such directory" : "it is not a directory"}`,
+    kind === "absent" ? "there is no such directory" : "it is not a directory",
   );
 }

@@ -1,16 +1,19 @@
 /**
- * Completion scripts for shells, made from the same tables as the help text, so that they cannot offer what is not there.
+ * Completion scripts for shells, made from the same tables as the help text, so they cannot offer an option that does not
+ * exist.
  *
- * They are plain text that the shell sources once; pressing Tab starts no program of ours.
+ * A shell sources the script once; pressing Tab starts no program of this driver.
  */
 import type { CommandSummary } from "./command.ts";
 import { choicesOf } from "./option_schemas.ts";
 import type { Option } from "./options.ts";
 
+/** The shells that have a completion script. */
 export const shells = ["bash", "zsh", "fish"] as const;
+/** One of them. */
 export type Shell = typeof shells[number];
 
-/** The script for `source <(lbcsi completion bash)` and its like. */
+/** The completion script of a shell, for `source <(lbcsi completion bash)`. */
 export function completionScript(shell: Shell, commands: readonly CommandSummary[]): string {
   return { bash, zsh, fish }[shell](commands);
 }
@@ -19,7 +22,7 @@ interface Flag {
   /** `--log-level`, `-l`. */
   readonly spellings: readonly string[];
   readonly meaning: string;
-  /** What may follow it; undefined: it takes no value. */
+  /** What may follow it. Undefined: it takes no value. */
   readonly value: Value | undefined;
 }
 
@@ -38,7 +41,7 @@ function flagsOf({ options }: CommandSummary): readonly Flag[] {
   return [...flags, helpFlag];
 }
 
-/** What a bare word may be; commands have at most one. */
+/** What the positional argument may be; a command has at most one. */
 function wordOf({ options }: CommandSummary): Value | undefined {
   const word = Object.values(options).find((option) => option.word);
   return word === undefined ? undefined : valueOf(word);
@@ -85,7 +88,7 @@ function bash(commands: readonly CommandSummary[]): string {
       "      ;;",
     ].join("\n");
   });
-  // "=" ends a word in bash, so "--attach=d" arrives as three words.
+  // "=" ends a word in bash, so "--attach=d" is three words here.
   return `# Completion of lbcsi for bash: source <(lbcsi completion bash)
 _lbcsi() {
   local word="\${COMP_WORDS[COMP_CWORD]}" before="\${COMP_WORDS[COMP_CWORD - 1]}"
@@ -108,7 +111,7 @@ complete -F _lbcsi lbcsi
 }
 
 function zsh(commands: readonly CommandSummary[]): string {
-  // In a specification of _arguments these have a meaning of their own.
+  // These characters have a special meaning in the specifications of _arguments.
   const plain = (text: string) => text.replace(/[\\[\]:]/g, "\\$&");
   const action = (value: Value) => {
     switch (value.kind) {

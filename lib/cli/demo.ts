@@ -1,12 +1,12 @@
 /** `lbcsi demo`: takes volumes through their whole lives on a simulated cluster. */
 import * as z from "zod";
 import { defineCommand } from "./command.ts";
+import { simulatedBackendOption } from "./option_groups.ts";
 import { switchSchema } from "./option_schemas.ts";
 import type { Options, Settings } from "./options.ts";
-import { simulateOptions } from "./simulate.ts";
 
 const demoOptions = {
-  backend: { ...simulateOptions.backend, meaning: "what is played: lightos, poseidon (PoseidonOS)" },
+  backend: { ...simulatedBackendOption.backend, meaning: "what is played: lightos, poseidon (PoseidonOS)" },
   fs: {
     value: "LIST",
     meaning: "file systems to play, separated by commas; default: ext4, and each other one that this machine can make",

@@ -30,7 +30,7 @@ async function detach(ctx: RequestContext, settings: Settings<typeof volumeOptio
   const { allControllers } = await import("../host/nvme/controllers.ts");
   const isConnected = (await allControllers(machine.host)).some(({ hostNqn }) => hostNqn === machine.hostNqn);
   const { assertReady, mountPrograms } = await import("./readiness.ts");
-  await assertReady("detach the volume", machine.host, {
+  await assertReady(ctx, machine.host, {
     rights: settings.attach === "direct" || settings.mount !== undefined,
     // A machine with connections has the module, and without connections there is nothing to do.
     nvme: false,

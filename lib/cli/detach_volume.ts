@@ -1,3 +1,4 @@
+/** Detaches a volume that attachVolume has attached. */
 import type { RequestContext } from "../context.ts";
 import type { Host } from "../host/host.ts";
 import { assertUnmountCanEnd, unmountAll } from "../host/unmount.ts";
@@ -8,20 +9,21 @@ import { allUsersOf } from "../host/users.ts";
 import type { AttachRequest, LocalMachine } from "./attach_volume.ts";
 
 /**
- * Unmounts the volume at `mountPath` if that is given, lets go of its namespace, and takes this host's access away (where
- * a cluster is asked). Nothing of that is there: done.
+ * Unmounts the volume at `mountPath` if that is given, disconnects its namespace, and revokes the access of this host (with
+ * a volume ID). It undoes any part of an attachment, and may be repeated.
  *
- * @throws StatusError FAILED_PRECONDITION, before anything but `mountPath` was touched, when something else uses the volume
- *   here; UNAVAILABLE when unmounting would wait for a path; and what Attacher.detach and revokeAccess throw
+ * @throws StatusError FAILED_PRECONDITION, before anything but the mount at `mountPath` was changed, when something else on
+ *   this machine uses the volume; UNAVAILABLE when unmounting would wait for a path; and what Attacher.detach and
+ *   StorageBackend.revokeAccess throw
  */
 export async function detachVolume(
   ctx: RequestContext,
   { host, attacher, hostNqn, discoveryDirectory }: LocalMachine,
-  wanted: AttachRequest,
+  request: AttachRequest,
   mountPath: string | undefined,
 ): Promise<void> {
-  const uuid = "namespace" in wanted ? wanted.namespace.uuid : wanted.backend.uuidOf(wanted.volumeId);
-  const subsystemNqn = "namespace" in wanted ? wanted.namespace.subsystemNqn : undefined;
+  const uuid = "namespace" in request ? request.namespace.uuid : request.backend.uuidOf(request.volumeId);
+  const subsystemNqn = "namespace" in request ? request.namespace.subsystemNqn : undefined;
   const volume = ctx.with({ volume: uuid }).doing(`detach namespace ${uuid}`);
   const discoveryFile = `${discoveryDirectory}/${uuid}`;
   if (discoveryDirectory !== undefined && await host.kindOf(discoveryFile) !== "absent") {
@@ -39,7 +41,7 @@ export async function detachVolume(
   }
   if (device !== undefined) await assertUnused(host, volume, device);
   await attacher.detach(volume, uuid, subsystemNqn);
-  if ("backend" in wanted) await wanted.backend.revokeAccess(volume, wanted.secrets, wanted.volumeId, hostNqn);
+  if ("backend" in request) await request.backend.revokeAccess(volume, request.secrets, request.volumeId, hostNqn);
 }
 
 async function assertUnused(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {

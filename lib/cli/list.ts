@@ -1,6 +1,5 @@
 /** `lbcsi list`: shows the volumes on this machine. */
 import type { RequestContext } from "../context.ts";
-import { StatusError } from "../error.ts";
 import { defineCommand } from "./command.ts";
 import { assertDiscoveryDirectory } from "./discovery_directory.ts";
 import { hostOptions, shellLogOptions, volumeOptions } from "./option_groups.ts";
@@ -49,7 +48,7 @@ async function list(ctx: RequestContext, settings: Settings<typeof listOptions>)
     discoveryDirectory: settings["discovery-dir"],
   });
   if (settings.uuid !== undefined && listed.volumes.length === 0) {
-    throw new StatusError("NOT_FOUND", `Cannot list volume ${settings.uuid}: it is not on this machine`);
+    throw ctx.doing(`list volume ${settings.uuid}`).error("NOT_FOUND", "it is not on this machine");
   }
   console.log(settings.json ? listAsJson(listed) : listAsText(listed));
 }

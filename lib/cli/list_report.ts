@@ -1,9 +1,8 @@
+/** The result of `lbcsi list`, as text and as JSON. */
 import type { ListedMount, ListedPath, VolumeList } from "./list_volumes.ts";
 import { columns, printable } from "./table.ts";
 
-// ---------------------------------------------------------------------------------------------------------- showing
-
-/** The list as JSON, for programs; sizes are numbers of bytes, what is not known is left out. */
+/** The list as JSON, for programs. Sizes are numbers of bytes; unknown values are left out. */
 export function listAsJson(listed: VolumeList): string {
   return JSON.stringify(listed, (_key, value) => typeof value === "bigint" ? Number(value) : value, 2);
 }

@@ -1,9 +1,9 @@
 /**
- * What lbcsi has on this machine: volumes with their devices, paths and mounts, volumes that are only asked for, mounts
- * whose device has gone, and connections without a volume.
+ * Collects what lbcsi has on this machine: volumes with their devices, paths and mounts, volumes that the Discovery-Client
+ * is asked for, mounts whose device has gone, and connections without a volume.
  *
  * It works while things are broken. Everything comes from sysfs, the mount table and the directory of the
- * Discovery-Client, which answer from memory; a device is read (for the type of a file system that is not mounted) only
+ * Discovery-Client, which answer from memory. A device is read (for the type of a file system that is not mounted) only
  * when it has a live path, and for a short time.
  */
 import { type RequestContext, timeLimit } from "../context.ts";
@@ -18,11 +18,11 @@ import { mountsOf, relationOf } from "../host/volume_mounts.ts";
 import { formatAddress, isNodeHostNqn } from "../namespace.ts";
 import { isOfDeviceTree } from "./device_tree.ts";
 
-/** One way to a volume, or one connection without. */
+/** One path of a volume, or one connection without a volume. */
 export interface ListedPath {
   /** `nvme0`. */
   readonly controller: string;
-  /** `192.0.2.1:4420`; as sysfs has it when it is no address with a port. */
+  /** `192.0.2.1:4420`; the text of sysfs when it is not an address with a port. */
   readonly address: string;
   /** Of the controller: `live`, `connecting` … */
   readonly state: string;
@@ -31,20 +31,22 @@ export interface ListedPath {
   readonly hostNqn: string;
 }
 
+/** One mount of a volume. */
 export interface ListedMount {
   readonly path: string;
-  /** `block` is the device node, bound to a file. */
+  /** `block`: the device node is bound to a file. */
   readonly type: "filesystem" | "block";
   readonly fileSystem: string | undefined;
   readonly readOnly: boolean;
 }
 
+/** One volume. */
 export interface ListedVolume {
   readonly uuid: string;
-  /** Undefined when the machine has no device of it; then it is only asked for. */
+  /** Undefined when the machine has no device of it, and only the Discovery-Client is asked for it. */
   readonly device: string | undefined;
   readonly sizeBytes: bigint | undefined;
-  /** Undefined when there is none, or it cannot be told now. */
+  /** Undefined when there is none, or it cannot be read now. */
   readonly fileSystem: string | undefined;
   readonly subsystemNqn: string | undefined;
   readonly paths: readonly ListedPath[];
@@ -56,19 +58,22 @@ export interface ListedVolume {
   readonly discoveryFile: string | undefined;
 }
 
+/** One connection without a volume. */
 export interface ListedConnection extends ListedPath {
   readonly subsystemNqn: string;
 }
 
+/** What lbcsi has on this machine. */
 export interface VolumeList {
-  /** Those with a device first, by its name. */
+  /** Volumes with a device come first, sorted by its name. */
   readonly volumes: readonly ListedVolume[];
-  /** Mounts of NVMe namespaces that are not on this machine any more: reads and writes there fail. */
+  /** Mounts of NVMe namespaces that are no longer on this machine: reads and writes there fail. */
   readonly deadMounts: readonly (ListedMount & { readonly source: string })[];
   /** Connections to subsystems that show this machine no volume, and to discovery controllers. */
   readonly connections: readonly ListedConnection[];
 }
 
+/** Which volumes are listed, and where. */
 export interface ListOptions {
   readonly host: Host;
   /** Only the volume with this UUID, and no connections; undefined: everything. */
@@ -78,7 +83,7 @@ export interface ListOptions {
   readonly discoveryDirectory: string;
 }
 
-/** See the head of this file. Throws UNAVAILABLE when there is no mount table, and nothing else that lasts. */
+/** Lists what lbcsi has on this machine. Throws UNAVAILABLE when the mount table cannot be read. */
 export async function listVolumes(
   ctx: RequestContext,
   { host, uuid, all, discoveryDirectory }: ListOptions,
@@ -90,12 +95,12 @@ export async function listVolumes(
     host.list(discoveryDirectory),
   ]);
   const isListed = ({ transport, hostNqn }: NvmeController) => transport === "tcp" && (all || isNodeHostNqn(hostNqn));
-  const asked = (files ?? []).filter(isUuid);
-  const fileOf = (uuid: string) => asked.includes(uuid) ? `${discoveryDirectory}/${uuid}` : undefined;
-  const isWanted = (found: string) => uuid === undefined || found === uuid;
+  const requested = (files ?? []).filter(isUuid);
+  const fileOf = (uuid: string) => requested.includes(uuid) ? `${discoveryDirectory}/${uuid}` : undefined;
+  const isSelected = (found: string) => uuid === undefined || found === uuid;
 
   const here = await Promise.all(
-    devices.filter((device) => isWanted(device.uuid)).map(async (device) => {
+    devices.filter((device) => isSelected(device.uuid)).map(async (device) => {
       const paths = await pathsOf(host, device, controllers);
       if (!paths.some(({ controller }) => isListed(controller))) return [];
       const holders = await host.list(`${host.roots.sysfs}/class/block/${device.name}/holders`) ?? [];
@@ -119,7 +124,7 @@ export async function listVolumes(
     }),
   );
   const present = here.flat().sort((a, b) => byName(a.device, b.device));
-  const absent = asked.filter((found) => isWanted(found) && present.every((volume) => volume.uuid !== found));
+  const absent = requested.filter((found) => isSelected(found) && present.every((volume) => volume.uuid !== found));
   const deadMounts: Mount[] = [];
   for (const mount of table) {
     if (
@@ -181,7 +186,7 @@ function listedMount(mount: Mount): ListedMount {
   };
 }
 
-// A controller that has just lost its other end says `live` for some seconds more, and a read then waits.
+// A controller that has just lost its connection stays `live` for some seconds, and a read then waits.
 const readMs = 2000;
 
 async function readFileSystemType(
@@ -193,7 +198,7 @@ async function readFileSystemType(
   if (!paths.some(isLivePath)) return undefined;
   using limit = timeLimit(ctx.signal, readMs);
   try {
-    // What can be mounted first: asked for everything, blkid takes the content of files for members of a RAID.
+    // Mountable file systems first: without a filter, blkid takes the content of files for members of a RAID.
     for (const filter of [["-n", fsTypes.join(",")], ["-n", "crypto_LUKS"], []]) {
       const { stdout } = await host.run("blkid", ["-p", ...filter, "-s", "TYPE", "-o", "value", device.path], {
         signal: limit.signal,

@@ -250,6 +250,16 @@ export const kubeletDirectoryOption = {
   },
 } as const satisfies Options;
 
+/** Which storage system is simulated. */
+export const simulatedBackendOption = {
+  backend: {
+    fallback: "lightos",
+    value: "NAME",
+    meaning: "what is simulated: lightos, poseidon (PoseidonOS)",
+    schema: z.enum(["lightos", "poseidon"], { error: "is not lightos or poseidon" }),
+  },
+} as const satisfies Options;
+
 /** Which volume, and as which node: options of attach and detach. */
 export const volumeOptions = {
   volume: {

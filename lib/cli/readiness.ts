@@ -1,12 +1,11 @@
 /**
- * What a command at the shell needs of the machine, looked at before it begins: all that is missing is told at once, in the
- * words of `lbcsi doctor`, instead of what the first tool that fails makes of it.
+ * Checks what a command needs of the machine before it begins, so that everything that is missing is reported at once, in
+ * the words of `lbcsi doctor`, instead of the first failure of a tool.
  *
  * It runs no program and waits for nothing.
  */
 import { type Check, runCheck } from "../check.ts";
-import type { Logger } from "../context.ts";
-import { StatusError } from "../error.ts";
+import type { Logger, RequestContext } from "../context.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
 import type { Host } from "../host/host.ts";
 import { programProblem } from "../host/programs.ts";
@@ -15,15 +14,15 @@ import { fileSystemTools, mountTools, type Tool } from "./doctor/tools.ts";
 
 /** What a command needs of the machine. */
 export interface Needs {
-  /** Whether it changes the machine: mounts, connects, or opens devices. */
+  /** Whether the command changes the machine: mounts, connects, or opens devices. */
   readonly rights: boolean;
-  /** Whether it makes the kernel connect, or waits until another program has. */
+  /** Whether the command makes the kernel connect, or waits until another program has done so. */
   readonly nvme: boolean;
-  /** Programs, each by the name of the check that has it. */
+  /** Programs, by the name of the check that covers them. */
   readonly programs: Readonly<Record<string, readonly string[]>>;
 }
 
-/** Names of programs that are needed to mount, or to mount and make, a file system; undefined: one that is not known yet. */
+/** The programs that mount a file system, and those that make it unless `fsType` is undefined (not known yet). */
 export function mountPrograms(fsType: FsType | undefined): Needs["programs"] {
   const names = (tools: readonly Tool[]) => tools.map(([program]) => program);
   return {
@@ -32,12 +31,12 @@ export function mountPrograms(fsType: FsType | undefined): Needs["programs"] {
   };
 }
 
-/** What a command lacks: the checks that are problems, and none that is well. */
+/** The checks that found a problem with what a command needs. */
 export async function findMissing(
   host: Host,
   { rights: needsRights, nvme, programs }: Needs,
 ): Promise<readonly Check[]> {
-  // Another place for /sys and /dev is most often a simulated machine, which has no modules and an nvme of its own.
+  // Other directories for /sys and /dev most often mean a simulated machine, which has no modules and an nvme of its own.
   const isThisMachine = host.roots.sysfs === "/sys" && host.roots.dev === "/dev";
   const checks = await Promise.all([
     ...(needsRights ? [runCheck("rights", () => checkRights(host))] : []),
@@ -64,17 +63,14 @@ export function describeCheck({ name, found, advice }: Check): string {
   return `${name}: ${found}${advice === undefined ? "" : ` -> ${advice}`}`;
 }
 
-/** Throws FAILED_PRECONDITION with all that a command lacks. */
-export async function assertReady(action: string, host: Host, needs: Needs): Promise<void> {
+/** Throws FAILED_PRECONDITION that names everything a command lacks. */
+export async function assertReady(ctx: RequestContext, host: Host, needs: Needs): Promise<void> {
   const missing = await findMissing(host, needs);
   if (missing.length === 0) return;
-  throw new StatusError(
-    "FAILED_PRECONDITION",
-    `Cannot ${action}: this machine is not ready for it, ${missing.map(describeCheck).join("; ")}`,
-  );
+  throw ctx.error("FAILED_PRECONDITION", `this machine is not ready for it, ${missing.map(describeCheck).join("; ")}`);
 }
 
-/** One warning for each problem among `checks`. */
+/** Logs one warning for each problem among `checks`. */
 export function logProblems(log: Logger, checks: readonly Check[]): void {
   for (const { name, verdict, found, advice } of checks) {
     if (verdict !== "problem") continue;

@@ -1,22 +1,22 @@
 /**
- * A file of secrets for a command at the shell, so that none has to be an argument, where every user of the machine could
- * read it. One `key=value` per line, as `kubectl create secret generic --from-env-file` takes them; blank lines and lines
- * that start with `#` are skipped. Keys are those of the Kubernetes Secret.
+ * Reads a file of secrets for a command at a shell. They are not given as arguments, because every user of the machine can
+ * read those. The file has one `key=value` per line, in the format of `kubectl create secret generic --from-env-file`, with
+ * the keys of the Kubernetes Secret. Blank lines and lines that start with `#` are skipped.
  */
 import { StatusError } from "../error.ts";
 import { readRequiredFile } from "./option_files.ts";
 import { UsageError } from "./options.ts";
 
-/** The secrets in a file's text. Throws INVALID_ARGUMENT that names the line, and nothing of what is in it. */
+/** The secrets in the text of a file. Throws INVALID_ARGUMENT that names the line, and shows nothing of its content. */
 export function parseSecretFile(text: string): Readonly<Record<string, string>> {
   const secrets = new Map<string, string>();
   for (const [at, line] of text.split(/\r?\n/).entries()) {
     if (/^\s*(#|$)/.test(line)) continue;
     const [, key, value] = /^([A-Za-z0-9._-]+)=(.*)$/.exec(line) ?? [];
-    const refuse = (problem: string) =>
+    const lineError = (problem: string) =>
       new StatusError("INVALID_ARGUMENT", `Cannot read the secrets: line ${at + 1} ${problem}`);
-    if (key === undefined || value === undefined) throw refuse("is not of the form key=value");
-    if (secrets.has(key)) throw refuse(`gives "${key}" a second time`);
+    if (key === undefined || value === undefined) throw lineError("is not of the form key=value");
+    if (secrets.has(key)) throw lineError(`gives "${key}" a second time`);
     secrets.set(key, value);
   }
   return Object.fromEntries(secrets);

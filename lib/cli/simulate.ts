@@ -3,7 +3,7 @@ import * as z from "zod";
 import { createLogger, type Logger } from "../context.ts";
 import { schemes } from "../volume_id.ts";
 import { defineCommand } from "./command.ts";
-import { logOptions } from "./option_groups.ts";
+import { logOptions, simulatedBackendOption } from "./option_groups.ts";
 import { absolutePath, switchSchema, wholeNumber } from "./option_schemas.ts";
 import type { Options, Settings } from "./options.ts";
 import { waitForStopSignal } from "./stop_signals.ts";
@@ -18,14 +18,8 @@ const sizeSchema = z.string().regex(/^[1-9]\d{0,17}(?:[KMGTP]i)?$/, "is not a si
 const port = wholeNumber(0, 65535);
 const delayMs = wholeNumber(0, 3_600_000);
 
-/** The options of `lbcsi simulate`. */
-export const simulateOptions = {
-  backend: {
-    fallback: "lightos",
-    value: "NAME",
-    meaning: "what is simulated: lightos, poseidon (PoseidonOS)",
-    schema: z.enum(["lightos", "poseidon"], { error: "is not lightos or poseidon" }),
-  },
+const simulateOptions = {
+  ...simulatedBackendOption,
   data: {
     fallback: "none",
     value: "PLANE",

@@ -1,8 +1,9 @@
 /** `lbcsi sweep`: lists or removes the inline volumes of a node that is dead. */
 import * as z from "zod";
-import { backgroundContext, createLogger } from "../context.ts";
-import { messageOf, StatusError } from "../error.ts";
+import { backgroundContext, createLogger, type RequestContext } from "../context.ts";
+import { messageOf } from "../error.ts";
 import { hostNqn, nodeIdProblem } from "../namespace.ts";
+import type { InlineVolume, InlineVolumeStore } from "../storage/backend.ts";
 import { defineCommand } from "./command.ts";
 import { openLightos } from "./compose.ts";
 import { logOptions, trustOptions } from "./option_groups.ts";
@@ -35,6 +36,9 @@ never comes back leaves its volumes; this lists them, and with --delete removes 
 Be sure that the node is dead, and not merely out of Kubernetes' sight: a pod that still runs there loses its data. A volume
 that the cluster shows as connected to the node is refused. Removing takes the node's access away first.`;
 
+/** How long one run may take. */
+const sweepMs = 600_000;
+
 /** `lbcsi sweep`. */
 export const sweepCommand = defineCommand(sweepOptions, run, helpText);
 
@@ -49,29 +53,39 @@ async function run(settings: Settings<typeof sweepOptions>): Promise<number> {
   if (inline === undefined || obstacle !== undefined) {
     throw new UsageError(`--config "${settings.config}": ${obstacle}`);
   }
-  const ctx = backgroundContext(`sweep after ${nodeId}`, log, 600_000);
+  const ctx = backgroundContext(`sweep after ${nodeId}`, log, sweepMs);
   const { volumes, problems } = await inline.listVolumes(ctx, nodeId);
   let failures = problems.length;
   for (const text of problems) console.error(`lbcsi sweep: ${text}`);
   for (const volume of volumes) {
     const { uuid, place, pod, capacityBytes } = volume;
     const isConnected = volume.connectedHosts.includes(hostNqn(nodeId));
-    let outcome = `${isConnected ? "connected to the node, " : ""}${settings.delete ? "removed" : "left alone"}`;
-    if (settings.delete) {
-      try {
-        if (isConnected && !settings["even-if-connected"]) {
-          throw new StatusError("FAILED_PRECONDITION", "refused: the node is connected to it (--even-if-connected)");
-        }
-        await inline.removeVolume(ctx, volume);
-      } catch (error) {
-        failures++;
-        outcome = messageOf(error);
-      }
-    }
+    const failure = settings.delete
+      ? await removeVolume(ctx, inline, volume, isConnected && !settings["even-if-connected"])
+      : undefined;
+    if (failure !== undefined) failures++;
+    const outcome = failure ??
+      `${isConnected ? "connected to the node, " : ""}${settings.delete ? "removed" : "left alone"}`;
     console.log(`${uuid}  ${capacityBytes} bytes  ${place}  pod ${pod.namespace}/${pod.name}: ${outcome}`);
   }
   console.log(
     `${volumes.length} inline volumes of ${nodeId}${settings.delete ? "" : ", nothing was changed (--delete)"}`,
   );
   return failures === 0 ? 0 : 1;
+}
+
+/** Removes a volume unless it is in use. The result is why it could not be removed; undefined: it has been removed. */
+async function removeVolume(
+  ctx: RequestContext,
+  inline: InlineVolumeStore,
+  volume: InlineVolume,
+  isInUse: boolean,
+): Promise<string | undefined> {
+  if (isInUse) return "refused: the node is connected to it (--even-if-connected)";
+  try {
+    await inline.removeVolume(ctx, volume);
+    return undefined;
+  } catch (error) {
+    return messageOf(error);
+  }
 }

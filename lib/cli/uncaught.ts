@@ -1,15 +1,15 @@
 /**
- * The last line of defence of a process that serves: an exception that nobody has caught costs what it came from, a
- * connection mostly, and not the volumes of everybody else.
+ * The last line of defence of a process that serves: an uncaught exception ends the work that it came from, mostly one
+ * connection, and not the work for all other volumes.
  */
 import type { Logger } from "../context.ts";
 
 /**
- * Logs exceptions out of event callbacks, and rejections that nobody handles, instead of ending the process, until it is
- * disposed. For a process that is up: one that cannot start has to end.
+ * Until it is disposed, uncaught exceptions of event callbacks and unhandled rejections are logged and do not end the
+ * process. It is for a process that serves already: one that cannot start has to end.
  *
- * @param stillServes whether the process can do its work; asked after such an exception, one question at a time
- * @param giveUp ends the process, which must not pretend to serve
+ * @param stillServes whether the process can do its work; called after such an exception, and never twice at a time
+ * @param giveUp ends the process when it cannot
  */
 export function surviveUncaught(
   log: Logger,
@@ -27,7 +27,7 @@ export function surviveUncaught(
     giveUp();
   };
   const survive = (thrown: unknown) => {
-    log.error("goes on after an exception that nobody has caught", { error: wordsOf(thrown) });
+    log.error("goes on after an exception that nobody has caught", { error: describeThrown(thrown) });
     ask();
   };
   const onError = (event: ErrorEvent) => {
@@ -48,6 +48,6 @@ export function surviveUncaught(
   };
 }
 
-function wordsOf(thrown: unknown): string {
+function describeThrown(thrown: unknown): string {
   return thrown instanceof Error ? thrown.stack ?? thrown.message : String(thrown);
 }

@@ -1,3 +1,9 @@
+/**
+ * `lbcsi doctor`: what is wrong with this machine, and with its storage, before the first pod finds out.
+ *
+ * It only reads. Nothing on the machine or the cluster is changed, no subsystem is connected, no volume is touched. What
+ * does not answer costs a bounded time, and fails its own check only.
+ */
 import { type Check, formatList } from "../../check.ts";
 import { type RequestContext, timeLimit } from "../../context.ts";
 import { connectProblem, ownNames } from "../../host/tcp_probe.ts";
@@ -5,7 +11,7 @@ import { formatAddress, hostNqn, type TransportAddress } from "../../namespace.t
 import type { SystemReport } from "../../storage/backend.ts";
 import { type MachineCheckOptions, runMachineChecks } from "./machine.ts";
 
-/** Checks of one thing. */
+/** The checks of the machine, or of one storage system. */
 export interface Section {
   /** `machine`, or `cluster rack1`. */
   readonly of: string;
@@ -13,10 +19,10 @@ export interface Section {
 }
 
 /**
- * Everything that is to be looked at.
+ * Runs all checks. A check that fails is part of the result; only the abort of `ctx.signal` is thrown.
  *
- * @param machine undefined: this machine is not to be looked at, and is no node
- * @param reports what storage systems said of themselves, while the machine is looked at
+ * @param machine undefined: this machine is not checked, and is not a node
+ * @param reports what the storage systems report of themselves; they are awaited while the machine is checked
  */
 export async function runChecks(
   ctx: RequestContext,
@@ -38,7 +44,7 @@ export async function runChecks(
   return [...sections, ...await Promise.all(ofSystems)];
 }
 
-/** What only the machine and the cluster together tell. */
+/** The checks that need the results of both the machine and the cluster. */
 async function combinedChecks(
   ctx: RequestContext,
   machine: MachineCheckOptions,
@@ -46,10 +52,10 @@ async function combinedChecks(
   ofMachine: readonly Check[],
 ): Promise<readonly Check[]> {
   const { attach, nodeId } = machine;
-  const isTried = report.hasDataPath ?? true;
+  const hasDataPath = report.hasDataPath ?? true;
   return [
-    ...isTried ? await checkAddresses(ctx, "data addresses", report.addresses) : [],
-    ...isTried && attach === "discovery-client"
+    ...hasDataPath ? await checkAddresses(ctx, "data addresses", report.addresses) : [],
+    ...hasDataPath && attach === "discovery-client"
       ? await checkAddresses(ctx, "discovery addresses", report.discovery)
       : [],
     ...report.connected === undefined || nodeId === undefined ? [] : [checkConnectedHost(nodeId, report.connected)],
@@ -57,6 +63,7 @@ async function combinedChecks(
   ];
 }
 
+/** All addresses are tried at the same time. */
 const connectMs = 3000;
 
 async function checkAddresses(
@@ -66,28 +73,28 @@ async function checkAddresses(
 ): Promise<readonly Check[]> {
   if (addresses.length === 0) return [];
   using limit = timeLimit(ctx.signal, connectMs);
-  const tried = await Promise.all(addresses.map(async (address) => ({
+  const results = await Promise.all(addresses.map(async (address) => ({
     text: formatAddress(address),
     problem: await connectProblem(address, limit.signal),
   })));
-  const reached = tried.filter(({ problem }) => problem === undefined);
-  const failed = tried.flatMap(({ text, problem }) => problem === undefined ? [] : [`${text}: ${problem}`]);
+  const answering = results.filter(({ problem }) => problem === undefined);
+  const failed = results.flatMap(({ text, problem }) => problem === undefined ? [] : [`${text}: ${problem}`]);
   if (failed.length === 0) {
     return [{
       name,
       verdict: "ok",
-      found: `${formatList(reached.map(({ text }) => text))} reached`,
+      found: `${formatList(answering.map(({ text }) => text))} reached`,
     }];
   }
   return [{
     name,
-    verdict: reached.length === 0 ? "problem" : "warning",
-    found: `${reached.length} of ${tried.length} reached; ${formatList(failed, "; ")}`,
-    advice: "let this machine through to each server's data address (firewall, routes)",
+    verdict: answering.length === 0 ? "problem" : "warning",
+    found: `${answering.length} of ${results.length} reached; ${formatList(failed, "; ")}`,
+    advice: "let this machine connect to each server's data address (firewall, routes)",
   }];
 }
 
-/** Machines that were cloned with their names look the same to the cluster, and each is let into the other's volumes. */
+/** Machines that were cloned with their names look the same to the cluster, so each has access to the other's volumes. */
 function checkConnectedHost(nodeId: string, { address, hostname }: NonNullable<SystemReport["connected"]>): Check {
   const name = "connected as this node";
   const own = ownNames();
@@ -99,8 +106,8 @@ function checkConnectedHost(nodeId: string, { address, hostname }: NonNullable<S
     verdict: "problem",
     found: `another machine is connected as ${hostNqn(nodeId)}: ${who} is not one of this machine's addresses`,
     advice:
-      "give each machine a node ID of its own, for this one is let into the other's volumes; only where addresses " +
-      "are translated on the way can it be this machine",
+      "give each machine a node ID of its own: this one has access to the other's volumes; it can be this machine only " +
+      "where addresses are translated on the way",
   };
 }
 

@@ -1,11 +1,11 @@
+/** What `lbcsi doctor` checks of the directories that the driver shares with other programs. */
 import { type Finding, formatCount } from "../../check.ts";
 import { type Host, kindBehind } from "../../host/host.ts";
 import { describeMount, type Mount, mountTable } from "../../host/mount_table.ts";
 import { allControllers } from "../../host/nvme/controllers.ts";
 import type { MachineCheckOptions } from "./machine.ts";
 
-// -------------------------------------------------------------------------------------------------------- directories
-
+/** Checks that what the driver mounts in kubelet's directory is visible to kubelet. */
 export async function checkKubeletDirectory({ host, kubeletDirectory }: MachineCheckOptions): Promise<Finding> {
   if (await host.kindOf(kubeletDirectory) === "absent") {
     return { verdict: "not checked", found: `${kubeletDirectory} is not there: no kubelet, or another --kubelet-dir` };
@@ -32,7 +32,7 @@ export async function checkKubeletDirectory({ host, kubeletDirectory }: MachineC
   };
 }
 
-/** `path` without symbolic links, or what there is of it: kubelet makes the rest. */
+/** The real path of `path` or of its nearest parent that exists: kubelet creates the rest. */
 async function nearestRealPath(host: Host, path: string): Promise<string> {
   for (let at = path; at !== ""; at = at.slice(0, at.lastIndexOf("/"))) {
     const real = await host.realPath(at);
@@ -43,11 +43,14 @@ async function nearestRealPath(host: Host, path: string): Promise<string> {
 
 /** The mount that a path is on. */
 function mountOf(table: readonly Mount[], path: string): Mount | undefined {
-  const above = table.filter((mount) => mount.path === "/" || path === mount.path || path.startsWith(`${mount.path}/`));
-  const longest = Math.max(...above.map((mount) => mount.path.length));
-  return above.findLast((mount) => mount.path.length === longest);
+  const mounts = table.filter((mount) =>
+    mount.path === "/" || path === mount.path || path.startsWith(`${mount.path}/`)
+  );
+  const longest = Math.max(...mounts.map((mount) => mount.path.length));
+  return mounts.findLast((mount) => mount.path.length === longest);
 }
 
+/** Checks that a Discovery-Client watches its directory and is connected. */
 export async function checkDiscoveryClient(
   { host, discoveryDirectory: directory }: MachineCheckOptions,
 ): Promise<Finding> {

@@ -1,49 +1,49 @@
+/** What `lbcsi doctor` checks of host NQNs and host IDs. */
 import type { Finding } from "../../check.ts";
 import { hostIdOf } from "../../host/attach/attacher.ts";
 import { allControllers } from "../../host/nvme/controllers.ts";
 import { hostNqn } from "../../namespace.ts";
 import type { MachineCheckOptions } from "./machine.ts";
 
-// -------------------------------------------------------------------------------------------------------------- names
-
+/** Checks that no connection of this machine uses our host NQN or host ID together with another one. */
 export async function checkHostNames({ host, nodeId, attach }: MachineCheckOptions): Promise<Finding> {
   if (nodeId === undefined) return { verdict: "not checked", found: "--node-id is not given" };
-  const ours = { hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId) };
+  const own = { hostNqn: hostNqn(nodeId), hostId: hostIdOf(nodeId) };
   const connected = (await allControllers(host)).filter(({ hostId }) => hostId !== "");
   const otherNqn = connected.find((other) =>
-    other.hostId.toLowerCase() === ours.hostId && other.hostNqn !== ours.hostNqn
+    other.hostId.toLowerCase() === own.hostId && other.hostNqn !== own.hostNqn
   );
-  // Linux 6.12 takes host NQN and host ID in pairs, and answers a second partner of either with EINVAL, which nvme-cli
-  // calls "invalid arguments/configuration"; 6.1 connects (both seen).
+  // Linux 6.12 requires host NQN and host ID to be used in pairs. It fails with EINVAL for a second partner of either, which
+  // nvme-cli reports as "invalid arguments/configuration". Linux 6.1 connects (both observed).
   if (otherNqn !== undefined) {
     return {
       verdict: "problem",
-      found: `${otherNqn.name} is connected with our host ID ${ours.hostId} under host NQN ${otherNqn.hostNqn}`,
+      found: `${otherNqn.name} is connected with our host ID ${own.hostId} under host NQN ${otherNqn.hostNqn}`,
       advice: "disconnect it, and give that program a host ID of its own: no two host NQNs may have one ID",
     };
   }
-  const used = [...new Set(connected.filter((other) => other.hostNqn === ours.hostNqn).map(({ hostId }) => hostId))];
-  const otherIds = used.filter((hostId) => hostId.toLowerCase() !== ours.hostId);
-  const names = `${ours.hostNqn}, ${otherIds[0] ?? ours.hostId}`;
+  const used = [...new Set(connected.filter((other) => other.hostNqn === own.hostNqn).map(({ hostId }) => hostId))];
+  const otherIds = used.filter((hostId) => hostId.toLowerCase() !== own.hostId);
+  const names = `${own.hostNqn}, ${otherIds[0] ?? own.hostId}`;
   if (used.length > 1) {
     return {
       verdict: "problem",
-      found: `this machine is connected as ${ours.hostNqn} with ${used.length} host IDs: ${used.join(", ")}`,
+      found: `this machine is connected as ${own.hostNqn} with ${used.length} host IDs: ${used.join(", ")}`,
       advice: "let only one program connect as this node",
     };
   }
-  // A daemon connects with the ID that it was given, and lbcsi's own goes on with the one that is in use.
+  // A Discovery-Client connects with the ID that it was given, and that of lbcsi continues with the one that is in use.
   if (otherIds.length === 0 || attach === "discovery-client") return { verdict: "ok", found: names };
   return {
     verdict: "problem",
-    found: `this machine is connected as ${ours.hostNqn} with host ID ${
+    found: `this machine is connected as ${own.hostNqn} with host ID ${
       otherIds[0]
-    }, and --attach=direct takes ${ours.hostId}`,
+    }, and --attach=direct takes ${own.hostId}`,
     advice: "disconnect these volumes once (drain the node), or go on with --attach=discovery-client",
   };
 }
 
-/** What every other program connects as that names no host itself. */
+/** Checks the names in /etc/nvme, which other programs connect with unless they name a host themselves. */
 export async function checkConfiguredNames(
   { host, nodeId, nvmeDirectory = "/etc/nvme" }: MachineCheckOptions,
 ): Promise<Finding> {

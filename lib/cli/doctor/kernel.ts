@@ -1,3 +1,4 @@
+/** What `lbcsi doctor` checks of the kernel: the rights of this process, NVMe/TCP, and file systems. */
 import type { Finding } from "../../check.ts";
 import { messageOf } from "../../error.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
@@ -6,18 +7,17 @@ import { authenticationObstacle } from "../../host/nvme/authentication.ts";
 import { kernelErrorNumber } from "../../host/nvme/fabrics.ts";
 import type { MachineCheckOptions } from "./machine.ts";
 
-// ------------------------------------------------------------------------------------------------------------- kernel
-
+/** The capabilities that the driver needs, and how bad it is when one is missing. */
 const capabilities = [
-  // Mounting, and /dev/nvme-fabrics.
+  // For mounting, and for /dev/nvme-fabrics.
   ["CAP_SYS_ADMIN", 21n, "problem"],
-  // Kubelet's directories belong to root and are closed to others.
+  // The directories of kubelet belong to root and are closed to others.
   ["CAP_DAC_OVERRIDE", 1n, "problem"],
-  // The kernel lets nobody else grow a mounted ext4.
+  // The kernel requires it to grow a mounted ext4.
   ["CAP_SYS_RESOURCE", 24n, "warning"],
 ] as const;
 
-/** The capabilities that the driver needs. */
+/** Checks the capabilities of this process. */
 export async function checkRights(host: Host): Promise<Finding> {
   const status = await host.readText(`${host.roots.proc}/self/status`) ?? "";
   const effective = BigInt(`0x${/^CapEff:\s*([0-9a-f]+)$/m.exec(status)?.[1] ?? "0"}`);
@@ -30,16 +30,16 @@ export async function checkRights(host: Host): Promise<Finding> {
   };
 }
 
-/** The kernel's NVMe/TCP, and whether this process may use it. */
+/** Checks that the kernel's NVMe/TCP is loaded, and that this process may use it. */
 export async function checkNvmeTcp(host: Host): Promise<Finding> {
   const { sysfs, dev } = host.roots;
   const isLoaded = await host.kindOf(`${sysfs}/module/nvme_tcp`) !== "absent";
   const hasDevice = await host.kindOf(`${dev}/nvme-fabrics`) !== "absent";
-  const refused = hasDevice ? await openProblem(host, `${dev}/nvme-fabrics`) : undefined;
-  if (refused !== undefined) {
+  const problem = hasDevice ? await openProblem(host, `${dev}/nvme-fabrics`) : undefined;
+  if (problem !== undefined) {
     return {
       verdict: "problem",
-      found: `this process may not open ${dev}/nvme-fabrics (${refused})`,
+      found: `this process may not open ${dev}/nvme-fabrics (${problem})`,
       advice: "run it as root; in a container a privileged one; see what SELinux or AppArmor forbids (kernel log)",
     };
   }
@@ -53,7 +53,7 @@ export async function checkNvmeTcp(host: Host): Promise<Finding> {
   return { verdict: "problem", found, advice };
 }
 
-/** Why this process may not open a file; undefined: it may, or what goes wrong is something else. */
+/** Why this process may not open a file. Undefined: it may, or the failure has another reason. */
 async function openProblem(host: Host, path: string): Promise<string | undefined> {
   try {
     await host.readText(path);
@@ -63,6 +63,7 @@ async function openProblem(host: Host, path: string): Promise<string | undefined
   return undefined;
 }
 
+/** Checks that the paths of a volume form one device. */
 export async function checkMultipath(host: Host): Promise<Finding> {
   const parameter = `${host.roots.sysfs}/module/nvme_core/parameters/multipath`;
   const text = (await host.readText(parameter))?.trim();
@@ -80,6 +81,7 @@ export async function checkMultipath(host: Host): Promise<Finding> {
   };
 }
 
+/** Checks that the kernel knows a file system, or can load it. */
 export async function checkFileSystemSupport(
   { host, modulesDirectory = "/lib/modules" }: MachineCheckOptions,
   fsType: FsType,
@@ -95,7 +97,7 @@ export async function checkFileSystemSupport(
   return { verdict: ifMissing, found: "this kernel has none", advice: "use a kernel with it, or another file system" };
 }
 
-/** Whether the kernel that runs has a module; undefined: its list is not here, as in a container. */
+/** Whether the running kernel has a module. Undefined: the list of modules is not visible, as in a container. */
 export async function hasKernelModule(host: Host, directory: string, module: string): Promise<boolean | undefined> {
   const release = (await host.readText(`${host.roots.proc}/sys/kernel/osrelease`))?.trim();
   const lists = await Promise.all(
@@ -105,11 +107,12 @@ export async function hasKernelModule(host: Host, directory: string, module: str
   return lists.some((list) => new RegExp(`/${module.replaceAll("_", "[_-]")}\\.ko\\b`).test(list ?? ""));
 }
 
+/** Checks that the kernel can authenticate connections with DH-HMAC-CHAP. */
 export async function checkInBandAuthentication(host: Host): Promise<Finding> {
   const fabrics = `${host.roots.dev}/nvme-fabrics`;
   if (await host.kindOf(fabrics) === "absent") return { verdict: "not checked", found: `${fabrics} is missing` };
-  const refused = await openProblem(host, fabrics);
-  if (refused !== undefined) return { verdict: "not checked", found: `${fabrics} cannot be opened (${refused})` };
+  const problem = await openProblem(host, fabrics);
+  if (problem !== undefined) return { verdict: "not checked", found: `${fabrics} cannot be opened (${problem})` };
   const obstacle = await authenticationObstacle(host, "bidirectional");
   if (obstacle === undefined) return { verdict: "ok", found: "the kernel knows DH-HMAC-CHAP" };
   return {

@@ -1,6 +1,6 @@
 /**
- * What `lbcsi doctor` looks at on this machine. Everything comes from sysfs, procfs, the mount table and directories, and
- * from tools that are asked for their version: no device is opened, no connection made, nothing written.
+ * The checks of this machine. They read sysfs, procfs, the mount table and directories, and run tools that print their
+ * version: no device is opened, no connection is made, and nothing is written.
  */
 import { type Check, type Finding, runCheck } from "../../check.ts";
 import type { RequestContext } from "../../context.ts";
@@ -18,16 +18,17 @@ import {
 import { checkHostEncryption, checkNvmeCli, checkTools, fileSystemTools, mountTools } from "./tools.ts";
 import { checkConnections, checkMounts, checkOpenMappers, checkPaths, checkVolumeCount } from "./volumes.ts";
 
+/** What the checks of the machine depend on. */
 export interface MachineCheckOptions {
   readonly host: Host;
-  /** Undefined: not known here, then what depends on it is not checked. */
+  /** Undefined: not known, and what depends on it is not checked. */
   readonly nodeId: string | undefined;
   readonly attach: "direct" | "discovery-client";
   readonly discoveryDirectory: string;
   readonly kubeletDirectory: string;
   /** How many volumes the node may have; 0: the orchestrator decides. */
   readonly maxVolumes: number;
-  /** Whether a subsystem is of the driver that is meant; a node can have two. */
+  /** Whether a subsystem belongs to the driver that is checked: a node can have two. */
   readonly isOurs: (subsystemNqn: string) => boolean;
   readonly defaultFsType: FsType;
   /** Where nvme-cli keeps the host's own names. */
@@ -36,10 +37,10 @@ export interface MachineCheckOptions {
   readonly modulesDirectory?: string;
 }
 
-/** All checks of the machine, in the order in which they are shown. */
+/** Runs all checks of the machine. The result is in the order in which they are shown. */
 export async function runMachineChecks(ctx: RequestContext, options: MachineCheckOptions): Promise<readonly Check[]> {
   const { host } = options;
-  const checks: readonly (readonly [name: string, look: () => Promise<Finding>])[] = [
+  const checks: readonly (readonly [name: string, check: () => Promise<Finding>])[] = [
     ["rights", () => checkRights(host)],
     ["NVMe/TCP", () => checkNvmeTcp(host)],
     ["native multipath", () => checkMultipath(host)],
@@ -66,5 +67,5 @@ export async function runMachineChecks(ctx: RequestContext, options: MachineChec
     ["mounts", () => checkMounts(host)],
     ["open encryption", () => checkOpenMappers(host)],
   ];
-  return await Promise.all(checks.map(([name, look]) => runCheck(name, look)));
+  return await Promise.all(checks.map(([name, check]) => runCheck(name, check)));
 }

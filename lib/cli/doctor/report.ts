@@ -1,23 +1,16 @@
-/**
- * `lbcsi doctor`: what is wrong with this machine, and with the storage that it is to use, before the first pod finds out.
- *
- * It only looks. Nothing on the machine or the cluster is changed, no subsystem is connected, no volume is touched, and a
- * thing that does not answer costs a bounded time and makes its own check fail, and no other.
- */
+/** The result of `lbcsi doctor`, as text and as JSON. */
 import type { Verdict } from "../../check.ts";
 import { columns } from "../table.ts";
 import type { Section } from "./checks.ts";
 
-// ------------------------------------------------------------------------------------------------------------ showing
-
-/** How many checks came to what. */
+/** The number of checks with each verdict. */
 export function countVerdicts(sections: readonly Section[]): Readonly<Record<Verdict, number>> {
   const counts = { "problem": 0, "warning": 0, "ok": 0, "not checked": 0 };
   for (const { verdict } of sections.flatMap(({ checks }) => checks)) counts[verdict]++;
   return counts;
 }
 
-/** For programs; ends without a newline. */
+/** The result for programs, as JSON; ends without a newline. */
 export function doctorAsJson(sections: readonly Section[]): string {
   const { problem, warning } = countVerdicts(sections);
   const checks = sections.flatMap(({ of, checks }) =>
@@ -26,17 +19,17 @@ export function doctorAsJson(sections: readonly Section[]): string {
   return JSON.stringify({ problems: problem, warnings: warning, checks }, undefined, 2);
 }
 
-/** For people; ends without a newline. */
+/** The result for people; ends without a newline. */
 export function doctorAsText(sections: readonly Section[]): string {
   const all = sections.flatMap(({ checks }) => checks);
-  const heads = columns(all.map(({ name, verdict }) => [verdict === "problem" ? "PROBLEM" : verdict, name]));
-  const width = Math.max(0, ...heads.map((head) => head.length));
+  const starts = columns(all.map(({ name, verdict }) => [verdict === "problem" ? "PROBLEM" : verdict, name]));
+  const width = Math.max(0, ...starts.map((start) => start.length));
   const lines: string[] = [];
   for (const { of, checks } of sections) {
-    lines.push(...lines.length === 0 ? [] : [""], oneLine(of));
+    lines.push(...lines.length === 0 ? [] : [""], formatLine(of));
     for (const { found, advice } of checks) {
-      lines.push(`  ${(heads.shift() ?? "").padEnd(width)}  ${oneLine(found)}`);
-      if (advice !== undefined) lines.push(`  ${" ".repeat(width)}  -> ${oneLine(advice)}`);
+      lines.push(`  ${(starts.shift() ?? "").padEnd(width)}  ${formatLine(found)}`);
+      if (advice !== undefined) lines.push(`  ${" ".repeat(width)}  -> ${formatLine(advice)}`);
     }
   }
   const counts = countVerdicts(sections);
@@ -47,8 +40,8 @@ export function doctorAsText(sections: readonly Section[]): string {
   return [...lines, "", text.join(", ")].join("\n");
 }
 
-/** Words of clusters and tools must not steer the terminal, nor look like other lines. */
-function oneLine(text: string): string {
+/** Texts of clusters and tools must not control the terminal, nor look like other lines. */
+function formatLine(text: string): string {
   return text.replace(/\s+/g, " ").replace(/[^\x20-\x7e]/g, (c) => JSON.stringify(c).slice(1, -1))
     .replace(/[\x7f-\x9f]/g, "?");
 }

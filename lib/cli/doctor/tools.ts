@@ -1,3 +1,4 @@
+/** What `lbcsi doctor` checks of the programs that the driver runs. */
 import { type Finding, reasonOf } from "../../check.ts";
 import { type RequestContext, timeLimit } from "../../context.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
@@ -6,16 +7,16 @@ import { hasAes } from "../../host/luks.ts";
 import { hasKernelModule } from "./kernel.ts";
 import type { MachineCheckOptions } from "./machine.ts";
 
-// -------------------------------------------------------------------------------------------------------------- tools
-
-/** A program with the arguments that make it tell its version and do nothing else. */
+/** A program, with the arguments that make it print its version and do nothing else. */
 export type Tool = readonly [program: string, ...args: readonly string[]];
 
+/** The programs that every mount needs. */
 export const mountTools: readonly Tool[] = ["mount", "umount", "blkid", "wipefs", "blockdev"]
   .map((program) => [program, "--version"]);
 
+/** The programs that each file system needs. */
 export const fileSystemTools: Readonly<Record<FsType, readonly Tool[]>> = {
-  // resize2fs has no option for it, and tells when it is called without a device.
+  // resize2fs has no option for its version, but prints it when it is called without a device.
   ext4: [["mkfs.ext4", "-V"], ["e2fsck", "-V"], ["resize2fs"]],
   xfs: [["mkfs.xfs", "-V"], ["xfs_growfs", "-V"], ["xfs_logprint", "-V"]],
   btrfs: [["mkfs.btrfs", "--version"], ["btrfs", "--version"]],
@@ -23,7 +24,7 @@ export const fileSystemTools: Readonly<Record<FsType, readonly Tool[]>> = {
 
 const longestVersionMs = 5000;
 
-/** What a tool prints about itself, or why it cannot be run. */
+/** What a tool prints as its version, or why it cannot be run. */
 async function readVersionText(
   ctx: RequestContext,
   host: Host,
@@ -39,24 +40,25 @@ async function readVersionText(
   }
 }
 
-function versionIn(text: string): string {
+function parseVersion(text: string): string {
   return /(?<![\d.])\d+(?:\.\d+)+/.exec(text)?.[0] ?? "of unknown version";
 }
 
+/** Checks that all `tools` can be run. */
 export async function checkTools(
   ctx: RequestContext,
   host: Host,
   tools: readonly Tool[],
   ifMissing: "problem" | "warning",
 ): Promise<Finding> {
-  const answers = await Promise.all(
+  const results = await Promise.all(
     tools.map(async (tool) => ({ program: tool[0], ...await readVersionText(ctx, host, tool) })),
   );
-  const missing = answers.flatMap((answer) => "problem" in answer ? [`${answer.program}: ${answer.problem}`] : []);
+  const missing = results.flatMap((result) => "problem" in result ? [`${result.program}: ${result.problem}`] : []);
   if (missing.length > 0) {
     return { verdict: ifMissing, found: missing.join("; "), advice: "use lbcsi's image, or install what is missing" };
   }
-  const byVersion = Map.groupBy(answers, (answer) => "text" in answer ? versionIn(answer.text) : "");
+  const byVersion = Map.groupBy(results, (result) => "text" in result ? parseVersion(result.text) : "");
   return {
     verdict: "ok",
     found: [...byVersion].map(([version, same]) => `${same.map(({ program }) => program).join(", ")} ${version}`)
@@ -64,15 +66,17 @@ export async function checkTools(
   };
 }
 
+/** Checks that nvme-cli can be run. */
 export async function checkNvmeCli(ctx: RequestContext, { host, attach }: MachineCheckOptions): Promise<Finding> {
   const finding = await checkTools(ctx, host, [["nvme", "version"]], attach === "direct" ? "problem" : "warning");
   if (finding.verdict === "ok" || attach === "direct") return finding;
   return { ...finding, found: `${finding.found}; lbcsi discovery-client and growing volumes need it` };
 }
 
-// Sector sizes, and telling a device that has gone from one that is in use.
+// Older ones have no sector sizes, and do not distinguish a device that has gone from one that is in use.
 const oldestCryptsetup = [2, 4] as const;
 
+/** Checks that volumes with host encryption can be opened. */
 export async function checkHostEncryption(
   ctx: RequestContext,
   { host, modulesDirectory = "/lib/modules" }: MachineCheckOptions,
@@ -85,7 +89,7 @@ export async function checkHostEncryption(
       advice: "volumes with host encryption need it",
     };
   }
-  const version = versionIn(answer.text);
+  const version = parseVersion(answer.text);
   const [major = 0, minor = 0] = version.split(".").map(Number);
   if (major < oldestCryptsetup[0] || major === oldestCryptsetup[0] && minor < oldestCryptsetup[1]) {
     return {

@@ -1,3 +1,4 @@
+/** What `lbcsi doctor` checks of the volumes, connections and mounts that are on this machine now. */
 import { type Finding, formatCount, formatList } from "../../check.ts";
 import type { Host } from "../../host/host.ts";
 import { mountTable } from "../../host/mount_table.ts";
@@ -10,8 +11,7 @@ import { formatAddress, isNodeHostNqn } from "../../namespace.ts";
 import { isOfDeviceTree } from "../device_tree.ts";
 import type { MachineCheckOptions } from "./machine.ts";
 
-// --------------------------------------------------------------------------------------------------- what is there now
-
+/** Checks that the node can take a further volume. */
 export async function checkVolumeCount({ host, maxVolumes, isOurs }: MachineCheckOptions): Promise<Finding> {
   const [attached, used] = (await Promise.all([attachedVolumes(host), volumesInUse(host)])).map((devices) =>
     devices.filter(({ subsystemNqn }) => isOurs(subsystemNqn)).length
@@ -23,20 +23,20 @@ export async function checkVolumeCount({ host, maxVolumes, isOurs }: MachineChec
   return { verdict: "warning", found, advice: "no further volume is taken here" };
 }
 
-/** Volumes that no read or write gets to, and those that have lost some of their ways. */
+/** Checks that each volume has a live path, and has lost none. */
 export async function checkPaths(host: Host): Promise<Finding> {
   const controllers = await allControllers(host);
   const dead: string[] = [];
-  const poor: string[] = [];
+  const degraded: string[] = [];
   const devices = await attachedVolumes(host);
   for (const device of devices) {
-    const ways = await pathsOf(host, device, controllers);
-    const lost = ways.filter(({ controller }) => controller.state !== "live");
-    const shown = ways.map(({ controller, anaState }) =>
+    const devicePaths = await pathsOf(host, device, controllers);
+    const lost = devicePaths.filter(({ controller }) => controller.state !== "live");
+    const shown = devicePaths.map(({ controller, anaState }) =>
       `${controller.name} ${controller.state} ${anaState ?? ""}`.trim()
     );
-    if (!ways.some(isLivePath)) dead.push(`${device.name} (${device.uuid}): ${shown.join(", ") || "no path"}`);
-    else if (lost.length > 0) poor.push(`${device.name} (${device.uuid}): ${shown.join(", ")}`);
+    if (!devicePaths.some(isLivePath)) dead.push(`${device.name} (${device.uuid}): ${shown.join(", ") || "no path"}`);
+    else if (lost.length > 0) degraded.push(`${device.name} (${device.uuid}): ${shown.join(", ")}`);
   }
   if (dead.length > 0) {
     return {
@@ -45,16 +45,17 @@ export async function checkPaths(host: Host): Promise<Finding> {
       advice: "reads and writes wait; see that this machine reaches the cluster and is on the volume's access list",
     };
   }
-  if (poor.length > 0) {
+  if (degraded.length > 0) {
     return {
       verdict: "warning",
-      found: `paths lost: ${formatList(poor, "; ")}`,
+      found: `paths lost: ${formatList(degraded, "; ")}`,
       advice: "look at the network and the cluster",
     };
   }
   return { verdict: "ok", found: devices.length === 0 ? "no volume is attached" : "all live" };
 }
 
+/** Checks that each connection shows this machine a volume. */
 export async function checkConnections(host: Host): Promise<Finding> {
   const ours = (await allControllers(host)).filter(({ transport, hostNqn }) =>
     transport === "tcp" && isNodeHostNqn(hostNqn)
@@ -77,6 +78,7 @@ export async function checkConnections(host: Host): Promise<Finding> {
   };
 }
 
+/** Checks that no mount has lost its device. */
 export async function checkMounts(host: Host): Promise<Finding> {
   const dead: string[] = [];
   const table = await mountTable(host);
@@ -94,6 +96,7 @@ export async function checkMounts(host: Host): Promise<Finding> {
   };
 }
 
+/** Checks that no open encrypted volume has lost its device. */
 export async function checkOpenMappers(host: Host): Promise<Finding> {
   const base = `${host.roots.sysfs}/class/block`;
   let open = 0;
