@@ -15,10 +15,10 @@ export function reconcileRegularly(attacher: Attacher, log: Logger): Disposable 
 }
 
 async function reconcileUntilAborted(attacher: Attacher, log: Logger, signal: AbortSignal): Promise<void> {
-  const { lookMs } = await import("../host/attach/direct.ts");
+  const { reconcileEveryMs } = await import("../host/attach/direct.ts");
   while (attacher.reconcile !== undefined) {
     // The kernel gives up a connection after minutes, so this need not be quick.
-    await sleep(lookMs, signal);
+    await sleep(reconcileEveryMs, signal);
     using limit = timeLimit(signal, longestReconciliationMs);
     try {
       await attacher.reconcile(requestContext(limit.signal, new Date(Date.now() + longestReconciliationMs), log));

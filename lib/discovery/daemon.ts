@@ -14,7 +14,7 @@
  *   uevents only (netlink), which no interface of the runtime can receive.
  * - Whatever a log page lists for a wanted subsystem and host NQN is connected. What fails is tried again after 1, 2, 4 …
  *   60 seconds, and at once when the page changes.
- * - Connections that the kernel does not heal by itself are healed as with the direct attacher (healing.ts).
+ * - Connections that the kernel does not heal by itself are healed as with the direct attacher (connection_watch.ts).
  * - A subsystem that no file names any more is disconnected when nothing uses its devices, looked at again immediately
  *   before; connections which no file ever named are never touched. A connection to an address that left the log page is
  *   dropped only while it does not work and others do, for each of its namespaces.
@@ -42,9 +42,10 @@ import { devicesOf, hasNamespaces } from "../host/nvme/devices.ts";
 import { disconnectController } from "../host/nvme/disconnect.ts";
 import { type DiscoveryLog, readDiscoveryLog } from "../host/nvme/discovery_log.ts";
 import { connectByKernel, describeConnectFailure } from "../host/nvme/fabrics.ts";
-import { applyRemedy, ConnectionWatch } from "../host/nvme/healing.ts";
+import { ConnectionWatch } from "../host/nvme/connection_watch.ts";
 import { hasMultipath } from "../host/nvme/multipath.ts";
 import { isNeeded } from "../host/nvme/paths.ts";
+import { applyRemedy } from "../host/nvme/remedies.ts";
 import { allUsersOf } from "../host/users.ts";
 import { formatAddress, nodeIdOf, parseAddress, type TransportAddress } from "../namespace.ts";
 import { discoveryInput, type Entry, isIpAddress } from "./input.ts";
@@ -325,7 +326,7 @@ export function createDiscoveryDaemon(options: ClientOptions): Client {
     await heal(pairs, controllers, listed, hostId);
   }
 
-  /** Heals what the kernel does not (healing.ts), at most one connection of each subsystem. */
+  /** Heals what the kernel does not (connection_watch.ts), at most one connection of each subsystem. */
   async function heal(
     pairs: Map<string, Pair>,
     controllers: readonly NvmeController[],
@@ -338,14 +339,14 @@ export function createDiscoveryDaemon(options: ClientOptions): Client {
     const asked = new Set([...namespaces.values()].flatMap((uuids) => [...uuids]));
     for (const uuid of askedBefore.difference(asked)) watch.release(uuid);
     askedBefore = asked;
-    const remedies = await watch.look(
+    const remedies = await watch.findRemedies(
       [...pairs].map(([key, { hostNqn, subsystemNqn }]) => ({
         key,
         subsystemNqn,
         controllers: controllers.filter((controller) =>
           controller.hostNqn === hostNqn && controller.subsystemNqn === subsystemNqn && !controller.isDiscovery
         ),
-        wanted: namespaces.get(subsystemNqn) ?? new Set<string>(),
+        needed: namespaces.get(subsystemNqn) ?? new Set<string>(),
         isListed: (controller: NvmeController) => listed.has(`${key} ${where(controller)}`),
       })),
       now(),
@@ -523,7 +524,7 @@ export function createDiscoveryDaemon(options: ClientOptions): Client {
       }
       const failed = await connectAuthenticated(host, ctx, { ...wish, keys, beside: old !== undefined });
       if (failed !== undefined) return failed.problem;
-      if (old !== undefined) await dropOutdated(host, ctx, subsystemNqn, hostNqn, keys);
+      if (old !== undefined) await dropOutdated(host, ctx, { subsystemNqn, hostNqn, keys });
       return undefined;
     });
   }

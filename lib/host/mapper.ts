@@ -1,15 +1,16 @@
+/** Device-mapper devices of volumes with host encryption, as sysfs shows them. */
 import type { Host } from "./host.ts";
 import { type BlockDevice, findDevice } from "./nvme/devices.ts";
 
-/** Name of the volume's mapper, the incumbent driver's. */
+/** Name of a volume's mapper: the incumbent driver's, so that its volumes open here. */
 export function mapperName(uuid: string): string {
   return `lb-csi-nvme-uuid.${uuid.toLowerCase()}`;
 }
 
 /**
- * The open mapper of a volume as a block device, or undefined. Does not touch the device itself.
+ * The open mapper of a volume as a block device, or undefined. Does not touch the device.
  *
- * @throws as findDevice
+ * @throws StatusError FAILED_PRECONDITION as findDevice does
  */
 export async function findMapper(host: Host, uuid: string): Promise<BlockDevice | undefined> {
   const base = `${host.roots.sysfs}/class/block`;

@@ -1,3 +1,4 @@
+/** UUIDs that are derived from names. */
 import { createHash } from "node:crypto";
 
 /** A UUID (version 8, RFC 9562) that depends on `name` alone. */

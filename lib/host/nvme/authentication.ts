@@ -1,14 +1,14 @@
 /**
- * Connections that are authenticated with DH-HMAC-CHAP (dhchap.ts), the way of the kernel's initiator, 6.0 and later.
+ * Connections that are authenticated with DH-HMAC-CHAP (auth_key.ts) by the kernel's initiator, 6.0 and later.
  *
- * The kernel is asked through /dev/nvme-fabrics itself, in one write. nvme-cli takes keys as arguments, which every user of
- * the machine can read, and where the kernel knows no keys it leaves them out and connects without a word (seen with 2.3).
- * A kernel before 6.0 answers the option by writing it, key and all, to its log. A later one that was built without takes it
- * and connects without a key (seen with Debian's 6.1). So what the kernel is able to is looked at first, and what it made of
- * a key afterwards.
+ * The driver writes to /dev/nvme-fabrics itself. nvme-cli takes keys as arguments, which every user of the machine can read;
+ * and where the kernel does not support keys, it leaves them out and connects without them (seen with 2.3). A kernel before
+ * 6.0 writes the unknown option to its log, with the key. A later one that was built without the feature accepts the option
+ * and connects without a key (seen with Debian's 6.1). So the driver first checks what the kernel supports, and afterwards
+ * what the kernel did with the key.
  *
- * Whether a connection is authenticated decides the controller, when it is connected: it demands it or does not. What
- * sysfs tells is which keys the host has for a connection, and nothing more.
+ * The controller decides whether a connection is authenticated, when it is connected. Sysfs shows only which keys the host
+ * has for a connection.
  */
 import { type AuthKind, DhchapKey, type DhchapKeys, type GivenKeys } from "../../auth_key.ts";
 import { type RequestContext, sleep } from "../../context.ts";
@@ -21,7 +21,7 @@ import { disconnectController } from "./disconnect.ts";
 import { connectByKernel, describeConnectFailure, kernelErrorNumber } from "./fabrics.ts";
 import { isNeeded } from "./paths.ts";
 
-/** Why this machine cannot authenticate its connections, and what is needed; undefined: nothing speaks against it. */
+/** Why this machine cannot authenticate its connections, and what is needed; undefined when it can. */
 export async function authenticationObstacle(host: Host, kind: AuthKind): Promise<string | undefined> {
   const path = `${host.roots.dev}/nvme-fabrics`;
   let options: string | undefined;
@@ -30,7 +30,9 @@ export async function authenticationObstacle(host: Host, kind: AuthKind): Promis
   } catch (error) {
     if ([1, 13].includes(kernelErrorNumber(error) ?? 0)) return describeConnectFailure(messageOf(error), "");
     // Before 5.17 it answers EINVAL until something is connected.
-    return `the kernel does not tell which options of connections it knows (${path}: ${messageOf(error)}), ${needed}`;
+    return `the kernel does not tell which options of connections it knows (${path}: ${
+      messageOf(error)
+    }), ${kernelNeeded}`;
   }
   if (options === undefined) return `${path} is missing, the kernel module nvme_tcp is needed`;
   const known = new Set(options.split(/[,\n]/).map((option) => option.split("=")[0]));
@@ -39,16 +41,16 @@ export async function authenticationObstacle(host: Host, kind: AuthKind): Promis
   if (missing.length > 0) {
     return `the kernel cannot authenticate NVMe connections (no ${
       missing.join(", ")
-    } among the options of ${path}), ${needed}`;
+    } among the options of ${path}), ${kernelNeeded}`;
   }
   return await isBuiltWithout(host)
-    ? `the kernel was built without the authentication of NVMe connections (it has no nvme_auth_negotiate), ${needed}`
+    ? `the kernel was built without the authentication of NVMe connections (it has no nvme_auth_negotiate), ${kernelNeeded}`
     : undefined;
 }
 
-const needed = "Linux 6.0 or later with CONFIG_NVME_AUTH (CONFIG_NVME_HOST_AUTH since 6.7) is needed";
+const kernelNeeded = "Linux 6.0 or later with CONFIG_NVME_AUTH (CONFIG_NVME_HOST_AUTH since 6.7) is needed";
 
-/** From the names of its functions, those of modules included; which it may keep to itself. */
+/** Looks at the names of the kernel's functions, those of modules included. The kernel may hide them. */
 async function isBuiltWithout(host: Host): Promise<boolean> {
   let symbols: string;
   try {
@@ -59,7 +61,7 @@ async function isBuiltWithout(host: Host): Promise<boolean> {
   return /\bnvmf_connect_admin_queue\b/.test(symbols) && !/\bnvme_auth_negotiate\b/.test(symbols);
 }
 
-/** Why a connection with keys was not made: in words, and whether it is about the keys. */
+/** Why a connection was not made, in words for an error message, and whether the keys are the reason. */
 export interface ConnectProblem {
   readonly problem: string;
   readonly isAboutKeys: boolean;
@@ -67,22 +69,28 @@ export interface ConnectProblem {
 
 export interface AuthenticatedConnectOptions extends ConnectOptions {
   readonly keys: DhchapKeys;
-  /** Makes another connection to an address that has one. */
+  /** Whether another connection is made to an address that has one. */
   readonly beside?: boolean;
 }
 
-/** As connectController, with keys, after authenticationObstacle has found none. */
+/**
+ * Connects as connectController does, with keys, where authenticationObstacle has found none.
+ *
+ * @returns undefined, or why it failed
+ * @throws `ctx.signal.reason` when that has aborted; StatusError UNAVAILABLE when a connection without the key cannot be
+ *   dropped
+ */
 export async function connectAuthenticated(
   host: Host,
   ctx: RequestContext,
-  { keys, beside = false, ...wish }: AuthenticatedConnectOptions,
+  { keys, beside = false, ...options }: AuthenticatedConnectOptions,
 ): Promise<ConnectProblem | undefined> {
   ctx.signal.throwIfAborted();
   const started = performance.now();
   let failure: unknown;
   let name: string | undefined;
   try {
-    name = await connectByKernel(host, wish, {
+    name = await connectByKernel(host, options, {
       dhchapSecret: keys.host.reveal(),
       dhchapControllerSecret: keys.controller?.reveal(),
       duplicate: beside,
@@ -91,40 +99,42 @@ export async function connectAuthenticated(
     failure = error;
   }
   const facts = {
-    subsystem: wish.subsystemNqn,
-    address: formatAddress(wish.address),
+    subsystem: options.subsystemNqn,
+    address: formatAddress(options.address),
     ms: Math.round(performance.now() - started),
   };
   if (failure === undefined) ctx.log.info("connected with a key", facts);
   else ctx.log.warning("could not connect with a key", { ...facts, error: messageOf(failure) });
   ctx.signal.throwIfAborted();
-  if (failure !== undefined) return problemOf(failure, wish.hostNqn, keys);
-  // Undefined when it is gone, or was not named.
+  if (failure !== undefined) return problemOf(failure, options.hostNqn, keys);
+  // Undefined when it is gone, or the kernel did not name it.
   const made = (await allControllers(host)).find((controller) => controller.name === name);
   if (made === undefined || await hasKeys(host, made, keys)) return undefined;
   await disconnectController(host, ctx, made);
   return {
-    problem: `the kernel has taken the key and does not use it, the connection was dropped again; ${needed}`,
+    problem: `the kernel has taken the key and does not use it, the connection was dropped again; ${kernelNeeded}`,
     isAboutKeys: true,
   };
 }
 
-/** The kernel's answer in words. */
+/** What the kernel answered, in words. */
 function problemOf(error: unknown, hostNqn: string, keys: DhchapKeys): ConnectProblem {
   const text = messageOf(error);
-  const both = keys.controller !== undefined;
-  const check = `see that host NQN ${hostNqn} has the same key${both ? "s" : ""} on the cluster as here`;
+  const isBidirectional = keys.controller !== undefined;
+  const check = `see that host NQN ${hostNqn} has the same key${isBidirectional ? "s" : ""} on the cluster as here`;
   switch (kernelErrorNumber(error)) {
     case 129: // EKEYREJECTED
       return {
-        problem: `the key was refused${both ? ", or the controller's own is another one than here" : ""}; ${check}`,
+        problem: `the key was refused${
+          isBidirectional ? ", or the controller's own is another one than here" : ""
+        }; ${check}`,
         isAboutKeys: true,
       };
     case 126: // ENOKEY
       return { problem: `the kernel has no use for the key it was given (${text}); ${check}`, isAboutKeys: true };
     case 5:
-      // EIO: whatever an NVMe controller answers, before 6.10 to a wrong key too. Seen with 6.12 as well, after 61 s: the
-      // controller hangs up when it has refused a key, sometimes before the host has read why, which then waits for it.
+      // EIO: any error of an NVMe controller; before 6.10 also for a wrong key. Seen with 6.12 as well, after 61 s: the
+      // controller hangs up after it has rejected a key, sometimes before the host has read the reason.
       return {
         problem:
           `not allowed: the subsystem is unknown there, has no access for host NQN ${hostNqn}, or a key is wrong; ` +
@@ -141,39 +151,44 @@ function problemOf(error: unknown, hostNqn: string, keys: DhchapKeys): ConnectPr
   }
 }
 
-/** The keys that the kernel has for a connection. */
+/** The keys that the kernel has for a connection; undefined each where there is none. */
 export async function keysInUse(host: Host, controller: NvmeController): Promise<GivenKeys> {
   const read = async (attribute: string) => {
     const path = `${host.roots.sysfs}/class/nvme/${controller.name}/${attribute}`;
     try {
       return DhchapKey.parse(await host.readText(path) ?? "");
     } catch {
-      // "none", or the connection is on its way out.
+      // "none", or the connection is being removed.
       return undefined;
     }
   };
   return { host: await read("dhchap_secret"), controller: await read("dhchap_ctrl_secret") };
 }
 
-/** Whether the kernel has these keys for a connection; it may have one of the controller that is not asked for. */
-export async function hasKeys(host: Host, controller: NvmeController, wanted: DhchapKeys): Promise<boolean> {
+/** Whether the kernel has these keys for a connection. A controller key beyond them does not count. */
+export async function hasKeys(host: Host, controller: NvmeController, keys: DhchapKeys): Promise<boolean> {
   const used = await keysInUse(host, controller);
-  return wanted.host.equals(used.host) &&
-    (wanted.controller === undefined || wanted.controller.equals(used.controller));
+  return keys.host.equals(used.host) &&
+    (keys.controller === undefined || keys.controller.equals(used.controller));
 }
 
 const takeOverMs = 5000;
 
+/** Our connections to a subsystem, and the keys that they are to have. */
+export interface KeyedSubsystem {
+  readonly subsystemNqn: string;
+  readonly hostNqn: string;
+  readonly keys: DhchapKeys;
+}
+
 /**
- * Drops our connections to a subsystem that have other keys than these, once each of their paths has a live one beside it
- * over a connection that has them. What carries the last path to a namespace stays, and is logged.
+ * Drops our connections to a subsystem that have other keys, once each of their paths has a live one beside it over a
+ * connection with these keys. A connection that carries the last path to a namespace stays, and is logged.
  */
 export async function dropOutdated(
   host: Host,
   ctx: RequestContext,
-  subsystemNqn: string,
-  hostNqn: string,
-  keys: DhchapKeys,
+  { subsystemNqn, hostNqn, keys }: KeyedSubsystem,
 ): Promise<void> {
   const giveUpAt = performance.now() + takeOverMs;
   for (;;) {
@@ -189,7 +204,7 @@ export async function dropOutdated(
         left.push(controller);
         continue;
       }
-      // Names are used anew, by a connection that another one has made meanwhile.
+      // The kernel reuses names: another program may have made a connection under this one meanwhile.
       const same = (await controllersOf(host, subsystemNqn)).find(({ name }) => name === controller.name);
       if (same === undefined || same.hostNqn !== hostNqn || await hasKeys(host, same, keys)) continue;
       await disconnectController(host, ctx, same);
@@ -208,8 +223,8 @@ export async function dropOutdated(
 }
 
 /**
- * Throws FAILED_PRECONDITION when a live connection to a subsystem was made without keys of this kind, by whomever: data
- * would go over it as over any other.
+ * Throws FAILED_PRECONDITION when a live connection to a subsystem was made without keys of this kind, by any program: data
+ * would go over it as over the others.
  */
 export async function assertAuthenticated(
   host: Host,

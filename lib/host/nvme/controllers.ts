@@ -1,6 +1,10 @@
+/** NVMe controllers as sysfs shows them: this machine's connections to subsystems. */
 import type { TransportAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";
 import { readAttribute } from "./sysfs.ts";
+
+/** The well-known subsystem NQN of discovery controllers (NVMe base specification). */
+export const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";
 
 /** A connection of this machine to a subsystem: one path to each of its namespaces. */
 export interface NvmeController {
@@ -11,7 +15,7 @@ export interface NvmeController {
   readonly subsystemNqn: string;
   readonly hostNqn: string;
   readonly hostId: string;
-  /** Tells of other controllers, no data goes over it. */
+  /** Whether it is a discovery controller, which carries no data. */
   readonly isDiscovery: boolean;
   readonly transport: string;
   /** As sysfs has it: `traddr=192.0.2.1,trsvcid=4420,src_addr=…`. */
@@ -23,7 +27,7 @@ export async function controllersOf(host: Host, subsystemNqn: string): Promise<r
   return (await allControllers(host)).filter((controller) => controller.subsystemNqn === subsystemNqn);
 }
 
-/** All NVMe controllers of this machine, local drives and discovery controllers among them. */
+/** All NVMe controllers of this machine, including local drives and discovery controllers. */
 export async function allControllers(host: Host): Promise<readonly NvmeController[]> {
   const names = await host.list(`${host.roots.sysfs}/class/nvme`) ?? [];
   const controllers = await Promise.all(names.map((name) => readController(host, name)));
@@ -46,22 +50,24 @@ export function addressOf(controller: NvmeController): TransportAddress | undefi
 /** Whether a controller is a connection to `address`. */
 export function isAt(controller: NvmeController, address: TransportAddress): boolean {
   const at = addressOf(controller);
-  return at !== undefined && at.trsvcid === address.trsvcid && canonical(at.traddr) === canonical(address.traddr);
+  return at !== undefined && at.trsvcid === address.trsvcid &&
+    canonicalAddress(at.traddr) === canonicalAddress(address.traddr);
 }
 
-/** IPv6 has many spellings of one address. */
-function canonical(traddr: string): string {
+/** One spelling of an address; IPv6 has many. */
+function canonicalAddress(traddr: string): string {
   if (!traddr.includes(":")) return traddr;
   const [plain = "", zone] = traddr.split("%");
   const url = URL.parse(`http://[${plain}]`);
   return `${url === null ? plain.toLowerCase() : url.hostname}${zone === undefined ? "" : `%${zone}`}`;
 }
 
-/** Whether a controller works or heals by itself, as a connecting one does; one that is being deleted never does. */
+/** Whether a controller works, or may heal by itself as a connecting one does; one that is being deleted never does. */
 export function isUsable(controller: NvmeController): boolean {
   return !controller.state.startsWith("deleting") && controller.state !== "dead";
 }
 
+/** One controller by its name; undefined when it is not there, or is being removed. */
 export async function readController(host: Host, name: string): Promise<NvmeController | undefined> {
   const base = `class/nvme/${name}`;
   const [subsystemNqn, state, hostNqn, hostId, type, transport, address] = await Promise.all([
@@ -85,6 +91,3 @@ export async function readController(host: Host, name: string): Promise<NvmeCont
     address: address ?? "",
   };
 }
-
-/** The subsystem NQN that every discovery controller answers to, by the NVMe base specification. */
-export const discoveryNqn = "nqn.2014-08.org.nvmexpress.discovery";

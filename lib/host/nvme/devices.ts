@@ -1,3 +1,11 @@
+/**
+ * Block devices of NVMe namespaces: found in sysfs by namespace UUID, never by name or number. Nothing here touches a device.
+ *
+ * What the kernel shows (seen on 6.1): `class/block/nvmeXnY` is the multipath head of a namespace, `nvmeXcYnZ` are its
+ * paths (`hidden` is 1, no device node). `wwid` begins with `uuid.` if the namespace has a UUID; the file `uuid` shows the
+ * NGUID when it has none, so only `wwid` decides. X is the subsystem's number, Y is not the NSID, and a name can belong to
+ * another namespace after a reconnect: identity is read again before each step that relies on it.
+ */
 import { StatusError } from "../../error.ts";
 import { isNodeHostNqn } from "../../namespace.ts";
 import type { Host } from "../host.ts";
@@ -7,9 +15,9 @@ import { readAttribute } from "./sysfs.ts";
 
 /** A namespace as this machine sees it. */
 export interface BlockDevice {
-  /** `nvme0n1`. Says nothing for long. */
+  /** `nvme0n1`. The kernel gives it to other namespaces later. */
   readonly name: string;
-  /** Its node, below the root of device nodes. */
+  /** Path of its device node. */
   readonly path: string;
   /** `major:minor`. */
   readonly number: string;
@@ -19,12 +27,12 @@ export interface BlockDevice {
   readonly sizeBytes: bigint;
   /** Whether the kernel refuses writes to it. */
   readonly readOnly: boolean;
-  /** Of a mapper that encrypts (luks.ts): its name, and the namespace under it, undefined when that has gone. */
+  /** For a mapper that encrypts (luks.ts): its name, and the namespace beneath it, undefined when that has gone. */
   readonly encrypts?: { readonly name: string; readonly beneath: BlockDevice | undefined };
 }
 
 /**
- * The block device with this namespace UUID, or undefined. Does not touch the device itself.
+ * The block device with this namespace UUID, or undefined.
  *
  * @throws StatusError FAILED_PRECONDITION when two devices claim the UUID, so that no choice is safe
  */
@@ -58,28 +66,29 @@ export async function deviceNumbered(host: Host, number: string): Promise<BlockD
 }
 
 /**
- * Whether this machine shows any block device of a subsystem, be it one that has no UUID or that is half there.
+ * Whether this machine shows any block device of a subsystem, including one without a UUID or one that is being removed.
  *
- * @param but names of devices that do not count
+ * @param ignored names of devices that do not count
  */
-export async function hasNamespaces(host: Host, subsystemNqn: string, but: readonly string[] = []): Promise<boolean> {
+export async function hasNamespaces(
+  host: Host,
+  subsystemNqn: string,
+  ignored: readonly string[] = [],
+): Promise<boolean> {
   for (const name of await namespaceNames(host)) {
-    if (but.includes(name)) continue;
+    if (ignored.includes(name)) continue;
     if (await readAttribute(host, `class/block/${name}/device/subsysnqn`) === subsystemNqn) return true;
   }
   return false;
 }
 
-/** All NVMe namespaces of this machine that have a UUID, local drives among them. Does not touch the devices. */
+/** All NVMe namespaces of this machine that have a UUID, including local drives. */
 export async function allDevices(host: Host): Promise<readonly BlockDevice[]> {
   const devices = await Promise.all((await namespaceNames(host)).map((name) => readDevice(host, name)));
   return devices.filter((device) => device !== undefined);
 }
 
-/**
- * The volumes that this machine is connected to as a node of this driver, whoever made the connections. Does not touch the
- * devices.
- */
+/** The volumes that this machine is connected to under a host NQN of this driver, whatever program made the connections. */
 export async function attachedVolumes(host: Host): Promise<readonly BlockDevice[]> {
   const subsystems = new Set(
     (await allControllers(host))
@@ -94,10 +103,11 @@ export function describeDevice(device: BlockDevice): string {
   return `${device.name} (namespace ${device.uuid} of ${device.subsystemNqn})`;
 }
 
+/** All block devices with this namespace UUID; more than one where two subsystems, or paths without multipath, have it. */
 export async function devicesWithUuid(host: Host, uuid: string): Promise<readonly BlockDevice[]> {
   const found: BlockDevice[] = [];
   for (const name of await namespaceNames(host)) {
-    // One file tells most devices apart; the rest is read of the right one only.
+    // One file rules out most devices; the rest is read for the right one only.
     if (await readUuid(host, name) !== uuid.toLowerCase()) continue;
     const device = await readDevice(host, name);
     if (device !== undefined) found.push(device);
@@ -115,6 +125,7 @@ async function readUuid(host: Host, name: string): Promise<string | undefined> {
   return wwid?.startsWith("uuid.") ? wwid.slice("uuid.".length).toLowerCase() : undefined;
 }
 
+/** One namespace by the name of its device; undefined when it is gone, hidden, or has no UUID. */
 export async function readDevice(host: Host, name: string): Promise<BlockDevice | undefined> {
   const base = `class/block/${name}`;
   const [uuid, number, size, hidden, ro, nqn] = await Promise.all([
@@ -125,7 +136,7 @@ export async function readDevice(host: Host, name: string): Promise<BlockDevice 
     readAttribute(host, `${base}/ro`),
     readAttribute(host, `${base}/device/subsysnqn`),
   ]);
-  // A device on its way out loses its files one by one; then it is not there.
+  // A device that is being removed loses its files one by one; it counts as gone.
   if (uuid === undefined || number === undefined || size === undefined || nqn === undefined) return undefined;
   if (hidden === "1" || !/^\d+$/.test(size)) return undefined;
   return {
@@ -134,7 +145,7 @@ export async function readDevice(host: Host, name: string): Promise<BlockDevice 
     number,
     uuid,
     subsystemNqn: nqn,
-    // The kernel counts in 512 bytes whatever the device's own sectors are.
+    // The kernel counts in units of 512 bytes, whatever the device's own sector size is.
     sizeBytes: BigInt(size) * 512n,
     readOnly: ro === "1",
   };

@@ -1,3 +1,4 @@
+/** Disconnects controllers, and makes the kernel connect them again. */
 import type { RequestContext } from "../../context.ts";
 import { StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
@@ -5,8 +6,8 @@ import { addressOf, isAt, type NvmeController, readController } from "./controll
 import { runNvme, wordsOf } from "./nvme_cli.ts";
 
 /**
- * Makes the kernel connect a live controller again, under its name. What is on its way over it fails over to other paths,
- * or waits. Until it is live again or that has failed, it blocks; a signal that aborts lets it go on in the kernel.
+ * Makes the kernel connect a live controller again, under the same name. Its outstanding I/O fails over to other paths, or
+ * waits. Returns when the controller is live again or the attempt has failed; when the signal aborts, the kernel continues.
  *
  * @returns why it failed, or undefined
  */
@@ -19,25 +20,25 @@ export async function resetController(
 }
 
 /**
- * `nvme disconnect` of one controller. Not connected, or its name is that of another connection by now: done.
+ * Disconnects one controller. Does nothing when it is not connected, or its name belongs to another connection by now.
  *
- * @throws StatusError UNAVAILABLE with nvme-cli's words
+ * @throws StatusError UNAVAILABLE with the message of nvme-cli
  */
 export async function disconnectController(
   host: Host,
   ctx: RequestContext,
   controller: NvmeController,
 ): Promise<void> {
-  // Names are used anew, and a disconnect of the one before can have taken a minute.
+  // The kernel reuses names, and disconnecting the controller before this one may have taken a minute.
   if (!isSameController(await readController(host, controller.name), controller)) return;
   const result = await host.run("nvme", ["disconnect", `--device=${controller.name}`], {
     signal: ctx.signal,
     onAbort: "finish",
     log: ctx.log,
   });
-  // nvme-cli 2.3 to 2.16 exit with 0 also when the kernel refused, and say so.
+  // nvme-cli 2.3 to 2.16 also exit with 0 when the kernel fails, and print a message.
   if (result.code === 0 && !/failed to disconnect/i.test(result.stderr)) return;
-  // It was gone before nvme-cli came to it.
+  // It had gone before nvme-cli started.
   if (!isSameController(await readController(host, controller.name), controller)) return;
   throw new StatusError(
     "UNAVAILABLE",
@@ -47,7 +48,7 @@ export async function disconnectController(
   );
 }
 
-/** Whether what a name stands for now is still this connection. */
+/** Whether `now`, which has the name of `controller`, is still the same connection. */
 export function isSameController(now: NvmeController | undefined, controller: NvmeController): boolean {
   const address = addressOf(controller);
   return now !== undefined && now.subsystemNqn === controller.subsystemNqn && now.hostNqn === controller.hostNqn &&

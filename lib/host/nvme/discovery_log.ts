@@ -1,4 +1,4 @@
-/** Reads the log page of a discovery controller: where a subsystem can be reached. */
+/** Reads the log page of a discovery controller: the addresses of subsystems. */
 import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
 import { formatAddress, parseAddress, type TransportAddress } from "../../namespace.ts";
@@ -6,11 +6,11 @@ import type { Host } from "../host.ts";
 import type { NvmeController } from "./controllers.ts";
 import { wordsOf } from "./nvme_cli.ts";
 
-/** What a discovery controller tells. */
+/** What a discovery controller reports. */
 export interface DiscoveryLog {
   /** Changes with its content. */
   readonly generation: bigint;
-  /** I/O controllers that it offers to this host NQN, over TCP. */
+  /** I/O controllers for this host NQN, over TCP. */
   readonly controllers: readonly { readonly subsystemNqn: string; readonly address: TransportAddress }[];
   /** Other discovery controllers, over TCP. */
   readonly referrals: readonly TransportAddress[];
@@ -28,10 +28,10 @@ const discoverySchema = z.object({
 });
 
 /**
- * Reads the discovery log page over a connection that is there: it takes the ioctl of nvme-cli, sysfs does not show it.
+ * Reads the discovery log page over an existing connection, with nvme-cli: sysfs does not show the page.
  *
  * @param controller a live discovery controller; nvme-cli does not wait for one that is connecting
- * @throws StatusError UNAVAILABLE when it cannot be read, INTERNAL when nvme-cli's answer cannot
+ * @throws StatusError UNAVAILABLE when it cannot be read, INTERNAL when the output of nvme-cli is not understood
  */
 export async function readDiscoveryLog(
   host: Host,
@@ -59,7 +59,7 @@ export async function readDiscoveryLog(
     throw ctx.error("INTERNAL", `nvme-cli's answer is not understood (${problems})`);
   }
   const records = parsed.data.records.filter(({ trtype }) => trtype === "tcp").flatMap((record) => {
-    // Padded with blanks by some targets, as the page's fields are of fixed length.
+    // Some storage servers pad the fixed-length fields of the page with blanks.
     const text = record.traddr.trim();
     const address = parseAddress(formatAddress({ traddr: text, trsvcid: record.trsvcid.trim() }));
     return address === undefined ? [] : [{ subtype: record.subtype, subsystemNqn: record.subnqn.trim(), address }];

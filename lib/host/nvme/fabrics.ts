@@ -1,18 +1,18 @@
 /**
- * Connections by the kernel's own interface: one write to /dev/nvme-fabrics, whose answer names the controller that was made
- * (Linux, drivers/nvme/host/fabrics.c). nvme-cli does the same, and is what connects by default. This way is for what
- * nvme-cli cannot do: pass on a key without showing it, make a second connection to an address, and give the reason of a
- * failure, which 2.11 to 2.16 keep to themselves.
+ * Connections through the kernel's own interface: one write to /dev/nvme-fabrics, whose answer names the new controller
+ * (Linux, drivers/nvme/host/fabrics.c). nvme-cli does the same, and is the default. The driver uses this interface for what
+ * nvme-cli cannot do: pass on a key without showing it, make a second connection to an address, and report the reason of a
+ * failure, which 2.11 to 2.16 do not print.
  *
- * What counts as connected already differs. The kernel compares subsystem, address, host NQN and host ID, and passes over
- * controllers that are being deleted or are dead (`nvmf_ctlr_matches_baseopts`, the same from 4.19 to 6.12). nvme-cli 2.3
- * compares subsystem and address alone, before it asks the kernel; since 2.8 it compares the host too.
+ * The two differ in what counts as connected already. The kernel compares subsystem, address, host NQN and host ID, and
+ * ignores controllers that are being deleted or are dead (`nvmf_ctlr_matches_baseopts`, the same from 4.19 to 6.12).
+ * nvme-cli 2.3 compares subsystem and address alone, before it asks the kernel; since 2.8 it compares the host too.
  */
 import { messageOf } from "../../error.ts";
 import type { Host } from "../host.ts";
 import type { ConnectOptions } from "./connect_options.ts";
 
-/** More options than nvme-cli is given. */
+/** Options beyond those that nvme-cli gets. */
 export interface KernelOptions {
   /** A DH-HMAC-CHAP key in clear text: never in a log or an error. */
   readonly dhchapSecret?: string | undefined;
@@ -23,7 +23,7 @@ export interface KernelOptions {
 
 /**
  * Connects to one controller. Not idempotent: a second call fails with `Operation already in progress (os error 114)` unless
- * `duplicate` is set. It takes as long as the kernel does, and cannot be stopped.
+ * `duplicate` is set. It returns when the kernel does, and cannot be cancelled.
  *
  * @returns name of the new controller (`nvme3`); undefined when the kernel does not name it
  * @throws what the kernel answers, with `(os error N)` in the message; see describeConnectFailure
@@ -59,16 +59,16 @@ export async function connectByKernel(
   return instance === undefined ? undefined : `nvme${instance}`;
 }
 
-/** The number in an error of the kernel, those of x86, ARM, RISC-V, POWER and s390; undefined: it is not the kernel's. */
+/** The error number of the kernel in an error (x86, ARM, RISC-V, POWER and s390); undefined when it is not the kernel's. */
 export function kernelErrorNumber(error: unknown): number | undefined {
   const number = /\(os error (\d+)\)/.exec(messageOf(error))?.[1];
   return number === undefined ? undefined : Number(number);
 }
 
 /**
- * What a failed connect means, in words for an error message. Words that leave a choice are kept beside the meaning.
+ * What a failed connect means, in words for an error message. An ambiguous text is kept beside its meaning.
  *
- * @param text words of nvme-cli 2.3 to 2.16 or of the kernel, which spell the kernel's errors the same, in one line
+ * @param text one line of nvme-cli 2.3 to 2.16 or of the kernel, which spell the kernel's errors alike
  */
 export function describeConnectFailure(text: string, hostNqn: string): string {
   if (/connection refused/i.test(text)) return "refused, nothing listens there";
@@ -79,9 +79,9 @@ export function describeConnectFailure(text: string, hostNqn: string): string {
   if (/timed out|no route to host|network is unreachable|network is down|host is down/i.test(text)) {
     return `no way there (${text})`;
   }
-  // nvme-cli looks at /sys/class/nvme first, which comes with the module.
+  // nvme-cli looks at /sys/class/nvme first, which exists once the module is loaded.
   const isMissing = /(?:fabrics|scan topology).*no such file|no such file.*fabrics/i.test(text) ||
-    // A device node that the module left, or that an image brings.
+    // A device node that the module left behind, or that an image contains.
     /failed to open.*no such device|no such device.*: open /i.test(text);
   if (isMissing) {
     return `${text}; the kernel module nvme_tcp is not loaded`;

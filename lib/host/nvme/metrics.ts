@@ -1,4 +1,4 @@
-/** How the machine's NVMe connections are, for metrics: read from sysfs at each reading, nothing is remembered. */
+/** Metrics of this machine's NVMe connections, read from sysfs each time. */
 import type { Sample } from "../../metrics.ts";
 import { isNodeHostNqn } from "../../namespace.ts";
 import type { Host } from "../host.ts";
@@ -8,9 +8,9 @@ import { attachedVolumes } from "./devices.ts";
 import { isLivePath, pathsOf } from "./paths.ts";
 
 /**
- * Volumes and connections of the machine that were made under a host NQN of this driver. Touches no device.
+ * Samples of the volumes and connections that this machine has under a host NQN of this driver. Touches no device.
  *
- * @param isOurs whether a subsystem is of this driver; a node can have another one
+ * @param isOurs whether a subsystem belongs to this driver; a node can run more than one
  */
 export async function machineSamples(
   host: Host,

@@ -1,8 +1,9 @@
+/** Whether the kernel has native NVMe multipath: one device for all paths to a namespace. */
 import type { Host } from "../host.ts";
 
 /**
- * Why this kernel shows each path to a namespace as a device of its own, and what is needed instead; undefined: it has native
- * multipath, or sysfs does not tell.
+ * Why this kernel shows each path to a namespace as a device of its own, and what is needed instead; undefined when it has
+ * native multipath, or sysfs does not show it.
  */
 export async function multipathObstacle(
   host: Host,

@@ -3,6 +3,7 @@ import type { RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import type { CommandResult, Host } from "../host.ts";
 
+/** Runs nvme-cli; returns why it failed, or undefined. Throws `ctx.signal.reason` when that has aborted. */
 export async function runNvme(
   host: Host,
   ctx: RequestContext,
@@ -18,7 +19,7 @@ export async function runNvme(
   }
 }
 
-/** What a tool says about its failure, in one line; nvme-cli 2.13 says some of it on its standard output. */
+/** The error message of a command in one line. nvme-cli 2.13 writes part of its messages to standard output. */
 export function wordsOf({ stdout, stderr }: CommandResult): string {
   const text = stderr.trim() === "" ? stdout : stderr;
   return text.trim().replace(/\s*\n\s*/g, "; ").slice(0, 1000);

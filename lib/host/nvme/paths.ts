@@ -1,11 +1,11 @@
-/** Paths: the I/O controllers through which a namespace can be reached, and their ANA state. */
+/** Paths: the I/O controllers that lead to a namespace, and their ANA state. */
 import type { RequestContext } from "../../context.ts";
 import type { Host } from "../host.ts";
 import { controllersOf, type NvmeController } from "./controllers.ts";
 import type { BlockDevice } from "./devices.ts";
 import { readAttribute } from "./sysfs.ts";
 
-/** One controller's way to a namespace. */
+/** A path to a namespace over one controller. */
 export interface NamespacePath {
   readonly controller: NvmeController;
   /** `optimized`, `non-optimized`, `inaccessible` …; undefined where the kernel has no multipath. */
@@ -17,14 +17,11 @@ export async function allPaths(
   host: Host,
   controllers: readonly NvmeController[],
 ): Promise<readonly (NamespacePath & { readonly device: string })[]> {
-  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
-  const paths = await Promise.all(names.map(async (name) => {
-    // nvme1c2n3 is the path of nvme1n3 over controller nvme2.
-    const [, subsystem, instance, namespace] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
-    const controller = controllers.find((controller) => controller.name === `nvme${instance}`);
-    if (controller === undefined) return [];
-    const anaState = await readAttribute(host, `class/block/${name}/ana_state`);
-    return [{ controller, anaState, device: `nvme${subsystem}n${namespace}` }];
+  const paths = await Promise.all((await pathEntries(host)).map(async (entry) => {
+    const controller = controllers.find((controller) => controller.name === entry.controllerName);
+    return controller === undefined
+      ? []
+      : [{ controller, anaState: await anaStateOf(host, entry), device: entry.device }];
   }));
   return paths.flat();
 }
@@ -37,39 +34,33 @@ export async function pathsOf(
 ): Promise<readonly NamespacePath[]> {
   const found = (await allPaths(host, controllers)).filter((path) => path.device === device.name)
     .map(({ controller, anaState }) => ({ controller, anaState }));
-  // Without native multipath there are no such entries, and the device hangs on its one controller.
+  // Without native multipath there are no such entries, and the device has one controller.
   return found.length > 0 ? found : controllers
     .filter((controller) => controller.subsystemNqn === device.subsystemNqn)
     .map((controller) => ({ controller, anaState: undefined }));
 }
 
-/** Whether reads and writes get through on this path now. */
+/** Whether reads and writes can use this path now. */
 export function isLivePath({ controller, anaState }: NamespacePath): boolean {
   return controller.state === "live" && (anaState === undefined || /optimized$/.test(anaState));
 }
 
 /**
- * Whether some namespace has no live path but over this controller, those over `others` counted. Without native multipath
- * the kernel shows no paths, and nobody is needed.
+ * Whether a namespace has no live path but over this controller; only `others` count besides. False without native multipath,
+ * where the kernel shows no paths.
  */
 export async function isNeeded(
   host: Host,
   controller: NvmeController,
   others: readonly NvmeController[],
 ): Promise<boolean> {
-  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
+  const entries = await pathEntries(host);
   const live = new Set(others.filter(({ state }) => state === "live").map(({ name }) => name));
-  // nvme1c2n3 is the path of nvme1n3 over controller nvme2.
-  const paths = names.flatMap((name) => {
-    const [, subsystem = "", instance = "", namespace = ""] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
-    return subsystem === "" ? [] : [{ name, controller: `nvme${instance}`, device: `nvme${subsystem}n${namespace}` }];
-  });
-  for (const { device } of paths.filter((path) => path.controller === controller.name)) {
+  for (const { device } of entries.filter(({ controllerName }) => controllerName === controller.name)) {
     let isCarried = false;
-    for (const path of paths) {
-      if (path.device !== device || !live.has(path.controller)) continue;
-      const state = await host.readText(`${host.roots.sysfs}/class/block/${path.name}/ana_state`);
-      isCarried ||= state !== undefined && /optimized$/.test(state.trim());
+    for (const entry of entries) {
+      if (entry.device !== device || !live.has(entry.controllerName)) continue;
+      isCarried ||= /optimized$/.test(await anaStateOf(host, entry) ?? "");
     }
     if (!isCarried) return true;
   }
@@ -77,13 +68,15 @@ export async function isNeeded(
 }
 
 /**
- * Throws UNAVAILABLE when no path of the device is live. Whoever touches it then waits in the kernel, where no signal
- * reaches him, until a path comes back or the kernel gives the connection up (`ctrl_loss_tmo`; with live connections whose
- * ANA state is inaccessible, never). Shows sysfs nothing of its connections, that is no reason to refuse.
+ * Throws UNAVAILABLE when no path of the device is live. A process that touches the device then blocks in the kernel and
+ * cannot be killed, until a path comes back or the kernel gives the connection up (`ctrl_loss_tmo`; with live connections
+ * whose ANA state is inaccessible, never). A device of which sysfs shows no connection passes.
  */
 export async function assertHasPath(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
-  const bare = device.encrypts === undefined ? device : device.encrypts.beneath;
-  const paths = bare === undefined ? [] : await pathsOf(host, bare, await controllersOf(host, bare.subsystemNqn));
+  const namespace = device.encrypts === undefined ? device : device.encrypts.beneath;
+  const paths = namespace === undefined
+    ? []
+    : await pathsOf(host, namespace, await controllersOf(host, namespace.subsystemNqn));
   if (paths.length === 0 || paths.some(isLivePath)) return;
   const states = paths.map((path) => {
     const { name, state } = path.controller;
@@ -94,4 +87,24 @@ export async function assertHasPath(host: Host, ctx: RequestContext, device: Blo
     `${device.path} has no live path (${states.join("; ")}), what was not yet written waits for one; ` +
       `it goes on when a path comes back, or without what was not written when the kernel gives up (ctrl_loss_tmo)`,
   );
+}
+
+/** The entry of a path in sysfs: `nvme1c2n3` is the path of `nvme1n3` over controller `nvme2`. */
+interface PathEntry {
+  readonly name: string;
+  readonly controllerName: string;
+  readonly device: string;
+}
+
+async function pathEntries(host: Host): Promise<readonly PathEntry[]> {
+  const names = await host.list(`${host.roots.sysfs}/class/block`) ?? [];
+  return names.flatMap((name) => {
+    const [, subsystem, instance, namespace] = /^nvme(\d+)c(\d+)n(\d+)$/.exec(name) ?? [];
+    if (subsystem === undefined) return [];
+    return [{ name, controllerName: `nvme${instance}`, device: `nvme${subsystem}n${namespace}` }];
+  });
+}
+
+async function anaStateOf(host: Host, { name }: PathEntry): Promise<string | undefined> {
+  return await readAttribute(host, `class/block/${name}/ana_state`);
 }

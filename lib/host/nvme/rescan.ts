@@ -5,8 +5,8 @@ import { controllersOf, type NvmeController } from "./controllers.ts";
 import { runNvme } from "./nvme_cli.ts";
 
 /**
- * Asks the kernel to look at the namespaces of a subsystem again over one live controller: at their sizes, most of all. At
- * best effort, for the kernel does so by itself when the cluster announces a change.
+ * Makes the kernel read the namespaces of a subsystem again over one live controller, mainly their sizes. Failures are logged
+ * only, because the kernel does so by itself when the cluster announces a change.
  */
 export async function rescanNamespaces(host: Host, ctx: RequestContext, subsystemNqn: string): Promise<void> {
   for (const controller of await controllersOf(host, subsystemNqn)) {
@@ -17,7 +17,7 @@ export async function rescanNamespaces(host: Host, ctx: RequestContext, subsyste
   }
 }
 
-/** The same over every live controller: for namespaces that are missing, for which one controller does not speak for all. */
+/** The same over every live controller: for namespaces that are missing, because each controller shows its own list. */
 export async function rescanAll(host: Host, ctx: RequestContext, subsystemNqn: string): Promise<void> {
   for (const controller of await controllersOf(host, subsystemNqn)) {
     if (controller.state !== "live") continue;
@@ -27,7 +27,7 @@ export async function rescanAll(host: Host, ctx: RequestContext, subsystemNqn: s
   }
 }
 
-/** Asks the kernel to look again at the namespaces that one live controller shows; answers why not, or undefined. */
+/** Makes the kernel read again the namespaces that one live controller shows; returns why that failed, or undefined. */
 export async function rescanController(
   host: Host,
   ctx: RequestContext,

@@ -1,4 +1,4 @@
-/** Waits until the device of a namespace is there, and checks later that it still is the same. */
+/** Waits until the device of a namespace is there. */
 import type { RequestContext } from "../../context.ts";
 import { hasCode, StatusError } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
@@ -7,25 +7,25 @@ import { addressOf, controllersOf } from "./controllers.ts";
 import { type BlockDevice, describeDevice, devicesWithUuid, findDevice } from "./devices.ts";
 import { rescanAll } from "./rescan.ts";
 
-// A cluster announces a namespace within 0.3 s where it was measured; then the kernel is asked to look.
+// A cluster announces a namespace within 0.3 s where it was measured. After this time the kernel is asked to rescan.
 const announcedMs = 2000;
 
 const rescanEveryMs = 15_000;
 
 export interface WaitOptions {
-  /** Only a namespace of this subsystem will do. */
+  /** The namespace has to be one of this subsystem. */
   readonly subsystemNqn?: string | undefined;
-  /** What to look at when the device does not come. */
+  /** Advice for the error when the device does not appear. */
   readonly hint: string;
   readonly pollMs?: number;
 }
 
 /**
- * The block device with this namespace UUID and its node in the directory of devices, as soon as both are there: sysfs is
- * polled and the directory is watched, until `ctx.signal` aborts.
+ * Waits until the block device with this namespace UUID and its device node are there, and returns it: sysfs is polled and
+ * the directory of devices is watched, until `ctx.signal` aborts.
  *
  * @throws StatusError UNAVAILABLE at the deadline, saying what is there instead and what to look at; FAILED_PRECONDITION
- *   as findDevice
+ *   as findDevice does
  */
 export async function waitForDevice(
   host: Host,
@@ -33,32 +33,32 @@ export async function waitForDevice(
   uuid: string,
   options: WaitOptions,
 ): Promise<BlockDevice> {
-  const ready = async () => {
+  const findReady = async () => {
     const device = await findDevice(host, uuid, options.subsystemNqn);
     if (device === undefined) return undefined;
     return await host.blockNumber(device.path) === device.number && device.sizeBytes > 0n ? device : undefined;
   };
-  const here = await ready();
+  const here = await findReady();
   if (here !== undefined) return here;
   const started = performance.now();
-  // Watches before it looks again, or it would miss what came in between.
-  const bell = new Wakeup();
-  using _watch = host.watch(host.roots.dev, () => bell.ring());
+  // The watch begins before sysfs is read again, or a device that appears in between would be missed.
+  const wakeup = new Wakeup();
+  using _watch = host.watch(host.roots.dev, () => wakeup.ring());
   let rescanAtMs = announcedMs;
   for (;;) {
-    const device = await ready();
+    const device = await findReady();
     if (device !== undefined) {
       ctx.log.debug("device arrived", { device: device.path, ms: Math.round(performance.now() - started) });
       return device;
     }
     if (options.subsystemNqn !== undefined && performance.now() - started >= rescanAtMs) {
-      // The announcement of the namespace may be lost, as after a change of the access list during a reconnect. Each
-      // connection has announcements of its own, and it may be on one alone that the namespace is shown.
+      // The announcement of the namespace may be lost, for instance after a change of the access list during a reconnect.
+      // Each connection has its own announcements, and the namespace may be visible over one connection only.
       rescanAtMs += rescanEveryMs;
       await rescanAll(host, ctx, options.subsystemNqn);
     }
     try {
-      await bell.wait(options.pollMs ?? 100, ctx.signal);
+      await wakeup.wait(options.pollMs ?? 100, ctx.signal);
     } catch (error) {
       if (hasCode(error, "CANCELLED")) throw error;
       const seconds = Math.round((performance.now() - started) / 1000);
@@ -100,7 +100,7 @@ async function describeAbsence(host: Host, uuid: string, subsystemNqn: string | 
   return `of ${subsystemNqn}, ${list.join(", ")}, but it shows no such namespace to this host`;
 }
 
-/** Wakes one waiter; a ring while nobody waits is kept for the next. */
+/** Wakes one waiter; a ring without a waiter is kept for the next one. */
 class Wakeup {
   #rung = false;
   #wake: (() => void) | undefined;
