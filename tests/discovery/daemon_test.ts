@@ -4,12 +4,13 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createLogger } from "../../lib/context.ts";
 import { createDiscoveryDaemon } from "../../lib/discovery/daemon.ts";
-import { discoveryInput, parseInput } from "../../lib/discovery/input.ts";
+import { parseInput } from "../../lib/discovery/entries.ts";
+import { DiscoveryInput } from "../../lib/discovery/input.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import { discoveryFile } from "../../lib/host/attach/discovery_client.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
-import { discoveryNqn } from "../../lib/host/nvme/controllers.ts";
 import { readDiscoveryLog } from "../../lib/host/nvme/discovery_log.ts";
+import { discoveryNqn } from "../../lib/host/nvme/controllers.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { FakeHost } from "../support/fake_host.ts";
 import { callContext, rejects } from "../support/node_calls.ts";
@@ -101,7 +102,7 @@ function inputOf(host: FakeHost) {
   const lines: { event: string; path?: string; error?: string; level: string }[] = [];
   let ms = 0;
   const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line)));
-  const input = discoveryInput(host, host.discoveryDirectory, log, () => ms);
+  const input = new DiscoveryInput(host, host.discoveryDirectory, log, () => ms);
   return {
     write: (name: string, text: string) => host.replaceText(`${host.discoveryDirectory}/${name}`, text),
     remove: (name: string) => host.remove(`${host.discoveryDirectory}/${name}`),
@@ -184,7 +185,7 @@ Deno.test("discoveryInput knows nothing new while the directory is missing", asy
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-input-" });
   const lines: string[] = [];
   const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line).event));
-  const input = discoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "in"), log);
+  const input = new DiscoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "in"), log);
 
   assert.equal(await input.read(), undefined);
   assert.equal(await input.read(), undefined);
@@ -227,7 +228,7 @@ Deno.test("discoveryInput reads the files of a ConfigMap through their links, fo
   await using map = await configMap();
   const lines: string[] = [];
   const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line).event));
-  const input = discoveryInput(createLinuxHost({ log: createLogger("error") }), map.directory, log);
+  const input = new DiscoveryInput(createLinuxHost({ log: createLogger("error") }), map.directory, log);
   const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
 
   await map.show({ a: entry("192.0.2.1"), b: entry("192.0.2.2") });
@@ -260,7 +261,7 @@ Deno.test("discoveryInput passes over links to what is no file, and keeps what a
   await Deno.symlink("/dev/zero", at("device"));
   await Deno.symlink("loop", at("loop"));
   await Deno.symlink("../elsewhere/x", at("x"));
-  const input = discoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "link"), log);
+  const input = new DiscoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "link"), log);
   const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
 
   assert.deepEqual(await addresses(), ["192.0.2.1"]);
@@ -588,7 +589,9 @@ Deno.test("promise 3: the daemon keeps a subsystem that is in use, says so once,
   await settle();
   await settle(60_000);
   assert.deepEqual(did().filter((command) => !command.endsWith("=nvme0")), []);
-  const said = lines.filter(({ event }) => event === "could not let go of a subsystem, tries again");
+  const said = lines.filter(({ event }) =>
+    event === "could not disconnect a subsystem that no file names, tries again"
+  );
   assert.deepEqual(said.map(({ error }) => error), [
     `/dev/nvme0n1 is in use by the mount at "/pods/x", it stays connected`,
   ]);
@@ -656,7 +659,7 @@ Deno.test("the daemon works in a directory that takes no notes, and lets go as l
 
   assert.deepEqual(connected(), []);
   assert.deepEqual(lines.filter(({ level }) => level === "warning").map(({ event, error }) => `${event}: ${error}`), [
-    "cannot note down what it manages, and forgets it when it ends: Read-only file system (os error 30)",
+    "cannot store which subsystems it manages, and forgets them when it ends: Read-only file system (os error 30)",
   ]);
 });
 
