@@ -7,6 +7,7 @@
  *   --keep           keep the directory of the run: the kernel's messages, the logs of the program, the disk
  *   --bench          run the benchmarks of bench/ instead
  *   --list           print the names of the checks
+ *   --build          only build the guest's image
  *   --jobs COUNT     number of guests that run at the same time, default 2
  *
  * The guest's image is built when it is missing or its inputs have changed, in $LBCSI_VM_CACHE (default
@@ -38,6 +39,7 @@ const { values: options } = parseArgs({
     keep: { type: "boolean", default: false },
     bench: { type: "boolean", default: false },
     list: { type: "boolean", default: false },
+    build: { type: "boolean", default: false },
     jobs: { type: "string", default: "2" },
   },
 });
@@ -423,6 +425,14 @@ const started = performance.now();
 const cache = Deno.env.get("LBCSI_VM_CACHE") ?? join(Deno.env.get("HOME") ?? "/root", ".cache/lbcsi-vm");
 const imageDir = join(cache, options.suite);
 const emulatorDir = join(cache, "emulator");
+const buildGuest = () => runCommand("bash", [join(here, "build_guest.sh"), options.suite, imageDir, emulatorDir]);
+if (options.build) {
+  await buildGuest().catch((error: Error) => {
+    console.error(error.message);
+    Deno.exit(2);
+  });
+  Deno.exit(0);
+}
 const stop = new AbortController();
 for (const name of ["SIGINT", "SIGTERM"] as const) {
   Deno.addSignalListener(name, () => stop.abort(new Error(`stopped by ${name}`)));
@@ -438,8 +448,7 @@ const code = codeAt(join(directory, "code"));
 const rootDir = join(directory, "root");
 const makeRoot = () => runCommand(Deno.execPath(), ["run", "-A", "k8s/image/root.ts", "node", rootDir]);
 const rootReady = plans.some(({ hasImage }) => hasImage) ? makeRoot().catch(exitUnprepared) : Promise.resolve();
-const makeGuest = runCommand("bash", [join(here, "build_guest.sh"), options.suite, imageDir, emulatorDir]);
-await Promise.all([makeGuest, makeCode(code)]).catch(exitUnprepared);
+await Promise.all([buildGuest(), makeCode(code)]).catch(exitUnprepared);
 const run: Run = { imageDir, emulatorDir, code, rootDir, rootReady, directory, stop: stop.signal, guests: 0 };
 const secondsToBoot = Math.round((performance.now() - started) / 1000);
 const { passed, failed } = await runPlans(plans, run);
