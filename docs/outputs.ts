@@ -1,9 +1,9 @@
 /**
- * The commands in the documents, and what they print.
+ * The commands in the documents, and their output.
  *
- * A block "```sh run" can run anywhere: it is run by the tests, with `lbcsi` in its PATH, in an empty directory. What
- * stands in a block "```text" right behind it is what it prints. `deno task docs` writes these texts; with `--check` it
- * writes nothing and ends with status 1 when one differs.
+ * A block "```sh run" can run anywhere: the tests run it in an empty directory with `lbcsi` in its PATH. A block "```text"
+ * directly after it quotes its output. `deno task docs` updates these quotes; with `--check` it writes nothing and ends
+ * with status 1 if one differs.
  */
 import { fileURLToPath } from "node:url";
 
@@ -27,15 +27,15 @@ function documentsIn(directory: string): readonly string[] {
 
 /** A fenced block of a document. */
 export interface Block {
-  /** What stands behind the fence: `sh run`. */
+  /** The text after the fence: `sh run`. */
   readonly info: string;
   readonly text: string;
-  /** The line of the opening fence, from 0, and the line of the closing one. */
+  /** The lines of the opening and the closing fence, from 0. */
   readonly from: number;
   readonly to: number;
 }
 
-/** The fenced blocks of a document, in their order. */
+/** The fenced blocks of a document, in order. */
 export function blocksOf(markdown: string): readonly Block[] {
   const lines = markdown.split("\n");
   const blocks: Block[] = [];
@@ -52,13 +52,13 @@ export function blocksOf(markdown: string): readonly Block[] {
   return blocks;
 }
 
-/** A block that can be run, and the block that says what it prints, if there is one. */
+/** A block that can be run, and the block that quotes its output, if there is one. */
 export interface Run {
   readonly command: Block;
   readonly output: Block | undefined;
 }
 
-/** What can be run in a document. */
+/** The blocks of a document that can be run. */
 export function runsOf(markdown: string): readonly Run[] {
   const blocks = blocksOf(markdown);
   return blocks.flatMap((command, at) => {
@@ -70,7 +70,7 @@ export function runsOf(markdown: string): readonly Run[] {
 }
 
 /**
- * Runs a block in a new directory and gives what it prints. Throws when it fails, with what it says, or takes more than a
+ * Runs a block in a new directory and returns its output. Throws, with its error output, if it fails or takes more than a
  * minute.
  */
 export async function run({ text }: Block): Promise<string> {
@@ -100,7 +100,7 @@ export async function run({ text }: Block): Promise<string> {
   }
 }
 
-/** The document with what its commands print now. */
+/** The document with the current output of its commands. */
 export async function refreshed(markdown: string): Promise<string> {
   const lines = markdown.split("\n");
   for (const { command, output } of runsOf(markdown).toReversed()) {
