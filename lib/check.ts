@@ -53,8 +53,8 @@ export function simulatorCheck(
   const check = {
     name: "simulator",
     verdict: "warning",
-    found: `lbcsi simulate plays this storage system${path}`,
-    advice: "use it to try and to test; it stores nothing on real storage",
+    found: `this storage system is simulated (lbcsi simulate)${path}`,
+    advice: "use it for trials and tests; it stores nothing on real storage",
   } as const;
   return { check, hasDataPath };
 }

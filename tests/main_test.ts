@@ -144,12 +144,12 @@ for (
       LB_CSI_RWX: "true",
       LB_CSI_KUBELET_DIR: "/k",
     }, [
-      'LB_CSI_LOG_LEVLE is no option\'s, did you mean "LB_CSI_LOG_LEVEL"?',
-      "LB_CSI_RWX is no option's",
+      'LB_CSI_LOG_LEVLE is not the variable of any option, did you mean "LB_CSI_LOG_LEVEL"?',
+      "LB_CSI_RWX is not the variable of any option",
     ]],
     // The executable for controllers may not list variables, but knows the names of the vendor's.
     ["controller", "the executable for controllers", { LB_CSI_LOG_LEVLE: "debug", LB_CSI_RWX: "true" }, [
-      "LB_CSI_RWX is no option's",
+      "LB_CSI_RWX is not the variable of any option",
     ]],
   ] as const
 ) {
@@ -189,7 +189,7 @@ for (
 Deno.test("lbcsi controller --backend poseidon calls DAgent and no proxy", async () => {
   await using simulator = await startPoseidon();
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
-  // Nobody listens there.
+  // Nothing listens there.
   const proxies = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"].map((name) => [name, "http://127.0.0.1:9"]);
   const args = ["controller", "--backend", "poseidon", "--endpoint", `unix://${directory}/csi.sock`];
   const process = lbcsi(args, Object.fromEntries(proxies)).spawn();

@@ -52,7 +52,8 @@ const attachOptions = {
   },
   fs: {
     value: "TYPE",
-    meaning: "with --mount: the file system that it has to have; with --format: that it gets, ext4 if none is given",
+    meaning:
+      "with --mount: the file system that the volume has to have; with --format: the one that it gets, ext4 if none is given",
     schema: z.enum(["ext4", "xfs", "btrfs"], { error: "is not ext4, xfs or btrfs" }).optional(),
   },
   "read-only": { meaning: "with --mount: mount it read-only", schema: switchSchema },
@@ -67,8 +68,8 @@ const helpText = `usage: lbcsi attach VOLUME_ID --node-id ID [--mount DIR [--for
        lbcsi attach --uuid UUID --nqn NQN --address IP[:PORT],... --node-id ID ...
 
 Connects this machine to a volume as the node plugin does, without an orchestrator, and prints its block device. It may be
-repeated. A volume that another host has access to is refused; so is anything that would overwrite what is on it: only
---format makes a file system, and only on a device that was read and found blank.
+repeated. It rejects a volume that another host has access to, and never overwrites what is on a volume: only --format makes
+a file system, and only on a device that was read and found blank.
 
 ${exitStatusText}`;
 
@@ -117,7 +118,9 @@ async function attach(ctx: RequestContext, settings: AttachSettings): Promise<At
   });
   const { machine, request, hostEncryption } = opened;
   if (format && hostEncryption !== undefined) {
-    throw new UsageError(`--format: the volume is encrypted on its host (${hostEncryption}), not in clear text`);
+    throw new UsageError(
+      `--format: the volume is encrypted on its host (${hostEncryption}), so it must not get a file system in clear text`,
+    );
   }
   const { assertReady, mountPrograms } = await import("./readiness.ts");
   await assertReady(ctx, machine.host, {

@@ -24,11 +24,11 @@ const commandTable: Readonly<Record<string, TableEntry>> = {
     load: async () => (await import("./node.ts")).nodeCommand,
   },
   sweep: {
-    summary: "list, or remove, the inline volumes that a dead node has left",
+    summary: "list or remove the inline volumes that a dead node has left behind",
     load: async () => (await import("./sweep.ts")).sweepCommand,
   },
   simulate: {
-    summary: "run a simulated storage cluster, to try and to test against",
+    summary: "run a simulated storage cluster for trials and tests",
     load: async () => (await import("./simulate.ts")).simulateCommand,
   },
   attach: {
@@ -48,7 +48,7 @@ const commandTable: Readonly<Record<string, TableEntry>> = {
     load: async () => (await import("./doctor.ts")).doctorCommand,
   },
   "discovery-client": {
-    summary: "keep this machine connected to what the files of a directory name, as the cluster moves",
+    summary: "keep this machine connected to the subsystems that the files of a directory name",
     load: async () => (await import("./discovery_client.ts")).discoveryClientCommand,
   },
   completion: {
@@ -56,7 +56,7 @@ const commandTable: Readonly<Record<string, TableEntry>> = {
     load: async () => (await import("./completion.ts")).completionCommand,
   },
   demo: {
-    summary: "take volumes through their whole lives on a simulated cluster, with real file systems",
+    summary: "show whole lives of volumes on a simulated cluster, with real file systems",
     load: async () => (await import("./demo.ts")).demoCommand,
   },
   identity: {

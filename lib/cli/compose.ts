@@ -79,7 +79,7 @@ export interface PoseidonSettings {
   readonly "jwt-for-any-endpoint"?: boolean;
 }
 
-/** Throws UsageError for options that have no effect with PoseidonOS: whoever gives one expects an effect. */
+/** Throws UsageError for options that have no effect with PoseidonOS. */
 export function assertPoseidonOptions(settings: PoseidonSettings): void {
   const defaultJwtPath = tokenOption["jwt-path"].fallback;
   const http = "its management API is plain HTTP";

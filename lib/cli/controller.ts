@@ -24,7 +24,7 @@ export const controllerOptions = {
   "jwt-for-any-endpoint": {
     env: ["LB_CSI_JWT_FOR_ANY_ENDPOINT"],
     meaning:
-      "send the token of --jwt-path to every endpoint that a StorageClass or volume ID names, over clear text too; " +
+      "send the token of --jwt-path to every endpoint that a StorageClass or volume ID names, also over clear text; " +
       "default: over TLS only, to clusters of --config and to servers whose certificate --mgmt-ca verifies",
     schema: switchSchema,
   },

@@ -11,8 +11,8 @@ const helpText = `usage: lbcsi detach VOLUME_ID --node-id ID [--mount DIR] ...
        lbcsi detach --uuid UUID --nqn NQN --node-id ID [--mount DIR] ...
 
 Undoes lbcsi attach with the same VOLUME_ID (or --uuid and --nqn), --mount, --attach and --node-id: unmounts, disconnects
-unless another volume of the subsystem is here, and takes this host's access away. It refuses while anything else uses the
-volume, works on any leftover, and may be repeated.
+unless another volume of the subsystem is here, and revokes this host's access. It fails while anything else uses the
+volume, removes any partial result, and may be repeated.
 
 ${exitStatusText}`;
 

@@ -30,7 +30,7 @@ export async function detachVolume(
     throw volume.error(
       "FAILED_PRECONDITION",
       `"${discoveryFile}" asks the Discovery-Client to keep it connected, most likely for the node ` +
-        `service; detach it with --attach=discovery-client if nobody needs it`,
+        `service; detach it with --attach=discovery-client if it is no longer needed`,
     );
   }
   const device = await findDevice(host, uuid, subsystemNqn);

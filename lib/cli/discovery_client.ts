@@ -33,7 +33,7 @@ export const discoveryClientOptions = {
     fallback: "600",
     value: "SECONDS",
     meaning:
-      "when the kernel gives up a new I/O connection that is lost, -1: never; an entry of a file may say otherwise",
+      "time after which the kernel gives up a new I/O connection that is lost, -1: never; an entry of a file may override it",
     schema: lossSeconds,
   },
   "keep-alive-tmo": {
@@ -58,11 +58,11 @@ export const discoveryClientOptions = {
 } as const satisfies Options;
 
 const helpText =
-  `Takes the same files as LightOS' Discovery-Client, one per volume with --attach=discovery-client, and stands in its place
-on a machine that has only lbcsi and nvme-cli. It connects to the discovery controllers that the files name, and to every
-I/O controller that these list for the subsystems in the files; follows changes and referrals; and lets go of a subsystem
-that no file names any more, as soon as nothing uses it. It takes over the connections that are there when it starts, and
-leaves them when it ends (SIGTERM): I/O goes on meanwhile.`;
+  `Takes the same files as LightOS' Discovery-Client, one per volume with --attach=discovery-client, and replaces it on a
+machine that has only lbcsi and nvme-cli. It connects to the discovery controllers that the files name, and to every I/O
+controller that these list for the subsystems in the files. It follows changes and referrals, and disconnects a subsystem
+that no file names any more as soon as nothing uses it. It takes over existing connections when it starts, and leaves them
+when it ends (SIGTERM): I/O continues meanwhile.`;
 
 /** `lbcsi discovery-client`. */
 export const discoveryClientCommand = defineCommand(discoveryClientOptions, run, helpText);
@@ -72,7 +72,7 @@ const stopMs = 25_000;
 
 async function run(settings: Settings<typeof discoveryClientOptions>, listCommands: ListCommands): Promise<number> {
   const { "discovery-dir": directory } = settings;
-  assertDirectory(directory, "make it (mkdir -p), or give the one that the node service writes to");
+  assertDirectory(directory, "create it (mkdir -p), or give the one that the node service writes to");
   const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "discovery-client" });
   await warnOfUnknownVariables(log, discoveryClientOptions, listCommands);
   const { createDiscoveryDaemon } = await import("../discovery/daemon.ts");

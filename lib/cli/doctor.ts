@@ -37,7 +37,7 @@ export const doctorOptions = {
   checks: {
     fallback: "all",
     value: "WHAT",
-    meaning: "what is looked at: machine, cluster (from where no volume will be attached), all",
+    meaning: "what is checked: machine, cluster (on a machine that attaches no volumes), all",
     schema: z.enum(["all", "machine", "cluster"], { error: "is not all, machine or cluster" }),
   },
   backend: serviceOptions.backend,
@@ -49,10 +49,10 @@ export const doctorOptions = {
   dev: hostOptions.dev,
   "default-fs": {
     ...controllerAndNodeOptions["default-fs"],
-    meaning: "the file system that this node cannot do without",
+    meaning: "the file system that this node has to support",
   },
   "max-volumes": maxVolumesOption["max-volumes"],
-  config: { ...clusterFileOption.config, meaning: "cluster file: the clusters to look at" },
+  config: { ...clusterFileOption.config, meaning: "cluster file: the clusters to check" },
   "mgmt-endpoint": {
     value: "LIST",
     meaning: "instead of all clusters of --config: host:port of management endpoints (PoseidonOS: of DAgent)",
@@ -70,7 +70,7 @@ export const doctorOptions = {
   timeout: {
     value: "SECONDS",
     fallback: "60",
-    meaning: "how long all of it may take; what does not answer takes less",
+    meaning: "how long all checks may take together; what does not answer is given up earlier",
     schema: wholeNumber(1, 600),
   },
   json: { meaning: "print JSON", schema: switchSchema },
@@ -80,17 +80,18 @@ export const doctorOptions = {
 } as const satisfies Options;
 
 const helpText =
-  `Looks at this machine, and with --config or --mgmt-endpoint at the storage cluster, and says what is wrong with them and
-what to do. Give it the options of the node service; in its container they are there already, as environment variables.
+  `Checks this machine, and with --config or --mgmt-endpoint the storage cluster, and says what is wrong with them and what to
+do. Give it the options of the node service; in the container of the node they are set already, as environment variables.
 
-It changes nothing: it writes no file, connects to no subsystem, opens no device, and runs tools to ask for their versions
-only. Of the cluster it reads what the token may see; to data and discovery addresses it makes a TCP connection and drops it.
+It changes nothing: it writes no file, connects to no subsystem, opens no block device, and runs tools only to print their
+versions. From the cluster it reads what the token permits; to data and discovery addresses it opens a TCP connection and
+closes it.
 
   problem       volumes do not work here, or not safely, until something is done
-  warning       they do, but for something that only some of them need, or something will soon stop them
-  not checked   it cannot be seen from here
+  warning       they work, but something is missing that only some of them need, or something will soon stop them
+  not checked   it is not visible from here
 
-Exit status: 0 no problem, 1 problems, or it could not be done, 2 for bad options.`;
+Exit status: 0 no problem, 1 problems or a failure, 2 bad options.`;
 
 /** `lbcsi doctor`. */
 export const doctorCommand = defineCommand(doctorOptions, run, helpText);
@@ -99,7 +100,7 @@ type DoctorSettings = Settings<typeof doctorOptions>;
 
 async function run(settings: DoctorSettings): Promise<number> {
   const machine = settings.checks === "cluster" ? undefined : machineOptions(settings);
-  return await runShellCommand("look at this machine", settings, async (ctx) => {
+  return await runShellCommand("check this machine", settings, async (ctx) => {
     const { runChecks } = await import("./doctor/checks.ts");
     const { doctorAsJson, doctorAsText, countVerdicts } = await import("./doctor/report.ts");
     const { createLinuxHost } = await import("../host/linux_host.ts");

@@ -11,7 +11,7 @@ export function readKeyFiles(settings: Settings<typeof keyOptions>): GivenKeys {
   const host = readKeyFile("dhchap-key-file", settings["dhchap-key-file"]);
   const controller = readKeyFile("dhchap-ctrl-key-file", settings["dhchap-ctrl-key-file"]);
   if (controller !== undefined && host === undefined) {
-    throw new UsageError("--dhchap-ctrl-key-file: --dhchap-key-file is missing, which proves the host");
+    throw new UsageError("--dhchap-ctrl-key-file: --dhchap-key-file is missing, with which the host authenticates");
   }
   return { host, controller };
 }
@@ -22,7 +22,7 @@ function readKeyFile(option: keyof typeof keyOptions, path: string | undefined):
   const text = readRequiredFile(`--${option}`, path);
   const mode = statSync(path).mode & 0o777;
   if ((mode & 0o077) !== 0) {
-    throw problemError(`others than its owner may use it (mode ${mode.toString(8)}), take that away (chmod 600)`);
+    throw problemError(`other users than its owner can access it (mode ${mode.toString(8)}), change that (chmod 600)`);
   }
   try {
     return DhchapKey.parse(text);

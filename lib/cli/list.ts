@@ -9,7 +9,7 @@ import { runShellCommand } from "./shell_command.ts";
 
 const listOptions = {
   uuid: { ...volumeOptions.uuid, meaning: "this volume only; exit status 1 when it is not here" },
-  all: { meaning: "also volumes and connections over TCP that another program made", schema: switchSchema },
+  all: { meaning: "also volumes and connections over TCP that other programs have made", schema: switchSchema },
   json: { meaning: "print JSON", schema: switchSchema },
   "discovery-dir": hostOptions["discovery-dir"],
   sysfs: hostOptions.sysfs,
@@ -19,7 +19,7 @@ const listOptions = {
 
 const helpText =
   `Shows volumes with device, paths and mounts, from sysfs and the mount table. It does not hang on a dead path: a device is
-read only when it has a live one, for two seconds at most. With --dev and --sysfs it shows what is of that tree.
+read only when it has a live one, for two seconds at most. With --dev and --sysfs it shows the volumes of that device tree.
 
 Exit status: 0, or 1 when it failed or --uuid names a volume that is not here, 2 for bad options.`;
 

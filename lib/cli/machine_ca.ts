@@ -20,7 +20,7 @@ const machineCaFiles = [
 export function readMachineCa(log: Logger): string | undefined {
   const certificatesIn = (path: string) => {
     const { pem, problems } = readPem(readFileIfPresent(path) ?? "");
-    for (const problem of problems) log.warning("passes over a certificate to trust", { path, error: problem });
+    for (const problem of problems) log.warning("skips a certificate to trust", { path, error: problem });
     return pem === "" ? undefined : pem;
   };
   const named = Deno.env.get("SSL_CERT_FILE") ?? "";

@@ -30,7 +30,7 @@ export async function logMachineProblems(settings: MachineSettings, log: Logger,
     const { logProblems } = await import("./readiness.ts");
     const { createLinuxHost } = await import("../host/linux_host.ts");
     const { sysfs, dev, backend } = settings;
-    const ctx = backgroundContext("look at this machine", log, checksMs, signal);
+    const ctx = backgroundContext("check this machine", log, checksMs, signal);
     const running = runMachineChecks(ctx, {
       // Without metrics: the commands of these checks are not part of the driver's work.
       host: createLinuxHost({ log, sysfsRoot: sysfs, devRoot: dev }),
@@ -48,6 +48,6 @@ export async function logMachineProblems(settings: MachineSettings, log: Logger,
     const isThisMachine = sysfs === hostOptions.sysfs.fallback && dev === hostOptions.dev.fallback;
     logProblems(log, checks.filter(({ name }) => isThisMachine || name !== "NVMe/TCP"));
   } catch (error) {
-    if (!signal.aborted) log.warning("could not look for problems of this machine", { error: messageOf(error) });
+    if (!signal.aborted) log.warning("could not check this machine for problems", { error: messageOf(error) });
   }
 }

@@ -38,7 +38,7 @@ export const nodeOptions = {
     env: ["LB_CSI_CONFIG"],
     value: "FILE",
     meaning:
-      "the controller's cluster file: where it allows them, pods may have inline volumes; its tokens read keys of in-band-auth",
+      "the controller's cluster file: its clusters may allow inline volumes; its tokens are used to read in-band-auth keys",
     schema: absolutePath.optional(),
   },
   ...hostOptions,
@@ -46,28 +46,28 @@ export const nodeOptions = {
     env: ["LB_CSI_LUKS_CIPHER"],
     fallback: "aes-xts-plain64",
     value: "CIPHER",
-    meaning: "of new volumes with host encryption, as cryptsetup calls it",
+    meaning: "cipher of new volumes with host encryption, as cryptsetup names it",
     schema: z.string().regex(/^[a-z0-9][a-z0-9:-]{0,63}$/, "is not the name of a cipher"),
   },
   "luks-key-size": {
     env: ["LB_CSI_LUKS_KEY_SIZE"],
     fallback: "512",
     value: "BITS",
-    meaning: "of new volumes; XTS halves it: 512 is AES-256, 256 is AES-128",
+    meaning: "key size of new volumes; XTS halves it: 512 is AES-256, 256 is AES-128",
     schema: z.enum(["128", "256", "512"], { error: "is not 128, 256 or 512" }).transform(Number),
   },
   "luks-pbkdf": {
     env: ["LB_CSI_LUKS_PBKDF"],
     fallback: "argon2id",
     value: "PBKDF",
-    meaning: "how the key of a new volume is made of the passphrase: argon2id, pbkdf2",
+    meaning: "how the key of a new volume is derived from the passphrase: argon2id, pbkdf2",
     schema: z.enum(["argon2id", "pbkdf2"], { error: "is not argon2id or pbkdf2" }),
   },
   "luks-pbkdf-memory": {
     env: ["LB_CSI_LUKS_PBKDF_MEMORY"],
     fallback: "65535",
     value: "KIB",
-    meaning: "most memory for argon2id: every node that opens the volume needs it",
+    meaning: "memory limit of argon2id: every node that opens the volume needs as much",
     schema: wholeNumber(32, 4 << 20),
   },
   "luks-iter-time": {
@@ -75,7 +75,7 @@ export const nodeOptions = {
     fallback: "2000",
     value: "MS",
     meaning:
-      "how long the key of a new volume takes to make of its passphrase, at each opening; 100 will do for random passphrases",
+      "how long it takes to derive the key of a new volume, at each opening; 100 is enough for random passphrases",
     schema: wholeNumber(10, 60_000),
   },
   "luks-sector-size": {
@@ -87,14 +87,14 @@ export const nodeOptions = {
   },
   "luks-discard": {
     env: ["LB_CSI_LUKS_DISCARD"],
-    meaning: "let discards through to the cluster, which then sees which blocks are unused",
+    meaning: "pass discards on to the cluster, which then sees which blocks are unused",
     schema: switchSchema,
   },
   ...maxVolumesOption,
   "allow-system-paths": {
     env: ["LB_CSI_ALLOW_SYSTEM_PATHS"],
     meaning:
-      "mount volumes in directories of the operating system too (/etc, /usr …), where no orchestrator keeps them",
+      "also mount volumes in directories of the operating system (/etc, /usr …), where no orchestrator puts them",
     schema: switchSchema,
   },
 } as const satisfies Options;

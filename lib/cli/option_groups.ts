@@ -14,7 +14,7 @@ export const logOptions = {
     env: ["LB_CSI_LOG_LEVEL"],
     fallback: "info",
     value: "LEVEL",
-    meaning: `least level that is written: ${logLevels.join(", ")}`,
+    meaning: `lowest level that is written: ${logLevels.join(", ")}`,
     schema: z.preprocess(
       (text) => text === "warn" ? "warning" : text,
       z.enum(logLevels, { error: `is not one of ${logLevels.join(", ")}` }),
@@ -41,7 +41,7 @@ export const metricsOption = {
   "metrics-address": {
     env: ["LB_CSI_METRICS_ADDRESS"],
     value: "HOST:PORT",
-    meaning: "serve metrics over plain HTTP at /metrics, to whoever comes there; default: nowhere",
+    meaning: "serve metrics over plain HTTP at /metrics, without authentication; default: not served",
     schema: listenAddress.optional(),
   },
 } as const satisfies Options;
@@ -53,7 +53,7 @@ export const serviceOptions = {
     env: ["CSI_ENDPOINT"],
     fallback: "unix:///tmp/csi.sock",
     value: "URL",
-    meaning: "socket to serve CSI on; its directory is made (mode 0750) if only that is missing",
+    meaning: "socket to serve CSI on; its directory is created (mode 0750) if the parent directory exists",
     schema: unixEndpoint,
   },
   backend: {
@@ -92,12 +92,12 @@ export const controllerAndNodeOptions = {
     env: ["LB_CSI_NODE_ID_SUFFIX"],
     fallback: ".node",
     value: "TEXT",
-    meaning: "how every node ID of this deployment ends; others are refused as unknown nodes",
+    meaning: "suffix of every node ID of this deployment; other IDs are rejected as unknown nodes",
     schema: z.string(),
   },
 } as const satisfies Options;
 
-/** How management endpoints are reached. */
+/** How certificates of management endpoints are verified. */
 export const trustOptions = {
   "mgmt-ca": {
     env: ["LB_CSI_MGMT_CA"],
@@ -110,7 +110,7 @@ export const trustOptions = {
     env: ["LB_CSI_MGMT_TLS_VERIFY"],
     fallback: "true",
     value: "true|false",
-    meaning: "false accepts any certificate of a management endpoint: whoever sits in between can read the token",
+    meaning: "false accepts any certificate of a management endpoint: an attacker on the way can read the token",
     schema: z.enum(["true", "false"], { error: "is not true or false" }).transform((text) => text === "true"),
   },
 } as const satisfies Options;
@@ -122,7 +122,7 @@ export const tokenOption = {
     env: ["LB_CSI_JWT_PATH"],
     fallback: "/etc/lb-csi/jwt",
     value: "FILE",
-    meaning: "token for calls that bring none in their secrets; read at each use, so it may change or come later",
+    meaning: "token for calls without one in their secrets; read at each use, so the file may change or appear later",
     schema: absolutePath,
   },
 } as const satisfies Options;
@@ -133,21 +133,24 @@ export const clusterFileOption = {
     short: "c",
     env: ["LB_CSI_CONFIG"],
     value: "FILE",
-    meaning: "clusters to list and measure, and where the endpoints of old volume IDs lead today; read again on change",
+    meaning:
+      "clusters whose volumes and capacity are reported, and new endpoints for those in old volume IDs; read again on change",
     schema: absolutePath.optional(),
   },
 } as const satisfies Options;
 
-// How long what the storage cluster does not answer is waited for. LightOS' own Discovery-Client has 600 and 10 too
-// (docs/reference/lightos-api.md 12.2); the kernel's keep-alive of 5 s is short for a cluster that moves a volume.
+/**
+ * How connections to subsystems are made. The timeouts of 600 and 10 s are those of LightOS' own Discovery-Client
+ * (docs/reference/lightos-api.md 12.2); the kernel's keep-alive of 5 s is too short for a cluster that moves a volume.
+ */
 export const connectionOptions = {
   "ctrl-loss-tmo": {
     env: ["LB_CSI_CTRL_LOSS_TMO"],
     fallback: "600",
     value: "SECONDS",
     meaning:
-      "with --attach=direct: a connection is given up after so long, and I/O fails when it was the last; -1: never, " +
-      "then a pod whose volume is lost for good hangs until an operator disconnects it",
+      "with --attach=direct: time after which a lost connection is given up, and I/O fails if it was the last one; " +
+      "-1: never, and a pod whose volume is lost for good hangs until an operator disconnects it",
     schema: z.union([z.literal("-1").transform(Number), wholeNumber(1, 86_400)], {
       error: "is neither -1 nor a whole number from 1 to 86400",
     }),
@@ -156,7 +159,7 @@ export const connectionOptions = {
     env: ["LB_CSI_KEEP_ALIVE_TMO"],
     fallback: "10",
     value: "SECONDS",
-    meaning: "with --attach=direct: a silent connection counts as lost after so long",
+    meaning: "with --attach=direct: time after which a silent connection counts as lost",
     schema: wholeNumber(1, 3600),
   },
   "reconnect-delay": {
@@ -168,9 +171,8 @@ export const connectionOptions = {
   "fast-io-fail-tmo": {
     env: ["LB_CSI_FAST_IO_FAIL_TMO"],
     value: "SECONDS",
-    meaning:
-      "with --attach=direct: I/O fails after so long without any connection, instead of waiting for --ctrl-loss-tmo; " +
-      "file systems then have errors; default: off",
+    meaning: "with --attach=direct: time without any connection after which I/O fails, instead of waiting for " +
+      "--ctrl-loss-tmo; file systems then have errors; default: off",
     schema: wholeNumber(1, 86_400).optional(),
   },
   "nr-io-queues": {
@@ -200,8 +202,8 @@ export const hostOptions = {
     env: ["LB_CSI_ATTACH"],
     value: "HOW",
     meaning:
-      "who connects to subsystems: discovery-client (a daemon follows files that we write; default with LightOS), " +
-      "direct (nvme-cli; PoseidonOS)",
+      "what connects to subsystems: discovery-client (a daemon that reads the files of this driver; default with " +
+      "LightOS), direct (nvme-cli; the only one with PoseidonOS)",
     schema: z.enum(["discovery-client", "direct"], { error: "is not discovery-client or direct" }).optional(),
   },
   "discovery-dir": {
@@ -234,7 +236,7 @@ export const maxVolumesOption = {
     fallback: "0",
     value: "COUNT",
     meaning:
-      "volumes that this node can take; the orchestrator is told, and more are refused; 0: the orchestrator decides",
+      "number of volumes that this node can take, reported to the orchestrator and enforced; 0: the orchestrator decides",
     schema: wholeNumber(0, 100_000),
   },
 } as const satisfies Options;
@@ -245,7 +247,7 @@ export const kubeletDirectoryOption = {
     env: ["LB_CSI_KUBELET_DIR"],
     fallback: "/var/lib/kubelet",
     value: "DIR",
-    meaning: "kubelet's directory; without one there is nothing to see",
+    meaning: "kubelet's directory; not checked where there is none",
     schema: absolutePath,
   },
 } as const satisfies Options;
@@ -265,7 +267,7 @@ export const volumeOptions = {
   volume: {
     word: true,
     value: "VOLUME_ID",
-    meaning: "volumeHandle of the PersistentVolume; the cluster is asked for access and for the way to it",
+    meaning: "volumeHandle of the PersistentVolume; the cluster grants access and says where the volume is",
     schema: z.string().optional(),
   },
   uuid: {
@@ -280,7 +282,7 @@ export const volumeOptions = {
   },
   mount: {
     value: "DIR",
-    meaning: "attach: mount it there, the directory has to exist; detach: unmount it there first",
+    meaning: "attach: directory to mount the volume at, which has to exist; detach: unmount it there first",
     schema: absolutePath.optional(),
   },
   "jwt-path": { ...tokenOption["jwt-path"], meaning: "token for the management API" },
@@ -291,7 +293,7 @@ export const volumeOptions = {
   },
   "mgmt-ca": trustOptions["mgmt-ca"],
   "mgmt-tls-verify": trustOptions["mgmt-tls-verify"],
-  config: { ...clusterFileOption.config, meaning: "cluster file: where the endpoints of old volume IDs lead today" },
+  config: { ...clusterFileOption.config, meaning: "cluster file: new endpoints for those in old volume IDs" },
   "node-id": hostOptions["node-id"],
   attach: { ...hostOptions.attach, fallback: "direct" },
   "discovery-dir": hostOptions["discovery-dir"],
@@ -300,13 +302,13 @@ export const volumeOptions = {
   timeout: {
     value: "SECONDS",
     fallback: "60",
-    meaning: "how long it may take; a command that changes something is let finish",
+    meaning: "how long it may take; a program that is changing something may finish",
     schema: wholeNumber(1, 86_400),
   },
   ...shellLogOptions,
 } as const satisfies Options;
 
-/** Files, for an argument could be read by every user of the machine. */
+/** Keys are read from files, because every user of the machine can read arguments. */
 export const keyOptions = {
   "dhchap-key-file": {
     env: ["LB_CSI_DHCHAP_KEY_FILE"],
@@ -318,7 +320,7 @@ export const keyOptions = {
   "dhchap-ctrl-key-file": {
     env: ["LB_CSI_DHCHAP_CTRL_KEY_FILE"],
     value: "FILE",
-    meaning: "with --dhchap-key-file: let the controller prove itself too, with the key in this file",
+    meaning: "with --dhchap-key-file: the controller has to authenticate too, with the key in this file",
     schema: absolutePath.optional(),
   },
 } as const satisfies Options;
@@ -326,4 +328,4 @@ export const keyOptions = {
 /** End of the help of attach and detach. */
 export const exitStatusText =
   `Exit status: 0 done (also when there was nothing to do), 1 failed, 2 bad options, 130 after Ctrl-C, 143 after SIGTERM.
-A signal never cuts a command off that formats, mounts or connects; a second one leaves it running and returns at once.`;
+A signal never interrupts a program that formats, mounts or connects; a second one leaves it running and returns at once.`;

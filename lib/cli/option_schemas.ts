@@ -3,8 +3,8 @@ import * as z from "zod";
 import type { Option } from "./options.ts";
 
 /**
- * The values that an option is limited to, in the order of its schema; none when it takes other texts too. What reads a
- * text before the schema sees it (an alias, a default) does not hide them.
+ * The values that an option is limited to, in the order of its schema; none when it takes other texts too. Aliases and
+ * defaults around the schema do not hide them.
  */
 export function choicesOf({ schema }: Option): readonly string[] {
   return enumIn(schema)?.options.map(String) ?? [];
@@ -17,7 +17,7 @@ function enumIn(schema: z.core.$ZodType): z.ZodEnum | undefined {
   return undefined;
 }
 
-/** A switch: off unless its flag is there or its variable says `true`. */
+/** A switch: off unless its flag is given or its variable is `true`. */
 export const switchSchema = z.enum(["true", "false"], { error: "is not true or false" }).default("false")
   .transform((text) => text === "true");
 
@@ -28,12 +28,12 @@ export function wholeNumber(least: number, most: number): z.ZodType<number, stri
     .refine((number) => number >= least && number <= most, problem);
 }
 
-/** A path from the root. */
+/** An absolute path. */
 export const absolutePath = z.string().startsWith("/", "is not an absolute path");
 
-/** `192.0.2.1:9810`, `[::]:9810`; port 0 takes a free one. */
+/** `192.0.2.1:9810`, `[::]:9810`; port 0 means any free port. */
 export const listenAddress = z.string().transform((text, check) => {
-  // The last colon is the port's, so an IPv6 address may do without brackets.
+  // The port follows the last colon, so an IPv6 address needs no brackets.
   const [, host = "", port = ""] = /^(.+):(\d{1,5})$/.exec(text) ?? [];
   const hostname = host.replace(/^\[(.*)\]$/, "$1");
   if (/^[0-9A-Za-z.:%_-]+$/.test(hostname) && Number(port) <= 65535) return { hostname, port: Number(port) };
@@ -41,6 +41,6 @@ export const listenAddress = z.string().transform((text, check) => {
   return z.NEVER;
 });
 
-/** A CSI endpoint, `unix:///path`; gives the path. */
+/** A CSI endpoint, `unix:///path`. The value is the path. */
 export const unixEndpoint = z.string().regex(/^unix:\/\/\/[^/]/, "is not of the form unix:///path/to/csi.sock")
   .transform((url) => url.slice("unix://".length));

@@ -1,8 +1,8 @@
 /**
- * Command-line options of a subcommand: a flag wins over its environment variable, that over the default; an empty text
- * counts as not given. Every value is checked by a zod schema, and a bad one is reported with the place it came from.
+ * Reads the options of a subcommand. A flag wins over its environment variable, and that over the default; an empty text
+ * counts as not given. A zod schema checks every value, and a bad one is reported with its source.
  *
- * The table of options is also the help text, so the two cannot differ.
+ * The help text is made from the same table of options, so the two cannot differ.
  */
 import { parseArgs, type ParseArgsConfig } from "node:util";
 import type * as z from "zod";
@@ -11,28 +11,28 @@ import { closestWord } from "../suggestion.ts";
 /** One option. `schema` reads the text given; it must accept `fallback`, or `undefined` where there is none. */
 export interface Option<S extends z.ZodType = z.ZodType> {
   readonly short?: string;
-  /** It is a bare word on the command line, not a flag. Bare words follow one another in the order of the table. */
+  /** It is a positional argument, not a flag. Positional arguments have the order of the table. */
   readonly word?: true;
-  /** Environment variables, the first that is set wins. */
+  /** Environment variables; the first one that is set wins. */
   readonly env?: readonly string[];
   readonly fallback?: string;
-  /** How the value is called in the help text; none: a switch that takes no value. */
+  /** The name of the value in the help text. Without one, the option is a switch that takes no value. */
   readonly value?: string;
   readonly meaning: string;
   readonly schema: S;
 }
 
+/** The options of a command, by name. */
 export type Options = Readonly<Record<string, Option>>;
+/** The values of options, by name. */
 export type Settings<O extends Options> = { readonly [K in keyof O]: z.output<O[K]["schema"]> };
 
-/** Words on the command line that cannot be used; the message is for the person at the shell. */
+/** Arguments or variables that cannot be used. The message is for the person who gave them. */
 export class UsageError extends Error {
   override readonly name = "UsageError";
 }
 
-/**
- * The settings that `args` and `environment` give; throws UsageError that lists every bad one.
- */
+/** The settings that `args` and `environment` give. Throws UsageError that lists every bad one. */
 export function readOptions<O extends Options>(
   options: O,
   args: readonly string[],
@@ -44,71 +44,26 @@ export function readOptions<O extends Options>(
     if (words.includes(name)) continue;
     config[name] = { type: value === undefined ? "boolean" : "string", ...(short === undefined ? {} : { short }) };
   }
-  const given = parseWords([...args], config, words);
+  const given = parseArguments([...args], config, words);
   const settings: Record<string, unknown> = {};
   const problems: string[] = [];
   for (const [name, option] of Object.entries(options)) {
-    const { text, source } = find(name, option, given[name], environment);
+    const { text, source } = findText(name, option, given[name], environment);
     const parsed = option.schema.safeParse(text);
     if (parsed.success) settings[name] = parsed.data;
-    else if (text === undefined) problems.push(`${shownName(name, option)} is missing${hint(option)}`);
+    else if (text === undefined) problems.push(`${displayName(name, option)} is missing${environmentHint(option)}`);
     else problems.push(`${source} "${text}": ${parsed.error.issues.map(({ message }) => message).join("; ")}`);
   }
   if (problems.length > 0) throw new UsageError(problems.join("\n"));
   return settings as Settings<O>;
 }
 
-type Words = Readonly<Record<string, string | boolean | undefined>>;
-
-function parseWords(
-  args: string[],
-  config: NonNullable<ParseArgsConfig["options"]>,
-  words: readonly string[],
-): Words {
-  const allowPositionals = words.length > 0;
-  try {
-    const { values, positionals } = parseArgs({ args, options: config, strict: true, allowPositionals });
-    const surplus = positionals[words.length];
-    if (surplus !== undefined) throw new UsageError(`Unexpected argument '${surplus}'`);
-    return { ...values as Words, ...Object.fromEntries(words.map((name, at) => [name, positionals[at]])) };
-  } catch (error) {
-    const message = error instanceof Error ? error.message : String(error);
-    const [, unknown] = /^Unknown option '--([^']+)'/.exec(message) ?? [];
-    if (unknown === undefined) throw new UsageError(message);
-    const meant = closestWord(unknown, Object.keys(config));
-    throw new UsageError(`Unknown option '--${unknown}'${meant === undefined ? "" : `, did you mean '--${meant}'?`}`);
-  }
-}
-
-/** How a person writes it: `--node-id`, or `VOLUME_ID` for a bare word. */
-function shownName(name: string, { word, value }: Option): string {
-  return word ? value ?? name : `--${name}`;
-}
-
-function find(
-  name: string,
-  option: Option,
-  flag: string | boolean | undefined,
-  environment: (name: string) => string | undefined,
-): { readonly text: string | undefined; readonly source: string } {
-  if (flag !== undefined && flag !== "") return { text: String(flag), source: shownName(name, option) };
-  for (const variable of option.env ?? []) {
-    const text = environment(variable)?.trim();
-    if (text !== undefined && text !== "") return { text, source: variable };
-  }
-  return { text: option.fallback, source: `the default of --${name}` };
-}
-
-function hint({ env }: Option): string {
-  return env === undefined ? "" : ` (or set ${env.join(", ")})`;
-}
-
-/** The options as aligned help lines. */
+/** The options as aligned lines of the help text. */
 export function describeOptions(options: Options): string {
   const rows = Object.entries(options).map(([name, option]) => {
     const short = option.short === undefined ? "    " : `-${option.short}, `;
     const flag = option.word
-      ? `  ${shownName(name, option)}`
+      ? `  ${displayName(name, option)}`
       : `  ${short}--${name}${option.value === undefined ? "" : ` ${option.value}`}`;
     const facts = [
       ...(option.fallback === undefined ? [] : [`default: ${option.fallback}`]),
@@ -120,4 +75,49 @@ export function describeOptions(options: Options): string {
   return rows.map(({ flag, text }) =>
     flag.length < width ? flag.padEnd(width) + text : `${flag}\n${" ".repeat(width)}${text}`
   ).join("\n");
+}
+
+type Arguments = Readonly<Record<string, string | boolean | undefined>>;
+
+function parseArguments(
+  args: string[],
+  config: NonNullable<ParseArgsConfig["options"]>,
+  words: readonly string[],
+): Arguments {
+  const allowPositionals = words.length > 0;
+  try {
+    const { values, positionals } = parseArgs({ args, options: config, strict: true, allowPositionals });
+    const surplus = positionals[words.length];
+    if (surplus !== undefined) throw new UsageError(`Unexpected argument '${surplus}'`);
+    return { ...values as Arguments, ...Object.fromEntries(words.map((name, at) => [name, positionals[at]])) };
+  } catch (error) {
+    const message = error instanceof Error ? error.message : String(error);
+    const [, unknown] = /^Unknown option '--([^']+)'/.exec(message) ?? [];
+    if (unknown === undefined) throw new UsageError(message);
+    const meant = closestWord(unknown, Object.keys(config));
+    throw new UsageError(`Unknown option '--${unknown}'${meant === undefined ? "" : `, did you mean '--${meant}'?`}`);
+  }
+}
+
+/** As a person writes it: `--node-id`, or `VOLUME_ID` for a positional argument. */
+function displayName(name: string, { word, value }: Option): string {
+  return word ? value ?? name : `--${name}`;
+}
+
+function findText(
+  name: string,
+  option: Option,
+  flag: string | boolean | undefined,
+  environment: (name: string) => string | undefined,
+): { readonly text: string | undefined; readonly source: string } {
+  if (flag !== undefined && flag !== "") return { text: String(flag), source: displayName(name, option) };
+  for (const variable of option.env ?? []) {
+    const text = environment(variable)?.trim();
+    if (text !== undefined && text !== "") return { text, source: variable };
+  }
+  return { text: option.fallback, source: `the default of --${name}` };
+}
+
+function environmentHint({ env }: Option): string {
+  return env === undefined ? "" : ` (or set ${env.join(", ")})`;
 }

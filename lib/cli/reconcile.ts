@@ -9,7 +9,7 @@ const longestReconciliationMs = 300_000;
 export function reconcileRegularly(attacher: Attacher, log: Logger): Disposable {
   const stop = new AbortController();
   reconcileUntilAborted(attacher, log, stop.signal).catch((error) => {
-    if (!stop.signal.aborted) log.error("looks after no connections any more", { error: messageOf(error) });
+    if (!stop.signal.aborted) log.error("no longer restores lost connections", { error: messageOf(error) });
   });
   return { [Symbol.dispose]: () => stop.abort() };
 }
@@ -24,7 +24,7 @@ async function reconcileUntilAborted(attacher: Attacher, log: Logger, signal: Ab
       await attacher.reconcile(requestContext(limit.signal, new Date(Date.now() + longestReconciliationMs), log));
     } catch (error) {
       signal.throwIfAborted();
-      log.warning("could not look after the connections", { error: messageOf(error) });
+      log.warning("could not restore lost connections", { error: messageOf(error) });
     }
   }
 }

@@ -29,7 +29,7 @@ const simulateOptions = {
   },
   state: {
     value: "DIR",
-    meaning: "remember the cluster here; without it everything is forgotten at the end",
+    meaning: "keep the state of the cluster here; without this, it is lost at the end",
     schema: absolutePath.optional(),
   },
   host: { fallback: "127.0.0.1", value: "IP", meaning: "address of the management API", schema: z.string() },
@@ -69,8 +69,8 @@ const simulateOptions = {
     schema: z.string().transform((list) => list.split(",")),
   },
   "dagent-port": { fallback: "0", value: "PORT", meaning: "PoseidonOS: port of DAgent; 0: a free one", schema: port },
-  "call-ms": { fallback: "0", value: "MS", meaning: "PoseidonOS: how long each call takes at least", schema: delayMs },
-  "no-auth": { meaning: "admit calls without a token", schema: switchSchema },
+  "call-ms": { fallback: "0", value: "MS", meaning: "PoseidonOS: least duration of each call", schema: delayMs },
+  "no-auth": { meaning: "accept calls without a token", schema: switchSchema },
   "in-band-auth": {
     meaning: "enable in-band authentication: with --data nvmet only trusted hosts connect, with their keys",
     schema: switchSchema,
@@ -94,7 +94,7 @@ const simulateOptions = {
 } as const satisfies Options;
 
 const helpText =
-  `A LightOS cluster to try and to test against: the management API over gRPC and TLS, tokens, projects, asynchronous
+  `Simulates a LightOS cluster for trials and tests: the management API over gRPC and TLS, tokens, projects, asynchronous
 creation and deletion, and (with --data loop) a machine whose block devices are loop devices.
 
 It prints one line of JSON with everything that is needed to use it, and runs until SIGTERM or Ctrl-C:
@@ -103,7 +103,7 @@ It prints one line of JSON with everything that is needed to use it, and runs un
   ca                     certificate to trust for mgmt-scheme grpcs: key "mgmt-ca.crt", or a file for --mgmt-ca
   discoveryDir, devRoot, sysfsRoot
                          with --data loop: start the node with --discovery-dir, --dev and --sysfs set to these
-  programs               with --data loop: directory of an nvme for --attach=direct, to be first in the node's PATH
+  programs               with --data loop: directory with an nvme for --attach=direct, to be first in the node's PATH
   control                control port, on this machine only: counters, faults, delays, states, devices; for example
                            curl CONTROL/model                    everything the cluster holds
                            curl CONTROL/calls                    how often each RPC was called
@@ -112,25 +112,25 @@ It prints one line of JSON with everything that is needed to use it, and runs un
                            curl -X PATCH CONTROL/volumes/UUID -d '{"protection":"Degraded"}'
                            curl CONTROL/endpoints/stop -d '{"server":0}'
                            curl CONTROL/paths/down -d '{"server":0}'      (with --data nvmet)
-                         (all of them: the head of lib/simulator/control.ts)
+                         (all of them: the start of lib/simulator/control.ts)
 
   lbcsi simulate --data loop --state /var/tmp/cluster &
   lbcsi controller --endpoint unix:///tmp/controller.sock &
   lbcsi node --endpoint unix:///tmp/node.sock --node-id here.node --discovery-dir DIR --dev DIR --sysfs DIR &
 
-With --backend poseidon it is a PoseidonOS: DAgent's REST API, arrays of volumes, status codes, and an export that is
-forgotten at each restart. --servers, --schemes, ports for gRPC, --projects, --no-auth and the times of states do not apply.
-Its line of JSON has
+With --backend poseidon it simulates PoseidonOS: DAgent's REST API, arrays of volumes, status codes, and exports that are
+lost at each restart. --servers, --schemes, ports for gRPC, --projects, --no-auth and the times of states do not apply. Its
+line of JSON has
   dagent, arrays, targetAddress, transportServiceId
                          for the StorageClass: provisionerIP and provisionerPort, arrayName, and the two of these names
   devRoot, sysfsRoot, programs
-                         with --data loop: start the node with --dev, --sysfs, and the directory programs first in PATH,
-                         where an nvme is that connects to the simulated machine's devices
+                         with --data loop: start the node with --dev, --sysfs, and the directory programs first in PATH:
+                         its nvme connects to the simulated machine's devices
   control                the same as above, with the events of PoseidonOS for codes:
                            curl CONTROL/faults -d '{"rpc":"MountVolume","event":"VOL_MGR_BUSY","count":2}'
                            curl -X PATCH CONTROL/arrays/POSArray -d '{"state":"OFFLINE"}'
-                           curl -X POST CONTROL/restart          forgets exports, as PoseidonOS does
-                         (all of them: the head of lib/simulator/poseidon/control.ts)
+                           curl -X POST CONTROL/restart          loses exports, as PoseidonOS does
+                         (all of them: the start of lib/simulator/poseidon/control.ts)
 
 lbcsi demo does all of this by itself.`;
 

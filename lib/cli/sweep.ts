@@ -19,9 +19,10 @@ const sweepOptions = {
     schema: z.string({ error: "is missing" }).startsWith("/", "is not an absolute path"),
   },
   "node-id": { short: "n", value: "ID", meaning: "the dead node", schema: z.string({ error: "is missing" }) },
-  delete: { meaning: "remove what is found; without it, list it and change nothing", schema: switchSchema },
+  delete: { meaning: "remove these volumes; without this, they are only listed", schema: switchSchema },
   "even-if-connected": {
-    meaning: "remove volumes too that the cluster shows as connected to the node: for a connection that died with it",
+    meaning:
+      "also remove volumes that the cluster shows as connected to the node, because the connection ended with the node",
     schema: switchSchema,
   },
   ...trustOptions,
@@ -30,11 +31,12 @@ const sweepOptions = {
 } as const satisfies Options;
 
 const helpText =
-  `A pod's inline volume is removed by the node that made it, after the pod, or when that node starts again. A node that
-never comes back leaves its volumes; this lists them, and with --delete removes them with everything in them.
+  `The inline volume of a pod is removed by the node that created it, after the pod, or when the node service starts again. A
+node that never comes back leaves its volumes behind. This command lists them, and with --delete removes them and all data
+on them.
 
-Be sure that the node is dead, and not merely out of Kubernetes' sight: a pod that still runs there loses its data. A volume
-that the cluster shows as connected to the node is refused. Removing takes the node's access away first.`;
+Make sure that the node is dead, and not just out of Kubernetes' sight: a pod that still runs there loses its data. A volume
+that the cluster shows as connected to the node is not removed. Before a volume is removed, the node's access is revoked.`;
 
 /** How long one run may take. */
 const sweepMs = 600_000;
@@ -53,7 +55,7 @@ async function run(settings: Settings<typeof sweepOptions>): Promise<number> {
   if (inline === undefined || obstacle !== undefined) {
     throw new UsageError(`--config "${settings.config}": ${obstacle}`);
   }
-  const ctx = backgroundContext(`sweep after ${nodeId}`, log, sweepMs);
+  const ctx = backgroundContext(`sweep the inline volumes of ${nodeId}`, log, sweepMs);
   const { volumes, problems } = await inline.listVolumes(ctx, nodeId);
   let failures = problems.length;
   for (const text of problems) console.error(`lbcsi sweep: ${text}`);
@@ -81,7 +83,7 @@ async function removeVolume(
   volume: InlineVolume,
   isInUse: boolean,
 ): Promise<string | undefined> {
-  if (isInUse) return "refused: the node is connected to it (--even-if-connected)";
+  if (isInUse) return "not removed: the node is connected to it (--even-if-connected)";
   try {
     await inline.removeVolume(ctx, volume);
     return undefined;

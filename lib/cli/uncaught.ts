@@ -16,19 +16,19 @@ export function surviveUncaught(
   stillServes: () => Promise<boolean>,
   giveUp: () => void,
 ): Disposable {
-  let isAsking = false;
-  const ask = async () => {
-    if (isAsking) return;
-    isAsking = true;
+  let isChecking = false;
+  const exitUnlessServing = async () => {
+    if (isChecking) return;
+    isChecking = true;
     const serves = await stillServes().catch(() => false);
-    isAsking = false;
+    isChecking = false;
     if (serves) return;
-    log.error("cannot serve any more after an exception that nobody has caught, ends");
+    log.error("cannot serve after an uncaught exception, exits");
     giveUp();
   };
   const survive = (thrown: unknown) => {
-    log.error("goes on after an exception that nobody has caught", { error: describeThrown(thrown) });
-    ask();
+    log.error("continues after an uncaught exception", { error: describeThrown(thrown) });
+    exitUnlessServing();
   };
   const onError = (event: ErrorEvent) => {
     event.preventDefault();

@@ -33,7 +33,10 @@ export async function warnOfUnknownVariables(log: Logger, own: Options, listComm
   if (names.every((name) => !isOptionLike(name) || ownVariables.includes(name))) return;
   const known = (await listCommands()).flatMap(({ options }) => variablesOf(options));
   for (const { name, suggestion } of unknownVariables(names, known)) {
-    log.warning("ignores an unknown environment variable", { name, error: `${name} is no option's${suggestion}` });
+    log.warning("ignores an unknown environment variable", {
+      name,
+      error: `${name} is not the variable of any option${suggestion}`,
+    });
   }
 }
 

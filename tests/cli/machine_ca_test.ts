@@ -44,7 +44,7 @@ Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CER
   }
 });
 
-Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not read, as images set it unasked", async () => {
+Deno.test("lbcsi-controller starts although it may not read the file in SSL_CERT_FILE, which some images set", async () => {
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-ca-" }));
   const main = fileURLToPath(new URL("../../main.ts", import.meta.url));
   const program = [Deno.execPath(), "run", "--no-check", ...permissionsWith([home], [home]), main];
@@ -65,7 +65,7 @@ Deno.test("lbcsi-controller starts where SSL_CERT_FILE names what it may not rea
   }
 });
 
-Deno.test("promise 27: a damaged certificate among those of the machine is passed over with a warning", async () => {
+Deno.test("promise 27: a damaged certificate among those of the machine is skipped with a warning", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
   const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
   const testbed = new Testbed(home, program);
@@ -91,7 +91,7 @@ Deno.test("promise 27: a damaged certificate among those of the machine is passe
     strictEqual(volume?.capacityBytes, 1n << 30n);
     match(
       await Deno.readTextFile(log),
-      /"warning","event":"passes over a certificate to trust".*machine\.pem","error":"certificate 1 cannot be read as a/,
+      /"warning","event":"skips a certificate to trust".*machine\.pem","error":"certificate 1 cannot be read as a/,
     );
   } finally {
     await testbed.stopAll();

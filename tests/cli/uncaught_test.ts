@@ -1,4 +1,4 @@
-/** An exception that nobody catches costs what it came from; a process that cannot serve ends. */
+/** An uncaught exception ends only the work that it came from; a process that cannot serve ends. */
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -36,7 +36,7 @@ function run(...args: readonly string[]) {
   };
 }
 
-Deno.test("promise 27: a process that serves goes on after exceptions out of callbacks, and logs each", async () => {
+Deno.test("promise 27: a process that serves continues after exceptions in callbacks, and logs each", async () => {
   await using server = await run("after");
   await eventually("the server listens", () => existsSync(server.path), 60_000);
   using channel = new Channel({ address: `unix://${server.path}` });
@@ -51,13 +51,13 @@ Deno.test("promise 27: a process that serves goes on after exceptions out of cal
   deepStrictEqual(
     lines.map(({ event, error }) => [event, String(error).split("\n")[0]]).sort(),
     ["Error: out of a callback", "Error: that nobody handles", "Uncaught null"].map((error) => [
-      "goes on after an exception that nobody has caught",
+      "continues after an uncaught exception",
       error,
     ]),
   );
 });
 
-Deno.test("a process that throws before it is up ends with a status that says so", async () => {
+Deno.test("a process that throws before it serves ends with a failure status", async () => {
   await using server = await run("before");
 
   const { code, signal } = await server.output;
@@ -65,16 +65,16 @@ Deno.test("a process that throws before it is up ends with a status that says so
   deepStrictEqual([code, signal], [1, null]);
 });
 
-Deno.test("a process that can no longer serve after an exception ends with a status that says so", async () => {
+Deno.test("a process that cannot serve after an exception ends with a failure status", async () => {
   await using server = await run("after", "deaf");
 
   const { code, signal, stderr } = await server.output;
 
   deepStrictEqual([code, signal], [1, null]);
-  match(stderr, /cannot serve any more after an exception that nobody has caught, ends/);
+  match(stderr, /cannot serve after an uncaught exception, exits/);
 });
 
-Deno.test("promise 27: a Secret with a damaged certificate costs its own calls, and the controller serves on", async () => {
+Deno.test("promise 27: a Secret with a damaged certificate fails its own calls, and the controller continues to serve", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-pem-" });
   const testbed = new Testbed(home, [
     Deno.execPath(),

@@ -114,14 +114,16 @@ function checkConnectedHost(nodeId: string, { address, hostname }: NonNullable<S
 function checkAuthentication(ofMachine: readonly Check[]): Check {
   const name = "authentication of this node";
   const machine = ofMachine.find(({ name }) => name === "in-band authentication");
-  if (machine?.verdict === "ok") return { name, verdict: "ok", found: "the cluster demands it, and this machine can" };
+  if (machine?.verdict === "ok") {
+    return { name, verdict: "ok", found: "the cluster demands it, and this machine supports it" };
+  }
   if (machine?.verdict !== "warning") {
-    return { name, verdict: "not checked", found: `the cluster demands it; of this machine: ${machine?.found}` };
+    return { name, verdict: "not checked", found: `the cluster demands it; this machine: ${machine?.found}` };
   }
   return {
     name,
     verdict: "problem",
     found: `the cluster demands DH-HMAC-CHAP, and ${machine.found}`,
-    advice: "use a kernel that can",
+    advice: "use a kernel that supports it",
   };
 }

@@ -28,7 +28,8 @@ export async function checkKubeletDirectory({ host, kubeletDirectory }: MachineC
   return {
     verdict: "problem",
     found: problems.join("; "),
-    advice: "mountPropagation: Bidirectional in the node pod, shared mounts (mount --make-rshared) on the host",
+    advice:
+      "set mountPropagation: Bidirectional in the node pod, and make the mounts of the host shared (mount --make-rshared)",
   };
 }
 
@@ -76,7 +77,7 @@ export async function checkDiscoveryClient(
   const found = `${directory} asks for ${formatCount(files.length, "volume")}, ` +
     `${live.length} of ${formatCount(controllers.length, "discovery connection")} live`;
   if (files.length > 0 && live.length === 0) {
-    return { verdict: "problem", found, advice: "see that the Discovery-Client runs and reaches the cluster" };
+    return { verdict: "problem", found, advice: "check that the Discovery-Client runs and can connect to the cluster" };
   }
   return { verdict: "ok", found };
 }

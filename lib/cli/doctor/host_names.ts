@@ -39,7 +39,7 @@ export async function checkHostNames({ host, nodeId, attach }: MachineCheckOptio
     found: `this machine is connected as ${own.hostNqn} with host ID ${
       otherIds[0]
     }, and --attach=direct takes ${own.hostId}`,
-    advice: "disconnect these volumes once (drain the node), or go on with --attach=discovery-client",
+    advice: "disconnect these volumes once (drain the node), or stay with --attach=discovery-client",
   };
 }
 
@@ -61,6 +61,6 @@ export async function checkConfiguredNames(
   return {
     verdict: "problem",
     found: `${found}: ${sameNqn ? "the NQN is this node's, the ID is not" : "the ID is this node's, the NQN is not"}`,
-    advice: `the kernel takes them in pairs: give other programs names of their own (nvme gen-hostnqn, uuidgen)`,
+    advice: `the kernel requires them in pairs: give other programs names of their own (nvme gen-hostnqn, uuidgen)`,
   };
 }

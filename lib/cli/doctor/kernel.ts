@@ -40,7 +40,8 @@ export async function checkNvmeTcp(host: Host): Promise<Finding> {
     return {
       verdict: "problem",
       found: `this process may not open ${dev}/nvme-fabrics (${problem})`,
-      advice: "run it as root; in a container a privileged one; see what SELinux or AppArmor forbids (kernel log)",
+      advice:
+        "run it as root, in Kubernetes in a privileged container; the kernel log shows what SELinux or AppArmor forbids",
     };
   }
   if (isLoaded && hasDevice) return { verdict: "ok", found: `nvme_tcp is loaded, ${dev}/nvme-fabrics is there` };
@@ -75,8 +76,8 @@ export async function checkMultipath(host: Host): Promise<Finding> {
     verdict: "problem",
     found: text === undefined ? "this kernel was built without it (CONFIG_NVME_MULTIPATH)" : "off",
     advice: text === undefined
-      ? "use a kernel that has it: without, each path of a volume is a device of its own"
-      : `nvme_core.multipath=Y on the kernel's command line (it is ${text} now): without, each path of a volume is a ` +
+      ? "use a kernel that has it: without it, each path of a volume is a device of its own"
+      : `set nvme_core.multipath=Y on the kernel's command line (it is ${text} now): without it, each path of a volume is a ` +
         `device of its own`,
   };
 }
@@ -118,7 +119,6 @@ export async function checkInBandAuthentication(host: Host): Promise<Finding> {
   return {
     verdict: "warning",
     found: obstacle,
-    advice:
-      "a cluster that demands it lets this node connect to nothing, and volumes with in-band-auth are refused here",
+    advice: "this node cannot connect to a cluster that demands it, and rejects volumes with in-band-auth",
   };
 }

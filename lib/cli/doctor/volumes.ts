@@ -17,7 +17,7 @@ export async function checkVolumeCount({ host, maxVolumes, isOurs }: MachineChec
     devices.filter(({ subsystemNqn }) => isOurs(subsystemNqn)).length
   );
   const here = `${attached} attached, ${used} in use`;
-  if (maxVolumes === 0) return { verdict: "ok", found: `${here}; the orchestrator decides how many may be` };
+  if (maxVolumes === 0) return { verdict: "ok", found: `${here}; the orchestrator decides how many are allowed` };
   const found = `${here}, ${maxVolumes} allowed (--max-volumes)`;
   if ((used ?? 0) < maxVolumes) return { verdict: "ok", found };
   return { verdict: "warning", found, advice: "no further volume is taken here" };
@@ -42,14 +42,15 @@ export async function checkPaths(host: Host): Promise<Finding> {
     return {
       verdict: "problem",
       found: `no live path to ${formatList(dead, "; ")}`,
-      advice: "reads and writes wait; see that this machine reaches the cluster and is on the volume's access list",
+      advice:
+        "reads and writes wait; check that this machine can connect to the cluster and is on the volume's access list",
     };
   }
   if (degraded.length > 0) {
     return {
       verdict: "warning",
       found: `paths lost: ${formatList(degraded, "; ")}`,
-      advice: "look at the network and the cluster",
+      advice: "check the network and the cluster",
     };
   }
   return { verdict: "ok", found: devices.length === 0 ? "no volume is attached" : "all live" };
@@ -74,7 +75,8 @@ export async function checkConnections(host: Host): Promise<Finding> {
   return {
     verdict: "warning",
     found: `without a volume: ${formatList(shown, "; ")}`,
-    advice: "it goes by itself with lbcsi node --attach=direct and lbcsi discovery-client; else nvme disconnect",
+    advice:
+      "lbcsi node --attach=direct and lbcsi discovery-client remove it by themselves; otherwise use nvme disconnect",
   };
 }
 
@@ -92,7 +94,7 @@ export async function checkMounts(host: Host): Promise<Finding> {
   return {
     verdict: "problem",
     found: `the device has gone under ${formatList(dead)}`,
-    advice: "end the pods there; what is left after them can be unmounted",
+    advice: "delete the pods there; mounts that remain can be unmounted",
   };
 }
 
@@ -113,6 +115,6 @@ export async function checkOpenMappers(host: Host): Promise<Finding> {
   return {
     verdict: "problem",
     found: `the device has gone under ${formatList(stale)}`,
-    advice: "end the pods that use it; cryptsetup close takes away what is left",
+    advice: "delete the pods that use it; cryptsetup close closes what remains",
   };
 }
