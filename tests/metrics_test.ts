@@ -1,4 +1,4 @@
-/** What processes measure of themselves, read over HTTP as those who collect it do. */
+/** The metrics of processes, read over HTTP as a collector reads them. */
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -16,7 +16,7 @@ const program = [Deno.execPath(), "run", "-A", "--no-check", mainPath];
 const gib = 1n << 30n;
 const toAnyPort = ["--metrics-address", "127.0.0.1:0"];
 
-/** Values by what stands before them: `name{label="value"}`. */
+/** The values by name and labels: `name{label="value"}`. */
 function parse(text: string): ReadonlyMap<string, number> {
   return new Map(
     text.split("\n").filter((line) => line !== "" && !line.startsWith("#")).map((line) => {
@@ -27,8 +27,6 @@ function parse(text: string): ReadonlyMap<string, number> {
     }),
   );
 }
-
-// ------------------------------------------------------------------------------------------------------------- values
 
 Deno.test("Metrics writes counters, cumulative buckets and gauges with their help and type", async () => {
   const metrics = new Metrics();
@@ -67,7 +65,7 @@ lbcsi_volumes_attached 5
   );
 });
 
-Deno.test("Metrics gathers gauges anew at each reading, from those who are there then", async () => {
+Deno.test("Metrics gathers gauges at each reading, from the sources that it has then", async () => {
   const metrics = new Metrics();
   let value = 1;
   const source = metrics.gather(() => [["lbcsi_volumes_attached", [], value]]);
@@ -92,7 +90,7 @@ Deno.test("Metrics leaves out a source that fails, and says why in a comment of 
   match(text, /^# could not be read: no sysfs$/m);
 });
 
-Deno.test("Metrics bounds the values of a label: what callers name cannot fill the memory", async () => {
+Deno.test("Metrics bounds the values of a label: names from callers cannot fill the memory", async () => {
   const metrics = new Metrics();
   for (let n = 0; n < 1000; n++) countManagementCall(metrics, `192.0.2.1:${n}`, "GetVolume", "OK", 1);
 
@@ -103,14 +101,14 @@ Deno.test("Metrics bounds the values of a label: what callers name cannot fill t
   strictEqual(read.get('lbcsi_mgmt_calls_total{endpoint="other",method="GetVolume",code="OK"}'), 900);
 });
 
-Deno.test("Metrics writes labels so that no value can end them", async () => {
+Deno.test("Metrics escapes the values of labels", async () => {
   const metrics = new Metrics();
   countManagementCall(metrics, 'a"b\\c\nd', "GetVolume", "OK", 1);
 
   match(await metrics.text(), /^lbcsi_mgmt_calls_total\{endpoint="a\\"b\\\\c\\nd",method="GetVolume",code="OK"\} 1$/m);
 });
 
-Deno.test("callObserver shows calls that run, the age of the oldest, and how each one ended", async () => {
+Deno.test("callObserver shows running calls, the age of the oldest, and how each one ended", async () => {
   const metrics = new Metrics();
   const observe = callObserver(metrics);
 
@@ -129,7 +127,7 @@ Deno.test("callObserver shows calls that run, the age of the oldest, and how eac
   strictEqual(ended.get('lbcsi_csi_call_duration_seconds_count{method="NodeStageVolume"}'), 2);
 });
 
-Deno.test("metricsResponse answers GET /metrics, and nothing else", async () => {
+Deno.test("metricsResponse serves GET /metrics, and nothing else", async () => {
   const metrics = new Metrics();
   const ask = async (path: string, method = "GET") => {
     const response = await metricsResponse(metrics, new Request(`http://127.0.0.1${path}`, { method }));
@@ -145,17 +143,15 @@ Deno.test("metricsResponse answers GET /metrics, and nothing else", async () => 
 Deno.test("docs/metrics.md has each metric with its type and labels, and no other", async () => {
   const document = await Deno.readTextFile(new URL("../docs/metrics.md", import.meta.url));
 
-  const told = [...document.matchAll(/^\| `(\w+)` \| (\w+) \| (.*?) ?\| .+ \| .+ \|$/gm)].map((
+  const documented = [...document.matchAll(/^\| `(\w+)` \| (\w+) \| (.*?) ?\| .+ \| .+ \|$/gm)].map((
     [, name, type, labels = ""],
   ) => [name, type, [...labels.matchAll(/`(\w+)`/g)].map(([, label]) => label)]);
 
-  deepStrictEqual(told, Object.entries(families).map(([name, { type, labels }]) => [name, type, [...labels]]));
+  deepStrictEqual(documented, Object.entries(families).map(([name, { type, labels }]) => [name, type, [...labels]]));
 });
 
-// ----------------------------------------------------------------------------------------------------------- processes
-
 /** A cluster and processes of the driver, in a directory of their own. */
-async function withRig(
+async function withTestbed(
   backend: "lightos" | "poseidon",
   body: (testbed: Testbed, signal: AbortSignal) => Promise<void>,
 ) {
@@ -168,7 +164,7 @@ async function withRig(
   }
 }
 
-/** Reads the metrics of a service of the test bed, at the address in its log. */
+/** Reads the metrics of a service of the testbed, at the address that it wrote to its log. */
 async function readMetrics(
   testbed: Testbed,
   role: string,
@@ -188,7 +184,7 @@ const block = {
 };
 
 Deno.test("the controller's metrics move with CSI calls, management calls and connections", async () => {
-  await withRig("lightos", async (testbed, signal) => {
+  await withTestbed("lightos", async (testbed, signal) => {
     await testbed.startSimulator("none", signal);
     const ca = join(testbed.home, "ca.pem");
     await Deno.writeTextFile(ca, testbed.addresses.ca ?? "");
@@ -232,8 +228,8 @@ Deno.test("the controller's metrics move with CSI calls, management calls and co
   });
 });
 
-Deno.test("promise 11: metrics show connections whose certificate nobody verified", async () => {
-  await withRig("lightos", async (testbed, signal) => {
+Deno.test("promise 11: metrics show connections whose certificate was not verified", async () => {
+  await withTestbed("lightos", async (testbed, signal) => {
     await testbed.startSimulator("none", signal);
     const options = ["--mgmt-tls-verify", "false", "--log-level", "info", ...toAnyPort];
     await testbed.startService("controller", options, signal);
@@ -255,7 +251,7 @@ Deno.test("promise 11: metrics show connections whose certificate nobody verifie
 });
 
 Deno.test("promise 12: metrics show an endpoint that failed and is left alone", async () => {
-  await withRig("lightos", async (testbed, signal) => {
+  await withTestbed("lightos", async (testbed, signal) => {
     await testbed.startSimulator("none", signal);
     await testbed.startService(
       "controller",
@@ -282,7 +278,7 @@ Deno.test("promise 12: metrics show an endpoint that failed and is left alone", 
 });
 
 Deno.test("promise 9: metrics show a call that hangs, and for how long", async () => {
-  await withRig("lightos", async (testbed, signal) => {
+  await withTestbed("lightos", async (testbed, signal) => {
     await testbed.startSimulator("none", signal);
     await testbed.startService(
       "controller",
@@ -318,7 +314,7 @@ Deno.test({
   name: "the node's metrics move with commands, volumes and connections, and name none of them",
   ignore: !needs("root", "loop", "mkfs.ext4"),
   fn: async () => {
-    await withRig("lightos", async (testbed, signal) => {
+    await withTestbed("lightos", async (testbed, signal) => {
       await testbed.startSimulator("loop", signal);
       await testbed.startController(signal);
       await testbed.startNode("n1.node", signal, {}, ["--max-volumes", "9", "--log-level", "info", ...toAnyPort]);
@@ -369,7 +365,7 @@ Deno.test({
 });
 
 Deno.test("the controller's metrics for PoseidonOS name routes, and neither arrays nor volumes", async () => {
-  await withRig("poseidon", async (testbed, signal) => {
+  await withTestbed("poseidon", async (testbed, signal) => {
     await testbed.startSimulator("none", signal);
     await testbed.startService("controller", ["--log-level", "info", ...toAnyPort], signal);
 

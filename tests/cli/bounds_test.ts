@@ -10,11 +10,11 @@ const fsTypes: readonly FsType[] = machine
   ? (["ext4", "xfs", "btrfs"] as const).filter((fsType) => needs(`mkfs.${fsType}`))
   : [];
 
-// One run of the program serves all tests; whichever comes first starts it, and it ends before that one goes on.
-let measured: Promise<readonly Cost[]> | undefined;
+// One run of the program serves all tests. The first test starts it, and continues when it has ended.
+let running: Promise<readonly Cost[]> | undefined;
 
-async function costs(of: (call: string) => boolean): Promise<readonly Cost[]> {
-  const all = await (measured ??= measureCalls(program, fsTypes, AbortSignal.timeout(120_000)));
+async function costsOf(of: (call: string) => boolean): Promise<readonly Cost[]> {
+  const all = await (running ??= measureCalls(program, fsTypes, AbortSignal.timeout(120_000)));
   const found = all.filter(({ call }) => of(call));
   assert.notEqual(found.length, 0);
   return found;
@@ -23,7 +23,7 @@ async function costs(of: (call: string) => boolean): Promise<readonly Cost[]> {
 for (const rpc of ["CreateVolume", "DeleteVolume", "ControllerPublishVolume", "ControllerUnpublishVolume"]) {
   const bound = bounds[rpc]?.managementCalls ?? 0;
   Deno.test(`${rpc} on a warm connection makes ${bound} management calls at most`, async () => {
-    const found = await costs((call) => call.startsWith(`${rpc}, `) && call !== `${rpc}, ${firstVolume}`);
+    const found = await costsOf((call) => call.startsWith(`${rpc}, `) && call !== `${rpc}, ${firstVolume}`);
 
     for (const { call, managementCalls } of found) {
       assert.ok(managementCalls.length >= 1, `${call} made no management call`);
@@ -33,7 +33,7 @@ for (const rpc of ["CreateVolume", "DeleteVolume", "ControllerPublishVolume", "C
 }
 
 Deno.test("a new connection costs one GetVersion, and the first publish one GetClusterInfo", async () => {
-  const found = await costs((call) => call.endsWith(`, ${firstVolume}`));
+  const found = await costsOf((call) => call.endsWith(`, ${firstVolume}`));
 
   const extra = found.flatMap(({ managementCalls }) => managementCalls).filter((rpc) =>
     rpc.startsWith("GetV") || rpc.startsWith("GetC")
@@ -45,7 +45,7 @@ Deno.test({
   name: "calls of the node make no management call",
   ignore: !machine,
   fn: async () => {
-    const found = await costs((call) => call.startsWith("Node"));
+    const found = await costsOf((call) => call.startsWith("Node"));
 
     assert.deepEqual(found.filter(({ managementCalls }) => managementCalls.length > 0), []);
   },
@@ -55,7 +55,7 @@ Deno.test({
   name: "the node logs every program that it starts, and no other",
   ignore: !machine,
   fn: async () => {
-    const found = await costs((call) => call.startsWith("Node"));
+    const found = await costsOf((call) => call.startsWith("Node"));
 
     for (const { call, programs, logged } of found) assert.deepEqual(logged, programs, call);
     assert.ok(found.some(({ programs }) => programs.includes("mkfs.ext4")));
@@ -71,7 +71,7 @@ for (const fsType of ["ext4", "xfs", "btrfs"] as const) {
       } programs at most, ${state === "new" ? "mkfs once" : "mkfs never"}`,
       ignore,
       fn: async () => {
-        const found = await costs((call) => call === `NodeStageVolume, ${state} ${fsType} volume`);
+        const found = await costsOf((call) => call === `NodeStageVolume, ${state} ${fsType} volume`);
 
         for (const { programs } of found) {
           assert.ok(programs.length <= (bounds["NodeStageVolume"]?.programs ?? 0), programs.join(", "));
@@ -89,7 +89,7 @@ for (const fsType of ["ext4", "xfs", "btrfs"] as const) {
       name: `${rpc} of ${fsType} starts ${name} and nothing else`,
       ignore,
       fn: async () => {
-        const found = await costs((call) => call.startsWith(`${rpc}, `) && call.endsWith(` ${fsType} volume`));
+        const found = await costsOf((call) => call.startsWith(`${rpc}, `) && call.endsWith(` ${fsType} volume`));
 
         assert.deepEqual(found.map(({ programs }) => programs), [[name], [name]]);
       },
@@ -100,7 +100,7 @@ for (const fsType of ["ext4", "xfs", "btrfs"] as const) {
     name: `NodeGetVolumeStats of ${fsType} starts no program`,
     ignore,
     fn: async () => {
-      const found = await costs((call) =>
+      const found = await costsOf((call) =>
         call.startsWith("NodeGetVolumeStats, ") && call.endsWith(` ${fsType} volume`)
       );
 
@@ -113,7 +113,7 @@ Deno.test({
   name: "a raw block volume is staged and unstaged without a program, published and unpublished with one",
   ignore: !machine,
   fn: async () => {
-    const found = await costs((call) => call.startsWith("Node") && call.endsWith(" block volume"));
+    const found = await costsOf((call) => call.startsWith("Node") && call.endsWith(" block volume"));
 
     const once = [
       ["NodeStageVolume"],

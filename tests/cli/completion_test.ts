@@ -72,7 +72,7 @@ async function run(cwd: string, program: string, ...args: string[]): Promise<str
   return new TextDecoder().decode(stdout);
 }
 
-// HOME is another one above, and the shell under test must not fetch our packages anew.
+// HOME is another one above, and the shell under test must not download the packages again.
 const denoDir = Deno.env.get("DENO_DIR") ?? join(Deno.env.get("HOME") ?? "/root", ".cache/deno");
 
 for (const shell of ["bash", "zsh", "fish"] as const) {

@@ -1,8 +1,7 @@
 import { deepStrictEqual, match, strictEqual, throws } from "node:assert/strict";
 import * as z from "zod";
-import { absolutePath, switchSchema, unixEndpoint, wholeNumber } from "../../lib/cli/option_schemas.ts";
+import { switchSchema, unixEndpoint, wholeNumber } from "../../lib/cli/option_schemas.ts";
 import { describeOptions, type Options, readOptions, UsageError } from "../../lib/cli/options.ts";
-import { unknownVariables } from "../../lib/cli/unknown_variables.ts";
 
 const options = {
   endpoint: {
@@ -20,7 +19,7 @@ const options = {
 
 const noEnvironment = () => undefined;
 
-Deno.test("readOptions takes a flag before the environment and that before the default", () => {
+Deno.test("readOptions prefers a flag to the environment, and the environment to the default", () => {
   const environment = (name: string) => ({ COUNT: "5", CSI_ENDPOINT: "unix:///env.sock" })[name];
 
   const settings = readOptions(options, ["--name", "a", "-e", "unix:///flag.sock"], environment);
@@ -34,7 +33,7 @@ Deno.test("readOptions counts an empty flag and an empty variable as not given",
   deepStrictEqual(settings, { endpoint: "/run/csi.sock", count: 3, name: "a", quick: true });
 });
 
-Deno.test("readOptions lists every bad value with the place that it came from", () => {
+Deno.test("readOptions lists every bad value with its source", () => {
   const environment = (name: string) => name === "COUNT" ? "eleven" : undefined;
 
   throws(() => readOptions(options, ["--endpoint", "tcp://1.2.3.4"], environment), (error) => {
@@ -56,7 +55,7 @@ for (
     [["--quick=yes"], /does not take an argument/],
   ] as const
 ) {
-  Deno.test(`readOptions refuses ${args.join(" ")}`, () => {
+  Deno.test(`readOptions rejects ${args.join(" ")}`, () => {
     throws(() => readOptions(options, args, noEnvironment), problem);
   });
 }
@@ -67,7 +66,7 @@ const withWords = {
   quick: { meaning: "a switch", schema: switchSchema },
 } as const satisfies Options;
 
-Deno.test("readOptions takes bare words in the order of the table, wherever flags stand", () => {
+Deno.test("readOptions takes positional arguments in the order of the table, wherever flags stand", () => {
   const settings = readOptions(withWords, ["v1", "--quick", "here"], noEnvironment);
 
   deepStrictEqual(settings, { volume: "v1", place: "here", quick: true });
@@ -85,23 +84,12 @@ for (
     [["a", "--volume", "b"], /Unknown option '--volume'/],
   ] as const
 ) {
-  Deno.test(`readOptions refuses the words "${args.join(" ")}"`, () => {
+  Deno.test(`readOptions rejects the arguments "${args.join(" ")}"`, () => {
     throws(() => readOptions(withWords, args, noEnvironment), problem);
   });
 }
 
-Deno.test("unknownVariables finds those that look like an option's and are none, with what was meant", () => {
-  const known = ["LB_CSI_LOG_LEVEL", "LB_CSI_CTRL_LOSS_TMO", "CSI_ENDPOINT"];
-  const names = ["PATH", "LB_CSI_LOG_LEVEL", "LB_CSI_LOG_LEVLE", "LB_CSI_CTRL_LOSS_TIMEOUT", "LB_CSI_RWX", "CSI_OTHER"];
-
-  deepStrictEqual(unknownVariables(names, known), [
-    { name: "LB_CSI_CTRL_LOSS_TIMEOUT", suggestion: ', did you mean "LB_CSI_CTRL_LOSS_TMO"?' },
-    { name: "LB_CSI_LOG_LEVLE", suggestion: ', did you mean "LB_CSI_LOG_LEVEL"?' },
-    { name: "LB_CSI_RWX", suggestion: "" },
-  ]);
-});
-
-Deno.test("describeOptions shows a bare word as it is written", () => {
+Deno.test("describeOptions shows a positional argument as it is written", () => {
   match(describeOptions(withWords), /^ {2}VOLUME_ID +which volume$/m);
 });
 
@@ -110,13 +98,4 @@ Deno.test("describeOptions shows each flag with its default and its variable", (
 
   match(text, /-e, --endpoint URL +socket \(default: unix:\/\/\/run\/csi\.sock; env: CSI_ENDPOINT\)/);
   match(text, /--quick +a switch/);
-});
-
-for (const text of ["unix://relative.sock", "unix:/one.sock", "/plain", "unix:////double", "http://x", ""]) {
-  Deno.test(`unixEndpoint refuses "${text}"`, () => strictEqual(unixEndpoint.safeParse(text).success, false));
-}
-
-Deno.test("absolutePath refuses a relative path", () => {
-  strictEqual(absolutePath.safeParse("etc/x").success, false);
-  strictEqual(absolutePath.safeParse("/etc/x").success, true);
 });

@@ -55,7 +55,7 @@ Deno.test({
     const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-redaction-" }));
     const testbed = new Testbed(home, program);
     const signal = AbortSignal.timeout(120_000);
-    const texts: string[] = [];
+    const outputs: string[] = [];
     try {
       const { path, notes } = await notingTools(home);
       await testbed.startSimulator("loop", signal, ["--in-band-auth"]);
@@ -69,7 +69,7 @@ Deno.test({
       const token = addresses.jwt;
       const forged = `${token.slice(0, token.lastIndexOf("."))}.${crypto.randomUUID()}`;
       const keys = [DhchapKey.generate().reveal(), DhchapKey.generate().reveal()] as const;
-      // The first two parts of a token are no secret of their own, but nobody should find them either.
+      // The first two parts of a token are not secret on their own, but they should not be found either.
       const marks = [...token.split("."), forged.split(".")[2] ?? "", passphrase, dhchap];
       // The form of a key is no secret.
       const markKey = (key: string) => marks.push(key.split(":")[2] ?? "");
@@ -89,17 +89,17 @@ Deno.test({
         request: MessageInitShape<I>,
       ): Promise<MessageShape<O>> => {
         const answer = await channel.call(method, request, { signal, deadline: new Date(Date.now() + 20_000) });
-        texts.push(JSON.stringify(answer, (_key, value) => typeof value === "bigint" ? String(value) : value));
+        outputs.push(JSON.stringify(answer, (_key, value) => typeof value === "bigint" ? String(value) : value));
         return answer;
       };
-      const refused = async <I extends DescMessage, O extends DescMessage>(
+      const failedCall = async <I extends DescMessage, O extends DescMessage>(
         channel: Channel,
         method: DescMethodUnary<I, O>,
         request: MessageInitShape<I>,
       ): Promise<void> => {
         const error = await call(channel, method, request).then(() => undefined, (error) => error);
-        assert(error instanceof CallError, `${method.name} was not refused`);
-        texts.push(error.message);
+        assert(error instanceof CallError, `${method.name} did not fail`);
+        outputs.push(error.message);
       };
       const { controller, node } = testbed;
       const volumeCapability = {
@@ -168,13 +168,13 @@ Deno.test({
         granted,
       );
       assert.equal(keyedContext["in-band-auth"], "bidirectional");
-      await refused(controller, Controller.method.controllerPublishVolume, {
+      await failedCall(controller, Controller.method.controllerPublishVolume, {
         ...granted,
         secrets: { ...secrets, "dhchap-key": dhchap },
       });
       const unkeyed = { stagingTargetPath: join(home, "staging-unkeyed") };
       await Deno.mkdir(unkeyed.stagingTargetPath);
-      await refused(node, Node.method.nodeStageVolume, {
+      await failedCall(node, Node.method.nodeStageVolume, {
         ...stage,
         ...keyed,
         ...unkeyed,
@@ -188,26 +188,26 @@ Deno.test({
       });
       await call(controller, Controller.method.deleteVolume, { volumeId: keyed.volumeId, secrets });
 
-      // Everything that fails, too: refused by us, by LightOS, and by nobody who answers.
+      // Calls that fail too: rejected by the driver, by LightOS, and without an answer.
       const bad = { ...secrets, jwt: forged };
-      await refused(controller, Controller.method.createVolume, { ...creation("b"), secrets: bad });
-      await refused(controller, Controller.method.createVolume, {
+      await failedCall(controller, Controller.method.createVolume, { ...creation("b"), secrets: bad });
+      await failedCall(controller, Controller.method.createVolume, {
         ...creation("b"),
         secrets: { ...bad, jwt: `${forged} x` },
       });
-      await refused(controller, Controller.method.createVolume, {
+      await failedCall(controller, Controller.method.createVolume, {
         ...creation("b"),
         secrets: { ...secrets, "mgmt-ca.crt": passphrase, "mgmt-tls-pin": dhchap },
       });
-      await refused(controller, Controller.method.deleteVolume, { volumeId, secrets });
-      await refused(controller, Controller.method.deleteVolume, {
+      await failedCall(controller, Controller.method.deleteVolume, { volumeId, secrets });
+      await failedCall(controller, Controller.method.deleteVolume, {
         volumeId: volumeId.replace(/mgmt:[^|]*/, "mgmt:127.0.0.1:1"),
         secrets,
       });
-      await refused(node, Node.method.nodeStageVolume, { ...stage, volumeId: "no ID" });
-      await refused(node, Node.method.nodePublishVolume, { ...publish, stagingTargetPath: join(home, "pod") });
+      await failedCall(node, Node.method.nodeStageVolume, { ...stage, volumeId: "no ID" });
+      await failedCall(node, Node.method.nodePublishVolume, { ...publish, stagingTargetPath: join(home, "pod") });
       await testbed.ask("POST", "/faults", { rpc: "CreateVolume", code: "INTERNAL", count: 1 });
-      await refused(controller, Controller.method.createVolume, { ...creation("c"), secrets: bad });
+      await failedCall(controller, Controller.method.createVolume, { ...creation("c"), secrets: bad });
       await testbed.ask("DELETE", "/faults");
 
       await call(controller, Controller.method.deleteSnapshot, { snapshotId, secrets });
@@ -217,23 +217,23 @@ Deno.test({
       await call(controller, Controller.method.deleteVolume, { volumeId, secrets });
 
       for (const { pid } of [testbed.running("controller"), testbed.running("node")].flatMap((one) => one ?? [])) {
-        for (const file of ["cmdline", "environ"]) texts.push(await Deno.readTextFile(`/proc/${pid}/${file}`));
+        for (const file of ["cmdline", "environ"]) outputs.push(await Deno.readTextFile(`/proc/${pid}/${file}`));
       }
       await testbed.stopAll();
       // The simulator knows its own tokens; everything else in the directory was written by the driver, or for this test.
       const searched: string[] = [];
       for await (const file of filesBelow(home, [join(home, "cluster"), join(home, "simulator.log.out")])) {
-        texts.push(await Deno.readTextFile(file));
+        outputs.push(await Deno.readTextFile(file));
         searched.push(file);
       }
       for (const mark of marks) {
         for (const form of formsOf(mark)) {
-          const found = texts.find((text) => text.includes(form));
+          const found = outputs.find((text) => text.includes(form));
           assert.equal(found, undefined, `"${form}" is in: ${found?.slice(0, 2000)}`);
         }
       }
       // The search would have found something: it reads what the driver wrote, and what its tools were started with.
-      const all = texts.join("\n");
+      const all = outputs.join("\n");
       for (const expected of [/"rpc":"NodeStageVolume"/, /"rpc":"CreateVolume"/, /UNAUTHENTICATED/, /mkfs\.ext4 -q/]) {
         assert.match(all, expected);
       }

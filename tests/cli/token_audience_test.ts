@@ -14,7 +14,7 @@ import { DurosAPI } from "../../proto/gen/lightos_pb.ts";
 const token = "the-controllers.own.token";
 const signed = selfSigned([]);
 
-/** A server that notes the token of each call and lets nobody in. */
+/** A server that records the token of each call and rejects it. */
 async function startListener(isTls: boolean) {
   const tokens: string[] = [];
   const { key, cert } = await signed;
