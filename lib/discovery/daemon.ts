@@ -405,7 +405,7 @@ async function useOf(host: Host, subsystemNqn: string): Promise<string | undefin
     if (users.length > 0) return `${device.path} is in use by ${users.join(", ")}`;
   }
   if (await hasNamespaces(host, subsystemNqn, devices.map(({ name }) => name))) {
-    return "it shows a namespace without a UUID, of which nobody knows who uses it";
+    return "it shows a namespace without a UUID, whose users are not known";
   }
   return undefined;
 }

@@ -1,341 +1,13 @@
-/** `lbcsi discovery-client`: what it reads, what it does on a make-believe machine, and the program itself. */
+/** `lbcsi discovery-client`: what it does on a simulated machine, and the program itself. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createLogger } from "../../lib/context.ts";
 import { createDiscoveryDaemon } from "../../lib/discovery/daemon.ts";
-import { parseInput } from "../../lib/discovery/entries.ts";
-import { DiscoveryInput } from "../../lib/discovery/input.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
-import { discoveryFile } from "../../lib/host/attach/discovery_client.ts";
-import { createLinuxHost } from "../../lib/host/linux_host.ts";
-import { readDiscoveryLog } from "../../lib/host/nvme/discovery_log.ts";
 import { discoveryNqn } from "../../lib/host/nvme/controllers.ts";
-import { hostNqn } from "../../lib/namespace.ts";
-import { FakeHost } from "../support/fake_host.ts";
-import { callContext, rejects } from "../support/node_calls.ts";
 import { eventually } from "../support/simulator.ts";
-
-const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
-const other = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";
-const nqn = "nqn.2019-09.com.example:cluster:1";
-const otherNqn = "nqn.2019-09.com.example:cluster:2";
-const us = hostNqn("n1.node");
-const hostId = "f4c1fb1c-0d56-4d0a-9d5d-9c36ed1ffa0c";
-
-const entry = (address = "192.0.2.1", subsystem = nqn, more = "") =>
-  `-t tcp -a ${address} -s 8009 -q ${us} -n ${subsystem}${more}\n`;
-
-// --------------------------------------------------------------------------------------------------------- parseInput
-
-Deno.test("parseInput reads what discoveryFile writes", () => {
-  const namespace = {
-    uuid,
-    subsystemNqn: nqn,
-    addresses: [],
-    discovery: [{ traddr: "192.0.2.1", trsvcid: "8009" }, { traddr: "2001:db8::1", trsvcid: "8009" }],
-  };
-
-  const { entries, skipped } = parseInput(discoveryFile(namespace, us));
-
-  const rest = { trsvcid: "8009", hostNqn: us, subsystemNqn: nqn, hostId: undefined, controllerLossSeconds: undefined };
-  assert.deepEqual(entries, [{ traddr: "192.0.2.1", ...rest }, { traddr: "2001:db8::1", ...rest }]);
-  assert.deepEqual(skipped, []);
-});
-
-Deno.test("parseInput knows long and short options, '=', comments, and drops duplicates", () => {
-  const text = `# all of it
---transport=tcp --traddr=c1.example --trsvcid=08009 --hostnqn=${us} --subsysnqn=${nqn} --hostid=${hostId.toUpperCase()} -p # x
-\t-l -1   -t tcp -a 192.0.2.7 -s 8009 -q ${us} -n ${nqn}\r
-
--t tcp -a 192.0.2.7 -s 8009 -q ${us} -n ${nqn} -l 30`;
-
-  assert.deepEqual(parseInput(text).entries, [
-    { traddr: "c1.example", trsvcid: "8009", hostNqn: us, subsystemNqn: nqn, hostId, controllerLossSeconds: undefined },
-    {
-      traddr: "192.0.2.7",
-      trsvcid: "8009",
-      hostNqn: us,
-      subsystemNqn: nqn,
-      hostId: undefined,
-      controllerLossSeconds: -1,
-    },
-  ]);
-});
-
-Deno.test("parseInput skips a line that lacks something mandatory, and keeps the others", () => {
-  const { entries, skipped } = parseInput(`-t tcp -a 192.0.2.1 -q ${us}\n${entry()}`);
-
-  assert.equal(entries.length, 1);
-  assert.deepEqual(skipped, ["line 1 has no trsvcid, subsysnqn"]);
-});
-
-for (
-  const [line, problem] of [
-    [entry() + "-x 1", /: Cannot read line 2: "-x" is not an option$/],
-    [entry() + `--nqn ${nqn}`, /"--nqn" is not an option/],
-    [entry() + "nonsense", /"nonsense" is not an option/],
-    [entry() + "constructor 1", /"constructor" is not an option/],
-    ["-t tcp -a", /-a has no value/],
-    [entry().replace("tcp", "rdma"), /transport "rdma" is not tcp/],
-    [entry("192.0.2.256"), /traddr "192\.0\.2\.256" is no address/],
-    [entry("a_b"), /traddr "a_b" is no address/],
-    [entry("-a"), /traddr "-a" is no address/],
-    [entry("2001:db8::zz"), /traddr "2001:db8::zz" is no address/],
-    [entry().replace("8009", "0"), /trsvcid "0" is no port/],
-    [entry().replace("8009", "65536"), /trsvcid "65536" is no port/],
-    [entry().replace(nqn, "cluster"), /subsysnqn "cluster" is not an NQN/],
-    [entry().replace(us, "nqn." + "x".repeat(220)), /is longer than 223 bytes/],
-    [entry("192.0.2.1", nqn, " -I 7"), /hostid "7" is not a UUID/],
-    [entry("192.0.2.1", nqn, " -l -2"), /ctrl-loss-tmo "-2" is not a number of seconds, or -1/],
-    ["\u0000\u0001\ufffd", /is not an option/],
-  ] as const
-) {
-  Deno.test(`parseInput refuses the whole of ${JSON.stringify(line.slice(-60))}`, () => {
-    assert.throws(() => parseInput(line), problem);
-  });
-}
-
-// ----------------------------------------------------------------------------------------------------- discoveryInput
-
-function inputOf(host: FakeHost) {
-  const lines: { event: string; path?: string; error?: string; level: string }[] = [];
-  let ms = 0;
-  const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line)));
-  const input = new DiscoveryInput(host, host.discoveryDirectory, log, () => ms);
-  return {
-    write: (name: string, text: string) => host.replaceText(`${host.discoveryDirectory}/${name}`, text),
-    remove: (name: string) => host.remove(`${host.discoveryDirectory}/${name}`),
-    pass: (more: number) => void (ms += more),
-    addresses: async () => (await input.read())?.map(({ traddr }) => traddr),
-    /** What was logged since the last time. */
-    said: () => lines.splice(0).map(({ event, error }) => error === undefined ? event : `${event}: ${error}`),
-  };
-}
-
-function quietHost(): FakeHost {
-  const host = new FakeHost();
-  host.playsDiscoveryClient = false;
-  return host;
-}
-
-Deno.test("discoveryInput goes by what is there: new, changed, duplicated and removed files", async () => {
-  const { write, remove, addresses, said } = inputOf(quietHost());
-
-  await write("b", entry("192.0.2.2"));
-  await write("a", entry("192.0.2.1") + entry("192.0.2.1"));
-  await write("tmp.dc.c", entry("192.0.2.3"));
-  assert.deepEqual(await addresses(), ["192.0.2.1", "192.0.2.2"]);
-  assert.deepEqual(said(), ["took up a file", "took up a file"]);
-  await addresses();
-  assert.deepEqual(said(), []);
-  await write("b", entry("192.0.2.9"));
-  assert.deepEqual(await addresses(), ["192.0.2.1", "192.0.2.9"]);
-  await remove("b");
-  assert.deepEqual(await addresses(), ["192.0.2.1"]);
-
-  assert.deepEqual(said(), ["took up a file", "dropped a file that was removed"]);
-});
-
-Deno.test("discoveryInput waits for the rest of a file that does not end in a newline", async () => {
-  const { write, addresses, pass, said } = inputOf(quietHost());
-  const whole = entry("192.0.2.1");
-
-  for (const length of [0, 10, whole.length - 5, whole.length - 1]) {
-    await write("a", whole.slice(0, length));
-    assert.deepEqual(await addresses(), []);
-    pass(1999);
-  }
-  assert.deepEqual(said(), []);
-  await write("a", whole);
-  assert.deepEqual(await addresses(), ["192.0.2.1"]);
-  await write("a", whole.trimEnd());
-  pass(2001);
-  await addresses();
-  pass(2001);
-
-  assert.deepEqual(await addresses(), ["192.0.2.1"]);
-  assert.deepEqual(said(), ["took up a file", "took up a file"]);
-});
-
-Deno.test("discoveryInput keeps what a file said before it became bad, and says so once", async () => {
-  const { write, remove, addresses, said } = inputOf(quietHost());
-  await write("a", entry("192.0.2.1"));
-  await addresses();
-  said();
-
-  await write("a", "-t rdma\n-x\n");
-  assert.deepEqual(await addresses(), ["192.0.2.1"]);
-  assert.deepEqual(await addresses(), ["192.0.2.1"]);
-
-  assert.deepEqual(said(), [
-    `refused a file and keeps what it said before: Cannot read line 2: "-x" is not an option`,
-  ]);
-  await remove("a");
-  assert.deepEqual(await addresses(), []);
-  await write("b", "junk\n");
-  assert.deepEqual(await addresses(), []);
-  assert.deepEqual(said(), [
-    "dropped a file that was removed",
-    `refused a file: Cannot read line 1: "junk" is not an option`,
-  ]);
-});
-
-Deno.test("discoveryInput knows nothing new while the directory is missing", async () => {
-  const directory = await Deno.makeTempDir({ prefix: "lbcsi-input-" });
-  const lines: string[] = [];
-  const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line).event));
-  const input = new DiscoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "in"), log);
-
-  assert.equal(await input.read(), undefined);
-  assert.equal(await input.read(), undefined);
-  await Deno.mkdir(join(directory, "in"));
-  await Deno.mkdir(join(directory, "in", "sub"));
-  await Deno.writeTextFile(join(directory, "in", "a"), entry());
-  assert.equal((await input.read())?.length, 1);
-  await Deno.remove(directory, { recursive: true });
-  assert.equal(await input.read(), undefined);
-
-  assert.deepEqual(lines, ["cannot read its directory", "took up a file", "cannot read its directory"]);
-});
-
-/** The directory of a ConfigMap, as kubelet shows it, and the changes that it makes. */
-async function configMap() {
-  const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-input-" }));
-  let version = 0;
-  return {
-    directory,
-    /** Shows other files, in kubelet's order: a new directory, one rename of the link, then links that come and go. */
-    async show(files: Readonly<Record<string, string>>) {
-      const now = `..2026_11_30_${++version}`;
-      await Deno.mkdir(join(directory, now));
-      for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, now, name), text);
-      await Deno.symlink(now, join(directory, "..data_tmp"));
-      await Deno.rename(join(directory, "..data_tmp"), join(directory, "..data"));
-      for (const name of Object.keys(files)) {
-        await Deno.symlink(`..data/${name}`, join(directory, name)).catch(() => {});
-      }
-      for (const { name } of Deno.readDirSync(directory)) {
-        if (!name.startsWith("..") && !(name in files)) await Deno.remove(join(directory, name));
-      }
-      if (version > 1) await Deno.remove(join(directory, `..2026_11_30_${version - 1}`), { recursive: true });
-    },
-    [Symbol.asyncDispose]: () => Deno.remove(directory, { recursive: true }),
-  };
-}
-
-Deno.test("discoveryInput reads the files of a ConfigMap through their links, follows its changes, and each file once", async () => {
-  await using map = await configMap();
-  const lines: string[] = [];
-  const log = createLogger("info", "json", (line) => void lines.push(JSON.parse(line).event));
-  const input = new DiscoveryInput(createLinuxHost({ log: createLogger("error") }), map.directory, log);
-  const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
-
-  await map.show({ a: entry("192.0.2.1"), b: entry("192.0.2.2") });
-  assert.deepEqual(await addresses(), ["192.0.2.1", "192.0.2.2"]);
-  await map.show({ a: entry("192.0.2.9"), c: entry("192.0.2.3") });
-  assert.deepEqual(await addresses(), ["192.0.2.9", "192.0.2.3"]);
-  await map.show({});
-  assert.deepEqual(await addresses(), []);
-
-  assert.deepEqual(lines, [
-    ...["took up a file", "took up a file"],
-    ...["took up a file", "took up a file", "dropped a file that was removed"],
-    ...["dropped a file that was removed", "dropped a file that was removed"],
-  ]);
-});
-
-Deno.test("discoveryInput passes over links to what is no file, and keeps what a link said that leads nowhere now", async () => {
-  const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-input-" }));
-  const lines: string[] = [];
-  const log = createLogger("warning", "json", (line) => {
-    const { event, error, path } = JSON.parse(line);
-    lines.push(`${path.slice(directory.length + 1)}: ${event}: ${error}`);
-  });
-  await Deno.mkdir(join(directory, "real"));
-  await Deno.mkdir(join(directory, "elsewhere"));
-  await Deno.writeTextFile(join(directory, "elsewhere", "x"), entry("192.0.2.1"));
-  await Deno.symlink("real", join(directory, "link"));
-  const at = (name: string) => join(directory, "link", name);
-  await Deno.symlink("../elsewhere", at("directory"));
-  await Deno.symlink("/dev/zero", at("device"));
-  await Deno.symlink("loop", at("loop"));
-  await Deno.symlink("../elsewhere/x", at("x"));
-  const input = new DiscoveryInput(createLinuxHost({ log: createLogger("error") }), join(directory, "link"), log);
-  const addresses = async () => (await input.read())?.map(({ traddr }) => traddr);
-
-  assert.deepEqual(await addresses(), ["192.0.2.1"]);
-  await Deno.remove(join(directory, "elsewhere", "x"));
-  for (let turn = 0; turn < 3; turn++) assert.deepEqual(await addresses(), ["192.0.2.1"]);
-  await Deno.remove(at("x"));
-  assert.deepEqual(await addresses(), []);
-
-  assert.deepEqual(lines.map((line) => line.replace(/(?<=loop: could not read a file: ).*/, "…")), [
-    "link/loop: could not read a file: …",
-    "link/x: could not read a file: it is a symbolic link that leads nowhere",
-  ]);
-  await Deno.remove(directory, { recursive: true });
-});
-
-// --------------------------------------------------------------------------------------------------- the log page
-
-Deno.test("readDiscoveryLog answers I/O controllers and referrals over TCP", async () => {
-  const host = new FakeHost();
-  // Of nvme-cli 2.3, shortened; the first record is of the controller that answers.
-  const record = (subtype: string, traddr: string, trtype = "tcp") => ({
-    trtype,
-    adrfam: "ipv4",
-    subtype,
-    treq: "not specified, sq flow control disable supported",
-    portid: 1,
-    trsvcid: "4420",
-    subnqn: subtype === "nvme subsystem" ? nqn : discoveryNqn,
-    traddr,
-    eflags: "none",
-    sectype: "none",
-  });
-  const records = [
-    record("current discovery subsystem", "192.0.2.1"),
-    record("nvme subsystem", "192.0.2.2"),
-    record("nvme subsystem", "nn-0x1:pn-0x2", "fc"),
-    record("nvme subsystem", "  "),
-    record("discovery subsystem referral", "2001:db8::1"),
-  ];
-  host.answers.set("nvme discover", { stdout: JSON.stringify({ genctr: 7, records }) });
-  host.connect(nqn);
-  const [controller] = host.controllers;
-  assert.ok(controller);
-
-  const log = await readDiscoveryLog(host, callContext(), {
-    ...controller,
-    isDiscovery: true,
-    transport: "tcp",
-    address: "",
-  });
-
-  assert.deepEqual(log, {
-    generation: 7n,
-    controllers: [{ subsystemNqn: nqn, address: { traddr: "192.0.2.2", trsvcid: "4420" } }],
-    referrals: [{ traddr: "2001:db8::1", trsvcid: "4420" }],
-  });
-  for (
-    const [answer, code, message] of [
-      [{ code: 1, stderr: "Failed to open ctrl nvme0, errno 11\nfailed\n" }, "UNAVAILABLE", /errno 11; failed$/],
-      [{ code: 1 }, "UNAVAILABLE", /nvme exits 1$/],
-      [{ stdout: "Discovery Log Number of Records 0" }, "INTERNAL", /nvme-cli's answer is not JSON$/],
-      [{ stdout: '{"records":[]}' }, "INTERNAL", /not understood \(genctr: /],
-    ] as const
-  ) {
-    host.answers.set("nvme discover", answer);
-    await rejects(
-      readDiscoveryLog(host, callContext(), { ...controller, isDiscovery: true, transport: "tcp", address: "a" }),
-      code,
-      message,
-    );
-  }
-});
-
-// -------------------------------------------------------------------------------------------------------- the daemon
+import { entry, hostId, nqn, other, otherNqn, quietHost, us, uuid } from "../support/discovery.ts";
 
 function machine(host = quietHost()) {
   host.addNamespace(uuid, nqn);
@@ -409,7 +81,7 @@ Deno.test("the daemon connects what the log pages list for the subsystems of the
   assert.deepEqual(did(), []);
 });
 
-Deno.test("the daemon passes on what kernel and nvme-cli have to know", async () => {
+Deno.test("the daemon passes host ID and timeouts to nvme-cli", async () => {
   const { make, told, host } = machine();
   await told(uuid, entry("192.0.2.1", nqn, ` -I ${hostId} -l 30`));
 
@@ -422,7 +94,7 @@ Deno.test("the daemon passes on what kernel and nvme-cli have to know", async ()
   ]);
 });
 
-Deno.test("the daemon uses the host ID that the host NQN has already", async () => {
+Deno.test("the daemon uses the host ID that the host NQN already has", async () => {
   const { make, told, host } = machine();
   host.connect(nqn, us, "192.0.2.2", "4420", "aaaaaaaa-0000-4000-8000-000000000000");
   await told(uuid, entry("192.0.2.1", nqn, ` -I ${hostId}`));
@@ -517,7 +189,7 @@ Deno.test("promise 2: the daemon drops no connection that is the last path to a 
   assert.deepEqual(did(), [`nvme disconnect --device=${second.name}`]);
 });
 
-Deno.test("the daemon follows referrals, also in a circle, and drops a discovery connection that nobody names any more", async () => {
+Deno.test("the daemon follows referrals, also in a circle, and drops a discovery connection that nothing names any more", async () => {
   const { make, told, did, host, connected } = machine();
   const { settle } = make();
   host.logPages.set("192.0.2.1:8009", { generation: 1, records: [{ address: "192.0.2.2:8009" }] });
@@ -539,7 +211,7 @@ Deno.test("the daemon follows referrals, also in a circle, and drops a discovery
   assert.deepEqual(did(), ["nvme disconnect --device=nvme1"]);
 });
 
-Deno.test("the daemon is not led to more than 64 referrals", async () => {
+Deno.test("the daemon follows at most 64 referrals", async () => {
   const { make, told, host } = machine();
   const addresses = Array.from({ length: 70 }, (_, n) => `192.0.2.${n + 2}:8009`);
   host.logPages.set("192.0.2.1:8009", { generation: 1, records: addresses.map((address) => ({ address })) });
@@ -556,7 +228,7 @@ Deno.test("the daemon is not led to more than 64 referrals", async () => {
   assert.equal(host.controllers.length, 65);
 });
 
-Deno.test("the daemon lets go of a subsystem when its last file goes, and of its discovery connection", async () => {
+Deno.test("the daemon disconnects a subsystem when its last file is removed, and its discovery connection", async () => {
   const { make, told, untold, did, connected, host } = machine();
   const { settle } = make();
   await told(uuid, entry());
@@ -574,7 +246,7 @@ Deno.test("the daemon lets go of a subsystem when its last file goes, and of its
   assert.equal((await host.readText(`${host.discoveryDirectory}/tmp.dc.lbcsi`))?.includes(nqn), false);
 });
 
-Deno.test("promise 3: the daemon keeps a subsystem that is in use, says so once, and lets go of it later", async () => {
+Deno.test("promise 3: the daemon keeps a subsystem that is in use, logs it once, and disconnects it later", async () => {
   const { make, told, untold, did, host, lines, connected } = machine();
   const { settle } = make();
   await told(uuid, entry());
@@ -601,7 +273,7 @@ Deno.test("promise 3: the daemon keeps a subsystem that is in use, says so once,
   assert.deepEqual(connected(), []);
 });
 
-Deno.test("promise 3: the daemon keeps a subsystem that shows a namespace without a UUID, for nobody knows who uses it", async () => {
+Deno.test("promise 3: the daemon keeps a subsystem that shows a namespace without a UUID, whose users are not known", async () => {
   const { make, told, untold, did, host, lines } = machine();
   const readText = host.readText.bind(host);
   host.readText = async (path) => path.endsWith("/wwid") ? "eui.0025385b71b00fd4\n" : await readText(path);
@@ -616,11 +288,11 @@ Deno.test("promise 3: the daemon keeps a subsystem that shows a namespace withou
   assert.deepEqual(did().filter((command) => !command.endsWith("=nvme0")), []);
   assert.match(
     lines.at(-1)?.error ?? "",
-    /a namespace without a UUID, of which nobody knows who uses it, it stays connected/,
+    /a namespace without a UUID, whose users are not known, it stays connected/,
   );
 });
 
-Deno.test("promise 8: a file that was removed while no daemon ran is let go of by the next one", async () => {
+Deno.test("promise 8: the next daemon disconnects the subsystem of a file that was removed while no daemon ran", async () => {
   const { make, told, untold, connected } = machine();
   await told(uuid, entry());
   await make().settle();
@@ -631,7 +303,7 @@ Deno.test("promise 8: a file that was removed while no daemon ran is let go of b
   assert.deepEqual(connected(), []);
 });
 
-Deno.test("the daemon keeps everything when another directory comes in the place of its own", async () => {
+Deno.test("the daemon keeps everything when another directory takes the place of its own", async () => {
   const { make, told, untold, did, connected } = machine();
   const { settle } = make();
   await told(uuid, entry());
@@ -646,7 +318,7 @@ Deno.test("the daemon keeps everything when another directory comes in the place
   assert.equal(connected().length, 3);
 });
 
-Deno.test("the daemon works in a directory that takes no notes, and lets go as long as it remembers", async () => {
+Deno.test("the daemon works in a read-only directory, and disconnects the subsystems that it remembers", async () => {
   const { make, told, untold, connected, host, lines } = machine();
   const { settle } = make();
   await told(uuid, entry());
@@ -691,7 +363,7 @@ Deno.test("the daemon never touches what no file has named", async () => {
   assert.deepEqual(host.controllers.map(({ traddr }) => traddr), ["192.0.2.9", "192.0.2.8", "192.0.2.8"]);
 });
 
-Deno.test("the daemon tries a refused connection again after 1, 2, 4 … 60 seconds, and says so once", async () => {
+Deno.test("the daemon repeats a rejected connection after 1, 2, 4 … 60 seconds, and logs it once", async () => {
   const { make, told, did, host, lines } = machine();
   const { settle } = make();
   host.logPages.clear();
@@ -708,7 +380,7 @@ Deno.test("the daemon tries a refused connection again after 1, 2, 4 … 60 seco
   ]);
 });
 
-Deno.test("the daemon tries what was refused at once when a log page has changed", async () => {
+Deno.test("the daemon repeats a rejected connection at once when a log page has changed", async () => {
   const { make, told, did, host } = machine();
   const { settle } = make();
   host.answers.set(`nvme connect --transport=tcp --traddr=192.0.2.2`, { code: 1, stderr: "Input/output error" });
@@ -725,7 +397,7 @@ Deno.test("the daemon tries what was refused at once when a log page has changed
   assert.deepEqual(did(), [connect("192.0.2.2:4420")]);
 });
 
-Deno.test("the daemon makes a lost discovery connection anew and reads its log page at once", async () => {
+Deno.test("the daemon makes a lost discovery connection again and reads its log page at once", async () => {
   const { make, told, did, host } = machine();
   const { settle } = make();
   await told(uuid, entry());
@@ -739,7 +411,7 @@ Deno.test("the daemon makes a lost discovery connection anew and reads its log p
   assert.deepEqual(did(), [connect("192.0.2.1:8009", discoveryNqn), connect("192.0.2.3:4420")]);
 });
 
-Deno.test("the daemon connects beside another host NQN, and names it when the kernel refuses that", async () => {
+Deno.test("the daemon connects beside another host NQN, and names it when the kernel rejects that", async () => {
   const theirs = "nqn.2014-08.org.nvmexpress:uuid:1";
   for (const refuses of [false, true]) {
     const { make, told, host, lines, connected } = machine();
@@ -803,7 +475,7 @@ Deno.test("the daemon resolves host names, and drops nothing while a name has no
   ]);
 });
 
-Deno.test("promise 8: the daemon, cut off at any call, leaves a machine that the next one brings to the same state", async () => {
+Deno.test("promise 8: the daemon, killed at any call, leaves a machine that the next one brings to the same state", async () => {
   const steps = async (m: ReturnType<typeof machine>, cut: { at: number; when: "before" | "after" } | undefined) => {
     await m.told(uuid, entry());
     const begin = m.host.calls;
@@ -831,7 +503,7 @@ Deno.test("promise 8: the daemon, cut off at any call, leaves a machine that the
   assert.ok(cuts > 100, `${cuts}`);
 });
 
-Deno.test("run ends when it is told to, waits for a command that changes something, and leaves connections up", async () => {
+Deno.test("run ends on its signal, waits for a command that changes something, and leaves connections up", async () => {
   const { make, told, host, connected } = machine();
   await told(uuid, entry());
   const { daemon } = make();
