@@ -1,27 +1,27 @@
 /**
  * Serves callers whose `:authority` is not one that HTTP/2 allows.
  *
- * The kubelets of Kubernetes 1.17 to 1.25, and other Go programs that dial a unix socket with an old grpc-go, send the
- * path of the socket (`/csi/csi.sock`), a URL (`unix:///csi/csi.sock`), nothing, or no `:authority` at all. gRPC servers
- * in Go do not mind; nghttp2 inside `node:http2` ends the connection with PROTOCOL_ERROR. There is no option to stop it.
+ * The kubelets of Kubernetes 1.17 to 1.25, and other Go programs that dial a Unix socket with an old grpc-go, send the path
+ * of the socket (`/csi/csi.sock`), a URL (`unix:///csi/csi.sock`), an empty `:authority` or none. gRPC servers in Go accept
+ * that; nghttp2 inside `node:http2` ends the connection with PROTOCOL_ERROR, and no option turns that off.
  *
- * So we read along until the first header block is complete. When nghttp2 will take its authority, which is so for
- * every client of today, all that follows passes through untouched. Otherwise each header block of that connection is
- * decoded and written again with `:authority: localhost`, in a form that needs no compression table on the other side;
- * all other frames pass through as they are.
+ * So a filter inspects a connection until the first header block is complete. If nghttp2 accepts its authority, which is so
+ * for every current client, all that follows passes through unchanged. Otherwise each header block of the connection is
+ * decoded and rewritten with `:authority: localhost`, in a form that needs no compression table on the other side; all other
+ * frames pass through unchanged.
  *
- * Rejected: renaming the authority in place (it is Huffman-coded, and later requests refer to the table entry), and
- * waiting with the hand-over of the socket until the header block is there (clients wait for the server's SETTINGS).
+ * Rejected: replacing the authority in place (it is Huffman-coded, and later requests refer to the table entry), and passing
+ * on the socket only when the header block is complete (clients wait for the server's SETTINGS).
  */
 import { Duplex } from "node:stream";
 import { encodeHeaders, type HeaderField, HpackDecoder } from "./hpack.ts";
 
 /**
- * The connection behind `socket`, with every request's `:authority` made acceptable to `node:http2`.
- * Owns the socket from now on: ends, errors and back-pressure pass both ways.
+ * A connection over `socket` in which every request has an `:authority` that `node:http2` accepts.
+ * It owns the socket from now on: ends, errors and back-pressure pass both ways.
  */
 export function acceptAnyAuthority(socket: Duplex): Duplex {
-  const filter = createAuthorityFilter();
+  const filter = new AuthorityFilter();
   const connection = new Duplex({
     allowHalfOpen: socket.allowHalfOpen,
     read: () => void socket.resume(),
@@ -32,13 +32,13 @@ export function acceptAnyAuthority(socket: Duplex): Duplex {
       done(error);
     },
   });
-  // Nothing is read before the other side asks for it.
+  // Nothing is read before the reader asks for it.
   socket.pause();
   socket.on("data", (chunk: Buffer) => {
     try {
-      let wanted = true;
-      for (const part of filter(chunk)) wanted = connection.push(part);
-      if (!wanted) socket.pause();
+      let hasRoom = true;
+      for (const part of filter.push(chunk)) hasRoom = connection.push(part);
+      if (!hasRoom) socket.pause();
     } catch (error) {
       connection.destroy(error instanceof Error ? error : new Error(String(error)));
     }
@@ -51,7 +51,7 @@ export function acceptAnyAuthority(socket: Duplex): Duplex {
 
 const preface = Buffer.from("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
 const frameHeaderBytes = 9;
-// RFC 9113, section 4.2: the size that everybody accepts, and the largest that our server does.
+// RFC 9113, section 4.2: the size that every peer accepts, and the largest that our server accepts.
 const largestFrameBytes = 16_384;
 const largestBlockBytes = 256 << 10;
 
@@ -59,130 +59,140 @@ const largestBlockBytes = 256 << 10;
 const frameType = { headers: 1, continuation: 9 };
 const frameFlag = { endStream: 0x1, endHeaders: 0x4, padded: 0x8, priority: 0x20 };
 
-/** A header block of which not all frames are here yet. */
+/** A header block that is not complete yet. */
 interface OpenBlock {
   readonly stream: number;
   readonly endStream: boolean;
   /** The five bytes of a stream's priority, or none. */
   readonly priority: Buffer;
   readonly fragments: Buffer[];
-  /** The frames as they came. */
+  /** The frames as they were received. */
   readonly frames: Buffer[];
-  /** All of `frames`. */
+  /** Length of all `frames`. */
   bytes: number;
 }
 
 /**
- * Takes the bytes of one client in any cut, and answers those that the server should read. Throws an Error when the
- * connection cannot go on: a header block of more than 256 KiB, or one that is malformed after an earlier one has
- * been written anew. What is malformed before that passes through, for the server to refuse.
+ * Rewrites the header blocks of one client where their authority requires it.
+ *
+ * Malformed input before the first rewritten block passes through unchanged, for the server to reject.
  */
-export function createAuthorityFilter(): (chunk: Buffer) => Buffer[] {
-  const decoder = new HpackDecoder();
-  let through = false;
-  let rewriting = false;
-  let prefaceLeft = preface;
+export class AuthorityFilter {
+  readonly #decoder = new HpackDecoder();
+  #mode: "inspect" | "rewrite" | "pass through" = "inspect";
+  #prefaceLeft = preface;
   /** Bytes of the current frame that pass through. */
-  let passLeft = 0;
-  let pending: Buffer = Buffer.alloc(0);
-  let block: OpenBlock | undefined;
+  #passLeft = 0;
+  /** Bytes that the next chunk continues. */
+  #rest: Buffer = Buffer.alloc(0);
+  #block: OpenBlock | undefined;
 
-  /** Ends the reading along: `bytes`, what was held back, and all that follows are for the server to judge. */
-  const giveUp = (bytes: Buffer, problem: string): Buffer[] => {
-    if (rewriting) throw new Error(`Cannot read a client's headers: ${problem}`);
-    through = true;
-    return [...block?.frames ?? [], bytes];
-  };
+  /**
+   * Takes bytes of the client, split anywhere, and returns the bytes that the server should read.
+   *
+   * @throws Error when the connection cannot continue: a header block has more than 256 KiB, or is malformed after an
+   *   earlier one was rewritten
+   */
+  push(chunk: Buffer): Buffer[] {
+    if (this.#mode === "pass through") return [chunk];
+    this.#rest = this.#rest.length === 0 ? chunk : Buffer.concat([this.#rest, chunk]);
+    const out: Buffer[] = [];
+    while (this.#rest.length > 0) {
+      const parts = this.#next();
+      if (parts === undefined) break;
+      out.push(...parts);
+    }
+    // A copy, because the chunk may be reused or large.
+    this.#rest = Buffer.from(this.#rest);
+    return out;
+  }
 
-  const takeHeaderFrame = (frame: Buffer, flags: number, stream: number): Buffer[] | string => {
+  /** Consumes the next piece of `#rest`; undefined when more bytes are needed. */
+  #next(): Buffer[] | undefined {
+    if (this.#mode === "pass through") return [this.#take(this.#rest.length)];
+    if (this.#prefaceLeft.length > 0) return this.#takePreface();
+    if (this.#passLeft > 0) {
+      const passed = this.#take(this.#passLeft);
+      this.#passLeft -= passed.length;
+      return [passed];
+    }
+    if (this.#rest.length < frameHeaderBytes) return undefined;
+    const length = this.#rest.readUIntBE(0, 3);
+    const type = this.#rest.readUInt8(3);
+    const flags = this.#rest.readUInt8(4);
+    const stream = this.#rest.readUInt32BE(5) & 0x7fff_ffff;
+    const isOfBlock = type === frameType.headers || type === frameType.continuation;
+    if (this.#block === undefined && !isOfBlock) {
+      this.#passLeft = length;
+      return [this.#take(frameHeaderBytes)];
+    }
+    const isInOrder = this.#block === undefined
+      ? type === frameType.headers
+      : type === frameType.continuation && stream === this.#block.stream;
+    if (!isInOrder || length > largestFrameBytes) {
+      const problem = `frame type ${type} with ${length} bytes is out of place`;
+      return this.#giveUp(this.#take(this.#rest.length), problem);
+    }
+    if (this.#rest.length < frameHeaderBytes + length) return undefined;
+    // A copy, because it may be kept longer than the chunk that it is part of.
+    const frame = Buffer.from(this.#take(frameHeaderBytes + length));
+    const result = this.#takeHeaderFrame(frame, flags, stream);
+    return typeof result === "string" ? this.#giveUp(frame, result) : result;
+  }
+
+  #takePreface(): Buffer[] {
+    const expected = this.#prefaceLeft.subarray(0, this.#rest.length);
+    this.#prefaceLeft = this.#prefaceLeft.subarray(this.#rest.length);
+    const seen = this.#take(expected.length);
+    return seen.equals(expected) ? [seen] : this.#giveUp(seen, "it does not speak HTTP/2");
+  }
+
+  #take(bytes: number): Buffer {
+    const taken = this.#rest.subarray(0, bytes);
+    this.#rest = this.#rest.subarray(bytes);
+    return taken;
+  }
+
+  /** Stops inspecting: passes on the frames held back, `bytes`, and all that follows. Throws after a rewrite. */
+  #giveUp(bytes: Buffer, problem: string): Buffer[] {
+    if (this.#mode === "rewrite") throw new Error(`Cannot read a client's headers: ${problem}`);
+    this.#mode = "pass through";
+    return [...this.#block?.frames ?? [], bytes];
+  }
+
+  /** Adds a frame to the open header block. Returns what the server should read, or why the block is malformed. */
+  #takeHeaderFrame(frame: Buffer, flags: number, stream: number): Buffer[] | string {
     const payload = frame.subarray(frameHeaderBytes);
-    if (block === undefined) {
+    if (this.#block === undefined) {
       const begun = beginBlock(payload, flags, stream);
       if (typeof begun === "string") return begun;
-      block = begun;
+      this.#block = begun;
     } else {
-      block.fragments.push(payload);
+      this.#block.fragments.push(payload);
     }
+    const block = this.#block;
     block.frames.push(frame);
     block.bytes += frame.length;
     if (block.bytes > largestBlockBytes) {
       throw new Error(`Cannot read a client's headers: they have more than ${largestBlockBytes} bytes`);
     }
     if ((flags & frameFlag.endHeaders) === 0) return [];
-    const { frames } = block;
     let fields: HeaderField[];
     try {
-      fields = decoder.decode(Buffer.concat(block.fragments), largestBlockBytes);
+      fields = this.#decoder.decode(Buffer.concat(block.fragments), largestBlockBytes);
     } catch (error) {
-      // `frame` goes the way of the others that were held back.
-      frames.pop();
+      // The caller passes `frame` on after the frames that were held back.
+      block.frames.pop();
       return error instanceof Error ? error.message : String(error);
     }
-    const complete = block;
-    block = undefined;
-    if (!rewriting && isAcceptable(fields)) {
-      through = true;
-      return frames;
+    this.#block = undefined;
+    if (this.#mode === "inspect" && isAcceptable(fields)) {
+      this.#mode = "pass through";
+      return block.frames;
     }
-    rewriting = true;
-    return framesOf(complete, encodeHeaders(withLocalhost(fields)));
-  };
-
-  return (chunk) => {
-    if (through) return [chunk];
-    const out: Buffer[] = [];
-    let rest = pending.length === 0 ? chunk : Buffer.concat([pending, chunk]);
-    pending = Buffer.alloc(0);
-    const take = (bytes: number): Buffer => {
-      const taken = rest.subarray(0, bytes);
-      rest = rest.subarray(bytes);
-      return taken;
-    };
-    while (rest.length > 0) {
-      if (through) {
-        out.push(rest);
-        return out;
-      }
-      if (prefaceLeft.length > 0) {
-        const expected = prefaceLeft.subarray(0, rest.length);
-        prefaceLeft = prefaceLeft.subarray(rest.length);
-        const seen = take(expected.length);
-        out.push(...(seen.equals(expected) ? [seen] : giveUp(seen, "it does not speak HTTP/2")));
-        continue;
-      }
-      if (passLeft > 0) {
-        const passed = take(passLeft);
-        passLeft -= passed.length;
-        out.push(passed);
-        continue;
-      }
-      if (rest.length < frameHeaderBytes) break;
-      const length = rest.readUIntBE(0, 3);
-      const type = rest.readUInt8(3);
-      const flags = rest.readUInt8(4);
-      const stream = rest.readUInt32BE(5) & 0x7fff_ffff;
-      const ofBlock = type === frameType.headers || type === frameType.continuation;
-      if (block === undefined && !ofBlock) {
-        passLeft = length;
-        out.push(take(frameHeaderBytes));
-        continue;
-      }
-      const inOrder = block === undefined
-        ? type === frameType.headers
-        : type === frameType.continuation && stream === block.stream;
-      if (!inOrder || length > largestFrameBytes) {
-        out.push(...giveUp(take(rest.length), `frame type ${type} with ${length} bytes is out of place`));
-        continue;
-      }
-      if (rest.length < frameHeaderBytes + length) break;
-      // A copy of its own: it may be kept for longer than the chunk that it came in.
-      const frame = Buffer.from(take(frameHeaderBytes + length));
-      const result = takeHeaderFrame(frame, flags, stream);
-      out.push(...(typeof result === "string" ? giveUp(frame, result) : result));
-    }
-    pending = Buffer.from(rest);
-    return out;
-  };
+    this.#mode = "rewrite";
+    return framesOf(block, encodeHeaders(withLocalhost(fields)));
+  }
 }
 
 function beginBlock(payload: Buffer, flags: number, stream: number): OpenBlock | string {
@@ -203,19 +213,19 @@ function beginBlock(payload: Buffer, flags: number, stream: number): OpenBlock |
 }
 
 /**
- * Whether nghttp2 takes the request as it is. Narrower than nghttp2: an authority that is rewritten without need costs
- * a little time, one that is passed on in error costs the connection.
+ * Whether nghttp2 accepts the request unchanged. Stricter than nghttp2: a needless rewrite costs a little time, a wrong pass
+ * costs the connection.
  */
 function isAcceptable(fields: readonly HeaderField[]): boolean {
   const authorities = fields.filter(({ name }) => name === ":authority" || name === "host");
   return authorities.length > 0 && authorities.every(({ value }) => /^[A-Za-z0-9.:_~%[\]-]+$/.test(value));
 }
 
-/** The fields of a request with `:authority: localhost`; those of anything else (trailers) as they are. */
+/** The fields of a request with `:authority: localhost`; other fields (trailers) unchanged. */
 function withLocalhost(fields: readonly HeaderField[]): readonly HeaderField[] {
   const pseudo = fields.filter(({ name }) => name.startsWith(":") && name !== ":authority");
   if (pseudo.length === 0) return fields;
-  // RFC 9113, section 8.3.1: `host` may not say another thing than `:authority`.
+  // RFC 9113, section 8.3.1: `host` must not differ from `:authority`.
   const others = fields.filter(({ name }) => !name.startsWith(":") && name !== "host");
   return [...pseudo, { name: ":authority", value: "localhost", neverIndexed: false }, ...others];
 }

@@ -1,9 +1,10 @@
-/** protobuf-es methods as grpc-js describes them, for the server and the client. */
+/** Describes protobuf-es methods to grpc-js, for the server and the client. */
 import "./goaway.ts";
 import { create, type DescMethod, fromBinary, type Message, toBinary } from "@bufbuild/protobuf";
 import grpc from "@grpc/grpc-js";
-import { readable } from "./server.ts";
+import { readRequest } from "./request.ts";
 
+/** The definition of a method, with its path and its serialization. */
 export function methodDefinition(method: DescMethod): grpc.MethodDefinition<Message, unknown> {
   const serializeRequest = (message: Message) => toBuffer(toBinary(method.input, message));
   return {
@@ -11,7 +12,7 @@ export function methodDefinition(method: DescMethod): grpc.MethodDefinition<Mess
     requestStream: method.methodKind === "client_streaming" || method.methodKind === "bidi_streaming",
     responseStream: method.methodKind === "server_streaming" || method.methodKind === "bidi_streaming",
     requestSerialize: serializeRequest,
-    requestDeserialize: (bytes) => readable(method, bytes),
+    requestDeserialize: (bytes) => readRequest(method, bytes),
     responseSerialize: (message) => toBuffer(toBinary(method.output, create(method.output, message as never))),
     responseDeserialize: (bytes) => fromBinary(method.output, bytes),
   };

@@ -4,7 +4,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import http2 from "node:http2";
 import net from "node:net";
 import type { Duplex } from "node:stream";
-import { acceptAnyAuthority, createAuthorityFilter } from "../../lib/grpc/authority.ts";
+import { acceptAnyAuthority, AuthorityFilter } from "../../lib/grpc/authority.ts";
 import { createLogger } from "../../lib/context.ts";
 import { HpackDecoder } from "../../lib/grpc/hpack.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
@@ -149,7 +149,7 @@ Deno.test("acceptAnyAuthority leaves alone only what node:http2 accepts by itsel
   };
   const touched = (authority: string) => {
     const bytes = Buffer.concat([preface, request(1, new RawEncoder().encode(probeHeaders(authority), "plain"))]);
-    return !Buffer.concat(createAuthorityFilter()(bytes)).equals(bytes);
+    return !Buffer.concat(new AuthorityFilter().push(bytes)).equals(bytes);
   };
   try {
     for (let code = 0; code < 256; code++) {
@@ -370,7 +370,7 @@ function decodeAlone(bytes: Buffer): { type: number; flags: number; stream: numb
   return out;
 }
 
-Deno.test("createAuthorityFilter answers the same bytes however the input is cut", () => {
+Deno.test("AuthorityFilter answers the same bytes however the input is cut", () => {
   const encoder = new RawEncoder();
   const input = Buffer.concat([
     preface,
@@ -378,39 +378,39 @@ Deno.test("createAuthorityFilter answers the same bytes however the input is cut
     ...[1, 3, 5].map((stream) => request(stream, encoder.encode(probeHeaders("/csi/csi.sock"), "indexed"))),
     frame(frames.goaway, 0, 0, Buffer.alloc(8)),
   ]);
-  const whole = Buffer.concat(createAuthorityFilter()(input));
+  const whole = Buffer.concat(new AuthorityFilter().push(input));
   assert.deepEqual(decodeAlone(whole).map(({ fields }) => fields.get(":authority")), Array(3).fill("localhost"));
 
   for (let first = 0; first <= input.length; first++) {
-    const filter = createAuthorityFilter();
-    const parts = [...filter(input.subarray(0, first)), ...filter(input.subarray(first))];
+    const filter = new AuthorityFilter();
+    const parts = [...filter.push(input.subarray(0, first)), ...filter.push(input.subarray(first))];
     assert.ok(Buffer.concat(parts).equals(whole), `cut at ${first}`);
   }
   for (const size of [1, 2, 3, 7, 9, 64]) {
-    const filter = createAuthorityFilter();
+    const filter = new AuthorityFilter();
     const parts: Buffer[] = [];
-    for (let at = 0; at < input.length; at += size) parts.push(...filter(input.subarray(at, at + size)));
+    for (let at = 0; at < input.length; at += size) parts.push(...filter.push(input.subarray(at, at + size)));
     assert.ok(Buffer.concat(parts).equals(whole), `pieces of ${size}`);
   }
 });
 
-Deno.test("createAuthorityFilter passes SETTINGS and the bytes of an acceptable client on as they come", () => {
-  const filter = createAuthorityFilter();
+Deno.test("AuthorityFilter passes SETTINGS and the bytes of an acceptable client on as they come", () => {
+  const filter = new AuthorityFilter();
   const encoder = new RawEncoder();
   const opening = Buffer.concat([preface, settings]);
-  assert.ok(Buffer.concat(filter(opening)).equals(opening));
+  assert.ok(Buffer.concat(filter.push(opening)).equals(opening));
 
   for (const stream of [1, 3]) {
     const bytes = request(stream, encoder.encode(probeHeaders("localhost"), "indexed"));
-    assert.ok(Buffer.concat(filter(bytes)).equals(bytes));
+    assert.ok(Buffer.concat(filter.push(bytes)).equals(bytes));
   }
   const garbage = randomBytes(100);
-  assert.ok(Buffer.concat(filter(garbage)).equals(garbage));
+  assert.ok(Buffer.concat(filter.push(garbage)).equals(garbage));
 });
 
-Deno.test("createAuthorityFilter leaves trailers and their END_STREAM alone", () => {
+Deno.test("AuthorityFilter leaves trailers and their END_STREAM alone", () => {
   const encoder = new RawEncoder();
-  const filter = createAuthorityFilter();
+  const filter = new AuthorityFilter();
   const input = Buffer.concat([
     preface,
     frame(frames.headers, flags.endHeaders, 1, encoder.encode(probeHeaders(""), "indexed")),
@@ -418,18 +418,18 @@ Deno.test("createAuthorityFilter leaves trailers and their END_STREAM alone", ()
     frame(frames.headers, flags.endHeaders | flags.endStream, 1, encoder.encode([["x-end", "1"]], "indexed")),
   ]);
 
-  const blocks = decodeAlone(Buffer.concat(filter(input)));
+  const blocks = decodeAlone(Buffer.concat(filter.push(input)));
 
   assert.equal(blocks.length, 2);
   assert.deepEqual(blocks[1]?.fields, new Map([["x-end", "1"]]));
   assert.equal(blocks[1]?.flags, flags.endHeaders | flags.endStream);
 });
 
-Deno.test("createAuthorityFilter puts the authority after the other pseudo headers and drops a host header", () => {
+Deno.test("AuthorityFilter puts the authority after the other pseudo headers and drops a host header", () => {
   const block = new RawEncoder().encode([...probeHeaders("/x"), ["host", "/x"]], "plain");
 
   const [request] = decodeAlone(Buffer.concat(
-    createAuthorityFilter()(Buffer.concat([
+    new AuthorityFilter().push(Buffer.concat([
       preface,
       frame(frames.headers, flags.endHeaders, 1, block),
     ])),
@@ -439,14 +439,14 @@ Deno.test("createAuthorityFilter puts the authority after the other pseudo heade
   assert.deepEqual(names, [":method", ":scheme", ":path", ":authority", "content-type", "user-agent", "te"]);
 });
 
-Deno.test("createAuthorityFilter splits a large header block into frames of 16 KiB", () => {
+Deno.test("AuthorityFilter splits a large header block into frames of 16 KiB", () => {
   const encoder = new RawEncoder();
   const large = Array.from({ length: 200 }, (_, i) => [`x-${i}`, "v".repeat(200)] as const);
   const block = encoder.encode([...probeHeaders("/x"), ...large], "plain");
   const cut = [block.subarray(0, 10_000), block.subarray(10_000, 26_000), block.subarray(26_000)];
 
   const out = Buffer.concat(
-    createAuthorityFilter()(Buffer.concat([
+    new AuthorityFilter().push(Buffer.concat([
       preface,
       frame(frames.headers, flags.endStream, 1, cut[0]),
       frame(frames.continuation, 0, 1, cut[1]),
@@ -460,23 +460,25 @@ Deno.test("createAuthorityFilter splits a large header block into frames of 16 K
   for (const [name, value] of large) assert.equal(request?.fields.get(name), value);
 });
 
-Deno.test("createAuthorityFilter refuses a header block of more than 256 KiB", () => {
-  const filter = createAuthorityFilter();
-  filter(preface);
-  filter(frame(frames.headers, 0, 1));
+Deno.test("AuthorityFilter refuses a header block of more than 256 KiB", () => {
+  const filter = new AuthorityFilter();
+  filter.push(preface);
+  filter.push(frame(frames.headers, 0, 1));
 
   assert.throws(() => {
-    for (let i = 0; i < 17; i++) filter(frame(frames.continuation, 0, 1, Buffer.alloc(16_384)));
+    for (let i = 0; i < 17; i++) filter.push(frame(frames.continuation, 0, 1, Buffer.alloc(16_384)));
   }, { message: "Cannot read a client's headers: they have more than 262144 bytes" });
 });
 
-Deno.test("createAuthorityFilter refuses a small header block that unfolds to more than 256 KiB", () => {
-  const filter = createAuthorityFilter();
+Deno.test("AuthorityFilter refuses a small header block that unfolds to more than 256 KiB", () => {
+  const filter = new AuthorityFilter();
   const encoder = new RawEncoder();
-  filter(Buffer.concat([preface, request(1, encoder.encode(probeHeaders("/x", [["x", "v".repeat(250)]]), "indexed"))]));
+  filter.push(
+    Buffer.concat([preface, request(1, encoder.encode(probeHeaders("/x", [["x", "v".repeat(250)]]), "indexed"))]),
+  );
 
   assert.throws(
-    () => filter(request(3, Buffer.alloc(2000, 0x80 | 62))),
+    () => filter.push(request(3, Buffer.alloc(2000, 0x80 | 62))),
     { message: "Cannot read a client's headers: the header fields have more than 262144 bytes" },
   );
 });

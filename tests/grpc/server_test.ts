@@ -6,14 +6,8 @@ import tls from "node:tls";
 import { createLogger, sleep } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
-import {
-  type CallContext,
-  type Handlers,
-  type Listen,
-  serve,
-  type ServeOptions,
-  service,
-} from "../../lib/grpc/server.ts";
+import { type CallContext, type Handlers, serve, type ServeOptions, service } from "../../lib/grpc/server.ts";
+import type { Listen } from "../../lib/grpc/listener.ts";
 import { shownCertificate, type Trust } from "../../lib/grpc/tls.ts";
 import { type Certificate, selfSigned } from "../../lib/simulator/certificate.ts";
 import { Identity, type ProbeResponse, SnapshotMetadata } from "../../proto/gen/csi_pb.ts";
@@ -488,7 +482,7 @@ Deno.test("an unforeseen error becomes INTERNAL without its stack, which goes to
 
       const line = lines.find(({ event }) => event === "failed in an unforeseen way");
       assert.equal(line?.level, "error");
-      assert.match(String(line?.["error"]), /TypeError: x is not a function\n.*at .*rpc_test\.ts/);
+      assert.match(String(line?.["error"]), /TypeError: x is not a function\n.*at .*server_test\.ts/);
     },
   );
 });
