@@ -1,13 +1,13 @@
 /**
  * Keeps Deno 2.9.4 to 2.9.6 alive when the peer of an HTTP/2 session sends GOAWAY, which Go clients do on every close.
  *
- * These versions free the native session when `close` or `destroy` is called while its GOAWAY frame is still being
- * handled, and then go on to use it (denoland/deno#36788). So both calls are put off until the frame has been handled.
+ * These versions free the native session when `close` or `destroy` is called while its GOAWAY frame is being handled, and
+ * then continue to use it (denoland/deno#36788). So both calls are delayed until the frame has been handled.
  *
- * They also emit the events of two frames that came in one read without running microtasks in between. grpc-js begins to
- * listen for the loss of a connection in a microtask after SETTINGS: of a GOAWAY in the same read it never heard, took the
- * dead session for a good one, and tried for ever to begin a call on it, in microtasks, so that nothing else ran. So
- * `goaway` is emitted a turn later.
+ * They also emit the events of two frames that arrive in one read without running microtasks in between. grpc-js starts to
+ * listen for the loss of a connection in a microtask after SETTINGS. It missed a GOAWAY in the same read, treated the dead
+ * session as a good one, and tried for ever to begin a call on it, in microtasks, so that nothing else ran. So `goaway` is
+ * emitted one turn later.
  *
  * This module must be imported before anything that uses `node:http2`; it can go when the issue is closed and
  * tests/grpc/goaway_test.ts passes without it.
@@ -15,7 +15,7 @@
 import http2 from "node:http2";
 
 const enhanceYourCalm = 11;
-/** When each server, as `host:port`, has last ended a connection with GOAWAY ENHANCE_YOUR_CALM; ms of performance.now. */
+/** When each server (`host:port`) last ended a connection with GOAWAY ENHANCE_YOUR_CALM; ms of performance.now. */
 const calmed = new Map<string, number>();
 
 /** Whether a server has ended a connection with GOAWAY ENHANCE_YOUR_CALM since a time (ms of performance.now). */
@@ -28,7 +28,7 @@ type SessionPrototype = Record<"close" | "destroy" | "emit", AnyFunction>;
 type Emitter = { prependListener(event: string, listener: AnyFunction): unknown };
 
 const handlingGoaway = new WeakSet<object>();
-/** `host:port` of the servers that we connect to. */
+/** `host:port` of the servers that client sessions connect to. */
 const addresses = new WeakMap<object, string>();
 let guarded = false;
 

@@ -1,20 +1,20 @@
 /**
  * HPACK, the header compression of HTTP/2 (RFC 7541): a complete decoder, and an encoder that keeps no state.
  *
- * Our own because npm has no maintained library: `hpack.js` is from 2016, the others live inside HTTP/2 stacks. It runs
- * for old clients only (see authority.ts), so it is written to be read rather than to be fast. tests/grpc/hpack_test.ts holds
- * it to the examples of RFC 7541 and to what another implementation made of random input.
+ * Our own because npm has no maintained library: `hpack.js` is from 2016, the others are part of HTTP/2 stacks. It runs for
+ * old clients only (see authority.ts), so it is readable rather than fast. tests/grpc/hpack_test.ts compares it with the
+ * examples of RFC 7541 and with the results of another implementation for random input.
  */
 
-/** One header. Name and value hold one character per byte (Latin-1), so that any bytes survive the way through. */
+/** One header. Name and value hold one character per byte (Latin-1), so that all bytes are preserved. */
 export interface HeaderField {
   readonly name: string;
   readonly value: string;
-  /** The sender forbids to put it into any compression table on the way: RFC 7541, section 7.1.3. */
+  /** The sender forbids any intermediary to put it into a compression table: RFC 7541, section 7.1.3. */
   readonly neverIndexed: boolean;
 }
 
-/** What a decoder's table may hold unless SETTINGS_HEADER_TABLE_SIZE says otherwise, in the bytes of RFC 7541, 4.1. */
+/** Default size of a decoder's table (SETTINGS_HEADER_TABLE_SIZE), in bytes as RFC 7541, 4.1 counts them. */
 const defaultTableBytes = 4096;
 
 /** Decodes the header blocks of one direction of one connection, in their order. */
@@ -24,8 +24,8 @@ export class HpackDecoder {
   #maxTableBytes = defaultTableBytes;
 
   /**
-   * The fields of one complete header block. Throws an Error when the block is malformed, or when its fields have more
-   * than `maxBytes` in all; the connection cannot go on after that, since the table no longer fits.
+   * The fields of one complete header block. Throws an Error when the block is malformed, or when its fields have more than
+   * `maxBytes` together. The connection cannot continue after that, because the table no longer matches the sender's.
    */
   decode(block: Uint8Array, maxBytes: number): HeaderField[] {
     const reader = new Reader(block);

@@ -1,15 +1,15 @@
 /**
  * Keeps the process alive when a server shows certificates that cannot be read.
  *
- * Deno's TLS reads the whole chain within the handshake, in an event callback, and throws there what it cannot read: one
- * server with three bytes of junk behind its certificate would end the process. So the connection is ended instead, with
- * an error as of any other failed handshake.
+ * Deno's TLS reads the whole chain during the handshake, in an event callback, and throws there when it cannot: one server
+ * with three bytes of junk after its certificate would end the process. This module ends the connection instead, with an
+ * error like that of any other failed handshake.
  *
  * This module must be imported before anything that uses `node:tls`.
  */
 import tls from "node:tls";
 
-/** What the error of such a connection says. */
+/** The message of the error of such a connection. */
 export const unreadableCertificates = "the certificates that the server shows cannot be read";
 
 type Read = (this: tls.TLSSocket, ...args: unknown[]) => unknown;

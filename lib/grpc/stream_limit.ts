@@ -1,15 +1,15 @@
 /**
- * Bounds the calls that clients of our servers have open at once. A client that takes no answers keeps each of them in memory:
- * 5000 ended the driver (measured: 50 connections with 100 calls each and a window of 0, in a heap of 64 MiB).
+ * Limits the calls that clients of our servers have open at once. Answers that a client does not read stay in memory: 5000
+ * ended the driver (50 connections with 100 calls each and a window of 0, in a heap of 64 MiB).
  *
- * HTTP/2 itself bounds the calls of a connection (SETTINGS_MAX_CONCURRENT_STREAMS), and nothing bounds those of all. What is
- * beyond is refused with REFUSED_STREAM, by which gRPC clients know that nothing was done; they try again.
+ * HTTP/2 limits the calls of a connection (SETTINGS_MAX_CONCURRENT_STREAMS), but nothing limits those of all connections.
+ * Further calls get REFUSED_STREAM, which tells gRPC clients that nothing was done; they retry.
  *
- * This module must be imported before a server is made; goaway.ts explains how grpc-js is reached.
+ * This module must be imported before a server is made; goaway.ts explains why that changes grpc-js.
  */
 import http2 from "node:http2";
 
-/** At once, over all connections. Sidecars have at most 100 each, kubelet one for each call that runs. */
+/** Limit over all connections. Each sidecar has at most 100 calls open, kubelet one connection for each call. */
 export const mostOpenCalls = 1000;
 
 type AnyFunction = (...args: unknown[]) => unknown;
@@ -27,7 +27,7 @@ module.createServer = (...args) => {
     if (args[0] !== "stream") return Reflect.apply(emit, this, args);
     const stream = args[1] as Stream;
     if (open >= mostOpenCalls) {
-      // The refusal comes back as an error of the stream.
+      // close() emits an error on the stream.
       stream.on("error", () => {});
       stream.close(http2.constants.NGHTTP2_REFUSED_STREAM);
       return true;

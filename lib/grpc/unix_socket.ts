@@ -1,38 +1,38 @@
 /**
- * Unix sockets for streams of Node's kind, made of Deno's own connections.
+ * Unix sockets as Node streams over Deno's own connections.
  *
- * `node:net` of Deno 2.9.5 closes the descriptor of each connection over a Unix socket twice, and its listener's too. In
- * between another thread can have got that number for a device, a file or the pipe of a tool, which is then closed under
- * its owner. Deno.listen closes once. This file can go when tests/grpc/unix_socket_test.ts passes with `node:net`.
+ * `node:net` of Deno 2.9.5 closes the descriptor of each connection over a Unix socket twice, and the listener's too. Between
+ * the two another thread may have got that number for a device, a file or the pipe of a tool, which is then closed while it is
+ * in use. Deno.listen closes once. This file can go when tests/grpc/unix_socket_test.ts passes with `node:net`.
  */
 import { Buffer } from "node:buffer";
 import { Duplex } from "node:stream";
 
-/** Something that accepts connections. */
+/** A Unix socket that accepts connections. */
 export interface UnixListener {
-  /** Accepts no more, and removes the socket's file. Connections go on. */
+  /** Accepts no more connections and removes the socket's file. Open connections continue. */
   close(): void;
 }
 
 /**
- * A read that waits holds its buffer, so an idle connection has a small one. It grows while reads fill it, and shrinks when
- * they do not.
+ * A pending read holds its buffer, so an idle connection has a small one. It grows while reads fill it, and shrinks when they
+ * do not.
  */
 const leastChunkBytes = 1 << 10;
 const mostChunkBytes = 64 << 10;
-/** Before the next try to accept after one that failed, as all do while the process has no descriptor left. */
+/** Pause after a failure to accept. All attempts fail while the process has no descriptor left. */
 const pauseMs = 100;
 
 /**
- * Listens at a path at which nothing is.
+ * Listens at a path that does not exist.
  *
- * @param refused is told why connections cannot be accepted, once until one has been; they wait meanwhile
- * @throws Error of the operating system when nobody can listen there
+ * @param failed receives why connections cannot be accepted: once, until one is accepted again; connections wait meanwhile
+ * @throws Error of the operating system when the process cannot listen there
  */
 export function listenUnix(
   path: string,
   accept: (connection: Duplex) => void,
-  refused: (error: Error) => void,
+  failed: (error: Error) => void,
 ): UnixListener {
   const listener = Deno.listen({ transport: "unix", path });
   let closed = false;
@@ -45,7 +45,7 @@ export function listenUnix(
         failing = false;
       } catch (error) {
         if (closed) return;
-        if (!failing) refused(error instanceof Error ? error : new Error(String(error)));
+        if (!failing) failed(error instanceof Error ? error : new Error(String(error)));
         failing = true;
         await new Promise((resolve) => setTimeout(resolve, pauseMs));
         continue;
@@ -54,8 +54,8 @@ export function listenUnix(
       try {
         accept(stream);
       } catch (error) {
-        // It costs this connection, and not the acceptance of others.
-        refused(error instanceof Error ? error : new Error(String(error)));
+        // Only this connection is lost; others are accepted.
+        failed(error instanceof Error ? error : new Error(String(error)));
         stream.destroy();
       }
     }
@@ -79,14 +79,14 @@ export async function isListening(path: string): Promise<boolean> {
   }
 }
 
-/** A connection as a stream, which owns it from now on. When the other side ends, so do we. */
+/** A connection as a stream, which owns it from now on. It ends when the other side ends. */
 function streamOf(connection: Deno.UnixConn): Duplex {
   let reading = false;
   let chunkBytes = leastChunkBytes;
   const stream = new Duplex({
     allowHalfOpen: false,
     read() {
-      // Asked again while a read is under way, a stream would get its bytes out of order.
+      // Two reads at the same time would deliver bytes out of order.
       if (reading) return;
       reading = true;
       const buffer = new Uint8Array(chunkBytes);
@@ -101,7 +101,7 @@ function streamOf(connection: Deno.UnixConn): Duplex {
       writeAll(connection, chunk).then(() => done(), done);
     },
     final(done) {
-      // It fails when the other side is gone, which is an end too.
+      // It fails when the other side is gone, which is also an end.
       connection.closeWrite().then(() => done(), () => done());
     },
     destroy(error, done) {

@@ -49,12 +49,12 @@ function machine(host = quietHost()) {
     lines,
     make,
     /** nvme commands since the last time. */
-    did: () =>
+    nvmeCommands: () =>
       host.commands.splice(0).filter((command) => /^nvme (connect|disconnect)/.test(command)).map((command) =>
         command.replace(/ --(transport|hostnqn|hostid|keep-alive-tmo|ctrl-loss-tmo)=\S+/g, "")
       ),
-    told: (name: string, text: string) => host.replaceText(`${host.discoveryDirectory}/${name}`, text),
-    untold: (name: string) => host.remove(`${host.discoveryDirectory}/${name}`),
+    writeEntry: (name: string, text: string) => host.replaceText(`${host.discoveryDirectory}/${name}`, text),
+    removeEntry: (name: string) => host.remove(`${host.discoveryDirectory}/${name}`),
     connected: () => host.controllers.map(({ traddr, trsvcid }) => `${traddr}:${trsvcid}`).sort(),
   };
 }
@@ -63,27 +63,27 @@ const connect = (address: string, subsystem = nqn) =>
   `nvme connect --traddr=${address.split(":")[0]} --trsvcid=${address.split(":")[1]} --nqn=${subsystem}`;
 
 Deno.test("the daemon connects what the log pages list for the subsystems of the files, once", async () => {
-  const { make, told, did, connected, host } = machine();
+  const { make, writeEntry, nvmeCommands, connected, host } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
 
   await settle();
 
-  assert.deepEqual(did(), [
+  assert.deepEqual(nvmeCommands(), [
     connect("192.0.2.1:8009", discoveryNqn),
     connect("192.0.2.1:4420"),
     connect("192.0.2.2:4420"),
   ]);
   assert.deepEqual(connected(), ["192.0.2.1:4420", "192.0.2.1:8009", "192.0.2.2:4420"]);
   assert.ok(host.controllers.every((controller) => controller.hostId === hostIdOf("n1.node")));
-  await told(other, entry());
+  await writeEntry(other, entry());
   await settle(1000);
-  assert.deepEqual(did(), []);
+  assert.deepEqual(nvmeCommands(), []);
 });
 
 Deno.test("the daemon passes host ID and timeouts to nvme-cli", async () => {
-  const { make, told, host } = machine();
-  await told(uuid, entry("192.0.2.1", nqn, ` -I ${hostId} -l 30`));
+  const { make, writeEntry, host } = machine();
+  await writeEntry(uuid, entry("192.0.2.1", nqn, ` -I ${hostId} -l 30`));
 
   await make().settle();
 
@@ -95,9 +95,9 @@ Deno.test("the daemon passes host ID and timeouts to nvme-cli", async () => {
 });
 
 Deno.test("the daemon uses the host ID that the host NQN already has", async () => {
-  const { make, told, host } = machine();
+  const { make, writeEntry, host } = machine();
   host.connect(nqn, us, "192.0.2.2", "4420", "aaaaaaaa-0000-4000-8000-000000000000");
-  await told(uuid, entry("192.0.2.1", nqn, ` -I ${hostId}`));
+  await writeEntry(uuid, entry("192.0.2.1", nqn, ` -I ${hostId}`));
 
   await make().settle();
 
@@ -105,65 +105,65 @@ Deno.test("the daemon uses the host ID that the host NQN already has", async () 
 });
 
 Deno.test("promise 23: a daemon that starts again takes over every connection and makes none", async () => {
-  const { make, told, did, connected } = machine();
-  await told(uuid, entry());
+  const { make, writeEntry, nvmeCommands, connected } = machine();
+  await writeEntry(uuid, entry());
   await make().settle();
   const before = connected();
-  did();
+  nvmeCommands();
 
   await make().settle();
 
-  assert.deepEqual(did(), []);
+  assert.deepEqual(nvmeCommands(), []);
   assert.deepEqual(connected(), before);
 });
 
 Deno.test("the daemon follows a log page as it changes, within its poll interval", async () => {
-  const { make, told, did, host } = machine();
+  const { make, writeEntry, nvmeCommands, host } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
-  did();
+  nvmeCommands();
 
   host.logPages.set("192.0.2.1:8009", { generation: 2, records: [{ address: "192.0.2.3:4420", subsystemNqn: nqn }] });
   await settle(9_999);
-  assert.deepEqual(did(), []);
+  assert.deepEqual(nvmeCommands(), []);
   await settle(1);
 
-  assert.deepEqual(did(), [connect("192.0.2.3:4420")]);
+  assert.deepEqual(nvmeCommands(), [connect("192.0.2.3:4420")]);
 });
 
 Deno.test("the daemon drops an unlisted connection only when it has not worked for a while and another one does", async () => {
-  const { make, told, did, host } = machine();
+  const { make, writeEntry, nvmeCommands, host } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
   host.logPages.set("192.0.2.1:8009", { generation: 2, records: [{ address: "192.0.2.1:4420", subsystemNqn: nqn }] });
   const second = host.controllers.find(({ traddr }) => traddr === "192.0.2.2");
   const first = host.controllers.find(({ traddr, trsvcid }) => traddr === "192.0.2.1" && trsvcid === "4420");
   assert.ok(first && second);
-  did();
+  nvmeCommands();
 
   await settle(10_000);
   await settle(100_000);
-  assert.deepEqual(did(), [], "it works");
+  assert.deepEqual(nvmeCommands(), [], "it works");
   second.state = "connecting";
   first.state = "connecting";
   await settle(100_000);
   await settle(100_000);
-  assert.deepEqual(did(), [], "no other one works");
+  assert.deepEqual(nvmeCommands(), [], "no other one works");
   first.state = "live";
   await settle();
   await settle(29_000);
-  assert.deepEqual(did(), [], "not for long");
+  assert.deepEqual(nvmeCommands(), [], "not for long");
   await settle(2_000);
 
-  assert.deepEqual(did(), [`nvme disconnect --device=${second.name}`]);
+  assert.deepEqual(nvmeCommands(), [`nvme disconnect --device=${second.name}`]);
 });
 
 Deno.test("promise 2: the daemon drops no connection that is the last path to a namespace, although others work", async () => {
-  const { make, told, did, host } = machine();
+  const { make, writeEntry, nvmeCommands, host } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
   const [, first, second] = host.controllers;
   assert.ok(first !== undefined && second !== undefined);
@@ -179,44 +179,44 @@ Deno.test("promise 2: the daemon drops no connection that is the last path to a 
     records: [{ address: `${first.traddr}:4420`, subsystemNqn: nqn }],
   });
   second.state = "connecting";
-  did();
+  nvmeCommands();
 
   for (let turn = 0; turn < 4; turn++) await settle(31_000);
-  assert.deepEqual(did(), []);
+  assert.deepEqual(nvmeCommands(), []);
   for (const path of paths.keys()) paths.set(path, "optimized");
   for (let turn = 0; turn < 2; turn++) await settle(31_000);
 
-  assert.deepEqual(did(), [`nvme disconnect --device=${second.name}`]);
+  assert.deepEqual(nvmeCommands(), [`nvme disconnect --device=${second.name}`]);
 });
 
 Deno.test("the daemon follows referrals, also in a circle, and drops a discovery connection that nothing names any more", async () => {
-  const { make, told, did, host, connected } = machine();
+  const { make, writeEntry, nvmeCommands, host, connected } = machine();
   const { settle } = make();
   host.logPages.set("192.0.2.1:8009", { generation: 1, records: [{ address: "192.0.2.2:8009" }] });
   host.logPages.set("192.0.2.2:8009", {
     generation: 1,
     records: [{ address: "192.0.2.1:8009" }, { address: "192.0.2.2:4420", subsystemNqn: nqn }],
   });
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
 
   await settle();
   assert.deepEqual(connected(), ["192.0.2.1:8009", "192.0.2.2:4420", "192.0.2.2:8009"]);
   // Not before those that may refer to it have told.
-  did();
+  nvmeCommands();
   await make().daemon.look();
-  assert.deepEqual(did(), []);
+  assert.deepEqual(nvmeCommands(), []);
   host.logPages.set("192.0.2.1:8009", { generation: 2, records: [] });
   await settle(10_000);
 
-  assert.deepEqual(did(), ["nvme disconnect --device=nvme1"]);
+  assert.deepEqual(nvmeCommands(), ["nvme disconnect --device=nvme1"]);
 });
 
 Deno.test("the daemon follows at most 64 referrals", async () => {
-  const { make, told, host } = machine();
+  const { make, writeEntry, host } = machine();
   const addresses = Array.from({ length: 70 }, (_, n) => `192.0.2.${n + 2}:8009`);
   host.logPages.set("192.0.2.1:8009", { generation: 1, records: addresses.map((address) => ({ address })) });
   for (const address of addresses) host.logPages.set(address, { generation: 1, records: [] });
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   const { daemon } = make();
 
   // To connect, to read, to connect those that it refers to, and once more.
@@ -229,17 +229,17 @@ Deno.test("the daemon follows at most 64 referrals", async () => {
 });
 
 Deno.test("the daemon disconnects a subsystem when its last file is removed, and its discovery connection", async () => {
-  const { make, told, untold, did, connected, host } = machine();
+  const { make, writeEntry, removeEntry, nvmeCommands, connected, host } = machine();
   const { settle } = make();
-  await told(uuid, entry());
-  await told(other, entry());
+  await writeEntry(uuid, entry());
+  await writeEntry(other, entry());
   await settle();
-  did();
+  nvmeCommands();
 
-  await untold(uuid);
+  await removeEntry(uuid);
   await settle();
-  assert.deepEqual(did(), []);
-  await untold(other);
+  assert.deepEqual(nvmeCommands(), []);
+  await removeEntry(other);
   await settle();
 
   assert.deepEqual(connected(), []);
@@ -247,20 +247,20 @@ Deno.test("the daemon disconnects a subsystem when its last file is removed, and
 });
 
 Deno.test("promise 3: the daemon keeps a subsystem that is in use, logs it once, and disconnects it later", async () => {
-  const { make, told, untold, did, host, lines, connected } = machine();
+  const { make, writeEntry, removeEntry, nvmeCommands, host, lines, connected } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
   const [device] = host.devices;
   assert.ok(device);
   const mount = { path: "/pods/x", device, isNode: false, fsType: "ext4", readOnly: false, superReadOnly: false };
   host.mounts.push(mount);
-  did();
+  nvmeCommands();
 
-  await untold(uuid);
+  await removeEntry(uuid);
   await settle();
   await settle(60_000);
-  assert.deepEqual(did().filter((command) => !command.endsWith("=nvme0")), []);
+  assert.deepEqual(nvmeCommands().filter((command) => !command.endsWith("=nvme0")), []);
   const said = lines.filter(({ event }) =>
     event === "could not disconnect a subsystem that no file names, tries again"
   );
@@ -274,18 +274,18 @@ Deno.test("promise 3: the daemon keeps a subsystem that is in use, logs it once,
 });
 
 Deno.test("promise 3: the daemon keeps a subsystem that shows a namespace without a UUID, whose users are not known", async () => {
-  const { make, told, untold, did, host, lines } = machine();
+  const { make, writeEntry, removeEntry, nvmeCommands, host, lines } = machine();
   const readText = host.readText.bind(host);
   host.readText = async (path) => path.endsWith("/wwid") ? "eui.0025385b71b00fd4\n" : await readText(path);
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
-  did();
+  nvmeCommands();
 
-  await untold(uuid);
+  await removeEntry(uuid);
   await settle();
 
-  assert.deepEqual(did().filter((command) => !command.endsWith("=nvme0")), []);
+  assert.deepEqual(nvmeCommands().filter((command) => !command.endsWith("=nvme0")), []);
   assert.match(
     lines.at(-1)?.error ?? "",
     /a namespace without a UUID, whose users are not known, it stays connected/,
@@ -293,40 +293,40 @@ Deno.test("promise 3: the daemon keeps a subsystem that shows a namespace withou
 });
 
 Deno.test("promise 8: the next daemon disconnects the subsystem of a file that was removed while no daemon ran", async () => {
-  const { make, told, untold, connected } = machine();
-  await told(uuid, entry());
+  const { make, writeEntry, removeEntry, connected } = machine();
+  await writeEntry(uuid, entry());
   await make().settle();
 
-  await untold(uuid);
+  await removeEntry(uuid);
   await make().settle();
 
   assert.deepEqual(connected(), []);
 });
 
 Deno.test("the daemon keeps everything when another directory takes the place of its own", async () => {
-  const { make, told, untold, did, connected } = machine();
+  const { make, writeEntry, removeEntry, nvmeCommands, connected } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
-  did();
+  nvmeCommands();
 
-  await untold(uuid);
-  await untold("tmp.dc.lbcsi");
+  await removeEntry(uuid);
+  await removeEntry("tmp.dc.lbcsi");
   await settle();
 
-  assert.deepEqual(did(), []);
+  assert.deepEqual(nvmeCommands(), []);
   assert.equal(connected().length, 3);
 });
 
 Deno.test("the daemon works in a read-only directory, and disconnects the subsystems that it remembers", async () => {
-  const { make, told, untold, connected, host, lines } = machine();
+  const { make, writeEntry, removeEntry, connected, host, lines } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   host.replaceText = () => Promise.reject(new Error("Read-only file system (os error 30)"));
 
   await settle();
   assert.equal(connected().length, 3);
-  await untold(uuid);
+  await removeEntry(uuid);
   await settle();
 
   assert.deepEqual(connected(), []);
@@ -336,7 +336,7 @@ Deno.test("the daemon works in a read-only directory, and disconnects the subsys
 });
 
 Deno.test("the daemon never touches what no file has named", async () => {
-  const { make, told, untold, did, host } = machine();
+  const { make, writeEntry, removeEntry, nvmeCommands, host } = machine();
   host.connect(otherNqn, us, "192.0.2.9");
   host.connect(nqn, "nqn.2014-08.org.nvmexpress:uuid:1", "192.0.2.8");
   host.addController({
@@ -349,13 +349,13 @@ Deno.test("the daemon never touches what no file has named", async () => {
   });
   const { settle } = make();
   await settle();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
 
-  await untold(uuid);
+  await removeEntry(uuid);
   await settle(60_000);
 
-  assert.deepEqual(did().filter((command) => command.startsWith("nvme disconnect")).sort(), [
+  assert.deepEqual(nvmeCommands().filter((command) => command.startsWith("nvme disconnect")).sort(), [
     "nvme disconnect --device=nvme3",
     "nvme disconnect --device=nvme4",
     "nvme disconnect --device=nvme5",
@@ -364,14 +364,14 @@ Deno.test("the daemon never touches what no file has named", async () => {
 });
 
 Deno.test("the daemon repeats a rejected connection after 1, 2, 4 … 60 seconds, and logs it once", async () => {
-  const { make, told, did, host, lines } = machine();
+  const { make, writeEntry, nvmeCommands, host, lines } = machine();
   const { settle } = make();
   host.logPages.clear();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   const attempts: number[] = [];
   for (let second = 0; second < 200; second++) {
     await settle(1000);
-    if (did().length > 0) attempts.push(second);
+    if (nvmeCommands().length > 0) attempts.push(second);
   }
 
   assert.deepEqual(attempts, [0, 1, 3, 7, 15, 31, 63, 123, 183]);
@@ -381,12 +381,12 @@ Deno.test("the daemon repeats a rejected connection after 1, 2, 4 … 60 seconds
 });
 
 Deno.test("the daemon repeats a rejected connection at once when a log page has changed", async () => {
-  const { make, told, did, host } = machine();
+  const { make, writeEntry, nvmeCommands, host } = machine();
   const { settle } = make();
   host.answers.set(`nvme connect --transport=tcp --traddr=192.0.2.2`, { code: 1, stderr: "Input/output error" });
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   for (let turn = 0; turn < 7; turn++) await settle(10_000);
-  did();
+  nvmeCommands();
   host.answers.clear();
   const page = host.logPages.get("192.0.2.1:8009");
   assert.ok(page);
@@ -394,27 +394,27 @@ Deno.test("the daemon repeats a rejected connection at once when a log page has 
 
   await settle(10_000);
 
-  assert.deepEqual(did(), [connect("192.0.2.2:4420")]);
+  assert.deepEqual(nvmeCommands(), [connect("192.0.2.2:4420")]);
 });
 
 Deno.test("the daemon makes a lost discovery connection again and reads its log page at once", async () => {
-  const { make, told, did, host } = machine();
+  const { make, writeEntry, nvmeCommands, host } = machine();
   const { settle } = make();
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
   await settle();
   host.controllers.splice(0, 1);
   host.logPages.set("192.0.2.1:8009", { generation: 2, records: [{ address: "192.0.2.3:4420", subsystemNqn: nqn }] });
-  did();
+  nvmeCommands();
 
   await settle();
 
-  assert.deepEqual(did(), [connect("192.0.2.1:8009", discoveryNqn), connect("192.0.2.3:4420")]);
+  assert.deepEqual(nvmeCommands(), [connect("192.0.2.1:8009", discoveryNqn), connect("192.0.2.3:4420")]);
 });
 
 Deno.test("the daemon connects beside another host NQN, and names it when the kernel rejects that", async () => {
   const theirs = "nqn.2014-08.org.nvmexpress:uuid:1";
-  for (const refuses of [false, true]) {
-    const { make, told, host, lines, connected } = machine();
+  for (const isRejected of [false, true]) {
+    const { make, writeEntry, host, lines, connected } = machine();
     host.connect(nqn, theirs, "192.0.2.2");
     host.addController({
       subsystemNqn: discoveryNqn,
@@ -424,19 +424,19 @@ Deno.test("the daemon connects beside another host NQN, and names it when the ke
       trsvcid: "8009",
       state: "live",
     });
-    if (refuses) host.answers.set("connect 192.0.2.2", { stderr: "Operation already in progress (os error 114)" });
-    await told(uuid, entry());
+    if (isRejected) host.answers.set("connect 192.0.2.2", { stderr: "Operation already in progress (os error 114)" });
+    await writeEntry(uuid, entry());
 
     await make().settle();
 
     const ours = host.controllers.filter(({ hostNqn }) => hostNqn === us).map(({ traddr, trsvcid }) =>
       `${traddr}:${trsvcid}`
     );
-    assert.deepEqual(ours.sort(), ["192.0.2.1:4420", "192.0.2.1:8009", ...(refuses ? [] : ["192.0.2.2:4420"])]);
+    assert.deepEqual(ours.sort(), ["192.0.2.1:4420", "192.0.2.1:8009", ...(isRejected ? [] : ["192.0.2.2:4420"])]);
     assert.equal(connected().length, ours.length + 2);
     assert.deepEqual(
       lines.filter(({ level }) => level === "warning").map(({ address, error }) => `${address}: ${error}`),
-      refuses
+      isRejected
         ? [
           `192.0.2.2:4420: nvme0 is connected there as host ${theirs}, disconnect it first ` +
           "(Operation already in progress (os error 114))",
@@ -447,10 +447,10 @@ Deno.test("the daemon connects beside another host NQN, and names it when the ke
 });
 
 Deno.test("the daemon keeps one of several equal discovery connections", async () => {
-  const { make, told, host } = machine();
+  const { make, writeEntry, host } = machine();
   const equal = { subsystemNqn: discoveryNqn, hostNqn: us, hostId: "", traddr: "192.0.2.1", trsvcid: "8009" };
   for (let n = 0; n < 3; n++) host.addController({ ...equal, state: "live" });
-  await told(uuid, entry());
+  await writeEntry(uuid, entry());
 
   await make().settle();
 
@@ -458,11 +458,11 @@ Deno.test("the daemon keeps one of several equal discovery connections", async (
 });
 
 Deno.test("the daemon resolves host names, and drops nothing while a name has no address", async () => {
-  const { make, told, host, lines, connected } = machine();
+  const { make, writeEntry, host, lines, connected } = machine();
   host.answers.set("getent ahosts c1.example", {
     stdout: "192.0.2.1       STREAM c1.example\n192.0.2.1       DGRAM\n",
   });
-  await told(uuid, entry("c1.example"));
+  await writeEntry(uuid, entry("c1.example"));
   await make().settle();
   assert.deepEqual(connected(), ["192.0.2.1:4420", "192.0.2.1:8009", "192.0.2.2:4420"]);
   host.answers.set("getent ahosts c1.example", { code: 2 });
@@ -477,7 +477,7 @@ Deno.test("the daemon resolves host names, and drops nothing while a name has no
 
 Deno.test("promise 8: the daemon, killed at any call, leaves a machine that the next one brings to the same state", async () => {
   const steps = async (m: ReturnType<typeof machine>, cut: { at: number; when: "before" | "after" } | undefined) => {
-    await m.told(uuid, entry());
+    await m.writeEntry(uuid, entry());
     const begin = m.host.calls;
     m.host.cut = cut === undefined ? undefined : { at: begin + cut.at, when: cut.when };
     await m.make().settle();
@@ -485,7 +485,7 @@ Deno.test("promise 8: the daemon, killed at any call, leaves a machine that the 
     const whole = cut === undefined || m.host.calls - begin < cut.at;
     await m.make().settle(60_000);
     assert.deepEqual(m.connected(), ["192.0.2.1:4420", "192.0.2.1:8009", "192.0.2.2:4420"]);
-    await m.untold(uuid);
+    await m.removeEntry(uuid);
     const next = m.host.calls;
     m.host.cut = cut === undefined ? undefined : { at: next + cut.at, when: cut.when };
     await m.make().settle();
@@ -504,8 +504,8 @@ Deno.test("promise 8: the daemon, killed at any call, leaves a machine that the 
 });
 
 Deno.test("run ends on its signal, waits for a command that changes something, and leaves connections up", async () => {
-  const { make, told, host, connected } = machine();
-  await told(uuid, entry());
+  const { make, writeEntry, host, connected } = machine();
+  await writeEntry(uuid, entry());
   const { daemon } = make();
   const stop = new AbortController();
   const running = daemon.run(stop.signal, 5000);

@@ -247,7 +247,7 @@ Deno.test("acceptAnyAuthority serves calls that overlap on one connection, with 
   });
 });
 
-Deno.test("acceptAnyAuthority lets the server refuse what is not HTTP/2", async () => {
+Deno.test("acceptAnyAuthority leaves it to the server to reject what is not HTTP/2", async () => {
   await withServer(async (path) => {
     using client = new RawClient(path);
 
@@ -330,7 +330,7 @@ Deno.test("acceptAnyAuthority survives callers that hang up at every byte of the
       using client = new RawClient(path);
       await client.send(bytes.subarray(0, length));
       client.socket.end();
-      // Each of them is let go of: nothing on our side keeps a half-closed connection.
+      // Each is closed: our side keeps no half-closed connection.
       await client.ended;
     }
 
@@ -460,7 +460,7 @@ Deno.test("AuthorityFilter splits a large header block into frames of 16 KiB", (
   for (const [name, value] of large) assert.equal(request?.fields.get(name), value);
 });
 
-Deno.test("AuthorityFilter refuses a header block of more than 256 KiB", () => {
+Deno.test("AuthorityFilter rejects a header block of more than 256 KiB", () => {
   const filter = new AuthorityFilter();
   filter.push(preface);
   filter.push(frame(frames.headers, 0, 1));
@@ -470,7 +470,7 @@ Deno.test("AuthorityFilter refuses a header block of more than 256 KiB", () => {
   }, { message: "Cannot read a client's headers: they have more than 262144 bytes" });
 });
 
-Deno.test("AuthorityFilter refuses a small header block that unfolds to more than 256 KiB", () => {
+Deno.test("AuthorityFilter rejects a small header block that expands to more than 256 KiB", () => {
   const filter = new AuthorityFilter();
   const encoder = new RawEncoder();
   filter.push(
@@ -539,7 +539,7 @@ Deno.test("acceptAnyAuthority passes our own end on while the client still sends
   });
 });
 
-Deno.test("acceptAnyAuthority stops reading from a client while nobody reads on our side", async () => {
+Deno.test("acceptAnyAuthority stops reading from a client while our side does not read", async () => {
   await withPair(async (client, server, inner) => {
     const total = 32 << 20;
     let flushed = false;

@@ -56,7 +56,7 @@ for (
       body: Uint8Array.of(0, 0, 0, 0, 2, 0xff, 0xff),
       trailers: { "grpc-status": "0" },
     }, ""],
-    ["a compression that nobody asked for", {
+    ["a compression that was not requested", {
       headers: { ...grpcHeaders, "grpc-encoding": "snappy" },
       body: Uint8Array.of(1, 0, 0, 0, 1, 7),
       trailers: { "grpc-status": "0" },
@@ -90,7 +90,7 @@ for (
   });
 }
 
-Deno.test("Channel tells an answer that is larger than it takes from a page", async () => {
+Deno.test("Channel distinguishes an answer that is too large from a page", async () => {
   const head = Uint8Array.of(0, 0x40, 0, 0, 0);
   await using server = await answerHttp2(() => ({ headers: grpcHeaders, body: head }));
   using channel = new Channel({ address: server.address });
@@ -126,7 +126,7 @@ for (
   });
 }
 
-Deno.test("Channel says that it is not connected when nobody listens", async () => {
+Deno.test("Channel reports that it is not connected when no server listens", async () => {
   const free = net.createServer();
   await new Promise<void>((resolve) => free.listen(0, "127.0.0.1", resolve));
   const address = free.address();
@@ -276,7 +276,7 @@ const notConnected = (error: unknown) => {
   return true;
 };
 
-Deno.test("promise 11: Channel refuses a server whose CA is another one, and one that no CA was given for", async () => {
+Deno.test("promise 11: Channel rejects a server of another CA, and a server without a given CA", async () => {
   await withTls(async (port, _ca, otherCa) => {
     await assert.rejects(probeTls(`localhost:${port}`, { ca: otherCa, verify: true }), notConnected);
     await assert.rejects(probeTls(`127.0.0.1:${port}`, { ca: otherCa, verify: true }), notConnected);
@@ -284,10 +284,10 @@ Deno.test("promise 11: Channel refuses a server whose CA is another one, and one
   });
 });
 
-Deno.test("promise 11: Channel refuses an IP address that is not in the certificate", async () => {
+Deno.test("promise 11: Channel rejects an IP address that is not in the certificate", async () => {
   await withTls(async (port, ca) => {
     await assert.rejects(probeTls(`127.0.0.2:${port}`, { ca, verify: true }), notConnected);
-    // It is the address that is refused: without verification the same server answers there.
+    // The address is the reason: without verification the same server answers there.
     assert.equal((await probeTls(`127.0.0.2:${port}`, { ca, verify: false })).ready, true);
   });
 });
@@ -372,7 +372,7 @@ Deno.test("promise 28: connections to IP addresses share no TLS session with oth
     const address = `127.0.0.1:${(listener.addr as Deno.NetAddr).port}`;
     const accepting = (async () => {
       for await (const connection of listener) {
-        // The hello of TLS fits into it; nobody answers.
+        // The TLS ClientHello fits into it, and no answer follows.
         const bytes = new Uint8Array(16_384);
         const length = await connection.read(bytes).catch(() => null) ?? 0;
         const hello = new TextDecoder("latin1").decode(bytes.subarray(0, length));

@@ -98,12 +98,12 @@ const malformed: readonly (readonly [what: string, block: string, message: strin
 ];
 
 for (const [what, block, message] of malformed) {
-  Deno.test(`HpackDecoder refuses ${what}`, () => {
+  Deno.test(`HpackDecoder rejects ${what}`, () => {
     assert.throws(() => pairs(new HpackDecoder(), block), { message });
   });
 }
 
-Deno.test("HpackDecoder refuses more than the given bytes of fields", () => {
+Deno.test("HpackDecoder rejects more than the given bytes of fields", () => {
   assert.throws(() => new HpackDecoder().decode(bytes("82 82 82"), 100), {
     message: "the header fields have more than 100 bytes",
   });

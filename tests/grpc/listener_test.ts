@@ -33,7 +33,7 @@ Deno.test("serve removes a socket that a killed process has left, and its own wh
   });
 });
 
-Deno.test("serve refuses a socket on which another process answers, and leaves it working", async () => {
+Deno.test("serve rejects a socket on which another process listens, which goes on", async () => {
   await withServer({ probe: ready }, async ({ path, channel }) => {
     await assert.rejects(listenOn(path), {
       code: "FAILED_PRECONDITION",
@@ -44,7 +44,7 @@ Deno.test("serve refuses a socket on which another process answers, and leaves i
   });
 });
 
-Deno.test("serve refuses a path where something else than a socket is, and leaves it there", async () => {
+Deno.test("serve rejects a path where something else than a socket is, and leaves it there", async () => {
   await withDirectory(async (directory) => {
     writeFileSync(`${directory}/csi.sock`, "mine");
 
@@ -57,7 +57,7 @@ Deno.test("serve refuses a path where something else than a socket is, and leave
   });
 });
 
-Deno.test("serve lets owner and group connect and nobody else, whatever the umask", async () => {
+Deno.test("serve lets only owner and group connect, with any umask", async () => {
   await withDirectory(async (directory) => {
     const before = Deno.umask(0);
     try {
@@ -72,7 +72,7 @@ Deno.test("serve lets owner and group connect and nobody else, whatever the umas
   });
 });
 
-Deno.test("serve refuses a directory where everybody may replace its socket, and takes one with the sticky bit", async () => {
+Deno.test("serve rejects a directory where every user may replace its socket, and accepts one with the sticky bit", async () => {
   await withDirectory(async (directory) => {
     const path = `${directory}/csi.sock`;
     await Deno.chmod(directory, 0o777);
@@ -90,7 +90,7 @@ Deno.test("serve refuses a directory where everybody may replace its socket, and
   });
 });
 
-Deno.test("serve refuses a socket path of more than 107 bytes, and takes one of 107", async () => {
+Deno.test("serve rejects a socket path of more than 107 bytes, and accepts one of 107", async () => {
   await withDirectory(async (directory) => {
     const longest = `${directory}/${"x".repeat(107 - directory.length - 1)}`;
 
@@ -104,7 +104,7 @@ Deno.test("serve refuses a socket path of more than 107 bytes, and takes one of 
   });
 });
 
-Deno.test("serve makes a directory for its socket where everybody may write, as in an emptyDir of Kubernetes", async () => {
+Deno.test("serve makes a directory for its socket below one that every user may write to, such as an emptyDir of Kubernetes", async () => {
   await withDirectory(async (directory) => {
     // As kubelet makes it for a pod with an fsGroup.
     await Deno.chmod(directory, 0o2777);
@@ -119,7 +119,7 @@ Deno.test("serve makes a directory for its socket where everybody may write, as 
   });
 });
 
-Deno.test("serve refuses a path whose directory is missing or is a file", async () => {
+Deno.test("serve rejects a path whose directory is missing or is a file", async () => {
   await withDirectory(async (directory) => {
     writeFileSync(`${directory}/file`, "");
     for (const parent of [`${directory}/missing/deeper`, `${directory}/file`, `${directory}/file/deeper`]) {
@@ -131,7 +131,7 @@ Deno.test("serve refuses a path whose directory is missing or is a file", async 
   });
 });
 
-Deno.test("serve refuses a TCP port that is taken", async () => {
+Deno.test("serve rejects a TCP port that is taken", async () => {
   const taken = net.createServer();
   await new Promise<void>((resolve) => taken.listen(0, "127.0.0.1", resolve));
   const address = taken.address();

@@ -19,7 +19,7 @@ import {
 
 // ------------------------------------------------------------------------------------------------- stopping, idling
 
-Deno.test("stop lets a running call end well, refuses new ones, and then closes", async () => {
+Deno.test("stop lets a running call end, rejects new ones, and then closes", async () => {
   const mayEnd = Promise.withResolvers<void>();
   let started = false;
   const slow = async () => {
@@ -129,7 +129,7 @@ Deno.test("promise 20: a call that is too slow gets our DEADLINE_EXCEEDED before
   });
 });
 
-Deno.test("promise 20: a handler that reacts to its signal says itself what was slow", async () => {
+Deno.test("promise 20: a handler that reacts to its signal reports what was slow", async () => {
   const attentive = async (_request: unknown, call: CallContext) => {
     try {
       await sleep(60_000, call.signal);
@@ -229,7 +229,7 @@ Deno.test("the signal of a call that was answered never aborts", async () => {
 
 // ------------------------------------------------------------------------------------------------ errors and the log
 
-Deno.test("promise 20: a StatusError reaches the caller with its code and words", async () => {
+Deno.test("promise 20: a StatusError arrives at the caller with its code and message", async () => {
   const codes = [
     "CANCELLED",
     "INVALID_ARGUMENT",
@@ -324,7 +324,7 @@ Deno.test("serve writes one line per call at its end, with its facts", async () 
   }, { describe: () => ({ volume: "v" }) });
 });
 
-Deno.test("serve logs quiet calls at debug, their failures as loud as any", async () => {
+Deno.test("serve logs quiet calls at debug, and their failures like all others", async () => {
   let fail = false;
   const handler = () => fail ? Promise.reject(new StatusError("UNAVAILABLE", "down")) : ready();
   await withServer({ probe: handler }, async ({ channel, lines }) => {
@@ -349,7 +349,7 @@ Deno.test("serve answers a request that cannot be described", async () => {
   }, { describe });
 });
 
-Deno.test("before may refuse a call by throwing, and sees its headers", async () => {
+Deno.test("before can reject a call by throwing, and sees its headers", async () => {
   const before: ServeOptions["before"] = (_method, _request, call) => {
     if (call.header("authorization") !== "Bearer t") throw new StatusError("UNAUTHENTICATED", "who are you");
   };

@@ -10,7 +10,7 @@ import { flags, frame, frames, preface, RawEncoder } from "../support/raw_http2.
 
 const never = new AbortController().signal;
 
-Deno.test("calls beyond the bound are refused as not begun, and served when earlier ones have ended", async () => {
+Deno.test("calls beyond the limit are rejected as not begun, and served when earlier ones have ended", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-limit-" });
   const path = `${directory}/csi.sock`;
   const server = await serve({

@@ -128,7 +128,7 @@ Deno.test("a connection over a Unix socket closes when its client vanishes, and 
   });
 });
 
-Deno.test("a Unix socket that nobody listens on any more is gone, and its connections go on", async () => {
+Deno.test("a closed listener removes its Unix socket, and its connections continue", async () => {
   await withDirectory(async (directory) => {
     const path = join(directory, "a.sock");
     const streams: Duplex[] = [];
@@ -169,7 +169,7 @@ async function withEcho(
       await until("it listens", () => isListening(path));
       await body(path, directory);
     } finally {
-      // The server ends with its stdin: a tracer would let go of it on a signal.
+      // The server ends with its stdin, because a signal would only detach the tracer.
       await child.stdin.close();
       await child.status;
     }

@@ -11,7 +11,7 @@ import { eventually, startSimulator, type TestSimulator } from "../support/simul
 const api = DurosAPI.method;
 const projectName = "default";
 
-Deno.test("control counts calls by RPC and endpoint, refused ones too, until it is reset", async () => {
+Deno.test("control counts calls by RPC and endpoint, rejected ones too, until it is reset", async () => {
   await using sim = await startSimulator();
   using first = clientOf(sim, 0);
   using second = clientOf(sim, 1);
@@ -91,7 +91,7 @@ Deno.test("a delay holds an answer back", async () => {
   assert.ok(performance.now() - started >= 295);
 });
 
-Deno.test("a held call waits where it was told to, before or after its effect, and goes on when it is let go", async () => {
+Deno.test("a held call waits before or after its effect, as its rule says, and continues when it is released", async () => {
   await using sim = await startSimulator({ behaviour: { creationMs: 0 } });
   using client = clientOf(sim);
   const [endpoint] = sim.addresses.grpc;
@@ -138,7 +138,7 @@ Deno.test("a fault that skips calls takes the one after them", async () => {
   await client.create("v2");
 });
 
-Deno.test("who watches calls is told when each begins and ends, and of which volume", async () => {
+Deno.test("watchCalls reports when each call begins and ends, and its volume", async () => {
   await using sim = await startSimulator();
   using client = clientOf(sim);
   const seen: string[] = [];
@@ -181,7 +181,7 @@ Deno.test("control sets a volume's state and protection", async () => {
   assert.deepEqual(missing, [400, { error: "Cannot set volume nothing: it does not exist" }]);
 });
 
-Deno.test("control names what a host may reach, the model and the leftovers", async () => {
+Deno.test("control returns what a host may access, the model and the leftovers", async () => {
   await using sim = await startSimulator({ behaviour: { creationMs: 0 } });
   using client = clientOf(sim);
   const { UUID } = await client.create("v1", ["nqn.a"]);
@@ -281,7 +281,7 @@ for (
       /^Cannot change a device: data plane "none" has none/,
     ],
     [
-      "a path that nobody connects to",
+      "a path that hosts cannot connect to",
       "POST",
       "/paths/down",
       `{"server":0}`,
@@ -308,7 +308,7 @@ for (
   });
 }
 
-Deno.test("serveControl refuses an address that others can reach", async () => {
+Deno.test("serveControl rejects an address that other machines can connect to", async () => {
   await using sim = await startSimulator({ servers: 1, schemes: ["grpc"] });
   const options = { host: "0.0.0.0", port: 0, log: createLogger("error") };
 
@@ -352,8 +352,8 @@ function clientOf(sim: TestSimulator, server = 0) {
     channel,
     version: (headers: Record<string, string> = {}) => channel.call(api.getVersion, {}, options(headers)),
     create: (name: string, acl: string[] = ["ALLOW_NONE"]) => {
-      const wish = { projectName, name, size: "1 gib", replicaCount: 1, acl: { values: acl } };
-      return channel.call(api.createVolume, wish, options());
+      const request = { projectName, name, size: "1 gib", replicaCount: 1, acl: { values: acl } };
+      return channel.call(api.createVolume, request, options());
     },
     [Symbol.dispose]: () => channel[Symbol.dispose](),
   };

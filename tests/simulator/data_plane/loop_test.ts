@@ -247,7 +247,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "loop data plane takes over its devices and mounts after a crash, and detaches those nobody needs",
+  name: "loop data plane takes over its devices and mounts after a crash, and detaches those that no volume needs",
   ignore,
   async fn() {
     const stateDir = await Deno.makeTempDir({ prefix: "lbcsi-test-" });
@@ -335,7 +335,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "simulate refuses directories that another simulator uses",
+  name: "simulate rejects directories that another simulator uses",
   ignore,
   async fn() {
     const stateDir = await Deno.makeTempDir({ prefix: "lbcsi-test-" });
@@ -357,7 +357,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "Machine.damage makes reads of the device fail, and heal tells whether it was written to",
+  name: "Machine.damage makes reads of the device fail, and heal reports whether it was written to",
   ignore,
   async fn() {
     await using sim = await startSimulator({ data: "loop" });
@@ -429,7 +429,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "loop data plane refuses a directory that holds something else",
+  name: "loop data plane rejects a directory that holds something else",
   ignore,
   async fn() {
     await assert.rejects(
@@ -493,7 +493,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "Discovery-Client of the simulator finds nobody at a wrong address or with a wrong subsystem NQN",
+  name: "Discovery-Client of the simulator finds no subsystem at a wrong address or with a wrong NQN",
   ignore,
   async fn() {
     await using sim = await startSimulator({ data: "loop" });
@@ -542,7 +542,7 @@ for (
     ["a bad time-out", "-t tcp -a 192.0.2.1 -s 8009 -q nqn.h -n nqn.s -l -2", /bad ctrl-loss-tmo/],
   ] as const
 ) {
-  Deno.test(`parseDiscoveryFile refuses a whole file for ${what}`, () => {
+  Deno.test(`parseDiscoveryFile rejects a whole file for ${what}`, () => {
     const good = "-t tcp -a 192.0.2.9 -s 8009 -q nqn.h -n nqn.s\n";
 
     assert.throws(() => parseDiscoveryFile(good + line), (error: unknown) => {
@@ -598,8 +598,8 @@ async function available(sim: TestSimulator, name: string, sizeMib: number, snap
 
 async function snapshotOf(sim: TestSimulator, volume: SimVolume, name: string) {
   const source = { uuid: volume.uuid, name: "" };
-  const wish = { project, name, description: "", source, retentionMs: undefined };
-  const snapshot = await sim.control.cluster.createSnapshot(wish);
+  const request = { project, name, description: "", source, retentionMs: undefined };
+  const snapshot = await sim.control.cluster.createSnapshot(request);
   await eventually(`snapshot ${name} is Available`, () => snapshot.state === "Available");
   return snapshot;
 }

@@ -34,11 +34,11 @@ Deno.test("createVolume without a delay answers Available", async () => {
   assert.equal(state, "Available");
 });
 
-Deno.test("createVolume refuses the name of a live volume", async () => {
+Deno.test("createVolume rejects the name of a live volume", async () => {
   await using cluster = await open();
   const { uuid } = await cluster.createVolume(volumeRequest());
 
-  await refuses(
+  await assertFails(
     cluster.createVolume(volumeRequest()),
     "ALREADY_EXISTS",
     `Cannot create volume "v1": volume ${uuid} has this name`,
@@ -75,7 +75,7 @@ Deno.test("createVolume that is doomed leaves a Failed husk that blocks neither 
 
   assert.deepEqual([husk.state, retry.state], ["Failed", "Available"]);
   assert.equal(cluster.reservedBytes, gib);
-  await refuses(
+  await assertFails(
     () => cluster.deleteVolume({ project, uuid: husk.uuid }, undefined),
     "INVALID_ARGUMENT",
     `Cannot delete volume ${husk.uuid}: the volume is Failed`,
@@ -128,11 +128,11 @@ for (
     ],
   ] as const satisfies readonly (readonly [string, Partial<SimulatedVolumeRequest>, StatusCode, string])[]
 ) {
-  Deno.test(`createVolume with ${what} is refused and leaves nothing`, async () => {
+  Deno.test(`createVolume with ${what} is rejected and leaves nothing`, async () => {
     await using cluster = await open();
     const { name = "v1" }: Partial<SimulatedVolumeRequest> = change;
 
-    await refuses(cluster.createVolume(volumeRequest(change)), code, `Cannot create volume "${name}": ${problem}`);
+    await assertFails(cluster.createVolume(volumeRequest(change)), code, `Cannot create volume "${name}": ${problem}`);
 
     assert.deepEqual(cluster.volumes, []);
   });
@@ -142,7 +142,7 @@ Deno.test("space is taken with all replicas until the volume is gone", async () 
   await using cluster = await open({ deletionMs: 5 });
   const volume = await cluster.createVolume(volumeRequest({ size: "10 gib", replicaCount: 3 }));
   assert.equal(cluster.freeBytes, 2n * gib);
-  await refuses(
+  await assertFails(
     cluster.updateVolume({ project, uuid: volume.uuid }, { size: "11 gib" }, undefined),
     "RESOURCE_EXHAUSTED",
     `Cannot update volume ${volume.uuid}: it needs ${3n * gib} bytes with its replicas, ${2n * gib} are free`,
@@ -170,7 +170,7 @@ for (
 }
 
 for (const text of ["", "b", "0", "-4096", "1.5 gib", "4096 x", "4096b b", "0x1000", "99999999999999999999"]) {
-  Deno.test(`parseSize refuses "${text}"`, () => {
+  Deno.test(`parseSize rejects "${text}"`, () => {
     assert.throws(() => parseSize(new Action("try"), text), (error: unknown) => {
       assert.ok(error instanceof StatusError);
       assert.equal(error.code, "INVALID_ARGUMENT");
@@ -181,7 +181,7 @@ for (const text of ["", "b", "0", "-4096", "1.5 gib", "4096 x", "4096b b", "0x10
 }
 
 for (const size of ["511", "512", "4095", "4096"]) {
-  Deno.test(`createVolume rounds ${size} bytes up to 4 KiB, and refuses what is no multiple as documented`, async () => {
+  Deno.test(`createVolume rounds ${size} bytes up to 4 KiB, and rejects other sizes when it behaves as documented`, async () => {
     await using cluster = await open();
 
     const { sizeBytes } = await cluster.createVolume(volumeRequest({ size }));
@@ -192,7 +192,7 @@ for (const size of ["511", "512", "4095", "4096"]) {
     if (size === "4096") assert.equal((await documented).sizeBytes, 4096n);
     else {
       const problem = `size "${size}" is not a multiple of 4096 bytes`;
-      await refuses(documented, "INVALID_ARGUMENT", `Cannot create volume "v2": ${problem}`);
+      await assertFails(documented, "INVALID_ARGUMENT", `Cannot create volume "v2": ${problem}`);
     }
   });
 }
@@ -216,7 +216,7 @@ Deno.test("an access list holds any text, and host NQNs only as documented", asy
   cluster.behaviour.asDocumented = true;
 
   assert.deepEqual(acl, ["ace-3"]);
-  await refuses(update(), "INVALID_ARGUMENT", `Cannot update volume ${uuid}: "ace-3" is not a host NQN`);
+  await assertFails(update(), "INVALID_ARGUMENT", `Cannot update volume ${uuid}: "ace-3" is not a host NQN`);
 });
 
 Deno.test("a clone has its source's first ETag, and snapshots and clones change the source's", async () => {
@@ -266,11 +266,11 @@ Deno.test("names and space follow renaming, growth, failure and deletion of volu
   assert.deepEqual([...reserved, cluster.reservedBytes], [5n * gib, 7n * gib, 6n * gib, 0n]);
 });
 
-Deno.test("updateVolume refuses another ETag and changes nothing", async () => {
+Deno.test("updateVolume rejects another ETag and changes nothing", async () => {
   await using cluster = await open();
   const volume = await cluster.createVolume(volumeRequest());
 
-  await refuses(
+  await assertFails(
     cluster.updateVolume({ project, uuid: volume.uuid }, { acl: ["nqn.a"] }, "0"),
     "FAILED_PRECONDITION",
     `Cannot update volume ${volume.uuid}: its ETag is ${volume.etag}, not 0`,
@@ -296,7 +296,7 @@ Deno.test("updateVolume shrinks with force only", async () => {
   await using cluster = await open();
   const { uuid } = await cluster.createVolume(volumeRequest({ size: "2 gib" }));
 
-  await refuses(
+  await assertFails(
     cluster.updateVolume({ project, uuid }, { size: "1 gib" }, undefined),
     "INVALID_ARGUMENT",
     `Cannot update volume ${uuid}: size ${gib} is below the current ${2n * gib} bytes`,
@@ -311,7 +311,7 @@ Deno.test("updateVolume renames to a free name only", async () => {
   const { uuid } = await cluster.createVolume(volumeRequest());
   const other = await cluster.createVolume(volumeRequest({ name: "v2" }));
 
-  await refuses(
+  await assertFails(
     cluster.updateVolume({ project, uuid }, { newName: "v2" }, undefined),
     "ALREADY_EXISTS",
     `Cannot update volume ${uuid}: "v2" is volume ${other.uuid}`,
@@ -359,13 +359,13 @@ for (const state of volumeStates) {
         await remove();
         assert.equal(cluster.getVolume({ project, uuid }).state, "Deleting");
       } else {
-        await refuses(update(), code, `Cannot update volume ${uuid}: the volume is ${state}`);
+        await assertFails(update(), code, `Cannot update volume ${uuid}: the volume is ${state}`);
         // Of a deletion nothing else is known than what is documented.
         const codeOfDeletion = code === "FAILED_PRECONDITION" ? "INVALID_ARGUMENT" : code;
-        await refuses(remove(), codeOfDeletion, `Cannot delete volume ${uuid}: the volume is ${state}`);
+        await assertFails(remove(), codeOfDeletion, `Cannot delete volume ${uuid}: the volume is ${state}`);
         if (code !== "FAILED_PRECONDITION") return;
         cluster.behaviour.asDocumented = true;
-        await refuses(update(), "INVALID_ARGUMENT", `Cannot update volume ${uuid}: the volume is ${state}`);
+        await assertFails(update(), "INVALID_ARGUMENT", `Cannot update volume ${uuid}: the volume is ${state}`);
       }
     },
   );
@@ -379,7 +379,7 @@ Deno.test("deleteVolume leaves snapshots alone, and the volume is NOT_FOUND in t
   cluster.deleteVolume({ project, uuid }, undefined);
   await eventually("the volume is gone", () => cluster.volumes.length === 0);
 
-  await refuses(
+  await assertFails(
     () => cluster.getVolume({ project, uuid }),
     "NOT_FOUND",
     `Cannot get volume ${uuid}: there is no such volume in project "default"`,
@@ -391,7 +391,7 @@ Deno.test("a volume of another project is NOT_FOUND", async () => {
   await using cluster = await open();
   const { uuid } = await cluster.createVolume(volumeRequest());
 
-  await refuses(
+  await assertFails(
     () => cluster.getVolume({ project: "other", uuid }),
     "NOT_FOUND",
     `Cannot get volume ${uuid}: there is no such volume in project "other"`,
@@ -420,19 +420,19 @@ Deno.test("a clone has its snapshot's size and labels unless it asks for more", 
   assert.deepEqual([same.sizeBytes, larger.sizeBytes], [2n * gib, 3n * gib]);
   assert.deepEqual(same.labels, labels(1));
   assert.equal(same.sourceSnapshotUuid, snapshot.uuid);
-  await refuses(
+  await assertFails(
     cluster.createVolume(volumeRequest({ name: "c3", size: "1 gib", sourceSnapshot })),
     "INVALID_ARGUMENT",
     `Cannot create volume "c3": size ${gib} is below the ${2n * gib} bytes of snapshot ${snapshot.uuid}`,
   );
 });
 
-Deno.test("createSnapshot is refused while its source is Updating", async () => {
+Deno.test("createSnapshot is rejected while its source is Updating", async () => {
   await using cluster = await open();
   const { uuid } = await cluster.createVolume(volumeRequest());
   cluster.setVolume(uuid, { state: "Updating" });
 
-  await refuses(
+  await assertFails(
     snapshotOf(cluster, uuid, "s1"),
     "FAILED_PRECONDITION",
     `Cannot create snapshot "s1": volume ${uuid} is Updating`,
@@ -443,7 +443,7 @@ Deno.test("createSnapshot with the name of a Deleting snapshot succeeds and ends
   await using cluster = await open({ deletionMs: 60_000 });
   const { uuid } = await cluster.createVolume(volumeRequest());
   const first = await snapshotOf(cluster, uuid, "s1");
-  await refuses(
+  await assertFails(
     snapshotOf(cluster, uuid, "s1"),
     "ALREADY_EXISTS",
     `Cannot create snapshot "s1": snapshot ${first.uuid} has this name`,
@@ -494,20 +494,20 @@ Deno.test("rollbackVolume restores the snapshot's size", async () => {
   assert.equal(volume.sizeBytes, gib);
 });
 
-Deno.test("rollbackVolume refuses the snapshot of another volume, and a Deleting volume for now", async () => {
+Deno.test("rollbackVolume rejects the snapshot of another volume, and a Deleting volume for now", async () => {
   await using cluster = await open({ deletionMs: 60_000 });
   const { uuid } = await cluster.createVolume(volumeRequest());
   const other = await cluster.createVolume(volumeRequest({ name: "v2" }));
   const snapshot = await snapshotOf(cluster, other.uuid, "s1");
   const rollback = () => cluster.rollbackVolume({ project, uuid }, { uuid: snapshot.uuid, name: "" });
 
-  await refuses(
+  await assertFails(
     rollback,
     "INVALID_ARGUMENT",
     `Cannot roll back volume ${uuid}: snapshot ${snapshot.uuid} is of volume ${other.uuid}`,
   );
   cluster.deleteVolume({ project, uuid }, undefined);
-  await refuses(rollback, "UNAVAILABLE", `Cannot roll back volume ${uuid}: it is Deleting`);
+  await assertFails(rollback, "UNAVAILABLE", `Cannot roll back volume ${uuid}: it is Deleting`);
 });
 
 Deno.test("listVolumes pages through everything once, in the order of UUIDs", async () => {
@@ -535,7 +535,7 @@ Deno.test("listVolumes shows Deleting volumes on demand only", async () => {
   assert.deepEqual(cluster.listVolumes({ project, showAll: true }).map((volume) => volume.uuid), [uuid]);
 });
 
-Deno.test("visibleTo names what a host may reach in the volume's present state", async () => {
+Deno.test("visibleTo returns what a host may access in the volume's present state", async () => {
   await using cluster = await open();
   const { uuid } = await cluster.createVolume(volumeRequest({ acl: ["nqn.a"] }));
   const open_ = await cluster.createVolume(volumeRequest({ name: "v2", acl: ["ALLOW_ANY"] }));
@@ -613,7 +613,7 @@ Deno.test("visibleTo names nothing to hosts whose addresses are not admitted", a
   assert.deepEqual(cluster.visibleTo("nqn.a"), [uuid]);
 });
 
-Deno.test("Cluster.open refuses a damaged file and leaves it as it is", async () => {
+Deno.test("Cluster.open rejects a damaged file and leaves it as it is", async () => {
   const file = await Deno.makeTempFile({ prefix: "lbcsi-test-" });
   try {
     await Deno.writeTextFile(file, `{"format": 2}`);
@@ -693,7 +693,11 @@ function snapshotOf(cluster: Cluster, volumeUuid: SimVolume["uuid"], name: strin
   return cluster.createSnapshot({ project, name, description: "", source, retentionMs });
 }
 
-async function refuses(attempt: Promise<unknown> | (() => unknown), code: StatusCode, message: string): Promise<void> {
+async function assertFails(
+  attempt: Promise<unknown> | (() => unknown),
+  code: StatusCode,
+  message: string,
+): Promise<void> {
   const run = async () => await (typeof attempt === "function" ? attempt() : attempt);
   await assert.rejects(run(), (error: unknown) => {
     assert.ok(error instanceof StatusError, String(error));

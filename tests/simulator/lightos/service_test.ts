@@ -69,12 +69,12 @@ Deno.test("management API answers with the model's code and words", async () => 
   await using sim = await startSimulator();
   using client = clientOf(sim);
 
-  await refuses(
+  await assertFails(
     client.call(api.createVolume, { ...volumeRequest("v1"), size: "much" }),
     "INVALID_ARGUMENT",
     /^Cannot create volume "v1": size "much" is not a number of bytes$/,
   );
-  await refuses(
+  await assertFails(
     client.call(api.getVolume, { projectName, name: "v1" }),
     "NOT_FOUND",
     /^Cannot get volume "v1": there is no such volume in project "default"$/,
@@ -85,16 +85,16 @@ Deno.test("management API says UNIMPLEMENTED to what it does not simulate", asyn
   await using sim = await startSimulator();
   using client = clientOf(sim);
 
-  await refuses(client.call(api.listEvents, {}), "UNIMPLEMENTED", /ListEvents/);
+  await assertFails(client.call(api.listEvents, {}), "UNIMPLEMENTED", /ListEvents/);
 });
 
-Deno.test("management API refuses an ETag that is not the volume's", async () => {
+Deno.test("management API rejects an ETag that is not the volume's", async () => {
   await using sim = await startSimulator({ behaviour: { creationMs: 0 } });
   using client = clientOf(sim);
   const { UUID } = await client.call(api.createVolume, volumeRequest("v1"));
   const request = { projectName, UUID, acl: { values: ["nqn.a"] } };
 
-  await refuses(client.call(api.updateVolume, request, { "if-match": "0" }), "FAILED_PRECONDITION", /ETag/);
+  await assertFails(client.call(api.updateVolume, request, { "if-match": "0" }), "FAILED_PRECONDITION", /ETag/);
 });
 
 Deno.test("management API takes snapshots, clones them, and forgets them", async () => {
@@ -150,7 +150,11 @@ Deno.test("management API keeps a trusted host's secrets to itself until they ar
   assert.deepEqual(hosts.map(({ hostNqn }) => hostNqn), ["nqn.a"]);
   assert.equal(secrets.hostSecret, "s1");
   assert.match(secrets.targetSecret, /^DHHC-1:00:.+:$/);
-  await refuses(client.call(api.getTrustedHost, { projectName, name }), "NOT_FOUND", /Cannot find trusted host "n1"/);
+  await assertFails(
+    client.call(api.getTrustedHost, { projectName, name }),
+    "NOT_FOUND",
+    /Cannot find trusted host "n1"/,
+  );
 });
 
 // ------------------------------------------------------------------------------------------------------------- tokens
@@ -175,7 +179,7 @@ for (
 
     const call = client.channel.call(api.getVersion, {}, { signal: AbortSignal.timeout(10_000), headers });
 
-    await refuses(call, "UNAUTHENTICATED", problem);
+    await assertFails(call, "UNAUTHENTICATED", problem);
   });
 }
 
@@ -185,12 +189,16 @@ Deno.test("management API keeps a token to its projects", async () => {
   const tenant = { authorization: `Bearer ${sim.control.token(["other"])}` };
   await client.call(api.createVolume, volumeRequest("v1"));
 
-  await refuses(
+  await assertFails(
     client.call(api.getVolume, { projectName, name: "v1" }, tenant),
     "PERMISSION_DENIED",
     /^Cannot use project "default": the token is not for it$/,
   );
-  await refuses(client.call(api.getCluster, {}, tenant), "UNAUTHENTICATED", /the token has no right to the cluster$/);
+  await assertFails(
+    client.call(api.getCluster, {}, tenant),
+    "UNAUTHENTICATED",
+    /the token has no right to the cluster$/,
+  );
   const { projects } = await client.call(api.listProjects, {}, tenant);
   assert.deepEqual(projects.map(({ name }) => name), ["other"]);
 });
@@ -206,14 +214,14 @@ Deno.test("management API of a cluster without authentication needs no token", a
 
 // ---------------------------------------------------------------------------------------------------------- endpoints
 
-Deno.test("a stopped endpoint refuses connections while the others serve, and comes back on its port", async () => {
+Deno.test("a stopped endpoint rejects connections while the others serve, and comes back on its port", async () => {
   await using sim = await startSimulator();
   using first = clientOf(sim, "grpc", 0);
   using second = clientOf(sim, "grpc", 1);
   await first.call(api.getVersion, {});
 
   await sim.control.stopEndpoints({ server: 0 });
-  await refuses(first.call(api.getVersion, {}), "UNAVAILABLE", /./);
+  await assertFails(first.call(api.getVersion, {}), "UNAVAILABLE", /./);
   const { apiVersion } = await second.call(api.getVersion, {});
   await sim.control.startEndpoints({ server: 0 });
   using again = clientOf(sim, "grpc", 0);
@@ -231,7 +239,7 @@ Deno.test("a hanging endpoint accepts connections and says nothing", async () =>
 
   const headers = { authorization: `Bearer ${sim.addresses.jwt}` };
   const options = { signal: AbortSignal.timeout(10_000), headers, connectTimeoutMs: 300 };
-  await refuses(
+  await assertFails(
     client.channel.call(api.getVersion, {}, options),
     "UNAVAILABLE",
     /^no connection within 0\.3 s$/,
@@ -274,7 +282,7 @@ Deno.test("simulate with a state directory is the same cluster after a restart: 
   }
 });
 
-Deno.test("simulate refuses a port that is taken", async () => {
+Deno.test("simulate rejects a port that is taken", async () => {
   const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   try {
     const { port } = listener.addr;
@@ -332,7 +340,7 @@ function volumeRequest(name: string) {
   return { projectName, name, size: `${gib}b`, replicaCount: 2, acl: { values: ["ALLOW_NONE"] } };
 }
 
-async function refuses(call: Promise<unknown>, code: string, message: RegExp): Promise<void> {
+async function assertFails(call: Promise<unknown>, code: string, message: RegExp): Promise<void> {
   await assert.rejects(call, (error: unknown) => {
     assert.ok(error instanceof CallError, String(error));
     assert.equal(error.code, code);

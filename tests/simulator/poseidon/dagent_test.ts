@@ -42,7 +42,7 @@ for (
     ["a flag that is a text", "POST", "/volumes", volume({ iswalvol: "no" })],
   ] as const
 ) {
-  Deno.test(`DAgent refuses ${what} with HTTP status 400 and code 0`, async () => {
+  Deno.test(`DAgent rejects ${what} with HTTP status 400 and code 0`, async () => {
     await using sim = await startPoseidon();
 
     const { http, status } = await ask(sim, method, path, body);
@@ -52,7 +52,7 @@ for (
   });
 }
 
-Deno.test("DAgent refuses a call without a UUID in X-request-Id, and knows no other routes", async () => {
+Deno.test("DAgent rejects a call without a UUID in X-request-Id, and knows no other routes", async () => {
   await using sim = await startPoseidon();
   const url = `http://${sim.addresses.dagent}/api/ibofos/v1`;
 
@@ -94,14 +94,14 @@ for (
     ["a UUID of another form", volume({ uuid: "abc" }), 1860],
   ] as const
 ) {
-  Deno.test(`PoseidonOS refuses a volume with ${what} by code ${code}`, async () => {
+  Deno.test(`PoseidonOS rejects a volume with ${what} by code ${code}`, async () => {
     await using sim = await startPoseidon();
 
     strictEqual((await ask(sim, "POST", "/volumes", body)).status.code, code);
   });
 }
 
-Deno.test("an array that is not mounted looks empty, and refuses changes", async () => {
+Deno.test("an array that is not mounted looks empty, and rejects changes", async () => {
   await using sim = await startPoseidon();
   await ask(sim, "POST", "/volumes", volume());
   sim.control.setArray("POSArray", { state: "OFFLINE", situation: "DEFAULT" });
@@ -113,7 +113,7 @@ Deno.test("an array that is not mounted looks empty, and refuses changes", async
   deepStrictEqual([http, data, status.code, info.status.code], [200, undefined, 1823, 1807]);
 });
 
-Deno.test("a restart forgets subsystems, listeners and exports, unless PoseidonOS is told to save them", async () => {
+Deno.test("a restart forgets subsystems, listeners and exports, unless PoseidonOS saves them", async () => {
   await using sim = await startPoseidon();
   const nqn = "nqn.2019-04.pos:s1";
   const exported = async () => {
