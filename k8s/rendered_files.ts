@@ -210,7 +210,7 @@ export const manifests: readonly RenderedFile[] = [...driverManifests, ...snapsh
 export const renderedFiles: readonly RenderedFile[] = [...manifests, ...examples];
 
 /**
- * Renders every file; the result maps paths to texts. Throws when a chart cannot be rendered, or renders different texts
+ * Renders every file; the result maps paths to text. Throws when a chart cannot be rendered, or renders different text
  * for the Kubernetes versions of one file.
  */
 export async function renderFiles(): Promise<ReadonlyMap<string, string>> {
@@ -222,7 +222,7 @@ export async function renderFiles(): Promise<ReadonlyMap<string, string>> {
     kubeVersion: `v1.${minor}.0`,
     values,
   })));
-  const texts = new Map<string, string>();
+  const textByPath = new Map<string, string>();
   for (const [index, { file: { path, chart, heading }, minor }] of jobs.entries()) {
     const rendered = charts[index];
     if (rendered === undefined || rendered.error !== undefined) {
@@ -233,12 +233,12 @@ export async function renderFiles(): Promise<ReadonlyMap<string, string>> {
       `Rendered from k8s/helm/${chart} by \`deno task manifests\`: change the chart instead.`,
     ];
     const text = `${[comments.map((line) => `# ${line}`).join("\n"), ...documents(rendered)].join("\n---\n")}\n`;
-    if ((texts.get(path) ?? text) !== text) {
+    if ((textByPath.get(path) ?? text) !== text) {
       throw new Error(
         `Cannot render ${path}: its text for Kubernetes 1.${minor} differs from that for earlier versions`,
       );
     }
-    texts.set(path, text);
+    textByPath.set(path, text);
   }
-  return texts;
+  return textByPath;
 }

@@ -8,15 +8,15 @@ import { k8sRoot } from "./charts.ts";
 import { renderFiles } from "./rendered_files.ts";
 
 const isCheck = Deno.args.includes("--check");
-const texts = await renderFiles();
-const stale = [...filesBelow("manifests"), ...filesBelow("examples")].filter((path) => !texts.has(path));
+const textByPath = await renderFiles();
+const stale = [...filesBelow("manifests"), ...filesBelow("examples")].filter((path) => !textByPath.has(path));
 if (!isCheck) { for (const path of stale) Deno.removeSync(k8sRoot + path); }
-for (const [path, text] of texts) {
+for (const [path, text] of textByPath) {
   if (await Deno.readTextFile(k8sRoot + path).catch(() => undefined) === text) continue;
   stale.push(path);
   if (!isCheck) await Deno.writeTextFile(k8sRoot + path, text);
 }
-if (!isCheck) console.log(`${texts.size} files, ${stale.length} changed`);
+if (!isCheck) console.log(`${textByPath.size} files, ${stale.length} changed`);
 else if (stale.length > 0) {
   console.error(`not up to date, run \`deno task manifests\`:\n${stale.join("\n")}`);
   Deno.exit(1);

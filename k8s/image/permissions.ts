@@ -1,24 +1,24 @@
 /**
- * What `lbcsi-controller` may do: the permissions that are compiled into it. It runs `controller` and `identity`, makes
- * and forgets volumes by network calls, and has no business with the machine that it runs on.
+ * The permissions that are compiled into `lbcsi-controller`. It runs `controller` and `identity`, manages volumes by
+ * network calls, and needs nothing of the machine that it runs on.
  *
- * Not in here, and so refused: running programs, foreign libraries, facts of the system, code from elsewhere, any other
- * file. Flags on the command line of the compiled program are arguments, nobody can widen this from outside.
+ * Everything else is denied: running programs, native libraries, information about the system, code from other places, any
+ * other file. Flags on the command line of the compiled program are its arguments, so they cannot extend the permissions.
  */
 
-/** Directories of sockets: a container has one of them, from a volume of its pod. */
+/** Directories for the CSI socket: a container has one of them, from a volume of its pod. */
 export const socketDirectories = ["/csi", "/var/lib/csi/sockets"] as const;
 
 /**
- * Directories of what it is told: tokens (`--jwt-path`), the cluster file (`--config`), certificates (`--mgmt-ca`), and the
- * files that the cluster file names. Symbolic links in them are followed, as kubelet makes them.
+ * Directories for configuration: tokens (`--jwt-path`), the cluster file (`--config`), certificates (`--mgmt-ca`), and the
+ * files that the cluster file names. Symbolic links in them are followed, because kubelet makes such links.
  */
 export const configDirectories = ["/etc/lb-csi", "/etc/lb-csi-config", "/etc/lbcsi"] as const;
 
-/** What Debian's ca-certificates makes, and with it the distroless base images, for who is given no certificates. */
+/** The certificates of Debian and of distroless base images, used when `--mgmt-ca` is not given. */
 const machineCertificates = "/etc/ssl/certs/ca-certificates.crt";
 
-/** The options' own, and those of libraries that throw when they may not ask for them: grpc-js, and yaml for its log. */
+/** The variables of the options, and those without which libraries throw: grpc-js, and yaml for its log. */
 const variables = [
   "GRPC_*",
   "grpc_proxy",
@@ -31,22 +31,22 @@ const variables = [
   "SSL_CERT_FILE",
 ];
 
-/** The options of `deno run` and `deno compile` with other directories in place of the image's, for tests. */
+/** The options for `deno run` and `deno compile`. Tests give other directories than those of the image. */
 export function permissionsWith(
   sockets: readonly string[],
   configuration: readonly string[],
 ): readonly string[] {
   return [
     "--no-prompt",
-    // Any address: StorageClasses and volume IDs name the management endpoints, and one image serves every cluster. A
-    // NetworkPolicy can say more, for it knows the cluster.
+    // Any address, because StorageClasses and volume IDs name the management endpoints, and one image serves every cluster.
+    // A NetworkPolicy can be stricter, because it belongs to one cluster.
     "--allow-net",
     `--allow-read=${[...sockets, ...configuration, machineCertificates].join(",")}`,
-    // To make the socket, and to remove one that an earlier process has left.
+    // Creates the socket, and removes one that an earlier process has left.
     `--allow-write=${sockets.join(",")}`,
     `--allow-env=${variables.join(",")}`,
-    // Code from some sites is allowed by default, and stays so with --deny-import alone (Deno 2.9.5): a place where
-    // nobody is.
+    // Deno allows imports from some sites by default, even with --deny-import (Deno 2.9.5). This address replaces them;
+    // nothing listens there.
     "--allow-import=127.0.0.1:1",
   ];
 }

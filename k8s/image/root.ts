@@ -1,22 +1,25 @@
 /**
  * Makes the root file system of an image from Debian packages: the tools that the driver runs and the shared libraries
- * that those need, nothing else. No shell, no package manager, nothing that is setuid.
+ * that they need, nothing else. No shell, no package manager, no setuid program.
  *
  *   deno run -A k8s/image/root.ts node DIRECTORY [--debs DIRECTORY]         for `lbcsi`, root
  *   deno run -A k8s/image/root.ts controller DIRECTORY [--debs DIRECTORY]   for `lbcsi-controller`, user 65532
  *
- * Needs root and Debian's apt, whose release it takes; no registry, and the machine's own packages stay as they are. The
- * Containerfile uses it, and so do the tests, so that there is one list of tools. `--debs` keeps the packages there and
- * takes those of an earlier run.
+ * Needs root and Debian's apt, and uses the packages of this machine's release. It needs no image registry, and does not
+ * change the packages that are installed here. The Containerfile and the tests use it, so that there is one list of tools.
+ * `--debs` keeps the packages in a directory, and uses those that an earlier run has left there.
  *
- * Meant for Debian 12. Its tools, and more so those of newer releases, make features that old kernels do not know (xfs
- * bigtime: Linux 5.10, ext4 orphan_file: 5.15); the driver leaves out what the node's kernel does not know.
+ * Meant for Debian 12. Its tools, and more so those of newer releases, create file systems with features that old kernels
+ * do not support (xfs bigtime: Linux 5.10, ext4 orphan_file: 5.15); the driver disables what the node's kernel lacks.
+ *
+ * Imports nothing but its siblings and Deno's own modules, because the Containerfile runs it without a configuration.
  */
 import { basename, dirname, join } from "node:path";
 import { parseArgs } from "node:util";
+import { BuildError, exitOnBuildError } from "./build_error.ts";
 import { configDirectories, socketDirectories } from "./permissions.ts";
 
-/** Programs that the driver runs, and the packages that have them. */
+/** Programs that the driver runs, by the package that contains them. */
 export const nodeTools: Readonly<Record<string, readonly string[]>> = {
   "nvme-cli": ["nvme"],
   "util-linux": ["blkid", "blockdev", "wipefs"],
@@ -25,80 +28,86 @@ export const nodeTools: Readonly<Record<string, readonly string[]>> = {
   "xfsprogs": ["mkfs.xfs", "xfs_growfs", "xfs_logprint"],
   "btrfs-progs": ["mkfs.btrfs", "btrfs"],
   "cryptsetup-bin": ["cryptsetup"],
-  // Names of discovery controllers.
+  // Resolves the names of discovery controllers.
   "libc-bin": ["getent"],
 };
 
-/** What executables made by `deno compile` are linked with. libgcc_s is loaded by the threads of argon2 too. */
-const runtime = {
+/** The libraries that executables of `deno compile` are linked with. The threads of argon2 also load libgcc_s. */
+const runtimeLibraries = {
   libc6: ["libdl.so.2", "librt.so.1", "libpthread.so.0", "libm.so.6", "libc.so.6"],
   "libgcc-s1": ["libgcc_s.so.1"],
 };
 
-/** Files that programs read by themselves. */
+/** Other files of packages that belong into the image. */
 const dataFiles: Readonly<Record<string, readonly string[]>> = {
-  // The features of new file systems.
+  // The features that mkfs.ext4 enables.
   e2fsprogs: ["/etc/mke2fs.conf"],
-  // What the image is made of, for who looks for known weaknesses.
+  // The release, for scanners that look for known vulnerabilities.
   "base-files": ["/usr/lib/os-release", "/etc/debian_version"],
 };
 
-export const kinds = ["node", "controller"] as const;
-export type Kind = typeof kinds[number];
+/** The images: `node` serves everything, `controller` is smaller and has fewer rights. */
+export const imageKinds = ["node", "controller"] as const;
+export type ImageKind = typeof imageKinds[number];
 
-/** User and group of the controller, as the manifests have it. */
+/** User and group of the controller, the same as in the manifests. */
 const controllerUser = 65532;
 
-const merged = ["bin", "sbin", "lib", "lib64"];
+/** Directories of `/` that are symbolic links to those in `/usr`. */
+const mergedDirectories = ["bin", "sbin", "lib", "lib64"];
 
-/** A reason not to go on, worded for who builds. */
-class Refusal extends Error {}
-
-async function tool(program: string, ...args: readonly string[]): Promise<string> {
+/** The output of a program. Throws a BuildError when it fails or cannot be started. */
+async function runForBytes(program: string, ...args: readonly string[]): Promise<Uint8Array> {
   const { code, stdout, stderr } = await new Deno.Command(program, {
     args: [...args],
     env: { LC_ALL: "C", DEBIAN_FRONTEND: "noninteractive" },
     stdin: "null",
   }).output().catch((error) => {
-    throw new Refusal(`Cannot run ${program}: ${error instanceof Error ? error.message : error}`);
+    throw new BuildError(`Cannot run ${program}: ${error instanceof Error ? error.message : error}`);
   });
-  if (code === 0) return new TextDecoder().decode(stdout);
-  throw new Refusal(`Cannot go on: ${[program, ...args].join(" ")} exits ${code}\n${new TextDecoder().decode(stderr)}`);
+  if (code === 0) return stdout;
+  const command = [program, ...args].join(" ");
+  throw new BuildError(`Cannot go on: ${command} exits ${code}\n${new TextDecoder().decode(stderr)}`);
+}
+
+async function runTool(program: string, ...args: readonly string[]): Promise<string> {
+  return new TextDecoder().decode(await runForBytes(program, ...args));
 }
 
 async function exists(path: string): Promise<boolean> {
   return await Deno.lstat(path).then(() => true, () => false);
 }
 
-/** The packages of both kinds with all that they depend on, as files. */
-async function packagesIn(directory: string): Promise<readonly string[]> {
-  const wanted = [...Object.keys(nodeTools), ...Object.keys(runtime), ...Object.keys(dataFiles)];
+/** The files of the packages of both images and of all that they depend on; downloads them if the directory has none. */
+async function packageFiles(directory: string): Promise<readonly string[]> {
+  const names = new Set([nodeTools, runtimeLibraries, dataFiles].flatMap((table) => Object.keys(table)));
   await Deno.mkdir(join(directory, "partial"), { recursive: true });
-  // As if nothing was installed, so that what the machine has is fetched too.
+  // An empty status file means that nothing is installed, so that apt also downloads what this machine has.
   const status = join(directory, "status");
   await Deno.writeTextFile(status, "");
   const download = () =>
-    tool(
+    runTool(
       ...["apt-get", "-qq", "-y", "--no-install-recommends", "--download-only"] as const,
       ...["-o", `Dir::State::status=${status}`, "-o", `Dir::Cache::archives=${directory}`, "-o", "Debug::NoLocking=1"],
-      // It fetches as a user of its own, who may not look into a directory of ours.
-      ...["-o", "APT::Sandbox::User=root", "install", ...new Set(wanted)],
+      // Otherwise apt downloads as a user of its own, which cannot access our directory.
+      ...["-o", "APT::Sandbox::User=root", "install", ...names],
     );
-  const here = () => [...Deno.readDirSync(directory)].map(({ name }) => name).filter((name) => name.endsWith(".deb"));
-  if (here().length === 0) {
+  const listFiles = () =>
+    [...Deno.readDirSync(directory)].map(({ name }) => name).filter((name) => name.endsWith(".deb")).sort();
+  if (listFiles().length === 0) {
     await download().catch(async () => {
-      await tool("apt-get", "-qq", "update");
+      await runTool("apt-get", "-qq", "update");
       await download();
     });
   }
-  return here().sort().map((name) => join(directory, name));
+  return listFiles().map((name) => join(directory, name));
 }
 
-/** Packages unpacked over one another, without what no program needs. */
-export class Tree {
+/** Packages that are unpacked into one directory, except for files that no program needs. */
+export class PackageTree {
   readonly #root: string;
   readonly #debs = new Map<string, string>();
-  /** From paths to packages. */
+  /** The package of each path. */
   readonly #owners = new Map<string, string>();
 
   constructor(root: string) {
@@ -106,18 +115,18 @@ export class Tree {
   }
 
   async unpack(debs: readonly string[]): Promise<void> {
-    for (const name of merged) {
+    for (const name of mergedDirectories) {
       await Deno.mkdir(join(this.#root, "usr", name), { recursive: true });
       await Deno.symlink(`usr/${name}`, join(this.#root, name));
     }
     for (const deb of debs) {
-      const name = (await tool("dpkg-deb", "--field", deb, "Package")).trim();
+      const name = (await runTool("dpkg-deb", "--field", deb, "Package")).trim();
       this.#debs.set(name, deb);
       const archive = join(this.#root, "archive.tar");
-      await Deno.writeFile(archive, await bytesOf("dpkg-deb", "--fsys-tarfile", deb));
-      const left = ["usr/share/man", "usr/share/locale", "usr/share/i18n", "usr/share/zoneinfo", "usr/lib/python3"]
+      await Deno.writeFile(archive, await runForBytes("dpkg-deb", "--fsys-tarfile", deb));
+      const excluded = ["usr/share/man", "usr/share/locale", "usr/share/i18n", "usr/share/zoneinfo", "usr/lib/python3"]
         .map((path) => `--exclude=./${path}`);
-      const listed = await tool("tar", "-xvf", archive, "-C", this.#root, "--keep-directory-symlink", ...left);
+      const listed = await runTool("tar", "-xvf", archive, "-C", this.#root, "--keep-directory-symlink", ...excluded);
       await Deno.remove(archive);
       for (const line of listed.split("\n")) {
         if (line === "" || line.endsWith("/")) continue;
@@ -126,25 +135,25 @@ export class Tree {
     }
   }
 
-  /** Where a path of the tree is outside. */
+  /** The path in the host's file system of a path of the tree. */
   at(path: string): string {
     return join(this.#root, path);
   }
 
-  /** A path as it is in the tree when `/bin` and its like have gone into `/usr`. */
+  /** A path with `/bin`, `/sbin`, `/lib` and `/lib64` replaced by the directories in `/usr` that they link to. */
   static merged(path: string): string {
     return path.replace(/^\/(bin|sbin|lib|lib64)\//, "/usr/$1/");
   }
 
   ownerOf(path: string): string {
     const owner = this.#owners.get(path);
-    if (owner === undefined) throw new Refusal(`Cannot tell which package ${path} is from`);
+    if (owner === undefined) throw new BuildError(`Cannot find the package of ${path}`);
     return owner;
   }
 
   debOf(name: string): string {
     const deb = this.#debs.get(name);
-    if (deb === undefined) throw new Refusal(`Cannot find the package ${name} among those that were fetched`);
+    if (deb === undefined) throw new BuildError(`Cannot find the package ${name} among those that were downloaded`);
     return deb;
   }
 
@@ -152,39 +161,33 @@ export class Tree {
     for (const directory of ["/usr/sbin", "/usr/bin"]) {
       if (await exists(this.at(`${directory}/${name}`))) return `${directory}/${name}`;
     }
-    throw new Refusal(`Cannot find ${name}: no package has it any more`);
+    throw new BuildError(`Cannot find ${name}: no package contains it`);
   }
 
   async loader(): Promise<string> {
     for (const path of ["/usr/lib64/ld-linux-x86-64.so.2", "/usr/lib/ld-linux-aarch64.so.1"]) {
       if (await exists(this.at(path))) return path;
     }
-    throw new Refusal("Cannot find the dynamic loader: only x86_64 and aarch64 are known");
+    throw new BuildError("Cannot find the dynamic loader: only x86_64 and aarch64 are known");
   }
 
   async library(name: string): Promise<string> {
     const directory = `/usr/lib/${Deno.build.arch}-linux-gnu`;
     if (await exists(this.at(`${directory}/${name}`))) return `${directory}/${name}`;
-    throw new Refusal(`Cannot find ${name} in ${directory}`);
+    throw new BuildError(`Cannot find ${name} in ${directory}`);
   }
 
-  /** The libraries that the loader gives a program, also those that libraries need. */
+  /** The libraries that the dynamic loader loads for a program, including those that libraries need. */
   async librariesOf(program: string): Promise<readonly string[]> {
-    const listed = await tool("chroot", this.#root, await this.loader(), "--list", program);
+    const listed = await runTool("chroot", this.#root, await this.loader(), "--list", program);
     const missing = /^\s*(\S+) => not found$/m.exec(listed);
-    if (missing !== null) throw new Refusal(`Cannot use ${program}: its library ${missing[1]} is in no package`);
-    return [...listed.matchAll(/=> (\/\S+)/g)].map(([, path = ""]) => Tree.merged(path));
+    if (missing !== null) throw new BuildError(`Cannot use ${program}: its library ${missing[1]} is in no package`);
+    return [...listed.matchAll(/=> (\/\S+)/g)].map(([, path = ""]) => PackageTree.merged(path));
   }
 }
 
-async function bytesOf(program: string, ...args: readonly string[]): Promise<Uint8Array> {
-  const { code, stdout, stderr } = await new Deno.Command(program, { args: [...args] }).output();
-  if (code !== 0) throw new Refusal(`Cannot go on: ${program} ${args.join(" ")}\n${new TextDecoder().decode(stderr)}`);
-  return stdout;
-}
-
-/** Copies a file, and where it is a symbolic link also what that points to; tells what it has copied. */
-async function copy(tree: Tree, path: string, root: string): Promise<readonly string[]> {
+/** Copies a file, and the target of a symbolic link too; returns the paths that it has copied. */
+async function copy(tree: PackageTree, path: string, root: string): Promise<readonly string[]> {
   const to = join(root, path);
   if (await exists(to)) return [];
   await Deno.mkdir(dirname(to), { recursive: true });
@@ -192,38 +195,38 @@ async function copy(tree: Tree, path: string, root: string): Promise<readonly st
   if (isSymlink) {
     const link = await Deno.readLink(tree.at(path));
     await Deno.symlink(link, to);
-    const target = Tree.merged(link.startsWith("/") ? link : join(dirname(path), link));
+    const target = PackageTree.merged(link.startsWith("/") ? link : join(dirname(path), link));
     return [path, ...await copy(tree, target, root)];
   }
   await Deno.copyFile(tree.at(path), to);
-  // mount and umount are setuid for users; here there are none.
+  // Removes setuid, which mount and umount have for users other than root.
   await Deno.chmod(to, (mode ?? 0) & 0o755);
   return [path];
 }
 
-/** The packages of a directory, which are fetched when it has none, unpacked; dispose it to remove what was unpacked. */
-export async function unpacked(debs: string): Promise<Tree & AsyncDisposable> {
+/** Unpacks the packages of a directory, and downloads them first if it has none. Disposing removes what was unpacked. */
+export async function unpackPackages(debs: string): Promise<PackageTree & AsyncDisposable> {
   const work = await Deno.makeTempDir({ prefix: "lbcsi-root-" });
   await using unfinished = new AsyncDisposableStack();
   unfinished.defer(() => Deno.remove(work, { recursive: true }));
-  const tree = new Tree(work);
-  await tree.unpack(await packagesIn(debs));
+  const tree = new PackageTree(work);
+  await tree.unpack(await packageFiles(debs));
   const owned = unfinished.move();
   return Object.assign(tree, { [Symbol.asyncDispose]: () => owned.disposeAsync() });
 }
 
-/** Makes the root file system of one kind in an empty or absent directory; tells its packages with their versions. */
-export async function makeRoot(kind: Kind, root: string, tree: Tree): Promise<readonly string[]> {
+/** Makes the root file system of an image in an empty or absent directory; returns its packages with their versions. */
+export async function makeRoot(kind: ImageKind, root: string, tree: PackageTree): Promise<readonly string[]> {
   await Deno.mkdir(root, { recursive: true });
-  if ([...Deno.readDirSync(root)].length > 0) throw new Refusal(`Cannot make an image in ${root}: it is not empty`);
+  if ([...Deno.readDirSync(root)].length > 0) throw new BuildError(`Cannot make an image in ${root}: it is not empty`);
   const tools = kind === "node" ? Object.values(nodeTools).flat() : [];
   const programs = await Promise.all(tools.map((name) => tree.programAt(name)));
-  const libraries = await Promise.all(Object.values(runtime).flat().map((name) => tree.library(name)));
+  const libraries = await Promise.all(Object.values(runtimeLibraries).flat().map((name) => tree.library(name)));
   const needed = await Promise.all([...programs, ...libraries].map((path) => tree.librariesOf(path)));
   const data = Object.entries(dataFiles).flatMap(([name, paths]) =>
     kind === "node" || name === "base-files" ? paths : []
   );
-  for (const name of merged) {
+  for (const name of mergedDirectories) {
     await Deno.mkdir(join(root, "usr", name), { recursive: true });
     await Deno.symlink(`usr/${name}`, join(root, name));
   }
@@ -235,8 +238,8 @@ export async function makeRoot(kind: Kind, root: string, tree: Tree): Promise<re
   return await writeRecords([...owners].sort(), tree, root);
 }
 
-/** Users, names, and the directories that something is mounted at or written to. */
-async function writeSettings(kind: Kind, root: string): Promise<void> {
+/** Writes the files for user and host names, and makes the directories that are mounted or written to. */
+async function writeSettings(kind: ImageKind, root: string): Promise<void> {
   const files: Readonly<Record<string, string>> = {
     "etc/passwd": `root:x:0:0:root:/:/none\nlbcsi:x:${controllerUser}:${controllerUser}:lbcsi:/:/none\n`,
     "etc/group": `root:x:0:\nlbcsi:x:${controllerUser}:\n`,
@@ -254,26 +257,27 @@ async function writeSettings(kind: Kind, root: string): Promise<void> {
   for (const path of socketDirectories) await Deno.chown(join(root, path), controllerUser, controllerUser);
 }
 
-/** What a scanner of images and a lawyer look for: each package's data, as distroless images have them, and its licence. */
-async function writeRecords(owners: readonly string[], tree: Tree, root: string): Promise<readonly string[]> {
+/** Writes the data of each package where image scanners look for it, as in distroless images, and its licence. */
+async function writeRecords(owners: readonly string[], tree: PackageTree, root: string): Promise<readonly string[]> {
   const status = join(root, "var/lib/dpkg/status.d");
   await Deno.mkdir(status, { recursive: true });
   const versions: string[] = [];
   for (const name of owners) {
-    const fields = await tool("dpkg-deb", "--field", tree.debOf(name));
+    const fields = await runTool("dpkg-deb", "--field", tree.debOf(name));
     await Deno.writeTextFile(join(status, name), fields);
     versions.push(`${name} ${/^Version: (.*)$/m.exec(fields)?.[1]}`);
     const licence = `/usr/share/doc/${name}/copyright`;
     await Deno.mkdir(join(root, dirname(licence)), { recursive: true });
-    // Some are links to another package's.
+    // Some licences are links to that of another package.
     await Deno.copyFile(await realPath(tree, licence), join(root, licence));
   }
   return versions;
 }
 
-async function realPath(tree: Tree, path: string): Promise<string> {
+/** The real path of a path of the tree. Throws when symbolic links lead out of the tree. */
+async function realPath(tree: PackageTree, path: string): Promise<string> {
   const found = await Deno.realPath(tree.at(path));
-  if (!found.startsWith(tree.at("/"))) throw new Refusal(`Cannot follow ${path}: it leads out of the packages`);
+  if (!found.startsWith(tree.at("/"))) throw new BuildError(`Cannot follow ${path}: it leads out of the packages`);
   return found;
 }
 
@@ -283,29 +287,21 @@ async function main(): Promise<void> {
     allowPositionals: true,
     options: { debs: { type: "string" } },
   });
-  const kind = kinds.find((kind) => kind === kindText);
+  const kind = imageKinds.find((kind) => kind === kindText);
   if (kind === undefined || directory === undefined || more.length > 0) {
-    throw new Refusal("usage: root.ts node|controller DIRECTORY [--debs DIRECTORY]");
+    throw new BuildError("usage: root.ts node|controller DIRECTORY [--debs DIRECTORY]");
   }
-  if (Deno.uid() !== 0) throw new Refusal("Cannot make a root file system: root is needed");
+  if (Deno.uid() !== 0) throw new BuildError("Cannot make a root file system: root is needed");
   const debs = values.debs ?? await Deno.makeTempDir({ prefix: "lbcsi-debs-" });
   await Deno.mkdir(debs, { recursive: true });
   try {
-    await using tree = await unpacked(await Deno.realPath(debs));
+    await using tree = await unpackPackages(await Deno.realPath(debs));
     console.log((await makeRoot(kind, directory, tree)).join("\n"));
   } finally {
     if (values.debs === undefined) await Deno.remove(debs, { recursive: true });
   }
-  const { 0: kib } = (await tool("du", "-sk", directory)).split("\t");
+  const { 0: kib } = (await runTool("du", "-sk", directory)).split("\t");
   console.log(`${basename(directory)}: ${kib} KiB`);
 }
 
-if (import.meta.main) {
-  try {
-    await main();
-  } catch (error) {
-    if (!(error instanceof Refusal)) throw error;
-    console.error(error.message);
-    Deno.exit(1);
-  }
-}
+if (import.meta.main) await exitOnBuildError(main);

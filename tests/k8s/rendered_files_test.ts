@@ -21,15 +21,17 @@ Deno.test({
   name: "the committed manifests and examples are those that the charts render",
   ignore: !needs("go"),
   fn: async () => {
-    const texts = await unlessGoLacks(renderFiles);
-    if (texts === undefined) return;
+    const textByPath = await unlessGoLacks(renderFiles);
+    if (textByPath === undefined) return;
 
     const files = ["manifests/", "manifests/lightos/", "manifests/poseidon/", "examples/"].flatMap((directory) =>
       [...Deno.readDirSync(new URL(`../../k8s/${directory}`, import.meta.url))].filter(({ isFile }) => isFile)
         .map(({ name }) => directory + name)
     );
-    assert.deepEqual(files.toSorted(), [...texts.keys()].toSorted());
-    for (const [path, text] of texts) assert.ok(readK8sFile(path) === text, `${path}: run \`deno task manifests\``);
+    assert.deepEqual(files.toSorted(), [...textByPath.keys()].toSorted());
+    for (const [path, text] of textByPath) {
+      assert.ok(readK8sFile(path) === text, `${path}: run \`deno task manifests\``);
+    }
   },
 });
 

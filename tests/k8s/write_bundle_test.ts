@@ -112,9 +112,9 @@ Deno.test({
 
       if (rendered === undefined) return;
       assert.deepEqual(rendered.flatMap(({ error }) => error ?? []), []);
-      const texts = rendered.map(documents);
-      assert.deepEqual(texts.slice(chartNames.length), texts.slice(0, chartNames.length));
-      for (const text of texts) assert.ok(text.length > 0);
+      const manifests = rendered.map(documents);
+      assert.deepEqual(manifests.slice(chartNames.length), manifests.slice(0, chartNames.length));
+      for (const text of manifests) assert.ok(text.length > 0);
     });
   },
 });

@@ -14,7 +14,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { controllerPermissions } from "../../k8s/image/permissions.ts";
-import { type Kind, kinds, makeRoot, nodeTools, unpacked } from "../../k8s/image/root.ts";
+import { type ImageKind, imageKinds, makeRoot, nodeTools, unpackPackages } from "../../k8s/image/root.ts";
 import { ServiceProcess } from "../../lib/demo/process.ts";
 import { Testbed } from "../../lib/demo/testbed.ts";
 import { Channel } from "../../lib/grpc/client.ts";
@@ -91,7 +91,7 @@ const versionOf: Readonly<Record<string, readonly [args: readonly string[], code
   "xfs_logprint": [["-V"]],
 };
 
-async function lookAt(kind: Kind, image: string, entered: Entered): Promise<void> {
+async function lookAt(kind: ImageKind, image: string, entered: Entered): Promise<void> {
   const all = filesBelow(image);
   const programs = all.filter((path) => /^\/usr\/s?bin\//.test(path));
 
@@ -301,8 +301,8 @@ try {
   for (const path of [home, debs]) await Deno.mkdir(path, { recursive: true });
   const build = ["run", "-A", join(repository, "k8s/image/build.ts"), "--js", join(home, "js"), "--commit", "test"];
   await must(Deno.execPath(), ...build);
-  await using tree = await unpacked(debs);
-  for (const kind of kinds) {
+  await using tree = await unpackPackages(debs);
+  for (const kind of imageKinds) {
     const image = join(directory, kind);
     const packages = await makeRoot(kind, image, tree);
     const kib = (await must("du", "-sk", image)).split("\t")[0];
@@ -324,7 +324,7 @@ try {
     // Mounts keep what is below them; this namespace has nobody else's.
     await run(["umount", "-R", "-l", join(directory, "node-entered/root"), join(directory, "controller-entered/root")]);
     await run(["umount", "-R", "-l", join(directory, "home")]);
-    for (const kind of kinds) await run(["umount", join(directory, `${kind}-entered/memory`)]);
+    for (const kind of imageKinds) await run(["umount", join(directory, `${kind}-entered/memory`)]);
     await Deno.remove(directory, { recursive: true });
   }
 }

@@ -1,4 +1,4 @@
-/** `deno task build`, as far as it goes without Deno's base binary; .ci/run compiles and starts what comes out. */
+/** `deno task build`, except for what needs Deno's base binary: .ci/run compiles the executables and starts them. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -20,10 +20,10 @@ async function run(args: readonly string[], env: Readonly<Record<string, string>
     cwd: root,
     env: { NO_COLOR: "1", ...env },
   }).output();
-  return { code, out: new TextDecoder().decode(stdout), said: new TextDecoder().decode(stderr) };
+  return { code, out: new TextDecoder().decode(stdout), message: new TextDecoder().decode(stderr) };
 }
 
-// An empty DENORT_BIN is none.
+// An empty DENORT_BIN counts as none.
 const build = (args: readonly string[], env: Readonly<Record<string, string>> = {}) =>
   run(["run", "-A", "k8s/image/build.ts", ...args], { DENORT_BIN: "", ...env });
 
@@ -36,10 +36,10 @@ async function elf(path: string, machine: number): Promise<string> {
   return path;
 }
 
-Deno.test("the bundle shows the commit that it was given, and a checkout the one that git tells", async () => {
+Deno.test("the bundle prints the commit of --commit, and a checkout that of git", async () => {
   await inDirectory(async (directory) => {
-    const { code, said } = await build(["--js", directory, "--commit", "0123abc-dirty"]);
-    assert.equal(code, 0, said);
+    const { code, message } = await build(["--js", directory, "--commit", "0123abc-dirty"]);
+    assert.equal(code, 0, message);
 
     const bundle = await run(["run", "-A", join(directory, "main.js"), "version"]);
     const checkout = await run(["run", "-A", "--no-check", "main.ts", "version"]);
@@ -51,7 +51,7 @@ Deno.test("the bundle shows the commit that it was given, and a checkout the one
   });
 });
 
-Deno.test("where there is no git the commit is unknown", async () => {
+Deno.test("without git the commit is unknown", async () => {
   await inDirectory(async (directory) => {
     const { code, out } = await run(["run", "-A", "--no-check", "main.ts", "version"], { PATH: directory });
 
@@ -61,33 +61,38 @@ Deno.test("where there is no git the commit is unknown", async () => {
 });
 
 for (
-  const [what, args, machine, message] of [
+  const [problem, args, machine, expected] of [
     ["another machine", ["--target", "riscv64"], undefined, /Cannot build for "riscv64": only x86_64 and aarch64/],
-    ["a commit that is none", ["--commit", "a b"], undefined, /Cannot write the commit "a b" down/],
+    ["an invalid commit", ["--commit", "a b"], undefined, /Cannot build with commit "a b": it is not 1 to 64/],
     ["a DENORT_BIN for another machine", ["--target", "x86_64"], 183, /Cannot build for x86_64 .* made for aarch64/],
-    ["a DENORT_BIN for an unknown machine", [], 2, /Cannot use DENORT_BIN ".*": it is no ELF file of a known machine/],
+    [
+      "a DENORT_BIN for an unknown machine",
+      [],
+      2,
+      /Cannot use DENORT_BIN ".*": it is not an ELF file of a known machine/,
+    ],
   ] as const
 ) {
-  Deno.test(`build refuses ${what}`, async () => {
+  Deno.test(`build rejects ${problem}`, async () => {
     await inDirectory(async (directory) => {
       const base = machine === undefined ? "" : await elf(join(directory, "denort"), machine);
-      const { code, said } = await build(["--out", directory, ...args], { DENORT_BIN: base });
+      const { code, message } = await build(["--out", directory, ...args], { DENORT_BIN: base });
 
       assert.equal(code, 1);
-      assert.match(said, message);
+      assert.match(message, expected);
     });
   });
 }
 
-Deno.test("build says what to do where Deno's base binary cannot be downloaded", async () => {
+Deno.test("build says what to do if Deno's base binary cannot be downloaded", async () => {
   await inDirectory(async (directory) => {
     await Deno.writeTextFile(join(directory, "main.js"), "");
-    // An empty cache, and a proxy where nobody listens.
+    // An empty cache, and a proxy on which nothing listens.
     const env = { DENO_DIR: join(directory, "cache"), HTTPS_PROXY: "http://127.0.0.1:9" };
-    const { code, said } = await build(["--from", directory, "--out", directory, "--target", "aarch64"], env);
+    const { code, message } = await build(["--from", directory, "--out", directory, "--target", "aarch64"], env);
 
     assert.equal(code, 1);
-    assert.match(said, /https:\/\/dl\.deno\.land\/release\/v[\d.]+\/denort-aarch64-unknown-linux-gnu\.zip/);
-    assert.match(said, /build with DENORT_BIN=…\/denort deno task build --target aarch64$/m);
+    assert.match(message, /https:\/\/dl\.deno\.land\/release\/v[\d.]+\/denort-aarch64-unknown-linux-gnu\.zip/);
+    assert.match(message, /build with DENORT_BIN=…\/denort deno task build --target aarch64$/m);
   });
 });

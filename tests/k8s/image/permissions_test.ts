@@ -1,4 +1,4 @@
-/** The permissions that are compiled into `lbcsi-controller`: enough for its work, and for nothing else. */
+/** The permissions that are compiled into `lbcsi-controller`: they suffice for its work and allow nothing else. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -15,15 +15,15 @@ import { driverContainer } from "../../support/charts.ts";
 const mainPath = fileURLToPath(new URL("../../../main.ts", import.meta.url));
 const gib = 1n << 30n;
 
-interface Places {
+interface Directories {
   readonly sockets: string;
   readonly configuration: string;
-  /** What starts lbcsi with the permissions of lbcsi-controller, but these two directories. */
+  /** The command that starts lbcsi with the permissions of lbcsi-controller, but with these two directories. */
   readonly program: readonly string[];
   readonly signal: AbortSignal;
 }
 
-async function withPlaces(body: (places: Places) => Promise<void>): Promise<void> {
+async function withDirectories(body: (directories: Directories) => Promise<void>): Promise<void> {
   const directory = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-permissions-" }));
   const [sockets, configuration] = [join(directory, "sockets"), join(directory, "configuration")];
   await Promise.all([Deno.mkdir(sockets), Deno.mkdir(configuration)]);
@@ -36,7 +36,7 @@ async function withPlaces(body: (places: Places) => Promise<void>): Promise<void
   }
 }
 
-/** Writes a file as kubelet shows one of a Secret: behind symbolic links that change together. */
+/** Writes a file as kubelet mounts one of a Secret: behind symbolic links that change together. */
 async function mounted(directory: string, name: string, text: string): Promise<string> {
   const version = join(directory, "..2026_11_21");
   await Deno.mkdir(version, { recursive: true });
@@ -47,8 +47,8 @@ async function mounted(directory: string, name: string, text: string): Promise<s
 }
 
 for (const backend of ["lightos", "poseidon"] as const) {
-  Deno.test(`the permissions of lbcsi-controller are enough for whole lives of volumes, with ${backend}`, async () => {
-    await withPlaces(async ({ sockets, configuration, program, signal }) => {
+  Deno.test(`the permissions of lbcsi-controller suffice from creation to deletion of volumes, with ${backend}`, async () => {
+    await withDirectories(async ({ sockets, configuration, program, signal }) => {
       const testbed = new Testbed(sockets, program, {
         simulator: [Deno.execPath(), "run", "-A", "--no-check", mainPath],
         backend,
@@ -116,15 +116,15 @@ for (const backend of ["lightos", "poseidon"] as const) {
   });
 }
 
-Deno.test("the permissions of lbcsi-controller are enough to take over the socket of a killed process", async () => {
-  await withPlaces(async ({ sockets, program, signal }) => {
+Deno.test("the permissions of lbcsi-controller suffice to take over the socket of a killed process", async () => {
+  await withDirectories(async ({ sockets, program, signal }) => {
     const testbed = new Testbed(sockets, program);
     try {
       const first = await testbed.startService("identity", [], signal);
       await first.end("SIGKILL", 10_000);
       const socket = join(sockets, "identity.sock");
       assert((await Deno.lstat(socket)).isSocket);
-      // Not by the test bed, which removes the socket file first.
+      // Not with the testbed, which removes the socket.
       const command = [...program, "identity", "--endpoint", `unix://${socket}`];
       const second = new ServiceProcess("second", command, join(sockets, "second.log"));
       try {
@@ -158,29 +158,29 @@ const attempts: Readonly<Record<string, string>> = {
   "serve a socket elsewhere": `Deno.listen({ transport: "unix", path: "/tmp/lbcsi-permissions-must-not-be-there" })`,
   "read its whole environment": `Deno.env.toObject()`,
   "read a variable of another program": `Deno.env.get("KUBECONFIG")`,
-  "ask for facts of the system": `Deno.hostname()`,
-  "load code from elsewhere": `await import("https://" + "esm.sh/lodash")`,
+  "read information about the system": `Deno.hostname()`,
+  "load code from another place": `await import("https://" + "esm.sh/lodash")`,
 };
 
-Deno.test("the permissions of lbcsi-controller let it do nothing else", async (t) => {
-  await withPlaces(async ({ sockets, configuration }) => {
+Deno.test("the permissions of lbcsi-controller allow nothing else", async (t) => {
+  await withDirectories(async ({ sockets, configuration }) => {
     await Deno.writeTextFile(join(configuration, "../other"), "secret");
     const script = join(sockets, "attempt.ts");
-    for (const [what, code] of Object.entries(attempts)) {
-      await t.step(`it cannot ${what}`, async () => {
+    for (const [action, code] of Object.entries(attempts)) {
+      await t.step(`it cannot ${action}`, async () => {
         await Deno.writeTextFile(script, `${code};`);
         const run = async (...flags: readonly string[]) => {
           const { code, stderr } = await new Deno.Command(Deno.execPath(), {
             args: ["run", "--no-check", "--no-config", ...flags, script, configuration, sockets],
             env: { NO_COLOR: "1" },
           }).output();
-          return { code, said: new TextDecoder().decode(stderr) };
+          return { code, message: new TextDecoder().decode(stderr) };
         };
 
-        const { code: status, said } = await run(...permissionsWith([sockets], [configuration]));
+        const { code: status, message } = await run(...permissionsWith([sockets], [configuration]));
 
         assert.notEqual(status, 0);
-        assert.match(said, /NotCapable: |Requires import access/);
+        assert.match(message, /NotCapable: |Requires import access/);
       });
     }
     await assert.rejects(Deno.stat("/tmp/lbcsi-permissions-must-not-be-there"), Deno.errors.NotFound);
@@ -196,7 +196,7 @@ for (
   ] as const
 ) {
   Deno.test(`lbcsi-controller controller ${option} elsewhere ends with status 2 and says why`, async () => {
-    await withPlaces(async ({ sockets, configuration, program: [deno = "", ...words] }) => {
+    await withDirectories(async ({ sockets, configuration, program: [deno = "", ...words] }) => {
       const given = {
         "--endpoint": `unix://${sockets}/csi.sock`,
         "--jwt-path": `${configuration}/jwt`,

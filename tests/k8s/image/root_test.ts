@@ -1,4 +1,4 @@
-/** The Containerfile and the lists that images are made of, as far as they can be looked at; `deno task test:image` makes them. */
+/** The Containerfile, and the lists of what images contain; `deno task test:image` makes the images. */
 import assert from "node:assert/strict";
 import { parse, parseAllDocuments } from "yaml";
 import { nodeTools } from "../../../k8s/image/root.ts";
@@ -22,7 +22,7 @@ function stagesOf(text: string) {
 }
 const stages = stagesOf(read("Containerfile"));
 const stage = (name: string) => {
-  const found = stages.find((one) => one.name === name);
+  const found = stages.find((stage) => stage.name === name);
   assert(found !== undefined, name);
   return found;
 };
@@ -48,7 +48,7 @@ Deno.test("every program that the driver runs is among the tools of the image", 
   assert.deepEqual([...run, ...named].filter((name) => !tools.includes(name)), []);
 });
 
-Deno.test("the images are made of nothing but the root file system and the executable", () => {
+Deno.test("the images contain only the root file system and the executable", () => {
   for (const name of ["controller", "node"]) {
     const { from, instructions } = stage(name);
     assert.equal(from, "scratch");
@@ -68,7 +68,7 @@ Deno.test("the images are made of nothing but the root file system and the execu
   assert.equal(stages.at(-1)?.name, "node", "what is built without --target");
 });
 
-Deno.test("what the Containerfile copies from the context is there and not ignored", () => {
+Deno.test("the files that the Containerfile copies from the context exist and are not ignored", () => {
   const kept = read(".dockerignore").split("\n").filter((line) => line.startsWith("!")).map((line) => line.slice(1));
   const copied = stages.flatMap(({ instructions }) => instructions).flatMap((line) =>
     /^COPY (?!--from)(.*) \S+$/.exec(line)?.[1]?.split(" ") ?? []
@@ -77,12 +77,12 @@ Deno.test("what the Containerfile copies from the context is there and not ignor
   assert(copied.length >= 6, copied.join());
   for (const path of copied) {
     assert(kept.some((one) => path === one || path.startsWith(`${one}/`)), path);
-    // Made before a build with EXECUTABLES=prebuilt.
+    // Only exists before a build with EXECUTABLES=prebuilt.
     if (path !== "dist") assert(Deno.statSync(new URL(path, root)));
   }
 });
 
-Deno.test("bases are named by build arguments, and the image's Deno is the one that is tested", () => {
+Deno.test("build arguments name the base images, and Deno in the image has the version that is tested", () => {
   const text = read("Containerfile");
   const bases = stages.map(({ from }) => from).filter((from) => from !== "scratch");
 
@@ -93,7 +93,7 @@ Deno.test("bases are named by build arguments, and the image's Deno is the one t
 });
 
 for (
-  const [arguments_, ends] of [
+  const [arguments_, isAccepted] of [
     [["no", "debian:bookworm-slim", "deno:bin"], false],
     [["no", "debian@sha256:0", "deno:bin"], false],
     [["no", "debian:bookworm-slim", "deno@sha256:0"], false],
@@ -101,7 +101,7 @@ for (
     [["yes", "debian:bookworm-slim", "deno:bin"], true],
   ] as const
 ) {
-  Deno.test(`the Containerfile ${ends ? "takes" : "refuses"} bases ${arguments_.join(" ")}`, async () => {
+  Deno.test(`the Containerfile ${isAccepted ? "accepts" : "rejects"} bases ${arguments_.join(" ")}`, async () => {
     const check = stage("built").instructions.find((line) => line.startsWith("RUN case")) ?? "";
     const [UNPINNED, DEBIAN, DENO] = arguments_;
     const { success, stderr } = await new Deno.Command("/bin/sh", {
@@ -109,12 +109,12 @@ for (
       env: { UNPINNED, DEBIAN, DENO },
     }).output();
 
-    assert.equal(success, ends);
-    if (!ends) assert.match(new TextDecoder().decode(stderr), /have to be named by digest/);
+    assert.equal(success, isAccepted);
+    if (!isAccepted) assert.match(new TextDecoder().decode(stderr), /have to be named by digest/);
   });
 }
 
-Deno.test("manifests leave the entry point to the image, and run its controller as the user that the image names", () => {
+Deno.test("manifests use the entry point of the image, and run its controller as the user of the image", () => {
   const { runAsUser, runAsGroup } = parse(read("k8s/helm/lb-csi-plugin/values.yaml"));
   assert.equal(
     `USER ${runAsUser}:${runAsGroup}`,

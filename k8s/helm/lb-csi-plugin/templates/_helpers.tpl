@@ -21,7 +21,7 @@
 {{- get $root.Values.sidecarImages $name | default (printf "%s/sig-storage/%s:%s" $root.Values.sidecarImageRegistry $name $version) -}}
 {{- end }}
 
-{{/* What the storage system differs by, as YAML: see backends.yaml. */}}
+{{/* The names and defaults of the storage backend, as YAML: see backends.yaml. */}}
 {{- define "lbcsi.backend" -}}
 {{- get (.Files.Get "backends.yaml" | fromYaml) .Values.backend | toYaml -}}
 {{- end }}
@@ -35,7 +35,7 @@
 {{ .Values.attach | default (include "lbcsi.backend" . | fromYaml).attach }}
 {{- end }}
 
-{{/* "true" where the driver can do it, and it is wanted. */}}
+{{/* "true" if the feature is enabled and the driver supports it with this backend. */}}
 {{- define "lbcsi.snapshots" -}}
 {{ if and .Values.enableSnapshot (eq .Values.backend "lightos") }}true{{ end }}
 {{- end }}
@@ -43,8 +43,8 @@
 {{- if .Values.enableExpandVolume }}
 {{- if eq .Values.backend "lightos" }}true
 {{- /*
-PoseidonOS cannot grow volumes, only change them. Resizers before 2.0 end without growth; later ones ask the controller for
-the capabilities of nodes, and it answers with none.
+PoseidonOS supports changing attributes, but not expansion. Resizers before 2.0 exit if the driver has no expansion; later
+ones ask the controller for the node service's capabilities, and accept that it has none.
 */}}
 {{- else if include "lbcsi.since" (list . "1.34") }}true{{ end }}
 {{- end }}
@@ -57,7 +57,7 @@ the capabilities of nodes, and it answers with none.
 {{ with .Values.imageRegistry }}{{ . }}/{{ end }}{{ .Values.controllerImage | default .Values.image }}
 {{- end }}
 
-{{/* "true" where sidecars use classes of attributes: by themselves since Kubernetes 1.34, before that by a gate. */}}
+{{/* "true" if sidecars use VolumeAttributesClasses: always since Kubernetes 1.34, before that with a feature gate. */}}
 {{- define "lbcsi.attributesGate" -}}
 {{- if and .Values.volumeAttributesClassGate (not (include "lbcsi.since" (list . "1.34"))) }}
 {{- if not (include "lbcsi.since" (list . "1.31")) }}{{ fail "volumeAttributesClassGate needs Kubernetes 1.31" }}{{ end -}}
@@ -68,7 +68,7 @@ true
 {{ if or (include "lbcsi.since" (list . "1.34")) (include "lbcsi.attributesGate" .) }}true{{ end }}
 {{- end }}
 
-{{/* Labels of everything; those of pods, by which controllers find them, never change. */}}
+{{/* Labels of all objects. Those of pods must never change, because selectors use them. */}}
 {{- define "lbcsi.labels" -}}
 app: {{ (include "lbcsi.backend" . | fromYaml).app }}
 {{- end }}
@@ -91,7 +91,7 @@ StatefulSet
 {{ if eq "Deployment" (include "lbcsi.controllerKind" .) }}true{{ end }}
 {{- end }}
 
-{{/* A toleration, or several, as a list. */}}
+{{/* One or several tolerations as a list. */}}
 {{- define "lbcsi.tolerations" -}}
 {{- if kindIs "map" . -}}
 {{- list . | toYaml -}}
@@ -100,7 +100,7 @@ StatefulSet
 {{- end -}}
 {{- end }}
 
-{{/* Where a pod gets the right to pull from. */}}
+{{/* The Secrets with which a pod pulls its images. */}}
 {{- define "lbcsi.pullSecrets" -}}
 {{- if or .Values.imagePullSecrets .Values.registryUsername }}
 imagePullSecrets:
@@ -120,7 +120,7 @@ seccompProfile:
 {{- end }}
 {{- end }}
 
-{{/* For containers that only talk: to the API server, or over a socket. */}}
+{{/* For containers that only communicate, with the API server or over a socket. */}}
 {{- define "lbcsi.unprivileged" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
@@ -128,7 +128,7 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* Environment that both halves of the driver have. */}}
+{{/* Environment of both the controller and the node service. */}}
 {{- define "lbcsi.environment" -}}
 - name: LB_CSI_BACKEND
   value: {{ .Values.backend }}
@@ -154,7 +154,7 @@ capabilities:
 {{- end }}
 {{- end }}
 
-{{/* Where metrics are served: the environment of a container (dict of port and variable), and its port (port and name). */}}
+{{/* The address of the metrics: the environment of a container (dict of port and variable), and its port (port and name). */}}
 {{- define "lbcsi.metricsEnvironment" -}}
 - name: POD_IP
   valueFrom:
@@ -168,7 +168,7 @@ ports:
   - name: {{ .name }}
     containerPort: {{ .port }}
 {{- end }}
-{{/* Found by collectors that go by annotations. */}}
+{{/* For collectors that discover pods by annotations. */}}
 {{- define "lbcsi.metricsAnnotations" -}}
 prometheus.io/scrape: "true"
 prometheus.io/port: {{ . | quote }}
@@ -223,7 +223,7 @@ livenessProbe:
       mountPath: /csi
 {{- end }}
 
-{{/* Rules to read the Secrets that classes refer to. Sidecars get them by name, so they need not list. PoseidonOS: none. */}}
+{{/* Rules to read the Secrets that classes refer to. Sidecars get them by name and need no list. PoseidonOS uses no Secrets. */}}
 {{- define "lbcsi.secretRule" -}}
 {{- if eq .Values.backend "lightos" -}}
 - apiGroups: [""]
@@ -237,17 +237,16 @@ livenessProbe:
 {{- end }}
 
 {{/*
-Environment of what talks to the management API, and the mounts and volumes for it: the cluster file, certificates and
-the token.
+Environment, mounts and volumes of containers that call the management API: the cluster file, certificates and the token.
 */}}
 {{- define "lbcsi.hasConfig" -}}
 {{ if or .Values.clusters .Values.systems .Values.mgmtCa .Values.caFiles }}true{{ end }}
 {{- end }}
-{{/* Name of a token's file: list of its place in jwtSecret, from 0, and the entry. */}}
+{{/* Name of a token's file: list of its index in jwtSecret, and the entry. */}}
 {{- define "lbcsi.tokenFile" -}}
 {{ (index . 1).file | default (ternary "jwt" (index . 1).name (eq (index . 0) 0)) }}
 {{- end }}
-{{/* Fails for a file that clusters name and a pod does not have: dict of root, pod and mounts, its extra ones. */}}
+{{/* Fails if clusters name a file that a pod does not have: dict of root, pod, and mounts (its extra ones). */}}
 {{- define "lbcsi.checkFiles" -}}
 {{- $files := list }}
 {{- range $at, $secret := .root.Values.jwtSecret }}
@@ -302,7 +301,7 @@ the token.
 {{- if .Values.jwtSecret }}
 - name: jwt
   projected:
-    # Readable by the group of the pod alone.
+    # Only the pod's user and group can read it.
     defaultMode: 0440
     sources:
     {{- range $at, $secret := .Values.jwtSecret }}
@@ -320,7 +319,7 @@ the token.
 {{- end }}
 {{- end }}
 
-{{/* Rights of a sidecar: dict of root, name, rules and, where it needs more in its own namespace, leaderRules. */}}
+{{/* Roles and bindings of a sidecar: dict of root, name, rules and, if it needs more in its own namespace, leaderRules. */}}
 {{- define "lbcsi.rights" -}}
 {{- $backend := include "lbcsi.backend" .root | fromYaml }}
 {{- $names := get $backend.rights .name }}

@@ -6,7 +6,7 @@
 snapshot.storage.k8s.io/v1{{ if not (include "examples.since" (list . "1.20")) }}beta1{{ end }}
 {{- end }}
 
-{{/* Parameters that name the Secret for the sidecars; the node plugin needs none. */}}
+{{/* Parameters that name the Secret for the sidecars; the node service needs no Secret. */}}
 {{- define "examples.secrets" -}}
 {{- range list "provisioner" "controller-publish" "controller-expand" }}
 csi.storage.k8s.io/{{ . }}-secret-name: {{ $.Values.secretName }}
@@ -14,7 +14,7 @@ csi.storage.k8s.io/{{ . }}-secret-namespace: {{ $.Values.secretNamespace }}
 {{- end }}
 {{- end }}
 
-{{/* A claim: dict of root, name, size and, where it differs, class, mode, access, from (kind and name), attributes (class of). */}}
+{{/* A claim: dict of root, name, size and optionally class, mode, access, from (kind and name), attributes (a class). */}}
 {{- define "examples.claim" -}}
 apiVersion: v1
 kind: PersistentVolumeClaim
@@ -42,14 +42,14 @@ spec:
       storage: {{ .size }}
 {{- end }}
 
-{{/* A script that writes a file and its checksum, and holds on to the volume. */}}
+{{/* A script that writes a file and its checksum, and then keeps the volume in use. */}}
 {{- define "examples.script" -}}
 - |
   cd /mnt/test && ls -l && date >> dates && sha256sum dates | tee dates.sha256
   trap 'exit 0' TERM; sleep 2147483647 & wait
 {{- end }}
 
-{{/* A pod which uses a claim: dict of root, name, claim and, for a block device, device. */}}
+{{/* A pod that uses a claim: dict of root, name, claim and, for a block device, device. */}}
 {{- define "examples.pod" -}}
 apiVersion: v1
 kind: Pod
