@@ -8,7 +8,7 @@
  *       helm/charts/<chart>-<version>.tgz
  *       examples/*.yaml
  *
- * The same files always give the same bytes, so anyone can verify a bundle by making it again.
+ * In the documents, manifests and examples have their paths in the bundle. The same files always give the same bytes, so anyone can verify a bundle by making it again.
  */
 import { chartDirectory, chartNames, k8sRoot, version } from "./charts.ts";
 import { renderedFiles } from "./rendered_files.ts";
@@ -20,8 +20,11 @@ const directory = Deno.args[0] ?? `${root}/dist`;
 
 const bundle = tarGzip(
   [
-    ...["README.md", "LICENSE"].map((path) => ({ path, content: Deno.readFileSync(`${root}/${path}`) })),
-    ...filesBelow(`${root}/docs`, "docs").filter(({ path }) => path.endsWith(".md")),
+    { path: "LICENSE", content: Deno.readFileSync(`${root}/LICENSE`) },
+    ...[
+      { path: "README.md", content: Deno.readFileSync(`${root}/README.md`) },
+      ...filesBelow(`${root}/docs`, "docs").filter(({ path }) => path.endsWith(".md")),
+    ].map(withBundlePaths),
     ...renderedFiles.flatMap(({ path, bundlePaths }) => {
       const content = Deno.readFileSync(k8sRoot + path);
       return bundlePaths.map((path) => ({ path, content }));
@@ -35,6 +38,15 @@ const bundle = tarGzip(
 await Deno.mkdir(directory, { recursive: true });
 await Deno.writeFile(`${directory}/${name}.tar.gz`, bundle);
 console.log(`${directory}/${name}.tar.gz: ${bundle.length} bytes`);
+
+/** A document in which manifests and examples have their paths in the bundle, so that its commands work there. */
+function withBundlePaths({ path, content }: ArchiveEntry): ArchiveEntry {
+  const text = renderedFiles.reduce(
+    (text, { path, bundlePaths: [bundlePath = path] }) => text.replaceAll(`k8s/${path}`, bundlePath),
+    new TextDecoder().decode(content),
+  );
+  return { path, content: new TextEncoder().encode(text) };
+}
 
 /** The files below a directory, without hidden ones, each with its path below `prefix`. */
 function filesBelow(directory: string, prefix: string): readonly ArchiveEntry[] {

@@ -1,11 +1,11 @@
-// Command k8s_schemas checks manifests against what each Kubernetes version knows: unknown fields, missing fields,
-// wrong types and wrong constants.
+// Command k8s_schemas validates manifests for a Kubernetes version: it finds unknown fields, missing fields, wrong types and
+// wrong constants.
 //
 //	k8s_schemas OPENAPI API... < requests.json > answers.json
 //
 // OPENAPI is a directory of OpenAPI v3 documents, <minor>/apis/<group>/<version>.json, as API servers publish them. Each
 // API is MINOR=DIRECTORY:DIRECTORY, the sources of k8s.io/api and k8s.io/apimachinery of that version: the Go types that
-// those documents are generated from. Every object is held against both where both are there.
+// those documents are generated from. Every object is validated with both if both exist.
 package main
 
 import (
@@ -32,13 +32,13 @@ type request struct {
 
 type answer struct {
 	Objects  int      `json:"objects"`
-	OpenAPI  int      `json:"openapi"` // objects that were held against an OpenAPI document of this version
-	Types    int      `json:"types"`   // against Go types of this version
-	CRDs     int      `json:"crds"`    // against a custom resource definition
+	OpenAPI  int      `json:"openapi"` // objects that were validated with an OpenAPI document of this version
+	Types    int      `json:"types"`   // with Go types of this version
+	CRDs     int      `json:"crds"`    // with a custom resource definition
 	Problems []string `json:"problems"`
 }
 
-// A source has the schema of a kind, or nil when it does not know the kind.
+// A source returns the schema of a kind, or nil if it does not know the kind.
 type source interface {
 	schema(group, version, kind string) (*jsonschema.Schema, error)
 }
@@ -80,22 +80,22 @@ func run() error {
 		return err
 	}
 	answers := make([]answer, len(requests))
-	for i, wanted := range requests {
-		if answers[i], err = check(wanted, openAPI, types); err != nil {
-			return fmt.Errorf("%s: %w", wanted.Name, err)
+	for i, request := range requests {
+		if answers[i], err = validateRequest(request, openAPI, types); err != nil {
+			return fmt.Errorf("%s: %w", request.Name, err)
 		}
 	}
 	return json.NewEncoder(os.Stdout).Encode(answers)
 }
 
-func check(wanted request, openAPI map[string]*openAPISource, types map[string]*typesSource) (answer, error) {
+func validateRequest(request request, openAPI map[string]*openAPISource, types map[string]*typesSource) (answer, error) {
 	result := answer{Problems: []string{}}
-	objects, err := documents(wanted.Text)
+	objects, err := documents(request.Text)
 	if err != nil {
 		result.Problems = append(result.Problems, err.Error())
 		return result, nil
 	}
-	crds, err := newCRDSource(wanted.CRDs)
+	crds, err := newCRDSource(request.CRDs)
 	if err != nil {
 		return result, err
 	}
@@ -120,12 +120,12 @@ func check(wanted request, openAPI map[string]*openAPISource, types map[string]*
 			}
 			return nil
 		}
-		if found := openAPI[wanted.KubeVersion]; found != nil {
+		if found := openAPI[request.KubeVersion]; found != nil {
 			if err := try(found, &result.OpenAPI); err != nil {
 				return result, err
 			}
 		}
-		if found := types[wanted.KubeVersion]; found != nil {
+		if found := types[request.KubeVersion]; found != nil {
 			if err := try(found, &result.Types); err != nil {
 				return result, err
 			}
@@ -133,15 +133,15 @@ func check(wanted request, openAPI map[string]*openAPISource, types map[string]*
 		if err := try(crds, &result.CRDs); err != nil {
 			return result, err
 		}
-		// Definitions of custom resources are not among the types of k8s.io/api, and their form is v1 since 1.16. What the
-		// oldest or the newest document knows holds for the versions without one.
+		// Definitions of custom resources are not among the types of k8s.io/api. Their API is v1 since 1.16, so versions
+		// without a document use the oldest or the newest one.
 		if !known && group == "apiextensions.k8s.io" {
-			if err := try(nearest(openAPI, wanted.KubeVersion), &result.OpenAPI); err != nil {
+			if err := try(nearest(openAPI, request.KubeVersion), &result.OpenAPI); err != nil {
 				return result, err
 			}
 		}
 		if !known {
-			result.Problems = append(result.Problems, fmt.Sprintf("%s %s: Kubernetes %s knows no %s of %s", kind, nameOf(object), wanted.KubeVersion, kind, apiVersion))
+			result.Problems = append(result.Problems, fmt.Sprintf("%s %s: Kubernetes %s knows no %s of %s", kind, nameOf(object), request.KubeVersion, kind, apiVersion))
 		}
 	}
 	return result, nil
@@ -152,7 +152,7 @@ func nearest(openAPI map[string]*openAPISource, minor string) *openAPISource {
 	for known := range openAPI {
 		minors = append(minors, known)
 	}
-	sort.Strings(minors) // 1.23 to 1.99: as long as they have two digits, texts sort as numbers do
+	sort.Strings(minors) // 1.23 to 1.99: two-digit minors sort as strings like numbers
 	if minor < minors[0] {
 		return openAPI[minors[0]]
 	}
@@ -165,7 +165,7 @@ func nameOf(object map[string]any) string {
 	return name
 }
 
-// documents reads YAML as kubectl does: YAML 1.1, no key twice.
+// documents parses YAML like kubectl: YAML 1.1, without duplicate keys.
 func documents(text string) ([]map[string]any, error) {
 	var objects []map[string]any
 	for _, document := range strings.Split("\n"+text, "\n---") {
@@ -182,14 +182,14 @@ func documents(text string) ([]map[string]any, error) {
 		}
 		object, ok := decoded.(map[string]any)
 		if !ok {
-			return nil, fmt.Errorf("a document is no object")
+			return nil, fmt.Errorf("a document is not an object")
 		}
 		objects = append(objects, object)
 	}
 	return objects, nil
 }
 
-// validate tells every place where an object breaks its schema.
+// validate returns a text for each violation of the schema.
 func validate(schema *jsonschema.Schema, object map[string]any) []string {
 	err := schema.Validate(object)
 	if err == nil {
@@ -214,7 +214,7 @@ func validate(schema *jsonschema.Schema, object map[string]any) []string {
 	return problems
 }
 
-// strict makes a schema refuse fields that it does not name, as the API server does for kubectl.
+// strict makes a schema reject fields that it does not name, as the API server does for kubectl.
 func strict(schema any) {
 	switch node := schema.(type) {
 	case map[string]any:
@@ -223,7 +223,7 @@ func strict(schema any) {
 		if hasProperties && !hasOthers && node["x-kubernetes-preserve-unknown-fields"] != true {
 			node["additionalProperties"] = false
 		}
-		// Kubernetes 1.23 still calls these texts.
+		// Kubernetes 1.23 still declares these as strings.
 		if node["format"] == "int-or-string" {
 			delete(node, "type")
 		}

@@ -9,11 +9,11 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// openAPISource is what an API server of one version publishes.
+// openAPISource has the OpenAPI documents that an API server of one version publishes.
 type openAPISource struct {
 	directory string
 	compiler  *jsonschema.Compiler
-	// Where the schemas of the documents loaded are, by "group/version kind".
+	// URLs of the schemas in loaded documents, by "group/version kind".
 	places map[string]string
 	loaded map[string]bool
 }
@@ -44,7 +44,7 @@ func (from *openAPISource) schema(group, version, kind string) (*jsonschema.Sche
 	if !ok {
 		return nil, nil
 	}
-	return from.compiler.Compile(place) // once; later calls get the same
+	return from.compiler.Compile(place) // compiled once; later calls return the same schema
 }
 
 func (from *openAPISource) load(path string) error {
@@ -67,7 +67,7 @@ func (from *openAPISource) load(path string) error {
 	for name, schema := range schemas {
 		fields, _ := schema.(map[string]any)
 		kinds, _ := fields["x-kubernetes-group-version-kind"].([]any)
-		// Several: options of requests, which every group has.
+		// Several kinds: options of requests, which every group has.
 		if len(kinds) != 1 {
 			continue
 		}
@@ -77,7 +77,7 @@ func (from *openAPISource) load(path string) error {
 	return nil
 }
 
-// crdSource is what a cluster knows through custom resource definitions.
+// crdSource has the schemas of custom resource definitions.
 type crdSource struct{ schemas map[string]*jsonschema.Schema }
 
 func newCRDSource(text string) (*crdSource, error) {
@@ -124,7 +124,7 @@ func newCRDSource(text string) (*crdSource, error) {
 			}
 			schema := schemas[0]
 			if properties, ok := schema["properties"].(map[string]any); ok {
-				// The API server sees to these, whatever the definition says.
+				// The API server validates these itself, whatever the definition says.
 				for _, name := range []string{"apiVersion", "kind"} {
 					properties[name] = map[string]any{"type": "string"}
 				}

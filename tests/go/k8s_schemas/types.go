@@ -15,8 +15,8 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 )
 
-// typesSource reads the Go types of one Kubernetes version. They are read, not compiled: to compile those of twenty
-// versions takes many minutes.
+// typesSource parses the Go types of one Kubernetes version. It does not compile them, because that takes many minutes for
+// twenty versions.
 type typesSource struct {
 	minor     int    // of Kubernetes 1
 	api       string // directory of k8s.io/api
@@ -30,14 +30,14 @@ type goPackage struct {
 	imports   map[string]map[string]string // by file position's name: alias to import path
 	fileOf    map[string]string            // type to file
 	constants map[string][]any             // values of constants by the name of their type
-	removed   map[string]int               // minor version that stopped serving a kind, although its type went on
+	removed   map[string]int               // minor version that stopped serving a kind whose type still exists
 }
 
 func newTypesSource(minor int, api, machinery string) *typesSource {
 	return &typesSource{minor: minor, api: api, machinery: machinery, packages: map[string]*goPackage{}, schemas: map[string]*jsonschema.Schema{}}
 }
 
-// Groups whose package has another name than the first part of the group.
+// Groups whose package is not named after the first part of the group.
 var packageOf = map[string]string{"": "core"}
 
 func (from *typesSource) schema(group, version, kind string) (*jsonschema.Schema, error) {
@@ -152,7 +152,7 @@ func (from *typesSource) load(importPath string) (*goPackage, error) {
 	return loaded, nil
 }
 
-// Types that write themselves as JSON in a form of their own.
+// Types with their own JSON encoding.
 var special = map[string]any{
 	"k8s.io/apimachinery/pkg/api/resource.Quantity": map[string]any{
 		"type": []any{"string", "number"},
@@ -165,7 +165,7 @@ var special = map[string]any{
 	"k8s.io/apimachinery/pkg/runtime.RawExtension":    map[string]any{"type": "object"},
 }
 
-// Texts for which the constants are but the kinds that Kubernetes itself uses.
+// String types that allow more values than their constants.
 var open = map[string]bool{
 	"k8s.io/api/core/v1.SecretType":          true,
 	"k8s.io/api/core/v1.ResourceName":        true,
@@ -176,7 +176,7 @@ var open = map[string]bool{
 	"k8s.io/apimachinery/pkg/types.NodeName": true,
 }
 
-// named is a reference to the schema of a type, which it adds to the definitions.
+// named returns a reference to the schema of a type, which it adds to the definitions.
 func (from *typesSource) named(importPath, name string, definitions map[string]any) (map[string]any, error) {
 	full := importPath + "." + name
 	reference := map[string]any{"$ref": "#/$defs/" + strings.NewReplacer("~", "~0", "/", "~1").Replace(full)}
@@ -195,7 +195,7 @@ func (from *typesSource) named(importPath, name string, definitions map[string]a
 	if spec == nil {
 		return nil, fmt.Errorf("there is no type %s", full)
 	}
-	definitions[full] = true // taken, for types which hold themselves
+	definitions[full] = true // a placeholder, for types that contain themselves
 	schema, err := from.expression(importPath, loaded.fileOf[name], spec.Type, definitions)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", full, err)
@@ -253,7 +253,7 @@ func (from *typesSource) expression(importPath, file string, expression ast.Expr
 	return nil, fmt.Errorf("unknown form of a type: %T", expression)
 }
 
-// fields adds those of a struct, and of what is embedded in it.
+// fields adds the fields of a struct, and those of the structs that are embedded in it.
 func (from *typesSource) fields(importPath, file string, node *ast.StructType, definitions, properties map[string]any, required *[]any) error {
 	for _, field := range node.Fields.List {
 		tag := ""
@@ -324,7 +324,7 @@ func (from *typesSource) embedded(importPath, file string, expression ast.Expr, 
 	return from.fields(target, loaded.fileOf[name], embedded, definitions, properties, required)
 }
 
-// removal reads a method APILifecycleRemoved, which returns the version that serves a kind no longer.
+// removal parses a method APILifecycleRemoved, which returns the version that no longer serves a kind.
 func removal(function *ast.FuncDecl) (kind string, minor int, ok bool) {
 	if function.Name.Name != "APILifecycleRemoved" || function.Recv == nil {
 		return "", 0, false
