@@ -1,8 +1,7 @@
 /** The driver, started as manifests start it, creates volumes with the parameters of the examples. */
 import assert from "node:assert/strict";
 import { fileURLToPath } from "node:url";
-import { chartDirectory, documents, render, type Values } from "../../k8s/charts.ts";
-import { manifestPath, readK8sFile } from "../support/charts.ts";
+import { render, type Values } from "../../k8s/charts.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { parseVolumeId } from "../../lib/volume_id.ts";
 import {
@@ -12,6 +11,7 @@ import {
   Node,
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../../proto/gen/csi_pb.ts";
+import { manifestPath, readK8sFile, renderRequest, textOf } from "../support/charts.ts";
 import { unlessGoLacks } from "../support/go.ts";
 import { needs } from "../support/needs.ts";
 import { type Container, type KubeObject, objectsOf, podOf } from "../support/objects.ts";
@@ -209,12 +209,10 @@ for (const [what, values, roles] of configured) {
     name: `controller and node start with ${what} from the chart`,
     ignore: !needs("go"),
     fn: async () => {
-      const chart = chartDirectory("lb-csi-plugin");
-      const request = { chart, release: "lb-csi", namespace: "kube-system", kubeVersion: "v1.37.0", values };
-      const rendered = await unlessGoLacks(() => render([request]));
+      const rendered = await unlessGoLacks(() => render([renderRequest("lb-csi-plugin", 37, values)]));
       if (rendered === undefined) return;
       assert.deepEqual(rendered.flatMap(({ error }) => error ?? []), []);
-      const objects = objectsOf(rendered.flatMap(documents).join("\n---\n"));
+      const objects = objectsOf(rendered.map(textOf).join("\n---\n"));
       const files = await Deno.makeTempDir({ prefix: "lbcsi-k8s-" });
       try {
         const data = objects.find(({ kind }) => kind === "ConfigMap")?.data ?? {};
