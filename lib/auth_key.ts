@@ -12,7 +12,7 @@ import { crc32 } from "node:zlib";
 import * as z from "zod";
 import { type Secrets, Unprintable } from "./context.ts";
 
-/** Who proves to know a key: the host to the controller, or each to the other. */
+/** Which side proves that it knows a key: the host to the controller, or each to the other. */
 export const authKinds = ["unidirectional", "bidirectional"] as const;
 export type AuthKind = typeof authKinds[number];
 
@@ -25,7 +25,7 @@ export class DhchapKey extends Unprintable {
     this.#text = text;
   }
 
-  /** The key in a text, blanks around it aside; throws a TypeError that says what is wrong and shows nothing of it. */
+  /** Reads a key, ignoring blanks around it; throws a TypeError that says what is wrong and shows nothing of the key. */
   static parse(text: string): DhchapKey {
     const trimmed = text.trim();
     const problem = problemOf(trimmed);
@@ -39,7 +39,7 @@ export class DhchapKey extends Unprintable {
     return new DhchapKey(`DHHC-1:01:${Buffer.concat([key, checksum(key)]).toString("base64")}:`);
   }
 
-  /** The text form, for the kernel and the cluster and nobody else. */
+  /** The text form, for the kernel and the cluster only. */
   reveal(): string {
     return this.#text;
   }
@@ -49,7 +49,7 @@ export class DhchapKey extends Unprintable {
   }
 }
 
-/** What a host authenticates a connection with. */
+/** The keys that a host authenticates a connection with. */
 export interface DhchapKeys {
   /** Proves the host to the controller. */
   readonly host: DhchapKey;
@@ -57,7 +57,7 @@ export interface DhchapKeys {
   readonly controller: DhchapKey | undefined;
 }
 
-// Its issues show nothing of the value.
+// The issues of this schema show nothing of the value.
 const dhchapKeySchema: z.ZodType<DhchapKey, string> = z.string().transform((text, check) => {
   const problem = problemOf(text.trim());
   if (problem === undefined) return DhchapKey.parse(text);

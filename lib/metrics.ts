@@ -1,11 +1,11 @@
 /**
- * What the process measures of itself, in the text format that Prometheus and others read (exposition format 0.0.4).
+ * The metrics of the process, in the text format that Prometheus and others read (exposition format 0.0.4).
  *
- * Labels say what kind of thing is meant, never which one: no volume, claim, pod or node is among them, no secret, and a
- * label that grew with what callers send would fill the memory of whoever collects it. So each label takes a bounded
- * number of values, and what comes after that is called `other`.
+ * Labels name a kind of thing, never a single one: there is no volume, claim, pod or node among them, and no secret. A label
+ * that grew with what callers send would fill the memory of the system that collects it; so each label has a bounded number of
+ * values, and all further values become `other`.
  *
- * Our own text and no library: prom-client costs 12 MiB of RSS in every node plugin.
+ * Our own code and no library: prom-client costs 12 MiB of RSS in every node plugin.
  */
 import { messageOf, StatusError } from "./error.ts";
 
@@ -15,7 +15,7 @@ interface Family {
   readonly help: string;
 }
 
-/** Everything that is measured, by its name; durations are in seconds. */
+/** All metrics by name; durations are in seconds. */
 export const families = {
   lbcsi_build_info: { type: "gauge", labels: ["version", "role", "backend"], help: "Always 1" },
   process_resident_memory_bytes: { type: "gauge", labels: [], help: "Memory of the process" },
@@ -72,39 +72,41 @@ type Families = typeof families;
 type NamesOf<T extends Family["type"]> = { [N in keyof Families]: Families[N]["type"] extends T ? N : never }[
   keyof Families
 ];
-type Texts<T extends readonly string[]> = { readonly [I in keyof T]: string };
-/** One text for each label of the family. */
-type LabelsOf<N extends keyof Families> = Texts<Families[N]["labels"]>;
+type LabelValues<T extends readonly string[]> = { readonly [I in keyof T]: string };
+/** One value for each label of the family. */
+type LabelsOf<N extends keyof Families> = LabelValues<Families[N]["labels"]>;
 
-/** A number as it is now. */
+/** The current value of a gauge. */
 export type Sample = { [N in NamesOf<"gauge">]: readonly [name: N, labels: LabelsOf<N>, value: number] }[
   NamesOf<"gauge">
 ];
 
-/** From a question answered from memory to a file system check. */
+/** The shortest calls are answered from memory, the longest are file system checks. */
 const bucketSeconds = [0.005, 0.02, 0.1, 0.5, 1, 5, 15, 60, 300] as const;
 
 interface Series {
   readonly labels: readonly string[];
   value: number;
-  /** Of a histogram: how many were at most as long as each bucket says. */
+  /** Of a histogram: the number of observations up to each limit. */
   readonly buckets: number[];
   sum: number;
 }
 
-/** More values of one label than any deployment has use for. */
+/** The most values of one label: more than any deployment needs. */
 const mostValues = 100;
 
-/** What has been counted, and who is asked for the rest. */
+/** Counters and histograms of the process, and the sources of its gauges. */
 export class Metrics {
   readonly #series = new Map<keyof Families, Map<string, Series>>();
   readonly #values = new Map<string, Set<string>>();
   readonly #sources = new Set<() => Iterable<Sample> | Promise<Iterable<Sample>>>();
 
+  /** Adds one to a counter. */
   count<N extends NamesOf<"counter">>(name: N, labels: LabelsOf<N>): void {
     this.#seriesOf(name, labels).value++;
   }
 
+  /** Adds an observation to a histogram. */
   observe<N extends NamesOf<"histogram">>(name: N, labels: LabelsOf<N>, seconds: number): void {
     const series = this.#seriesOf(name, labels);
     series.value++;
@@ -114,13 +116,13 @@ export class Metrics {
     }
   }
 
-  /** Asks `source` at each reading, until disposed. Samples of several sources for one thing are added up. */
+  /** Calls `source` at each reading, until disposed. Samples of several sources with the same name and labels are added up. */
   gather(source: () => Iterable<Sample> | Promise<Iterable<Sample>>): Disposable {
     this.#sources.add(source);
     return { [Symbol.dispose]: () => void this.#sources.delete(source) };
   }
 
-  /** All of it as text. A source that fails is left out, and its reason is a comment. */
+  /** All metrics as text. A source that fails is left out, and the reason is a comment. */
   async text(): Promise<string> {
     const gathered = await Promise.allSettled([...this.#sources].map(async (source) => await source()));
     const gauges = new Map<keyof Families, Map<string, Series>>();
@@ -189,12 +191,12 @@ function escaped(text: string): string {
   return text.replaceAll("\\", "\\\\").replaceAll('"', '\\"').replaceAll("\n", "\\n");
 }
 
-/** For a place where no answer can be served; at start, for who asked for it relies on it. */
+/** FAILED_PRECONDITION for an address where metrics cannot be served: thrown at the start, because the operator relies on them. */
 export function cannotServe(address: string, cause: unknown): StatusError {
   return new StatusError("FAILED_PRECONDITION", `Cannot serve metrics on ${address}: ${messageOf(cause)}`, { cause });
 }
 
-/** The answer to a request over HTTP: the text at `GET /metrics`, and nothing anywhere else. */
+/** The answer to an HTTP request: the text at `GET /metrics`, and 404 anywhere else. */
 export async function metricsResponse(metrics: Metrics, request: Request): Promise<Response> {
   if (new URL(request.url).pathname !== "/metrics") return new Response("there is /metrics\n", { status: 404 });
   if (request.method !== "GET" && request.method !== "HEAD") {
@@ -205,10 +207,10 @@ export async function metricsResponse(metrics: Metrics, request: Request): Promi
   });
 }
 
-/** Watches one call; tells at its beginning, and how it ended. */
+/** Called at the beginning of a call; returns what to call with its code at its end. */
 export type CallObserver = (method: string) => (code: string) => void;
 
-/** Counts CSI calls, and shows those that are running. */
+/** An observer that counts CSI calls, and reports those that are running. */
 export function callObserver(metrics: Metrics): CallObserver {
   const running = new Map<object, { readonly method: string; readonly since: number }>();
   metrics.gather(() => {
@@ -231,13 +233,18 @@ export function callObserver(metrics: Metrics): CallObserver {
   };
 }
 
+/** An attempt of a call to a management API. */
+export interface ManagementCall {
+  readonly endpoint: string;
+  readonly method: string;
+  readonly code: string;
+  readonly ms: number;
+}
+
 /** Counts one attempt of a call to a management API. */
 export function countManagementCall(
   metrics: Metrics | undefined,
-  endpoint: string,
-  method: string,
-  code: string,
-  ms: number,
+  { endpoint, method, code, ms }: ManagementCall,
 ): void {
   metrics?.count("lbcsi_mgmt_calls_total", [endpoint, method, code]);
   metrics?.observe("lbcsi_mgmt_call_duration_seconds", [endpoint, method], ms / 1000);

@@ -8,16 +8,18 @@
  *     scheme    = "grpc" / "grpcs"                      ; absent: grpcs
  *     project   = 1 to 63 of a-z 0-9 "." "-", with a-z 0-9 at both ends
  *
- * An ID says which volume on which cluster, and that for good. Its endpoints are a way in and may be out of date.
+ * An ID says which volume on which cluster, and never changes. Its endpoints are a way to the cluster, and may be out of date.
  *
- * PoseidonOS has IDs of a form of our own, for its names alone do not identify a volume for good:
+ * IDs of PoseidonOS have a form of our own, because a name alone does not identify a volume for ever:
  *
  *     id        = "pos:" endpoint "|array:" array-name "|vol:" volume-name "|uuid:" uuid
  *
- * The UUID is what counts; a volume that was renamed is found by it, and a new one of an old name is not taken for it.
+ * The UUID decides: a volume that was renamed is found by it, and a new volume with an old name is not mistaken for it.
  */
 import { StatusError } from "./error.ts";
+import { hasUuidForm, isUuid, nilUuid } from "./uuid.ts";
 
+/** How the management API is spoken: `grpc` is clear text, `grpcs` is TLS. */
 export const schemes = ["grpc", "grpcs"] as const;
 export type Scheme = typeof schemes[number];
 
@@ -68,7 +70,7 @@ export function parseVolumeId(text: string, what = "volume"): VolumeId {
   if (typeof endpoints === "string") throw malformed(endpoints);
   const uuid = fields.get("nguid")?.toLowerCase();
   if (uuid === undefined) throw malformed("nguid is missing");
-  if (!uuidPattern.test(uuid)) throw malformed(`nguid "${uuid}" is not a UUID`);
+  if (!hasUuidForm(uuid)) throw malformed(`nguid "${uuid}" is not a UUID`);
   if (uuid === nilUuid) throw malformed("nguid is the nil UUID");
   const project = fields.get("proj");
   if (project !== undefined && !isProjectName(project)) throw malformed(`proj "${project}" is not a project name`);
@@ -82,7 +84,7 @@ export function parseVolumeId(text: string, what = "volume"): VolumeId {
 /** The longest ID that calls take, in bytes: CSI allows 128, IDs with the endpoints of large clusters have more. */
 export const longestId = 1024;
 
-/** How many bytes an ID has, whichever its UUID; without a project, as with one of the longest name. */
+/** The length of an ID in bytes, which does not depend on its UUID; without a project, as with one of the longest name. */
 export function longestIdBytes(id: Omit<VolumeId, "uuid">): number {
   const text = formatVolumeId({ ...id, uuid: nilUuid, project: id.project ?? "p".repeat(63) });
   return new TextEncoder().encode(text).length;
@@ -99,7 +101,7 @@ export function formatVolumeId(id: VolumeId): string {
 
 /**
  * Reads a comma list of `host:port`, as in volume IDs and in the StorageClass parameter `mgmt-endpoint`; the result is
- * sorted by text and free of duplicates. Answers a text that says what is wrong when it cannot.
+ * sorted by text and without duplicates. Returns a text that says what is wrong when it cannot be read.
  */
 export function parseEndpoints(list: string): readonly Endpoint[] | string {
   const byText = new Map<string, Endpoint>();
@@ -125,7 +127,7 @@ export function formatEndpoints(endpoints: readonly Endpoint[]): string {
   return endpoints.map(formatEndpoint).join(",");
 }
 
-/** Whether LightOS takes `text` as the name of a project. */
+/** Whether LightOS accepts `text` as the name of a project. */
 export function isProjectName(text: string): boolean {
   return /^[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?$/.test(text);
 }
@@ -164,12 +166,12 @@ export function formatPoseidonId({ endpoint, array, name, uuid }: PoseidonVolume
   return `pos:${formatEndpoint(endpoint)}|array:${array}|vol:${name}|uuid:${uuid}`;
 }
 
-/** Whether PoseidonOS takes `text` as the name of an array (docs/reference/poseidonos-api.md 11.1). */
+/** Whether PoseidonOS accepts `text` as the name of an array (docs/reference/poseidonos-api.md 11.1). */
 export function isArrayName(text: string): boolean {
   return /^[A-Za-z0-9_-][A-Za-z0-9_ -]{0,61}[A-Za-z0-9_-]$/.test(text);
 }
 
-/** Whether PoseidonOS takes `text` as the name of a volume (docs/reference/poseidonos-api.md 11.1). */
+/** Whether PoseidonOS accepts `text` as the name of a volume (docs/reference/poseidonos-api.md 11.1). */
 export function isPoseidonVolumeName(text: string): boolean {
   return /^[A-Za-z0-9_-][A-Za-z0-9_ -]{0,253}[A-Za-z0-9_-]$/.test(text);
 }
@@ -183,15 +185,7 @@ export function uuidInId(text: string): string | undefined {
   }
 }
 
-/** Whether `text` is a UUID in its usual form with dashes, and not the nil UUID. */
-export function isUuid(text: string): boolean {
-  const lower = text.toLowerCase();
-  return uuidPattern.test(lower) && lower !== nilUuid;
-}
-
 const segmentOrder = ["mgmt", "nguid", "proj", "scheme", "hostcrypto"];
-const uuidPattern = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
-const nilUuid = "00000000-0000-0000-0000-000000000000";
 
 function isScheme(text: string): text is Scheme {
   return schemes.some((scheme) => scheme === text);

@@ -313,7 +313,7 @@ Deno.test("the tables of StorageClass parameters have those that the driver acce
     "csi.storage.k8s.io/fstype",
   ];
   const poseidon = [
-    ...knownIn(() => parsePoseidonParameters("try", { nothing: "" })),
+    ...knownIn(() => parsePoseidonParameters(backgroundContext("try", createLogger("error"), 1000), { nothing: "" })),
     "csi.storage.k8s.io/fstype",
   ];
 
@@ -368,7 +368,7 @@ Deno.test("the driver accepts StorageClasses in documents", () => {
         const parameters = Object.fromEntries(
           Object.entries(object.parameters).filter(([key]) => !key.startsWith("csi.storage.k8s.io/")),
         );
-        parseParameters("try", parameters);
+        parseParameters(backgroundContext("try", createLogger("error"), 1000), parameters);
         count++;
       }
     }

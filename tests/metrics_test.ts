@@ -92,7 +92,9 @@ Deno.test("Metrics leaves out a source that fails, and says why in a comment of 
 
 Deno.test("Metrics bounds the values of a label: names from callers cannot fill the memory", async () => {
   const metrics = new Metrics();
-  for (let n = 0; n < 1000; n++) countManagementCall(metrics, `192.0.2.1:${n}`, "GetVolume", "OK", 1);
+  for (let n = 0; n < 1000; n++) {
+    countManagementCall(metrics, { endpoint: `192.0.2.1:${n}`, method: "GetVolume", code: "OK", ms: 1 });
+  }
 
   const read = parse(await metrics.text());
 
@@ -103,7 +105,7 @@ Deno.test("Metrics bounds the values of a label: names from callers cannot fill 
 
 Deno.test("Metrics escapes the values of labels", async () => {
   const metrics = new Metrics();
-  countManagementCall(metrics, 'a"b\\c\nd', "GetVolume", "OK", 1);
+  countManagementCall(metrics, { endpoint: 'a"b\\c\nd', method: "GetVolume", code: "OK", ms: 1 });
 
   match(await metrics.text(), /^lbcsi_mgmt_calls_total\{endpoint="a\\"b\\\\c\\nd",method="GetVolume",code="OK"\} 1$/m);
 });

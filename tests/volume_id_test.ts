@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { StatusError } from "../lib/error.ts";
-import { formatVolumeId, isUuid, parseVolumeId, type VolumeId } from "../lib/volume_id.ts";
+import { isUuid } from "../lib/uuid.ts";
+import { formatVolumeId, parseVolumeId, type VolumeId } from "../lib/volume_id.ts";
 
 const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 

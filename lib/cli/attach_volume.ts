@@ -124,7 +124,7 @@ async function connectionKeys(
   return await keysFor(kind, "backend" in request ? givenKeys(request.secrets) : request.keys ?? noKeys, async () => {
     const authentication = "backend" in request ? request.backend.authentication : undefined;
     if ("backend" in request && authentication !== undefined) {
-      return await authentication.keysOf(ctx, request.secrets, request.volumeId, hostNqn, kind);
+      return await authentication.keysOf(ctx, request.secrets, request.volumeId, { hostNqn, kind });
     }
     throw ctx.doing(`attach namespace ${uuid}`).error(
       "FAILED_PRECONDITION",

@@ -170,8 +170,10 @@ async function lightosReport(settings: DoctorSettings, ctx: RequestContext): Pro
   return await lightosReports(
     ctx,
     { ...options, globalJwt: () => jwt },
-    endpoints === undefined ? undefined : { endpoints, scheme: settings["mgmt-scheme"] },
-    new Secrets(settings.secrets === undefined ? {} : readSecretFile(settings.secrets)),
-    nodeId === undefined ? undefined : hostNqn(nodeId),
+    {
+      target: endpoints === undefined ? undefined : { endpoints, scheme: settings["mgmt-scheme"] },
+      secrets: new Secrets(settings.secrets === undefined ? {} : readSecretFile(settings.secrets)),
+      hostNqn: nodeId === undefined ? undefined : hostNqn(nodeId),
+    },
   );
 }

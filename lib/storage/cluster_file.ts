@@ -1,34 +1,36 @@
 /**
- * Files that tell a process about storage of its own (`lbcsi controller --config FILE`): how they are read, when they are
- * read again, and how their mistakes are worded. What stands in them is each backend's affair.
+ * Cluster files (`lbcsi controller --config FILE`), which name the storage systems of a deployment: how they are read, when
+ * they are read again, and how their mistakes are worded. Each backend defines the content of its own file.
  *
- * The file is looked at before each use by its inode and times, for Kubernetes swaps a symbolic link where others write in
- * place; a watch would have to know both. A new file that cannot be used leaves the old one in force.
+ * Before each use, inode and times of the file are compared: Kubernetes swaps a symbolic link where others write in place,
+ * and a watch would have to know both. When a new file cannot be used, the content of the last good one stays valid.
  */
-import { parse } from "yaml";
+import { parse as parseYaml } from "yaml";
 import * as z from "zod";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { unknownKeys } from "../suggestion.ts";
+import { type Endpoint, formatEndpoint } from "../volume_id.ts";
 
-/** How files are read; throws what the system says. */
+/** How files are read; both throw the error of the system. */
 export interface ConfigFiles {
-  /** A text that changes whenever the file may hold something else. */
+  /** A text that changes whenever the content of the file may have changed. */
   stamp(path: string): string;
   read(path: string): string;
 }
 
 /**
- * What `use` makes of the text of a file, made anew whenever the file has changed.
+ * A getter for the content of a file, which reads the file again whenever it has changed.
  *
- * @throws StatusError INVALID_ARGUMENT when the file cannot be used now. Later on that is logged as an error, once for
- *   each such file, and the last good one stays in force
+ * @param parse reads the text of the file; throws when it cannot be used
+ * @throws StatusError INVALID_ARGUMENT when the file cannot be used now. The getter does not throw: it logs an error, once
+ *   for each unusable version of the file, and returns the last good content
  */
-export function fileInForce<T>(path: string, files: ConfigFiles, log: Logger, use: (text: string) => T): () => T {
+export function reloadingFile<T>(path: string, files: ConfigFiles, log: Logger, parse: (text: string) => T): () => T {
   const load = (): { readonly stamp: string; readonly value: T } => {
-    // The stamp first: what is written in between is then seen as a change.
-    const stamp = attempt(path, () => files.stamp(path));
-    return { stamp, value: use(attempt(path, () => files.read(path))) };
+    // The stamp first: a write in between is then seen as a change.
+    const stamp = readOrThrow(path, () => files.stamp(path));
+    return { stamp, value: parse(readOrThrow(path, () => files.read(path))) };
   };
   let current = load();
   let lastFailure = "";
@@ -50,24 +52,24 @@ export function fileInForce<T>(path: string, files: ConfigFiles, log: Logger, us
   };
 }
 
-function attempt<T>(path: string, read: () => T): T {
+function readOrThrow<T>(path: string, read: () => T): T {
   try {
     return read();
   } catch (error) {
-    throw refusal(path, messageOf(error), error);
+    throw fileError(path, messageOf(error), error);
   }
 }
 
 /** INVALID_ARGUMENT for a file that cannot be used. */
-export function refusal(path: string, problem: string, cause?: unknown): StatusError {
+export function fileError(path: string, problem: string, cause?: unknown): StatusError {
   return new StatusError("INVALID_ARGUMENT", `Cannot use cluster file ${path}: ${problem}`, { cause });
 }
 
 /**
- * What `schema` reads in the text of a file, YAML or JSON, which is YAML too.
+ * Reads the text of a file, YAML or JSON (which is YAML too), with `schema`.
  *
  * @param path names the file in errors
- * @param keysAt the keys that a map at a place of the file may have
+ * @param keysAt the keys that a map at some place of the file may have, for suggestions
  * @throws StatusError INVALID_ARGUMENT that lists each bad key with what is wrong
  */
 export function parseConfigText<T>(
@@ -78,29 +80,56 @@ export function parseConfigText<T>(
 ): T {
   let content: unknown;
   try {
-    // Its warnings would go to stderr, with the lines that they are about.
-    content = parse(text, { logLevel: "error" });
+    // The warnings of the library would go to stderr, with lines of the file.
+    content = parseYaml(text, { logLevel: "error" });
   } catch (error) {
-    // The lines that follow the first one show the place in the file.
-    throw refusal(path, (messageOf(error).split("\n", 1)[0] ?? "").replace(/:$/, ""), error);
+    // The lines after the first one quote the file.
+    throw fileError(path, (messageOf(error).split("\n", 1)[0] ?? "").replace(/:$/, ""), error);
   }
   const parsed = schema.safeParse(content);
   if (parsed.success) return parsed.data;
-  throw refusal(path, parsed.error.issues.map((issue) => describe(issue, content, keysAt)).join("; "));
+  throw fileError(path, parsed.error.issues.map((issue) => describeIssue(issue, content, keysAt)).join("; "));
 }
 
-/** A text with commas, or a list of texts. */
-export function textFields(problem: string) {
+/** Schema of a list of texts: one text with commas, or a list. `problem` is what errors say of anything else. */
+export function textListSchema(problem: string) {
   return z.union([z.string().transform((text) => text.split(",")), z.array(z.string()).min(1, "is empty")], {
     error: problem,
   });
 }
 
-/** The name of one entry of a file, for messages. */
-export const entryName = z.string({ error: "is not a text, quotes make it one" })
+/** Schema of the name of one entry of a file; messages show it. */
+export const entryNameSchema = z.string({ error: "is not a text, quotes make it one" })
   .regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/, 'is not a name of 1 to 63 letters, digits, ".", "_", "-"');
 
-function describe(
+/** An entry of a file, with all endpoints that belong to it. */
+interface NamedEndpoints {
+  readonly name: string;
+  readonly endpoints: readonly Endpoint[];
+}
+
+/**
+ * What is wrong with entries that share a name or an endpoint: it would be unclear which of them a volume ID belongs to.
+ *
+ * @param plural what the entries are called: `clusters`
+ */
+export function sharingProblems(plural: string, entries: readonly NamedEndpoints[]): readonly string[] {
+  const problems: string[] = [];
+  const names = new Set<string>();
+  const owners = new Map<string, string>();
+  for (const { name, endpoints } of entries) {
+    if (names.has(name)) problems.push(`two ${plural} have the name "${name}"`);
+    names.add(name);
+    for (const endpoint of new Set(endpoints.map(formatEndpoint))) {
+      const owner = owners.get(endpoint);
+      if (owner !== undefined) problems.push(`endpoint ${endpoint} belongs to both "${owner}" and "${name}"`);
+      owners.set(endpoint, name);
+    }
+  }
+  return problems;
+}
+
+function describeIssue(
   issue: z.core.$ZodIssue,
   content: unknown,
   keysAt: (place: readonly PropertyKey[]) => readonly string[],
@@ -117,15 +146,15 @@ function describe(
   let value = content;
   for (const part of issue.path) {
     parent = value;
-    // A text that stands for a list is what is shown of its parts.
+    // For a part of a list that was given as one text, the whole text is shown.
     if (isRecord(value)) value = value[String(part)];
   }
-  // Who wrote a token where its file belongs does not want to read it in a log.
+  // A user may have written the token itself in place of the path of its file: it must not get into a log.
   const isShowable = issue.path.at(-1) !== "jwt" && (typeof value === "string" || typeof value === "number");
   const shown = isShowable ? ` "${value}"` : "";
   const isMissing = isRecord(parent) && value === undefined && !issue.message.startsWith("is missing");
   const problem = isMissing ? "is missing" : issue.message;
-  // Some problems quote the value, or the part of it that they are about.
+  // Some problems quote the value, or a part of it.
   if (shown !== "" && problem.includes(shown.trim())) return `${place} ${problem}`.trim();
   return `${place}${shown}${shown !== "" && problem.startsWith('"') ? ":" : ""} ${problem}`.trim();
 }

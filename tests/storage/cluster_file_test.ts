@@ -79,7 +79,7 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
       pins: ["sha256//AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="],
       verify: true,
     },
-    ephemeral: { projects: ["default", "scratch"], maxSizeBytes: 100n << 30n },
+    inline: { projects: ["default", "scratch"], maxSizeBytes: 100n << 30n },
   });
   deepStrictEqual(second, {
     name: "rack2",
@@ -92,7 +92,7 @@ Deno.test("parseConfig reads every key of YAML, and sorts endpoints as volume ID
     caPath: undefined,
     jwtPath: undefined,
     trust: { serverName: undefined, pins: undefined, verify: undefined },
-    ephemeral: undefined,
+    inline: undefined,
   });
 });
 

@@ -40,9 +40,7 @@ export async function reportOf(
   const [report] = await lightosReports(
     callContext(),
     { ...lightosOptions, ...given },
-    target,
-    new Secrets(secrets),
-    ownHostNqn,
+    { target, secrets: new Secrets(secrets), hostNqn: ownHostNqn },
   );
   ok(report);
   return report;

@@ -1,5 +1,5 @@
 /** Changing parameters of volumes that are in use, and giving them to new ones: VolumeAttributesClass. */
-import { Secrets } from "../../context.ts";
+import { type RequestContext, Secrets } from "../../context.ts";
 import { StatusError } from "../../error.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import type { Modification } from "../../storage/backend.ts";
@@ -19,7 +19,7 @@ export function modifyHandlers(modification: Modification, hold: (rpc: string, v
       }
       const mutable = withoutOrchestratorKeys(request.mutableParameters);
       // Bad parameters are told before an unknown volume is.
-      modification.merge(action, {}, mutable);
+      modification.merge(call.doing(action), {}, mutable);
       using _held = hold("ControllerModifyVolume", volumeId);
       await whenFull(
         "FAILED_PRECONDITION",
@@ -33,16 +33,16 @@ export function modifyHandlers(modification: Modification, hold: (rpc: string, v
 
 /** The parameters of a new volume, with mutable ones in place of those that they replace. Throws INVALID_ARGUMENT. */
 export function withMutable(
-  action: string,
+  ctx: RequestContext,
   modification: Modification | undefined,
   parameters: Readonly<Record<string, string>>,
   given: Readonly<Record<string, string>>,
 ): Readonly<Record<string, string>> {
   const mutable = withoutOrchestratorKeys(given);
   if (Object.keys(mutable).length === 0) return parameters;
-  if (modification !== undefined) return modification.merge(action, parameters, mutable);
-  throw new StatusError(
+  if (modification !== undefined) return modification.merge(ctx, parameters, mutable);
+  throw ctx.error(
     "INVALID_ARGUMENT",
-    `Cannot ${action}: mutable_parameters is given, but this driver does not announce MODIFY_VOLUME`,
+    "mutable_parameters is given, but this driver does not announce MODIFY_VOLUME",
   );
 }

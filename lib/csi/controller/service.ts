@@ -95,7 +95,7 @@ export function controllerHandlers(
         );
       }
       const { [mkfsOptionsKey]: mkfsText, ...given } = withoutOrchestratorKeys(request.parameters);
-      const parameters = withMutable(action, modification, given, request.mutableParameters);
+      const parameters = withMutable(call.doing(action), modification, given, request.mutableParameters);
       checkNodeSettings(accesses, mkfsText ?? "", defaultFsType);
 
       using _held = locks.take(`volume name "${name}"`, "CreateVolume");
@@ -105,7 +105,7 @@ export function controllerHandlers(
         limitBytes: request.capacityRange?.limitBytes ?? 0n,
         parameters,
         source,
-        madeFor: ownerOf(request.parameters),
+        owner: ownerOf(request.parameters),
       });
       if (volume.condition !== undefined) {
         call.log.warning("created a volume in trouble", { volume: volume.uuid, error: volume.condition.message });

@@ -45,7 +45,7 @@ export function snapshotHandlers(snapshots: Snapshots, locks: KeyedLock) {
           snapshots.createSnapshot(call, new Secrets(request.secrets), {
             name,
             sourceVolumeId,
-            madeFor: ownerOf(request.parameters),
+            owner: ownerOf(request.parameters),
           }),
       );
       // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.

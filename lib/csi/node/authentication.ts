@@ -31,7 +31,7 @@ export async function connectionKeys(
   try {
     return await keysFor(kind, givenKeys(secrets), () => {
       if (authentication !== undefined) {
-        return authentication.keysOf(ctx, secrets, volumeId, hostNqn(nodeId), kind);
+        return authentication.keysOf(ctx, secrets, volumeId, { hostNqn: hostNqn(nodeId), kind });
       }
       throw new StatusError("FAILED_PRECONDITION", `Cannot ${action}: the node-stage secret of the call brings no key`);
     });

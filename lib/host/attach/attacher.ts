@@ -21,7 +21,7 @@
 import type { DhchapKeys } from "../../auth_key.ts";
 import type { RequestContext } from "../../context.ts";
 import type { RemoteNamespace } from "../../namespace.ts";
-import { nameUuid } from "../name_uuid.ts";
+import { nameUuid } from "../../uuid.ts";
 
 export interface Attacher {
   /** What to look at when an attached namespace does not show up as a device; ends the error that says so. */

@@ -1,4 +1,4 @@
-import { nameUuid } from "../name_uuid.ts";
+import { nameUuid } from "../../uuid.ts";
 
 /** The file system UUID that the driver gives a namespace's file system. */
 export function fileSystemUuid(namespaceUuid: string): string {

@@ -1,9 +1,11 @@
-/** What to do about a management endpoint that no call gets through to: for errors and for `lbcsi doctor`. */
+/** What to do about a management endpoint that does not answer calls: for errors and for `lbcsi doctor`. */
 import type { Trust } from "../../grpc/tls.ts";
 
 /**
- * @param reason what a call says of it
- * @param trust how the endpoint has to prove who it is; undefined: clear text is spoken
+ * What to do about a management endpoint, as the end of a message.
+ *
+ * @param reason why a call failed
+ * @param trust how the endpoint has to prove who it is; undefined: clear text
  */
 export function adviceFor(reason: string, trust: Trust | undefined): string {
   if (/speaks management API/.test(reason)) return "use a driver or a LightOS that fit";

@@ -1,23 +1,24 @@
 /**
- * Whether an answer of LightOS' management API fits what was asked (facts: docs/reference/lightos-api.md sections 6.6, 6.7 and 15.1).
+ * Whether an answer of LightOS' management API fits the request (facts: docs/reference/lightos-api.md sections 6.6, 6.7 and 15.1).
  *
  * UUIDs, names, projects and NQNs in answers become parts of volume IDs, of paths and of arguments of commands, and two
- * claims whose IDs name one volume would destroy each other's data. So an answer about another object, or with something
- * that is not a UUID, name or NQN, is never used.
+ * claims whose IDs name the same volume would destroy each other's data. So an answer about another object, or with
+ * something that is not a UUID, name or NQN, is never used.
  */
-import { isProjectName, isUuid } from "../../volume_id.ts";
+import { isUuid } from "../../uuid.ts";
+import { isProjectName } from "../../volume_id.ts";
 import { isNqn } from "../../namespace.ts";
 
-/** What answers have of a volume or a snapshot. */
-interface Described {
+/** The fields of a volume or a snapshot in answers. */
+interface AnsweredObject {
   readonly UUID: string;
   readonly name: string;
   readonly projectName: string;
   readonly sourceVolumeUUID?: string;
 }
 
-/** What requests have; a field that was not given is empty. */
-interface Asked {
+/** The fields of requests; one that was not given is empty. */
+interface RequestedObject {
   readonly UUID?: string;
   readonly name?: string;
   readonly projectName?: string;
@@ -27,21 +28,21 @@ interface Asked {
 /**
  * Why the answer to a call cannot be used; undefined when it fits.
  *
- * @param method name of the RPC; of one without objects in its answer nothing is checked
+ * @param method name of the RPC; answers without objects are not checked
  */
-export function misfit(method: string, request: unknown, answer: unknown): string | undefined {
-  const asked = request as Asked;
+export function answerProblem(method: string, request: unknown, answer: unknown): string | undefined {
+  const asked = request as RequestedObject;
   switch (method) {
     case "GetVolume":
     case "CreateVolume":
-      return objectMisfit("volume", asked, answer as Described);
+      return objectProblem("volume", asked, answer as AnsweredObject);
     case "GetSnapshot":
     case "CreateSnapshot":
-      return objectMisfit("snapshot", asked, answer as Described);
+      return objectProblem("snapshot", asked, answer as AnsweredObject);
     case "ListVolumes":
-      return listMisfit("volume", asked, (answer as { readonly volumes: readonly Described[] }).volumes);
+      return listProblem("volume", asked, (answer as { readonly volumes: readonly AnsweredObject[] }).volumes);
     case "ListSnapshots":
-      return listMisfit("snapshot", asked, (answer as { readonly snapshots: readonly Described[] }).snapshots);
+      return listProblem("snapshot", asked, (answer as { readonly snapshots: readonly AnsweredObject[] }).snapshots);
     case "GetClusterInfo": {
       const { subsystemNQN } = answer as { readonly subsystemNQN: string };
       // Before its installation has ended, a cluster has none.
@@ -54,10 +55,10 @@ export function misfit(method: string, request: unknown, answer: unknown): strin
   }
 }
 
-function objectMisfit(what: string, asked: Asked, found: Described): string | undefined {
+function objectProblem(what: string, asked: RequestedObject, found: AnsweredObject): string | undefined {
   const { UUID = "", name = "", sourceVolumeUUID: source = "" } = asked;
-  const malformed = malformedPart(what, found);
-  if (malformed !== undefined) return malformed;
+  const badForm = formProblem(what, found);
+  if (badForm !== undefined) return badForm;
   if (UUID !== "" && found.UUID.toLowerCase() !== UUID.toLowerCase()) {
     return `${what} ${found.UUID}, asked was ${what} ${UUID}`;
   }
@@ -67,13 +68,13 @@ function objectMisfit(what: string, asked: Asked, found: Described): string | un
   if (source !== "" && found.sourceVolumeUUID?.toLowerCase() !== source.toLowerCase()) {
     return `${what} ${found.UUID} of volume ${quoted(found.sourceVolumeUUID ?? "")}, asked was volume ${source}`;
   }
-  return projectMisfit(what, asked, found);
+  return projectProblem(what, asked, found);
 }
 
-function listMisfit(what: string, asked: Asked, list: readonly Described[]): string | undefined {
+function listProblem(what: string, asked: RequestedObject, list: readonly AnsweredObject[]): string | undefined {
   const seen = new Set<string>();
   for (const found of list) {
-    const problem = malformedPart(what, found) ?? projectMisfit(what, asked, found);
+    const problem = formProblem(what, found) ?? projectProblem(what, asked, found);
     if (problem !== undefined) return problem;
     const uuid = found.UUID.toLowerCase();
     if (seen.has(uuid)) return `${what} ${uuid} twice`;
@@ -82,24 +83,28 @@ function listMisfit(what: string, asked: Asked, list: readonly Described[]): str
   return undefined;
 }
 
-function malformedPart(what: string, { UUID, projectName, sourceVolumeUUID = "" }: Described): string | undefined {
+function formProblem(what: string, { UUID, projectName, sourceVolumeUUID = "" }: AnsweredObject): string | undefined {
   if (!isUuid(UUID)) return `${what} ${quoted(UUID)}, which is not a UUID`;
   if (projectName !== "" && !isProjectName(projectName)) {
     return `${what} ${UUID} in project ${quoted(projectName)}, which is not the name of a project`;
   }
-  // Of a snapshot whose volume is gone it may be missing.
+  // The volume of a snapshot may be gone, and its UUID missing.
   if (sourceVolumeUUID !== "" && !isUuid(sourceVolumeUUID)) {
     return `${what} ${UUID} of volume ${quoted(sourceVolumeUUID)}, which is not a UUID`;
   }
   return undefined;
 }
 
-function projectMisfit(what: string, { projectName: asked = "" }: Asked, found: Described): string | undefined {
+function projectProblem(
+  what: string,
+  { projectName: asked = "" }: RequestedObject,
+  found: AnsweredObject,
+): string | undefined {
   if (asked === "" || found.projectName === "" || asked === found.projectName) return undefined;
   return `${what} ${found.UUID} in project ${quoted(found.projectName)}, asked was project ${quoted(asked)}`;
 }
 
-/** For messages: visible, and not endless. */
+/** The text in quotes for messages, with invisible characters shown, and cut to 100 characters. */
 export function quoted(text: string): string {
   return JSON.stringify(text.length <= 100 ? text : `${text.slice(0, 100)}…`);
 }

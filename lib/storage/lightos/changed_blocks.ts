@@ -1,80 +1,81 @@
 /**
- * Which blocks of a LightOS snapshot hold data, or differ from an older snapshot of the same volume.
+ * The blocks of a LightOS snapshot that hold data, or that differ from an older snapshot of the same volume.
  *
- * LightOS answers ranges of 64 blocks with a bitmap each (docs/reference/lightos-api.md 15.1). What is documented of the bitmap leaves
- * its bit order open, and that of `lbaEnd` whether it is part of the range. For a backup a block too many costs time, one
- * too few is data lost. So a range counts as a whole when anything in it is marked, and `lbaEnd` as part of it.
+ * LightOS answers with ranges of 64 blocks, each with a bitmap (docs/reference/lightos-api.md 15.1). Its documentation does not say in
+ * which order the bits of the bitmap stand, nor whether `lbaEnd` is part of the range. For a backup, one block too many costs
+ * time, one too few is data lost. So a range counts as a whole when anything in it is marked, and `lbaEnd` as part of it.
  */
-import type { RequestContext, Secrets } from "../../context.ts";
-import { StatusError } from "../../error.ts";
-import { parseVolumeId, type VolumeId } from "../../volume_id.ts";
 import { DurosAPI, type LBARange } from "../../../proto/gen/lightos_pb.ts";
+import type { RequestContext } from "../../context.ts";
+import { parseVolumeId, type VolumeId } from "../../volume_id.ts";
 import type { BlockRange, ChangedBlocks } from "../backend.ts";
-import type { Cluster, ClusterPool } from "./cluster.ts";
+import type { Cluster } from "./cluster.ts";
+import type { ClusterPool } from "./pool.ts";
+
+/** What to list the blocks of. */
+interface BlockListing {
+  readonly id: VolumeId;
+  /** The older snapshot to compare with; undefined: all blocks with data. */
+  readonly base: VolumeId | undefined;
+  readonly capacityBytes: bigint;
+  readonly blockBytes: bigint;
+  readonly startingOffsetBytes: bigint;
+}
 
 /** The changed-blocks part of the LightOS backend. */
-export function lightosBlocks(clusters: ClusterPool): ChangedBlocks {
+export function lightosChangedBlocks(clusters: ClusterPool): ChangedBlocks {
   return {
-    async changedBlocks(ctx, secrets, { snapshotId, baseSnapshotId, startingOffsetBytes }) {
+    async changedBlocks(call, secrets, { snapshotId, baseSnapshotId, startingOffsetBytes }) {
       const id = parseVolumeId(snapshotId, "snapshot");
       const base = baseSnapshotId === undefined ? undefined : parseVolumeId(baseSnapshotId, "snapshot");
-      const action = base === undefined
-        ? `list the blocks of snapshot ${id.uuid}`
-        : `list the blocks that differ between snapshots ${base.uuid} and ${id.uuid}`;
-      const cluster = open(clusters, secrets, id);
-      const snapshot = await readSnapshot(ctx, cluster, action, id);
+      const ctx = call.doing(
+        base === undefined
+          ? `list the blocks of snapshot ${id.uuid}`
+          : `list the blocks that differ between snapshots ${base.uuid} and ${id.uuid}`,
+      );
+      const cluster = clusters.open(secrets, id.endpoints, id.scheme);
+      const snapshot = await readSnapshot(ctx, cluster, id);
       if (base !== undefined) {
-        const older = await readSnapshot(ctx, cluster, action, base);
+        const older = await readSnapshot(ctx, cluster, base);
         if (older.sourceVolumeUUID !== snapshot.sourceVolumeUUID) {
-          throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: they are of two volumes`);
+          throw ctx.error("INVALID_ARGUMENT", "they are of two volumes");
         }
       }
       const capacityBytes = snapshot.size;
       if (startingOffsetBytes < 0n || startingOffsetBytes > capacityBytes) {
-        throw new StatusError(
+        throw ctx.error(
           "OUT_OF_RANGE",
-          `Cannot ${action}: starting_offset ${startingOffsetBytes} is not between 0 and its ${capacityBytes} bytes`,
+          `starting_offset ${startingOffsetBytes} is not between 0 and its ${capacityBytes} bytes`,
         );
       }
       const blockBytes = BigInt(snapshot.sectorSize);
       if (blockBytes !== 512n && blockBytes !== 4096n) {
-        throw new StatusError(
+        throw ctx.error(
           "INTERNAL",
-          `Cannot ${action}: LightOS at ${cluster.lastAddress} says that its blocks have ${blockBytes} bytes, 512 or 4096 are known`,
+          `LightOS at ${cluster.lastAddress} says that its blocks have ${blockBytes} bytes, 512 or 4096 are known`,
         );
       }
       return {
         capacityBytes,
-        pages: pages(ctx, cluster, action, id, base, { capacityBytes, blockBytes, startingOffsetBytes }),
+        pages: readPages(ctx, cluster, { id, base, capacityBytes, blockBytes, startingOffsetBytes }),
       };
     },
   };
 }
 
-function open(clusters: ClusterPool, secrets: Secrets, id: VolumeId): Cluster {
-  return clusters.open(secrets, id.endpoints, id.scheme);
+async function readSnapshot(ctx: RequestContext, cluster: Cluster, id: VolumeId) {
+  return await cluster.call(ctx, DurosAPI.method.getSnapshot, { UUID: id.uuid, projectName: id.project ?? "" });
 }
 
-async function readSnapshot(ctx: RequestContext, cluster: Cluster, action: string, id: VolumeId) {
-  return await cluster.call(ctx, action, DurosAPI.method.getSnapshot, { UUID: id.uuid, projectName: id.project ?? "" });
-}
-
-async function* pages(
+async function* readPages(
   ctx: RequestContext,
   cluster: Cluster,
-  action: string,
-  id: VolumeId,
-  base: VolumeId | undefined,
-  { capacityBytes, blockBytes, startingOffsetBytes }: {
-    readonly capacityBytes: bigint;
-    readonly blockBytes: bigint;
-    readonly startingOffsetBytes: bigint;
-  },
+  { id, base, capacityBytes, blockBytes, startingOffsetBytes }: BlockListing,
 ): AsyncGenerator<readonly BlockRange[]> {
   let offsetLBA = startingOffsetBytes / blockBytes;
   let coveredBytes = 0n;
   for (;;) {
-    const page = await cluster.call(ctx, action, DurosAPI.method.listChangedBlocks, {
+    const page = await cluster.call(ctx, DurosAPI.method.listChangedBlocks, {
       snapshotUUID: id.uuid,
       baseSnapshotUUID: base?.uuid ?? "",
       projectName: id.project ?? "",
@@ -97,9 +98,9 @@ async function* pages(
     if (ranges.length > 0) yield ranges;
     if (page.nextOffsetLBA === 0n) return;
     if (page.nextOffsetLBA <= offsetLBA) {
-      throw new StatusError(
+      throw ctx.error(
         "INTERNAL",
-        `Cannot ${action}: LightOS at ${cluster.lastAddress} wants to go on at block ${page.nextOffsetLBA} after ${offsetLBA}`,
+        `LightOS at ${cluster.lastAddress} wants to go on at block ${page.nextOffsetLBA} after ${offsetLBA}`,
       );
     }
     offsetLBA = page.nextOffsetLBA;

@@ -1,6 +1,6 @@
 /**
- * A look at LightOS clusters through their management API, for `lbcsi doctor` (facts: docs/reference/lightos-api.md 6, 15). It asks and
- * changes nothing. Each endpoint is asked by itself, for ordinary calls hide those that do not answer.
+ * Checks of LightOS clusters through their management API, for `lbcsi doctor` (facts: docs/reference/lightos-api.md 6, 15). They change
+ * nothing. Each endpoint is asked separately, because ordinary calls hide those that do not answer.
  */
 import {
   type ClusterHealth,
@@ -10,98 +10,107 @@ import {
   DurosAPI,
 } from "../../../proto/gen/lightos_pb.ts";
 import { type Check, reasonOf, runCheck, simulatorCheck } from "../../check.ts";
-import { type RequestContext, requestContext, type Secrets, timeLimit } from "../../context.ts";
+import type { RequestContext, Secrets } from "../../context.ts";
 import { hasCode } from "../../error.ts";
 import { shownCertificate, type Trust } from "../../grpc/tls.ts";
 import { parseAddress, type TransportAddress } from "../../namespace.ts";
 import { type Endpoint, formatEndpoints, type Scheme } from "../../volume_id.ts";
 import type { SystemReport } from "../backend.ts";
+import { withinTime } from "../polling.ts";
 import { adviceFor } from "./advice.ts";
-import { type Cluster, ClusterPool, LightosError, type LightosOptions, type TokenFacts } from "./cluster.ts";
+import { LightosError } from "./api_error.ts";
+import type { Cluster, LightosOptions } from "./cluster.ts";
+import { ClusterPool } from "./pool.ts";
+import type { TokenFacts } from "./tokens.ts";
 
-/** Where the cluster answers that is to be looked at. */
-export interface CheckupTarget {
+/** The cluster to check: where it answers. */
+export interface CheckTarget {
   readonly endpoints: readonly Endpoint[];
   readonly scheme: Scheme;
 }
 
-/** For one question to one endpoint. */
+/** The time for one question to one endpoint. */
 const askMs = 8000;
 const dayMs = 86_400_000;
-/** Before a certificate or a token ends, somebody has to be told in time. */
+/** How many days before their end a certificate and a token are reported. */
 const certificateDays = 30;
 const tokenDays = 7;
 
-/**
- * Looks at the cluster of `target`, or else at each one of the cluster file. Throws nothing that a cluster can be blamed
- * for: that is in the reports.
- *
- * @param hostNqn who is connected under this name; undefined: not asked
- */
+/** What `lightosReports` checks. */
+export interface LightosChecks {
+  /** Undefined: each cluster of the cluster file. */
+  readonly target: CheckTarget | undefined;
+  readonly secrets: Secrets;
+  /** The host NQN to look for among the connected hosts; undefined: none. */
+  readonly hostNqn: string | undefined;
+}
+
+/** Checks clusters. Problems of a cluster are in its report: none of them makes this throw. */
 export async function lightosReports(
-  ctx: RequestContext,
+  call: RequestContext,
   options: LightosOptions,
-  target: CheckupTarget | undefined,
-  secrets: Secrets,
-  hostNqn: string | undefined,
+  { target, secrets, hostNqn }: LightosChecks,
 ): Promise<readonly SystemReport[]> {
+  const ctx = call.doing("look at the cluster");
   await using clusters = new ClusterPool(options);
-  const targets: readonly (CheckupTarget & { readonly name?: string })[] = target === undefined
+  const targets: readonly (CheckTarget & { readonly name?: string })[] = target === undefined
     ? options.clusters?.all() ?? []
     : [target];
   return await Promise.all(
-    targets.map(async ({ endpoints, scheme, name }) => {
+    targets.map(({ endpoints, scheme, name }) => {
       const known = name ?? options.clusters?.owning(endpoints)?.name ?? formatEndpoints(endpoints);
-      const report = { name: `cluster ${known}`, addresses: [], discovery: [], connected: undefined };
-      let each;
-      try {
-        each = clusters.openEach(secrets, endpoints, scheme);
-      } catch (error) {
-        const check = { name: "trust", verdict: "problem", found: reasonOf(error) } as const;
-        return { ...report, inBandAuth: undefined, checks: [check] };
-      }
-      const cluster = clusters.open(secrets, endpoints, scheme);
-      const [atEndpoints, certificates] = await Promise.all([
-        Promise.all(each.map(({ address, cluster, trust }) => endpointCheck(ctx, address, cluster, trust))),
-        Promise.all(each.map(({ address, trust }) => certificateCheck(ctx, address, trust))),
-      ]);
-      const isAnswering = atEndpoints.some(({ verdict }) => verdict !== "problem");
-      const told = isAnswering ? await askCluster(ctx, cluster, hostNqn) : undefined;
-      return {
-        ...report,
-        addresses: told?.addresses ?? [],
-        discovery: told?.discovery ?? [],
-        hasDataPath: told?.hasDataPath ?? true,
-        connected: told?.connected,
-        inBandAuth: told?.inBandAuth,
-        checks: [
-          // With another one that answers, a dead endpoint costs nobody a call.
-          ...atEndpoints.map((check) =>
-            check.verdict === "problem" && isAnswering ? { ...check, verdict: "warning" as const } : check
-          ),
-          // Why there is no connection has been said.
-          ...certificates.flatMap((check, at) =>
-            check === undefined || check.verdict === "not checked" && atEndpoints[at]?.verdict === "problem"
-              ? []
-              : [check]
-          ),
-          tokenCheck(cluster.token, told?.refusal),
-          ...told?.checks ?? [],
-        ],
-      };
+      return reportOf(ctx, clusters, { name: `cluster ${known}`, endpoints, scheme, secrets, hostNqn });
     }),
   );
 }
 
-async function within<T>(ctx: RequestContext, work: (ctx: RequestContext) => Promise<T>): Promise<T> {
-  using limit = timeLimit(ctx.signal, askMs);
-  const deadline = new Date(Math.min(Date.now() + askMs, ctx.deadline.getTime()));
-  return await work(requestContext(limit.signal, deadline, ctx.log, ctx.action));
+/** One cluster to check. */
+interface NamedTarget extends CheckTarget, Pick<LightosChecks, "secrets" | "hostNqn"> {
+  readonly name: string;
 }
 
-const action = "look at the cluster";
+async function reportOf(
+  ctx: RequestContext,
+  clusters: ClusterPool,
+  { name, endpoints, scheme, secrets, hostNqn }: NamedTarget,
+): Promise<SystemReport> {
+  let each;
+  try {
+    each = clusters.openEach(secrets, endpoints, scheme);
+  } catch (error) {
+    const check = { name: "trust", verdict: "problem", found: reasonOf(error) } as const;
+    return { name, addresses: [], discovery: [], connected: undefined, inBandAuth: undefined, checks: [check] };
+  }
+  const cluster = clusters.open(secrets, endpoints, scheme);
+  const [atEndpoints, certificates] = await Promise.all([
+    Promise.all(each.map(({ address, cluster, trust }) => checkEndpoint(ctx, address, cluster, trust))),
+    Promise.all(each.map(({ address, trust }) => checkCertificate(ctx, address, trust))),
+  ]);
+  const isAnswering = atEndpoints.some(({ verdict }) => verdict !== "problem");
+  const answer = isAnswering ? await askCluster(ctx, cluster, hostNqn) : undefined;
+  return {
+    name,
+    addresses: answer?.addresses ?? [],
+    discovery: answer?.discovery ?? [],
+    hasDataPath: answer?.hasDataPath ?? true,
+    connected: answer?.connected,
+    inBandAuth: answer?.inBandAuth,
+    checks: [
+      // While another one answers, calls do not fail because of a dead endpoint.
+      ...atEndpoints.map((check) =>
+        check.verdict === "problem" && isAnswering ? { ...check, verdict: "warning" as const } : check
+      ),
+      // The check of the endpoint says already why there is no connection.
+      ...certificates.flatMap((check, at) =>
+        check === undefined || check.verdict === "not checked" && atEndpoints[at]?.verdict === "problem" ? [] : [check]
+      ),
+      checkToken(cluster.token, answer?.rejection),
+      ...answer?.checks ?? [],
+    ],
+  };
+}
 
-async function endpointCheck(
+async function checkEndpoint(
   ctx: RequestContext,
   address: string,
   cluster: Cluster,
@@ -110,9 +119,9 @@ async function endpointCheck(
   const name = `endpoint ${address}`;
   const started = performance.now();
   try {
-    await within(ctx, (ctx) => cluster.call(ctx, action, DurosAPI.method.getVersion, {}));
+    await withinTime(ctx, askMs, (ctx) => cluster.call(ctx, DurosAPI.method.getVersion, {}));
   } catch (error) {
-    // The token is another check's affair; who refuses one answers.
+    // The token has a check of its own; a server that rejects one does answer.
     if (!hasCode(error, "UNAUTHENTICATED", "PERMISSION_DENIED")) {
       const [reason = reasonOf(error)] = error instanceof LightosError ? error.reasons : [];
       return { name, verdict: "problem", found: reason, advice: adviceFor(reason, trust) };
@@ -139,14 +148,14 @@ async function endpointCheck(
   return { name, verdict: "ok", found: `answers after ${ms} ms, its certificate${pinned} verified` };
 }
 
-async function certificateCheck(
+async function checkCertificate(
   ctx: RequestContext,
   address: string,
   trust: Trust | undefined,
 ): Promise<Check | undefined> {
   if (trust === undefined) return undefined;
   return await runCheck(`certificate of ${address}`, async () => {
-    const shown = await within(ctx, ({ signal }) => shownCertificate(address, trust, signal));
+    const shown = await withinTime(ctx, askMs, ({ signal }) => shownCertificate(address, trust, signal));
     const { subject, issuer, validFrom, validTo } = shown;
     const of = `${subject}, issued by ${issuer}`;
     const now = Date.now();
@@ -166,15 +175,19 @@ async function certificateCheck(
   });
 }
 
-/** @param refusal the cluster's own words, if it did not accept the token; undefined: it was not asked */
-function tokenCheck(token: TokenFacts, refusal: string | undefined): Check {
+/**
+ * Checks the token of a call.
+ *
+ * @param rejection the cluster's own words; empty: it accepted the token; undefined: it was not asked
+ */
+function checkToken(token: TokenFacts, rejection: string | undefined): Check {
   const name = "token";
   const { source, kind, expires, begins } = token;
   const now = Date.now();
   const advice = "renew the Secret or the file of the token";
   if (kind === "none") {
     const found = source;
-    if (refusal === "") return { name, verdict: "ok", found: `${found}; the cluster asks for none` };
+    if (rejection === "") return { name, verdict: "ok", found: `${found}; the cluster asks for none` };
     return { name, verdict: "problem", found, advice: "give --jwt-path, --secrets, or jwt in the cluster file" };
   }
   if (expires !== undefined && expires.getTime() < now) {
@@ -189,13 +202,13 @@ function tokenCheck(token: TokenFacts, refusal: string | undefined): Check {
     };
   }
   const until = expires === undefined ? "" : `, valid until ${expires.toISOString()}`;
-  if (refusal === undefined) {
+  if (rejection === undefined) {
     const what = kind === "other" ? "no JSON Web Token" : `not shown to the cluster, for none answers${until}`;
     return { name, verdict: "not checked", found: `${source}: ${what}` };
   }
-  if (refusal !== "") {
+  if (rejection !== "") {
     const what = kind === "other" ? ", which is no JSON Web Token" : "";
-    return { name, verdict: "problem", found: `${source}${what}: ${refusal}`, advice };
+    return { name, verdict: "problem", found: `${source}${what}: ${rejection}`, advice };
   }
   if (expires !== undefined && expires.getTime() - now < tokenDays * dayMs) {
     return { name, verdict: "warning", found: `${source}: accepted${until}`, advice };
@@ -203,10 +216,11 @@ function tokenCheck(token: TokenFacts, refusal: string | undefined): Check {
   return { name, verdict: "ok", found: `${source}: accepted${until}` };
 }
 
-interface Told {
+/** What a cluster answers, and what the answers mean. */
+interface ClusterAnswer {
   readonly checks: readonly Check[];
-  /** Empty: the cluster accepted the token. */
-  readonly refusal: string | undefined;
+  /** Why the cluster rejected the token; empty: it accepted it. */
+  readonly rejection: string | undefined;
   readonly addresses: readonly TransportAddress[];
   readonly discovery: readonly TransportAddress[];
   readonly hasDataPath: boolean;
@@ -214,21 +228,21 @@ interface Told {
   readonly inBandAuth: boolean | undefined;
 }
 
-async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string | undefined): Promise<Told> {
+async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string | undefined): Promise<ClusterAnswer> {
   let info: ClusterInfoV2;
   try {
-    info = await within(ctx, (ctx) => cluster.info(ctx, action));
+    info = await withinTime(ctx, askMs, (ctx) => cluster.info(ctx));
   } catch (error) {
-    const isRefused = hasCode(error, "UNAUTHENTICATED", "PERMISSION_DENIED");
-    // The check of the token says where it came from.
-    const refusal = isRefused ? reasonOf(error).replace(/; JWT: .*$/s, "") : undefined;
+    const isRejected = hasCode(error, "UNAUTHENTICATED", "PERMISSION_DENIED");
+    // The check of the token says where the token came from.
+    const rejection = isRejected ? reasonOf(error).replace(/; JWT: .*$/s, "") : undefined;
     const check: Check = {
       name: "cluster",
-      verdict: isRefused ? "not checked" : "problem",
-      found: isRefused ? "the token was refused" : reasonOf(error),
+      verdict: isRejected ? "not checked" : "problem",
+      found: isRejected ? "the token was refused" : reasonOf(error),
     };
     const nothing = { addresses: [], discovery: [], hasDataPath: true, connected: undefined, inBandAuth: undefined };
-    return { checks: [check], refusal, ...nothing };
+    return { checks: [check], rejection, ...nothing };
   }
   const toAddresses = (texts: readonly string[]) =>
     [...new Set(texts)].sort().map(parseAddress).filter((address) => address !== undefined);
@@ -238,20 +252,20 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
   const [health, host] = await Promise.all([
     runCheck("cluster health", async () => {
       try {
-        const { health } = await within(ctx, (ctx) => cluster.call(ctx, action, DurosAPI.method.getCluster, {}));
-        return healthOf(health);
+        const { health } = await withinTime(ctx, askMs, (ctx) => cluster.call(ctx, DurosAPI.method.getCluster, {}));
+        return checkHealth(health);
       } catch (error) {
         if (!hasCode(error, "UNAUTHENTICATED", "PERMISSION_DENIED")) throw error;
         return { verdict: "not checked", found: "the token has no right to the cluster as a whole" };
       }
     }),
-    askForHost(ctx, cluster, hostNqn),
+    findHost(ctx, cluster, hostNqn),
   ]);
   const inBandAuth = { [AuthenticationMode.Enabled]: true, [AuthenticationMode.Disabled]: false }[
     info.inBandAuthMode as AuthenticationMode.Enabled | AuthenticationMode.Disabled
   ];
   return {
-    refusal: "",
+    rejection: "",
     addresses,
     discovery,
     hasDataPath: simulator?.hasDataPath ?? true,
@@ -277,7 +291,7 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
   };
 }
 
-function healthOf(health: ClusterHealth | undefined): Omit<Check, "name"> {
+function checkHealth(health: ClusterHealth | undefined): Omit<Check, "name"> {
   if (health === undefined || health.state === Health.None) {
     return { verdict: "not checked", found: "the cluster does not tell" };
   }
@@ -294,17 +308,18 @@ function healthOf(health: ClusterHealth | undefined): Omit<Check, "name"> {
   return { verdict: health.state === Health.Error ? "problem" : "warning", found, advice: "look at the cluster" };
 }
 
-/** Says nothing by itself when somebody is connected: whether that is this machine is for the machine's side to tell. */
-async function askForHost(ctx: RequestContext, cluster: Cluster, hostNQN: string | undefined): Promise<{
+/** No check of its own when a host is connected: whether that is this machine is checked on the machine. */
+async function findHost(ctx: RequestContext, cluster: Cluster, hostNQN: string | undefined): Promise<{
   readonly checks: readonly Check[];
   readonly connected: SystemReport["connected"];
 }> {
   if (hostNQN === undefined) return { checks: [], connected: undefined };
   const name = "connected as this node";
   try {
-    const { iPAddress, hostname } = await within(
+    const { iPAddress, hostname } = await withinTime(
       ctx,
-      (ctx) => cluster.call(ctx, action, DurosAPI.method.getHost, { hostNQN }),
+      askMs,
+      (ctx) => cluster.call(ctx, DurosAPI.method.getHost, { hostNQN }),
     );
     return { checks: [], connected: { address: iPAddress, hostname } };
   } catch (error) {

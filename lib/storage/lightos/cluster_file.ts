@@ -1,9 +1,9 @@
 /**
- * The cluster file: clusters that the process is told about itself, not by a call (`lbcsi controller --config FILE`).
+ * The cluster file of LightOS: the clusters of a deployment (`lbcsi controller --config FILE`).
  *
  * Some CSI calls bring neither parameters nor secrets (ListVolumes, ControllerGetVolume, mostly GetCapacity); they can be
- * served for clusters that a file names. The same file keeps old volume IDs alive: an ID holds the management endpoints
- * of the time when it was made, and the file says which cluster they belong to and where that answers today.
+ * served for the clusters of the file. The same file keeps old volume IDs valid: an ID holds the management endpoints of the
+ * time when it was made, and the file says which cluster they belong to and where that cluster answers today.
  *
  *     clusters:
  *       - name: rack1
@@ -22,7 +22,7 @@
  *           projects: [default]                    # in these projects
  *           maxSize: 100Gi                         # of one volume
  *
- * YAML or JSON. Secrets are named by their files and read at each use; when the file itself is: config_file.ts.
+ * YAML or JSON. The files that hold secrets are read at each use; when the cluster file itself is read again: ../cluster_file.ts.
  */
 import * as z from "zod";
 import type { Logger } from "../../context.ts";
@@ -38,12 +38,20 @@ import {
   type Scheme,
   schemes,
 } from "../../volume_id.ts";
-import { type ConfigFiles, entryName, fileInForce, parseConfigText, refusal, textFields } from "../cluster_file.ts";
+import {
+  type ConfigFiles,
+  entryNameSchema,
+  fileError,
+  parseConfigText,
+  reloadingFile,
+  sharingProblems,
+  textListSchema,
+} from "../cluster_file.ts";
 import { pemProblem, readPem } from "../../pem.ts";
 import { trustConfigSchema, type TrustOptions } from "./trust.ts";
 import { parseQuantity } from "../../quantity.ts";
 
-/** One cluster of the file, as text gives it. */
+/** One cluster of the file. */
 export interface ClusterEntry {
   readonly name: string;
   /** Where its management API answers today, sorted. */
@@ -62,8 +70,8 @@ export interface ClusterEntry {
   /** File of a token. */
   readonly jwtPath: string | undefined;
   readonly trust: TrustOptions;
-  /** Which inline volumes pods may have here; undefined: none. With it there is a `jwtPath`. */
-  readonly ephemeral: InlineRules | undefined;
+  /** Which inline volumes pods may have here; undefined: none. Requires a `jwtPath`. */
+  readonly inline: InlineRules | undefined;
 }
 
 /** What a cluster allows the authors of pods. */
@@ -74,7 +82,7 @@ export interface InlineRules {
   readonly maxSizeBytes: bigint;
 }
 
-/** A cluster of the file, with its secrets within reach. */
+/** A cluster of the file, with access to its secrets. */
 export interface KnownCluster extends ClusterEntry {
   /**
    * The certificates to trust, or undefined when the file names none. Throws UNAVAILABLE when their file cannot be
@@ -87,51 +95,57 @@ export interface KnownCluster extends ClusterEntry {
 
 /** The clusters of the file, as it is now. */
 export interface KnownClusters {
-  /** All of them, never none, in the order of the file. */
+  /** All of them, at least one, in the order of the file. */
   all(): readonly KnownCluster[];
-  /** The cluster that any of these endpoints is, or was, one of. */
+  /** The cluster that one of these endpoints belongs to, or did. */
   owning(endpoints: readonly Endpoint[]): KnownCluster | undefined;
 }
 
 /**
- * The clusters that `path` names, looked up anew whenever the file has changed.
+ * The clusters of the file at `path`, which is read again whenever it has changed.
  *
- * @throws StatusError INVALID_ARGUMENT when the file cannot be used now. Later on that is logged as an error, once for
- *   each such file, and the last good one stays in force
+ * @throws StatusError INVALID_ARGUMENT when the file cannot be used now. Later that is logged, as `reloadingFile` says
  */
 export function knownClusters(path: string, files: ConfigFiles, log: Logger): KnownClusters {
-  const all = fileInForce(path, files, log, (text) => parseConfig(path, text).map((entry) => known(entry, files)));
+  const all = reloadingFile(
+    path,
+    files,
+    log,
+    (text) => parseConfig(path, text).map((entry) => withSecrets(entry, files)),
+  );
   return {
     all,
     owning: (endpoints) => {
-      const wanted = new Set(endpoints.map(formatEndpoint));
-      return all().find((cluster) =>
-        [...cluster.endpoints, ...cluster.formerEndpoints, ...cluster.idEndpoints].some((endpoint) =>
-          wanted.has(formatEndpoint(endpoint))
-        )
-      );
+      const texts = new Set(endpoints.map(formatEndpoint));
+      return all().find((cluster) => allEndpoints(cluster).some((endpoint) => texts.has(formatEndpoint(endpoint))));
     },
   };
 }
 
-function known(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
+function allEndpoints({ endpoints, formerEndpoints, idEndpoints }: ClusterEntry): readonly Endpoint[] {
+  return [...endpoints, ...formerEndpoints, ...idEndpoints];
+}
+
+function withSecrets(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
   const { caPath, jwtPath } = entry;
   return {
     ...entry,
     ca() {
       if (caPath === undefined) return undefined;
-      const refuse = (code: StatusCode, problem: string, cause?: unknown) =>
+      const caError = (code: StatusCode, problem: string, cause?: unknown) =>
         new StatusError(code, `Cannot trust cluster "${entry.name}": its ca ${caPath} ${problem}`, { cause });
       let text: string;
       try {
         text = files.read(caPath);
       } catch (error) {
-        throw refuse("UNAVAILABLE", `cannot be read (${messageOf(error)})`, error);
+        throw caError("UNAVAILABLE", `cannot be read (${messageOf(error)})`, error);
       }
       const read = readPem(text);
       const problem = pemProblem(read);
-      // One without any may be about to be written.
-      if (problem !== undefined) throw refuse(read.problems.length === 0 ? "UNAVAILABLE" : "INVALID_ARGUMENT", problem);
+      // An empty file may be one that is just being written.
+      if (problem !== undefined) {
+        throw caError(read.problems.length === 0 ? "UNAVAILABLE" : "INVALID_ARGUMENT", problem);
+      }
       return read.pem;
     },
     jwt() {
@@ -139,7 +153,7 @@ function known(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
       try {
         return files.read(jwtPath);
       } catch {
-        // The call goes out without a token, and LightOS' refusal then names this file.
+        // The call is sent without a token, and the error about LightOS' answer then names this file.
         return undefined;
       }
     },
@@ -150,7 +164,7 @@ function known(entry: ClusterEntry, files: ConfigFiles): KnownCluster {
 
 const endpointsProblem = "is not host:port, several with commas or as a list";
 
-const endpointList = textFields(endpointsProblem).transform((list, check) => {
+const endpointList = textListSchema(endpointsProblem).transform((list, check) => {
   const endpoints = parseEndpoints(list.join(","));
   if (typeof endpoints !== "string") return endpoints;
   check.addIssue(endpoints);
@@ -176,11 +190,11 @@ const endpointGroups = z.union([z.string().transform((text) => [text]), z.array(
 
 const file = z.string({ error: "is not the path of a file" }).startsWith("/", "is not an absolute path");
 
-const projectList = textFields("is not a project name, several with commas or as a list").pipe(
+const projectList = textListSchema("is not a project name, several with commas or as a list").pipe(
   z.array(z.string().refine(isProjectName, 'is not a project name (a-z, 0-9, ".", "-", 1 to 63 characters)')),
 );
 
-const ephemeralSchema = z.strictObject({
+const inlineSchema = z.strictObject({
   projects: projectList,
   // YAML reads a size without a suffix as a number.
   maxSize: z.union([z.string(), z.number()], { error: "is not a size such as 100Gi" }).transform((size, check) => {
@@ -192,7 +206,7 @@ const ephemeralSchema = z.strictObject({
 }, { error: "is not a map with the keys projects and maxSize" });
 
 const clusterSchema = z.strictObject({
-  name: entryName,
+  name: entryNameSchema,
   endpoints: endpointList,
   formerEndpoints: endpointGroups.optional(),
   idEndpoints: endpointGroups.optional(),
@@ -201,7 +215,7 @@ const clusterSchema = z.strictObject({
   ca: file.optional(),
   jwt: file.optional(),
   ...trustConfigSchema,
-  ephemeral: ephemeralSchema.optional(),
+  ephemeral: inlineSchema.optional(),
 }, { error: "is not a map of keys" }).refine(({ ephemeral, jwt }) => ephemeral === undefined || jwt !== undefined, {
   path: ["ephemeral"],
   error: "needs jwt beside it: whoever takes an inline volume away brings no token",
@@ -216,7 +230,7 @@ const configSchema = z.strictObject({
  *
  * @param path names the file in errors
  * @throws StatusError INVALID_ARGUMENT that lists each bad key with what is wrong; two clusters cannot share a name or an
- *   endpoint, for then nobody could tell whose a volume ID is
+ *   endpoint, because it would be unclear which of them a volume ID belongs to
  */
 export function parseConfig(path: string, text: string): readonly ClusterEntry[] {
   const { clusters } = parseConfigText(
@@ -225,7 +239,7 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
     configSchema,
     (place) =>
       Object.keys(
-        (place.length === 0 ? configSchema : place.at(-1) === "ephemeral" ? ephemeralSchema : clusterSchema).shape,
+        (place.length === 0 ? configSchema : place.at(-1) === "ephemeral" ? inlineSchema : clusterSchema).shape,
       ),
   );
   const entries = clusters.map(({ name, endpoints, formerEndpoints, idEndpoints, scheme, ...rest }) => ({
@@ -239,20 +253,21 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
     caPath: rest.ca,
     jwtPath: rest.jwt,
     trust: { serverName: rest.serverName, pins: rest.tlsPin, verify: rest.tlsVerify },
-    ephemeral: rest.ephemeral === undefined ? undefined : {
+    inline: rest.ephemeral === undefined ? undefined : {
       projects: [...new Set(rest.ephemeral.projects)],
       maxSizeBytes: rest.ephemeral.maxSize,
     },
   }));
-  const problems = [...sharedBetween(entries), ...longIds(entries)];
-  if (problems.length > 0) throw refusal(path, problems.join("; "));
+  const named = entries.map((entry) => ({ name: entry.name, endpoints: allEndpoints(entry) }));
+  const problems = [...sharingProblems("clusters", named), ...longIdProblems(entries)];
+  if (problems.length > 0) throw fileError(path, problems.join("; "));
   return entries;
 }
 
 /**
- * The lists of endpoints that the IDs of a cluster's volumes may have. In a list whose texts have several endpoints, each
- * text is one; in any other, all of them together are one. Where a cluster has been one after the other is not known of
- * former endpoints that are listed singly, so each of them is one as well.
+ * The lists of endpoints that the IDs of a cluster's volumes may have. When texts of the configured list have several
+ * endpoints each, every text is such a list; otherwise all endpoints together are one. Former endpoints that are configured
+ * one by one may have been in use at different times, so each of them is a list of its own as well.
  */
 function idFormsOf(id: EndpointGroups, former: EndpointGroups | undefined): readonly (readonly Endpoint[])[] {
   const isGrouped = ({ groups }: EndpointGroups) => groups.length > 1 && groups.some((group) => group.length > 1);
@@ -261,8 +276,8 @@ function idFormsOf(id: EndpointGroups, former: EndpointGroups | undefined): read
   return [...new Map(forms.map((form) => [formatEndpoints(form), form])).values()];
 }
 
-/** What is wrong with IDs that lists would make, which no other call takes. */
-function longIds(entries: readonly ClusterEntry[]): readonly string[] {
+/** What is wrong with clusters whose volumes would get IDs in lists that are too long for every other call. */
+function longIdProblems(entries: readonly ClusterEntry[]): readonly string[] {
   return entries.flatMap(({ name, idForms, scheme }) => {
     const bytes = Math.max(
       ...idForms.map((endpoints) => longestIdBytes({ endpoints, scheme, project: undefined, hostEncryption: "luks2" })),
@@ -273,20 +288,4 @@ function longIds(entries: readonly ClusterEntry[]): readonly string[] {
       `those of the StorageClass in idEndpoints`,
     ];
   });
-}
-
-function sharedBetween(entries: readonly ClusterEntry[]): readonly string[] {
-  const problems: string[] = [];
-  const names = new Set<string>();
-  const owners = new Map<string, string>();
-  for (const { name, endpoints, formerEndpoints, idEndpoints } of entries) {
-    if (names.has(name)) problems.push(`two clusters have the name "${name}"`);
-    names.add(name);
-    for (const endpoint of new Set([...endpoints, ...formerEndpoints, ...idEndpoints].map(formatEndpoint))) {
-      const owner = owners.get(endpoint);
-      if (owner !== undefined) problems.push(`endpoint ${endpoint} belongs to both "${owner}" and "${name}"`);
-      owners.set(endpoint, name);
-    }
-  }
-  return problems;
 }

@@ -1,22 +1,26 @@
 /**
- * What of a LightOS volume can change while hosts use it: its QoS policy and whether it is compressed (facts:
- * docs/reference/lightos-api.md sections 6.7, 6.8 and 15.1). One UpdateVolume under the ETag of what was read changes all or nothing.
+ * ControllerModifyVolume on LightOS: the QoS policy of a volume, and whether it is compressed, can change while hosts use it
+ * (facts: docs/reference/lightos-api.md sections 6.7, 6.8 and 15.1). One UpdateVolume under the ETag of what was read changes all or
+ * nothing.
  */
 import * as z from "zod";
-import { hasCode, StatusError } from "../../error.ts";
-import { isUuid, parseVolumeId } from "../../volume_id.ts";
-import { unknownKeys } from "../../suggestion.ts";
 import type { Volume as LightosVolume } from "../../../proto/gen/lightos_pb.ts";
+import type { RequestContext } from "../../context.ts";
+import { hasCode, StatusError } from "../../error.ts";
+import { unknownKeys } from "../../suggestion.ts";
+import { isUuid } from "../../uuid.ts";
+import { parseVolumeId } from "../../volume_id.ts";
 import type { Modification } from "../backend.ts";
-import { type ClusterPool, LightosError } from "./cluster.ts";
-import { type Change, changeVolume, readVolume } from "./volumes.ts";
+import { LightosError } from "./api_error.ts";
+import type { ClusterPool } from "./pool.ts";
+import { changeVolume, readVolume, type VolumeChange } from "./volumes.ts";
 
-/** A QoS policy by its name or its UUID, as LightOS' requests have it. */
+/** A QoS policy by its name or its UUID, in the form of LightOS' requests. */
 export type QosPolicy =
   | { readonly case: "qosPolicyName"; readonly value: string }
   | { readonly case: "qosPolicyUUID"; readonly value: string };
 
-/** StorageClass and VolumeAttributesClass parameters that name a QoS policy; only one of them may. */
+/** StorageClass and VolumeAttributesClass parameters that name a QoS policy; only one of them may be given. */
 export const qosParameters = {
   "qos-policy-name": z.string().regex(
     /^[A-Za-z0-9_.-]{1,253}$/,
@@ -27,21 +31,21 @@ export const qosParameters = {
 
 /** The policy that parsed parameters name, if any. Throws INVALID_ARGUMENT when they name two. */
 export function qosPolicyOf(
-  action: string,
+  ctx: RequestContext,
   parameters: { readonly "qos-policy-name"?: string | undefined; readonly "qos-policy-uuid"?: string | undefined },
 ): QosPolicy | undefined {
   const { "qos-policy-name": name, "qos-policy-uuid": uuid } = parameters;
   if (name !== undefined && uuid !== undefined) {
-    throw new StatusError(
+    throw ctx.error(
       "INVALID_ARGUMENT",
-      `Cannot ${action}: parameters "qos-policy-name" and "qos-policy-uuid" are both given, one is needed`,
+      'parameters "qos-policy-name" and "qos-policy-uuid" are both given, one is needed',
     );
   }
   if (name !== undefined) return { case: "qosPolicyName", value: name };
   return uuid === undefined ? undefined : { case: "qosPolicyUUID", value: uuid };
 }
 
-/** The policy of a volume in the words of `policy`, for comparison. */
+/** The policy of a volume, by name or by UUID as `policy` has it, for comparison. */
 export function qosPolicyLike(policy: QosPolicy, volume: LightosVolume): string {
   return policy.case === "qosPolicyName" ? volume.qosPolicyName : volume.qosPolicyUUID.toLowerCase();
 }
@@ -52,50 +56,60 @@ const mutableSchema = z.strictObject({
   "compression": z.enum(["enabled", "disabled"], { error: `is not "enabled" or "disabled"` }).optional(),
 });
 
-/** Changes of volumes by VolumeAttributesClass. */
+/** The modification part of the LightOS backend. */
 export function lightosModification(clusters: ClusterPool): Modification {
   return {
-    merge(action, parameters, mutable) {
-      const { policy } = parseMutable(action, mutable);
+    merge(ctx, parameters, mutable) {
+      const { policy } = parseMutable(ctx, mutable);
       const kept = { ...parameters };
       // A policy by UUID replaces one by name, and the other way round.
       if (policy !== undefined) { for (const key of Object.keys(qosParameters)) delete kept[key]; }
       return { ...kept, ...mutable };
     },
-    async modifyVolume(ctx, secrets, volumeId, mutable) {
-      const { policy, isCompressed } = parseMutable("modify the volume", mutable);
+    async modifyVolume(call, secrets, volumeId, mutable) {
+      const { policy, isCompressed } = parseMutable(call.doing("modify the volume"), mutable);
       const id = parseVolumeId(volumeId);
-      const action = `modify volume ${id.uuid}`;
+      const ctx = call.doing(`modify volume ${id.uuid}`);
       if (isCompressed && id.hostEncryption !== undefined) {
-        throw new StatusError(
-          // Only this marks the class as one that this volume cannot have (docs/reference/csi.md 2.5).
+        throw ctx.error(
+          // The only code that marks the class as one that this volume cannot have (docs/reference/csi.md).
           "INVALID_ARGUMENT",
-          `Cannot ${action}: it is encrypted on the host, and what is encrypted cannot be compressed by the cluster`,
+          "it is encrypted on the host, and what is encrypted cannot be compressed by the cluster",
         );
       }
       const cluster = clusters.open(secrets, id.endpoints, id.scheme);
       try {
-        await changeVolume(ctx, cluster, action, id, (volume) => {
-          const change: Change = {
-            ...(policy === undefined || qosPolicyLike(policy, volume) === policy.value ? {} : { qosPolicyID: policy }),
-            ...(isCompressed === undefined || (volume.compression.toLowerCase() === "true") === isCompressed
-              ? {}
-              : { compression: String(isCompressed) }),
-          };
-          return Object.keys(change).length === 0 ? undefined : change;
+        await changeVolume(ctx, cluster, id, {
+          decide: (volume) => differenceFrom(volume, policy, isCompressed),
+          confirmation: "look again",
         });
       } catch (error) {
         if (policy === undefined || !(error instanceof LightosError) || !hasCode(error, "NOT_FOUND")) throw error;
-        // Either the volume is gone, which reading it tells, or the policy is not there.
-        await readVolume(ctx, cluster, action, id);
+        // Either the volume is gone, which reading it shows, or there is no such policy.
+        await readVolume(ctx, cluster, id);
         throw new StatusError("INVALID_ARGUMENT", error.message, { cause: error });
       }
     },
   };
 }
 
+/** The change that gives a volume this policy and compression; undefined: none is needed. */
+function differenceFrom(
+  volume: LightosVolume,
+  policy: QosPolicy | undefined,
+  isCompressed: boolean | undefined,
+): VolumeChange | undefined {
+  const change: VolumeChange = {
+    ...(policy === undefined || qosPolicyLike(policy, volume) === policy.value ? {} : { qosPolicyID: policy }),
+    ...(isCompressed === undefined || (volume.compression.toLowerCase() === "true") === isCompressed
+      ? {}
+      : { compression: String(isCompressed) }),
+  };
+  return Object.keys(change).length === 0 ? undefined : change;
+}
+
 function parseMutable(
-  action: string,
+  ctx: RequestContext,
   mutable: Readonly<Record<string, string>>,
 ): { readonly policy: QosPolicy | undefined; readonly isCompressed: boolean | undefined } {
   const parsed = mutableSchema.safeParse(mutable);
@@ -105,11 +119,11 @@ function parseMutable(
         ? unknownKeys(issue.keys, Object.keys(mutableSchema.shape))
         : `"${String(issue.path[0])}" "${mutable[String(issue.path[0])] ?? ""}" ${issue.message}`
     );
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: mutable parameter ${problems.join("; ")}`);
+    throw ctx.error("INVALID_ARGUMENT", `mutable parameter ${problems.join("; ")}`);
   }
   const { compression } = parsed.data;
   return {
-    policy: qosPolicyOf(action, parsed.data),
+    policy: qosPolicyOf(ctx, parsed.data),
     isCompressed: compression === undefined ? undefined : compression === "enabled",
   };
 }

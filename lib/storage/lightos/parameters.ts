@@ -1,7 +1,7 @@
-/** What a StorageClass may say of a LightOS volume, and how large a volume can be (facts: docs/reference/lightos-api.md 3.1 and 9.3). */
+/** The StorageClass parameters of LightOS volumes, and how large a volume can be (facts: docs/reference/lightos-api.md 3.1 and 9.3). */
 import * as z from "zod";
 import { type AuthKind, authKinds } from "../../auth_key.ts";
-import { StatusError } from "../../error.ts";
+import type { RequestContext } from "../../context.ts";
 import {
   type Endpoint,
   isProjectName,
@@ -15,10 +15,11 @@ import {
 import { inBandAuthKey } from "../../namespace.ts";
 import { unknownKeys } from "../../suggestion.ts";
 import type { CapacityRange } from "../backend.ts";
+import { assertCapacityRange, roundUp } from "../capacity_range.ts";
 import { qosParameters, type QosPolicy, qosPolicyOf } from "./modification.ts";
 import { parseTrustOptions, type TrustOptions, trustSchema } from "./trust.ts";
 
-/** StorageClass parameters, checked. */
+/** StorageClass parameters, parsed. */
 export interface Parameters {
   readonly endpoints: readonly Endpoint[];
   readonly scheme: Scheme;
@@ -36,7 +37,7 @@ const onOff = (name: string) =>
     text === "enabled"
   ).describe(name);
 
-/** How connections are authenticated; none: not. */
+/** How connections are authenticated; none: not at all. */
 const inBandAuth = z.enum(["none", ...authKinds, ""], { error: `is not one of none, ${authKinds.join(", ")}` })
   .default("none").transform((kind) => kind === "none" || kind === "" ? undefined : kind);
 
@@ -61,27 +62,27 @@ export const parametersSchema = z.strictObject({
   "qos-policy-uuid": qosParameters["qos-policy-uuid"].optional(),
   "host-encryption": onOff("host-encryption"),
   [inBandAuthKey]: inBandAuth,
-  // The vendor's documents name these two and its driver never read them; classes that have them keep working.
+  // The vendor's documents name these two, although its driver never read them; classes that have them keep working.
   "encryption-secret-name": z.string().optional(),
   "encryption-secret-namespace": z.string().optional(),
   ...trustSchema,
 });
 
-/** Throws INVALID_ARGUMENT that lists each bad parameter with what is wrong. */
-export function parseParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
+/** Reads StorageClass parameters; throws INVALID_ARGUMENT that lists each bad one with what is wrong. */
+export function parseParameters(ctx: RequestContext, parameters: Readonly<Record<string, string>>): Parameters {
   const parsed = parametersSchema.safeParse(parameters);
   if (!parsed.success) {
-    // The driver takes mkfs-options out before, for the node.
+    // The driver removes mkfs-options before, for the node.
     const known = [...Object.keys(parametersSchema.shape), "mkfs-options"];
     const problems = problemsOf(parsed.error, parameters, known);
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problems.join("; ")}`);
+    throw ctx.error("INVALID_ARGUMENT", `StorageClass parameter ${problems.join("; ")}`);
   }
   const { data } = parsed;
   const isEncrypted = data["host-encryption"];
   if (isEncrypted && data.compression) {
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: StorageClass parameters "host-encryption" and "compression" are both enabled, but what is ` +
+      'StorageClass parameters "host-encryption" and "compression" are both enabled, but what is ' +
         `encrypted on the host cannot be compressed by the cluster`,
     );
   }
@@ -91,39 +92,39 @@ export function parseParameters(action: string, parameters: Readonly<Record<stri
     project: data["project-name"],
     hostEncryption: isEncrypted ? "luks2" as const : undefined,
   };
-  assertIdFits(action, place);
+  assertIdFits(ctx, place);
   return {
     ...place,
     replicaCount: data["replica-count"],
     compression: data.compression,
-    qosPolicy: qosPolicyOf(action, data),
+    qosPolicy: qosPolicyOf(ctx, data),
     inBandAuth: data[inBandAuthKey],
     trust: parseTrustOptions(data),
   };
 }
 
-/** Throws INVALID_ARGUMENT for endpoints that would make a volume ID which no other call takes: it could not be deleted. */
-function assertIdFits(action: string, place: Omit<VolumeId, "uuid">): void {
+/** Throws INVALID_ARGUMENT for endpoints that would make a volume ID too long for other calls: the volume could not be deleted. */
+function assertIdFits(ctx: RequestContext, place: Omit<VolumeId, "uuid">): void {
   const bytes = longestIdBytes(place);
   if (bytes <= longestId) return;
-  throw new StatusError(
+  throw ctx.error(
     "INVALID_ARGUMENT",
-    `Cannot ${action}: StorageClass parameter "mgmt-endpoint" has ${place.endpoints.length} endpoints, with which a volume ID has ` +
+    `StorageClass parameter "mgmt-endpoint" has ${place.endpoints.length} endpoints, with which a volume ID has ` +
       `up to ${bytes} bytes and ${longestId} are allowed; name fewer, the cluster tells the others`,
   );
 }
 
 /**
- * How connections to a volume are authenticated, by its context: that of an older volume, or one that a person wrote, may
- * say nothing. Throws INVALID_ARGUMENT.
+ * How connections to a volume are authenticated, by its context; that of an older volume, or one that a person wrote, may
+ * not say. Throws INVALID_ARGUMENT.
  */
-export function parseAuthKind(action: string, context: Readonly<Record<string, string>>): AuthKind | undefined {
+export function parseAuthKind(ctx: RequestContext, context: Readonly<Record<string, string>>): AuthKind | undefined {
   const parsed = inBandAuth.safeParse(context[inBandAuthKey]);
   if (parsed.success) return parsed.data;
   const problems = parsed.error.issues.map(({ message }) => message).join("; ");
-  throw new StatusError(
+  throw ctx.error(
     "INVALID_ARGUMENT",
-    `Cannot ${action}: volume attribute "${inBandAuthKey}" "${context[inBandAuthKey]}" ${problems}`,
+    `volume attribute "${inBandAuthKey}" "${context[inBandAuthKey]}" ${problems}`,
   );
 }
 
@@ -139,77 +140,60 @@ export function problemsOf(
     }
     const key = String(issue.path[0]);
     const value = given[key];
-    // Some problems quote the value, or the part of it that they are about.
+    // Some problems quote the value, or a part of it.
     if (value === undefined || issue.message.includes(`"${value}"`)) return `"${key}" ${issue.message}`;
     return `"${key}" "${value}"${issue.message.startsWith('"') ? ":" : ""} ${issue.message}`;
   });
 }
 
-/** GetCapacity may come without a number of replicas. */
-export function parseCapacityParameters(action: string, parameters: Readonly<Record<string, string>>): Parameters {
-  return parseParameters(action, { "replica-count": "1", ...parameters });
+/** Reads the parameters of GetCapacity, which may come without a number of replicas; throws as `parseParameters`. */
+export function parseCapacityParameters(ctx: RequestContext, parameters: Readonly<Record<string, string>>): Parameters {
+  return parseParameters(ctx, { "replica-count": "1", ...parameters });
 }
 
-const gib = 1n << 30n;
+/** The unit in which LightOS allocates volumes. */
+export const gib = 1n << 30n;
 const largestInt64 = (1n << 63n) - 1n;
 
 /** The size to ask LightOS for: whole GiB, at least one (docs/reference/lightos-api.md 9.3). Throws OUT_OF_RANGE, INVALID_ARGUMENT. */
-export function volumeSize(action: string, range: CapacityRange): bigint {
-  checkRange(action, range);
+export function volumeSize(ctx: RequestContext, range: CapacityRange): bigint {
+  assertCapacityRange(ctx, range);
   const { requiredBytes, limitBytes } = range;
-  const wanted = requiredBytes === 0n ? gib : requiredBytes;
-  const rounded = wholeGib(wanted);
+  const rounded = roundUp(requiredBytes === 0n ? gib : requiredBytes, gib);
   if (rounded > largestInt64) {
-    throw new StatusError(
+    throw ctx.error(
       "OUT_OF_RANGE",
-      `Cannot ${action}: ${requiredBytes} bytes rounded up to whole GiB are too many`,
+      `${requiredBytes} bytes rounded up to whole GiB are too many`,
     );
   }
   if (limitBytes !== 0n && rounded > limitBytes) {
-    throw new StatusError(
+    throw ctx.error(
       "OUT_OF_RANGE",
-      `Cannot ${action}: LightOS allocates whole GiB, and ${rounded} bytes are above limit_bytes ${limitBytes}`,
+      `LightOS allocates whole GiB, and ${rounded} bytes are above limit_bytes ${limitBytes}`,
     );
   }
   return rounded;
-}
-
-function wholeGib(bytes: bigint): bigint {
-  return (bytes + gib - 1n) / gib * gib;
 }
 
 /**
  * The size of a volume made from a source of `sourceBytes`: the source's, or a larger one in whole GiB. Throws OUT_OF_RANGE
  * when the source does not fit the range.
  */
-export function sizeWithSource(action: string, range: CapacityRange, sourceBytes: bigint): bigint {
+export function sizeWithSource(ctx: RequestContext, range: CapacityRange, sourceBytes: bigint): bigint {
   const { requiredBytes, limitBytes } = range;
-  if (requiredBytes > sourceBytes) return volumeSize(action, range);
-  // The source of this request has what an empty volume would have got, in whole GiB.
-  if (requiredBytes !== 0n && wholeGib(requiredBytes) < sourceBytes) {
-    throw new StatusError(
+  if (requiredBytes > sourceBytes) return volumeSize(ctx, range);
+  // A source that was requested with this size was rounded up to whole GiB, as an empty volume would be.
+  if (requiredBytes !== 0n && roundUp(requiredBytes, gib) < sourceBytes) {
+    throw ctx.error(
       "OUT_OF_RANGE",
-      `Cannot ${action}: its source has ${sourceBytes} bytes, required_bytes ${requiredBytes} are fewer`,
+      `its source has ${sourceBytes} bytes, required_bytes ${requiredBytes} are fewer`,
     );
   }
   if (limitBytes !== 0n && limitBytes < sourceBytes) {
-    throw new StatusError(
+    throw ctx.error(
       "OUT_OF_RANGE",
-      `Cannot ${action}: its source has ${sourceBytes} bytes, limit_bytes ${limitBytes} are fewer`,
+      `its source has ${sourceBytes} bytes, limit_bytes ${limitBytes} are fewer`,
     );
   }
   return sourceBytes;
-}
-
-/** Throws INVALID_ARGUMENT for a range that makes no sense. */
-export function checkRange(action: string, { requiredBytes, limitBytes }: CapacityRange): void {
-  if (requiredBytes < 0n || limitBytes < 0n) {
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);
-  }
-  if (limitBytes !== 0n && limitBytes < requiredBytes) {
-    throw new StatusError(
-      "INVALID_ARGUMENT",
-      `Cannot ${action}: limit_bytes ${limitBytes} is below required_bytes ${requiredBytes}`,
-    );
-  }
 }

@@ -1,12 +1,13 @@
 /**
  * How a cluster's management API has to prove who it is, over TLS.
  *
- * Told by the secrets of a call, else by the cluster file, else by the process' own options. A StorageClass may tell it
- * too, with the keys of the secrets. But only CreateVolume sees the class; the calls that publish, grow and delete the
- * volume have its ID and their secrets, and the driver remembers nothing. A class that says what these calls could not
- * know would make volumes that cannot be deleted, so it has to agree with what holds without it.
+ * The secrets of a call say so, else the cluster file, else the options of the process. A StorageClass may say it too, with
+ * the keys of the secrets. But only CreateVolume sees the class; the calls that publish, expand and delete the volume have
+ * its ID and their secrets, and the driver remembers nothing. A class that says what these calls cannot know would make
+ * volumes that cannot be deleted, so it has to agree with what applies without it.
  */
 import * as z from "zod";
+import type { RequestContext } from "../../context.ts";
 import { StatusError } from "../../error.ts";
 import type { Trust } from "../../grpc/tls.ts";
 
@@ -42,14 +43,14 @@ export const trustConfigSchema = {
   tlsVerify: z.boolean({ error: "is not true or false" }).optional(),
 };
 
-/** What one place says of it. */
+/** What one of these sources says. */
 export interface TrustOptions {
   readonly serverName?: string | undefined;
   readonly pins?: readonly string[] | undefined;
   readonly verify?: boolean | undefined;
 }
 
-/** The wish in values that `trustSchema` has read. */
+/** The options in values that `trustSchema` has read. */
 export function parseTrustOptions(values: {
   readonly "mgmt-server-name"?: string | undefined;
   readonly "mgmt-tls-pin"?: readonly string[] | undefined;
@@ -63,17 +64,17 @@ export function parseTrustOptions(values: {
 }
 
 /**
- * What holds: for each part the first place that says something.
+ * What applies: for each part, what the first source says that says something.
  *
- * @throws StatusError INVALID_ARGUMENT when keys are pinned and the certificate is not verified, for then they are not
- *   looked at
+ * @throws StatusError INVALID_ARGUMENT when keys are pinned and the certificate is not verified, because then the pins would
+ *   have no effect
  */
-export function resolveTrust(ca: string | undefined, ...places: readonly TrustOptions[]): Trust {
-  const first = <T>(pick: (place: TrustOptions) => T | undefined) =>
-    places.map(pick).find((value) => value !== undefined);
-  const pins = first((place) => place.pins);
-  const name = first((place) => place.serverName);
-  const verify = first((place) => place.verify) ?? true;
+export function resolveTrust(ca: string | undefined, ...sources: readonly TrustOptions[]): Trust {
+  const first = <T>(pick: (source: TrustOptions) => T | undefined) =>
+    sources.map(pick).find((value) => value !== undefined);
+  const pins = first((source) => source.pins);
+  const name = first((source) => source.serverName);
+  const verify = first((source) => source.verify) ?? true;
   if (!verify && pins !== undefined) {
     throw new StatusError(
       "INVALID_ARGUMENT",
@@ -90,25 +91,26 @@ export function resolveTrust(ca: string | undefined, ...places: readonly TrustOp
 }
 
 /**
- * Refuses a StorageClass that says something else than what holds without it.
+ * Rejects a StorageClass that says something else than what applies without it.
  *
- * @param trust what holds; undefined: clear text
+ * @param trust what applies; undefined: clear text
  * @throws StatusError INVALID_ARGUMENT that names the parameters
  */
-export function assertSameTrust(action: string, stated: TrustOptions, trust: Trust | undefined): void {
+export function assertSameTrust(ctx: RequestContext, stated: TrustOptions, trust: Trust | undefined): void {
   const parts = [
     ["mgmt-server-name", stated.serverName, trust?.serverName],
     ["mgmt-tls-pin", stated.pins?.toSorted().join(","), trust?.pins?.join(",")],
     ["mgmt-tls-verify", stated.verify, trust?.verify],
   ] as const;
-  const refuse = (problem: string) =>
-    new StatusError("INVALID_ARGUMENT", `Cannot ${action}: StorageClass parameter ${problem}`);
-  for (const [key, wanted, holds] of parts) {
-    if (wanted === undefined || wanted === holds) continue;
-    if (trust === undefined) throw refuse(`"${key}" is given, but "mgmt-scheme" is "grpc", which is clear text`);
-    throw refuse(
-      `"${key}" "${wanted}" is not what the secrets, the cluster file or the controller's options say (${
-        holds === undefined ? "nothing" : `"${holds}"`
+  const parameterError = (problem: string) => ctx.error("INVALID_ARGUMENT", `StorageClass parameter ${problem}`);
+  for (const [key, value, actual] of parts) {
+    if (value === undefined || value === actual) continue;
+    if (trust === undefined) {
+      throw parameterError(`"${key}" is given, but "mgmt-scheme" is "grpc", which is clear text`);
+    }
+    throw parameterError(
+      `"${key}" "${value}" is not what the secrets, the cluster file or the controller's options say (${
+        actual === undefined ? "nothing" : `"${actual}"`
       }); calls that publish or delete the volume do not see the StorageClass, so put "${key}" into its Secret too`,
     );
   }

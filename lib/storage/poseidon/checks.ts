@@ -1,40 +1,40 @@
 /**
- * A look at PoseidonOS through DAgent, for `lbcsi doctor` (facts: docs/reference/poseidonos-api.md 5, 6, 11). It reads and changes nothing, and
- * leaves out `GET /system`, which answers from a cache and starts 14 programs on the storage server.
+ * Checks of PoseidonOS through DAgent, for `lbcsi doctor` (facts: docs/reference/poseidonos-api.md 5, 6, 11). They change nothing, and do
+ * not use `GET /system`, which answers from a cache and starts 14 programs on the storage server.
  */
 import { type Check, reasonOf, runCheck, simulatorCheck } from "../../check.ts";
-import { type RequestContext, requestContext, timeLimit } from "../../context.ts";
-import { type Endpoint, formatEndpoint } from "../../volume_id.ts";
+import type { RequestContext } from "../../context.ts";
 import { formatAddress, parseAddress } from "../../namespace.ts";
+import { type Endpoint, formatEndpoint } from "../../volume_id.ts";
 import type { SystemReport } from "../backend.ts";
+import { withinTime } from "../polling.ts";
 import type { KnownSystems } from "./cluster_file.ts";
 import { type Dagent, Dagents } from "./dagent.ts";
-import { arrayConditionOf, hasTcpTransport, mostVolumes, readSubsystems, readVolumes } from "./inventory.ts";
+import { arrayCondition, hasTcpTransport, mostVolumes, readSubsystems, readVolumes } from "./inventory.ts";
 
-/** DAgent answers one question at a time, and five seconds late when PoseidonOS is down. */
+/** The time for one question: DAgent answers one at a time, and five seconds late when PoseidonOS is down. */
 const askMs = 10_000;
-/** An array with fewer volumes to go than this is soon full. */
+/** An array that has room for fewer volumes than this is reported as almost full. */
 const fewVolumes = 16;
 
-/** Looks at the system behind `endpoint`, or else at each one of the file; what is wrong there is in the reports. */
+/** Checks the system behind `endpoint`, or else each one of the file. Problems of a system are in its report. */
 export async function poseidonReports(
-  ctx: RequestContext,
+  call: RequestContext,
   systems: KnownSystems | undefined,
   endpoint: Endpoint | undefined,
 ): Promise<readonly SystemReport[]> {
+  const ctx = call.doing("look at the system");
   await using dagents = new Dagents();
   const known = endpoint === undefined ? undefined : systems?.owning(endpoint);
   const targets = endpoint === undefined
     ? systems?.all() ?? []
     : [known ?? { name: formatEndpoint(endpoint), endpoint, arrays: [] }];
   return await Promise.all(
-    targets.map(async ({ name, endpoint, arrays }) => await look(ctx, dagents.at(endpoint), name, arrays)),
+    targets.map(({ name, endpoint, arrays }) => reportOf(ctx, dagents.at(endpoint), name, arrays)),
   );
 }
 
-const action = "look at the system";
-
-async function look(
+async function reportOf(
   ctx: RequestContext,
   dagent: Dagent,
   name: string,
@@ -44,7 +44,7 @@ async function look(
   const started = performance.now();
   let subsystems;
   try {
-    subsystems = await within(ctx, (ctx) => readSubsystems(ctx, dagent, action));
+    subsystems = await withinTime(ctx, askMs, (ctx) => readSubsystems(ctx, dagent));
   } catch (error) {
     const check: Check = {
       name: `DAgent ${dagent.address}`,
@@ -71,13 +71,13 @@ async function look(
     await runCheck(
       "TCP transport",
       async () =>
-        await within(ctx, (ctx) => hasTcpTransport(ctx, dagent, action))
+        await withinTime(ctx, askMs, (ctx) => hasTcpTransport(ctx, dagent))
           ? { verdict: "ok", found: "there" }
           : { verdict: "problem", found: "missing", advice: "make one on PoseidonOS: nodes connect over TCP" },
     ),
   );
-  for (const array of arrays) checks.push(await runCheck(`array ${array}`, () => arrayCheck(ctx, dagent, array)));
-  // Where volumes are exported now; without any, nothing tells the address that a StorageClass will name.
+  for (const array of arrays) checks.push(await runCheck(`array ${array}`, () => checkArray(ctx, dagent, array)));
+  // Where volumes are exported now; without any, nothing shows the address that a StorageClass will name.
   const listening = subsystems.flatMap(({ listenAddresses }) => listenAddresses)
     .filter(({ transportType }) => transportType.toUpperCase() === "TCP")
     .map(({ targetAddress, transportServiceId }) =>
@@ -87,27 +87,21 @@ async function look(
   return { ...report, addresses, hasDataPath: simulator?.hasDataPath ?? true, checks };
 }
 
-async function arrayCheck(ctx: RequestContext, dagent: Dagent, name: string): Promise<Omit<Check, "name">> {
+async function checkArray(ctx: RequestContext, dagent: Dagent, name: string): Promise<Omit<Check, "name">> {
   let seen;
   try {
-    seen = await within(ctx, (ctx) => readVolumes(ctx, dagent, action, name));
+    seen = await withinTime(ctx, askMs, (ctx) => readVolumes(ctx, dagent, name));
   } catch (error) {
     return { verdict: "problem", found: reasonOf(error) };
   }
   const { array, volumes } = seen;
   const free = array.capacity > array.used ? array.capacity - array.used : 0n;
   const found = `${volumes.length} of ${mostVolumes} volumes, ${free} bytes left`;
-  const condition = arrayConditionOf(array);
+  const condition = arrayCondition(array);
   if (condition !== undefined) {
     return { verdict: condition.usable ? "warning" : "problem", found: `${condition.message}; ${found}` };
   }
   const isFull = volumes.length >= mostVolumes || free === 0n;
   if (!isFull && volumes.length <= mostVolumes - fewVolumes) return { verdict: "ok", found };
   return { verdict: "warning", found, advice: "delete volumes, or use another array" };
-}
-
-async function within<T>(ctx: RequestContext, work: (ctx: RequestContext) => Promise<T>): Promise<T> {
-  using limit = timeLimit(ctx.signal, askMs);
-  const deadline = new Date(Math.min(Date.now() + askMs, ctx.deadline.getTime()));
-  return await work(requestContext(limit.signal, deadline, ctx.log, ctx.action));
 }

@@ -1,12 +1,12 @@
 /**
- * What PoseidonOS' status codes mean to a client that repeats itself (facts: docs/reference/poseidonos-api.md sections 7 and 12). Names tell
- * more than numbers, which changed between versions: `eventName` decides where there is one.
+ * What PoseidonOS' status codes mean to a client that repeats its requests (facts: docs/reference/poseidonos-api.md sections 7 and 12).
+ * Numbers changed between versions, names did not: `eventName` decides where there is one.
  */
 import type { StatusCode } from "../../error.ts";
 
-/** What an answer other than success says of the world. */
+/** What an answer other than success says about PoseidonOS. */
 export type Meaning =
-  /** Somebody else's operation goes on; nothing was done. */
+  /** Another operation is running; nothing was done. */
   | "busy"
   | "no such volume"
   | "volume name taken"
@@ -29,7 +29,7 @@ export type Meaning =
   | "QoS switched off"
   /** Something was done, something failed. */
   | "done in part"
-  /** DAgent has lost PoseidonOS, or its patience with it; the operation may go on. */
+  /** DAgent has lost PoseidonOS, or waited too long for it; the operation may still be running. */
   | "no answer from PoseidonOS"
   | "internal failure"
   | "unknown";
@@ -99,7 +99,7 @@ const readings: Readonly<Record<Meaning, Reading>> = {
   "storage fault": {
     code: "UNAVAILABLE",
     passing: false,
-    // 1859 is among them by its event only: DAgent has the number for bad parameters too.
+    // 1859 counts by its event only: DAgent uses the number for bad parameters too.
     numbers: [1236, 1826, 1827, 1828, 1829, 1830, 1831, 1832, 1833, 1866, 1880, 1881],
     events: /ARRAY_BROKEN$|IN_BROKEN_ARRAY$/,
   },
@@ -188,7 +188,7 @@ export function meaningOf(number: number, eventName: string): Meaning {
   return (byName ?? all.find(([, { numbers }]) => numbers.includes(number)))?.[0] ?? "unknown";
 }
 
-/** Our code for it, and whether the same request may succeed in a moment. */
+/** Our code for a meaning, and whether the same request may succeed in a moment. */
 export function readingOf(meaning: Meaning): { readonly code: StatusCode; readonly passing: boolean } {
   return readings[meaning];
 }

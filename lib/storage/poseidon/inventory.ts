@@ -1,16 +1,17 @@
 /**
- * What there is on a PoseidonOS, as it shows it: arrays, volumes, subsystems (facts: docs/reference/poseidonos-api.md sections 6 and 11).
+ * Arrays, volumes and subsystems of a PoseidonOS, as it shows them (facts: docs/reference/poseidonos-api.md sections 6 and 11).
  *
- * Two things must not be believed. An empty list of volumes, or "no such volume", is also what an array answers that is
- * not mounted; and a volume's own word of where it is exported is missing from lists. So volumes are looked up in the list
- * of an array that was mounted before and after, and exports in the list of subsystems.
+ * Two answers are misleading. An array that is not mounted answers with an empty list of volumes, or "no such volume"; and
+ * lists of volumes do not say where a volume is exported. So volumes are looked up in the list of an array that was mounted
+ * before and after, and exports in the list of subsystems.
  */
 import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
-import { StatusError } from "../../error.ts";
-import { isPoseidonVolumeName, isUuid } from "../../volume_id.ts";
-import { type Dagent, means } from "./dagent.ts";
+import { isUuid } from "../../uuid.ts";
+import { isPoseidonVolumeName } from "../../volume_id.ts";
 import type { AbnormalCondition } from "../backend.ts";
+import type { Dagent } from "./dagent.ts";
+import { means } from "./dagent_error.ts";
 
 /** A number of up to 64 bits: a decimal text, a JSON number in older versions, absent when it is 0. */
 const wide = z.union([z.string().regex(/^\d{1,20}$/), z.int().min(0)]).default(0).transform(BigInt);
@@ -26,7 +27,7 @@ export type PoseidonArray = z.infer<typeof arraySchema> & { readonly name: strin
 
 const volumeSchema = z.object({
   name: z.string(),
-  /** POS 0.10 tells none. */
+  /** POS 0.10 shows none. */
   uuid: z.string().default("").transform((uuid) => uuid.toLowerCase()),
   index: z.number().default(0),
   total: wide,
@@ -56,32 +57,33 @@ const subsystemsSchema = z.object({
     })).default([]),
   })).default([]),
 }).default({ subsystemlist: [] });
-/** A subsystem with what it shows to hosts, and where. */
+/** A subsystem with its namespaces and the addresses where it listens. */
 export type PoseidonSubsystem = z.infer<typeof subsystemsSchema>["subsystemlist"][number];
+/** A namespace of a subsystem. */
 export type PoseidonNamespace = PoseidonSubsystem["namespaces"][number];
 
 const transportsSchema = z.object({
   transportlist: z.array(z.object({ type: z.string().default("") })).default([]),
 }).default({ transportlist: [] });
 
-/** The most volumes that an array has (docs/reference/poseidonos-api.md 11.1). */
+/** The most volumes that an array can have (docs/reference/poseidonos-api.md 11.1). */
 export const mostVolumes = 256;
+/** The unit in which PoseidonOS allocates volumes. */
 export const mib = 1n << 20n;
 
 /** The array, whatever its state. Throws FAILED_PRECONDITION when there is none of that name. */
 export async function readArray(
   ctx: RequestContext,
   dagent: Dagent,
-  action: string,
   name: string,
 ): Promise<PoseidonArray> {
   try {
-    return { name, ...await dagent.read(ctx, action, `/array/${encodeURIComponent(name)}`, arraySchema) };
+    return { name, ...await dagent.read(ctx, `/array/${encodeURIComponent(name)}`, arraySchema) };
   } catch (error) {
     if (!means(error, "no such array")) throw error;
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: PoseidonOS at ${dagent.address} has no array "${name}"`,
+      `PoseidonOS at ${dagent.address} has no array "${name}"`,
       { cause: error },
     );
   }
@@ -92,77 +94,81 @@ function isMounted({ state }: PoseidonArray): boolean {
   return state === "NORMAL" || state === "BUSY";
 }
 
-/** Throws UNAVAILABLE unless the array is mounted: nothing that it says of volumes is true otherwise. */
-export function requireMounted(dagent: Dagent, action: string, array: PoseidonArray): void {
+/** Throws UNAVAILABLE unless the array is mounted: otherwise nothing that it says about volumes is reliable. */
+export function assertMounted(ctx: RequestContext, dagent: Dagent, array: PoseidonArray): void {
   if (isMounted(array)) return;
-  throw new StatusError(
+  throw ctx.error(
     "UNAVAILABLE",
-    `Cannot ${action}: array "${array.name}" of PoseidonOS at ${dagent.address} is not mounted (${
+    `array "${array.name}" of PoseidonOS at ${dagent.address} is not mounted (${
       array.state === "" ? "no state" : array.state
     }${array.situation === "" ? "" : `, ${array.situation}`}), it has to be mounted first`,
   );
 }
 
-/** The volumes of an array that is mounted, before the answer and after it. Throws UNAVAILABLE otherwise. */
+/**
+ * The volumes of an array that is mounted before the answer and after it. Throws UNAVAILABLE otherwise, FAILED_PRECONDITION for
+ * an absent array or a version that shows no UUIDs, INTERNAL for an answer that is not understood.
+ */
 export async function readVolumes(
   ctx: RequestContext,
   dagent: Dagent,
-  action: string,
   arrayName: string,
 ): Promise<{ readonly array: PoseidonArray; readonly volumes: readonly PoseidonVolume[] }> {
-  requireMounted(dagent, action, await readArray(ctx, dagent, action, arrayName));
-  const { volumes } = await dagent.read(ctx, action, `/volumelist/${encodeURIComponent(arrayName)}`, volumesSchema);
-  const array = await readArray(ctx, dagent, action, arrayName);
-  requireMounted(dagent, action, array);
+  assertMounted(ctx, dagent, await readArray(ctx, dagent, arrayName));
+  const { volumes } = await dagent.read(ctx, `/volumelist/${encodeURIComponent(arrayName)}`, volumesSchema);
+  const array = await readArray(ctx, dagent, arrayName);
+  assertMounted(ctx, dagent, array);
   const nameless = volumes.find(({ uuid }) => uuid === "");
   if (nameless !== undefined) {
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action}: PoseidonOS ${dagent.version} at ${dagent.address} tells no UUID of volume "${nameless.name}", ` +
+      `PoseidonOS ${dagent.version} at ${dagent.address} tells no UUID of volume "${nameless.name}", ` +
         `version 0.11 or later is needed`,
     );
   }
-  assertVolumesReadable(dagent, action, arrayName, volumes);
+  assertVolumesReadable(ctx, dagent, arrayName, volumes);
   return { array, volumes };
 }
 
-/** Throws INTERNAL for volumes that cannot be told apart, or whose names and UUIDs would not be those of an ID. */
+/** Throws INTERNAL for volumes that share a UUID, or whose names or UUIDs a volume ID cannot have. */
 function assertVolumesReadable(
+  ctx: RequestContext,
   dagent: Dagent,
-  action: string,
   arrayName: string,
   volumes: readonly PoseidonVolume[],
 ): void {
-  const refuse = (problem: string) =>
-    new StatusError(
+  const listError = (problem: string) =>
+    ctx.error(
       "INTERNAL",
-      `Cannot ${action}: PoseidonOS at ${dagent.address} lists on array "${arrayName}" ${problem}`,
+      `PoseidonOS at ${dagent.address} lists on array "${arrayName}" ${problem}`,
     );
   const seen = new Map<string, string>();
   for (const { name, uuid } of volumes) {
-    if (!isPoseidonVolumeName(name)) throw refuse(`volume ${JSON.stringify(name)}, which is not the name of a volume`);
-    if (!isUuid(uuid)) throw refuse(`volume "${name}" with ${JSON.stringify(uuid)}, which is not a UUID`);
+    if (!isPoseidonVolumeName(name)) {
+      throw listError(`volume ${JSON.stringify(name)}, which is not the name of a volume`);
+    }
+    if (!isUuid(uuid)) throw listError(`volume "${name}" with ${JSON.stringify(uuid)}, which is not a UUID`);
     const other = seen.get(uuid);
-    if (other !== undefined) throw refuse(`volumes "${other}" and "${name}" with the same UUID ${uuid}`);
+    if (other !== undefined) throw listError(`volumes "${other}" and "${name}" with the same UUID ${uuid}`);
     seen.set(uuid, name);
   }
 }
 
+/** All subsystems. */
 export async function readSubsystems(
   ctx: RequestContext,
   dagent: Dagent,
-  action: string,
 ): Promise<readonly PoseidonSubsystem[]> {
-  return (await dagent.read(ctx, action, "/subsystem", subsystemsSchema)).subsystemlist;
+  return (await dagent.read(ctx, "/subsystem", subsystemsSchema)).subsystemlist;
 }
 
-/** Whether the target speaks NVMe over TCP. */
-export async function hasTcpTransport(ctx: RequestContext, dagent: Dagent, action: string): Promise<boolean> {
-  const { transportlist } = await dagent.read(ctx, action, "/transports", transportsSchema);
+/** Whether PoseidonOS has a transport for NVMe over TCP. */
+export async function hasTcpTransport(ctx: RequestContext, dagent: Dagent): Promise<boolean> {
+  const { transportlist } = await dagent.read(ctx, "/transports", transportsSchema);
   return transportlist.some(({ type }) => type.toUpperCase() === "TCP");
 }
 
-/** The namespace of a volume in a subsystem. A version that tells no UUIDs there tells the block device it is made of. */
+/** The namespace of a volume in a subsystem. A version that shows no UUIDs there shows the block device behind it. */
 export function namespaceOf(
   subsystem: PoseidonSubsystem,
   { uuid, index }: Pick<PoseidonVolume, "uuid" | "index">,
@@ -175,22 +181,22 @@ export function namespaceOf(
   );
 }
 
-/** What is wrong with the volumes of an array; undefined when they are well (states: docs/reference/poseidonos-api.md 6.3). */
-export function arrayConditionOf({ name, state, situation }: PoseidonArray): AbnormalCondition | undefined {
-  const told = `PoseidonOS: array "${name}" ${state}, ${situation}`;
+/** What is wrong with the volumes of an array; undefined: nothing (states: docs/reference/poseidonos-api.md 6.3). */
+export function arrayCondition({ name, state, situation }: PoseidonArray): AbnormalCondition | undefined {
+  const words = `PoseidonOS: array "${name}" ${state}, ${situation}`;
   switch (situation) {
     case "DEGRADED":
       return {
         usable: true,
         reason: "ArrayDegraded",
-        message: `a device is missing: reads and writes go on (${told})`,
+        message: `a device is missing: reads and writes go on (${words})`,
       };
     case "REBUILDING":
-      return { usable: true, reason: "ArrayRebuilding", message: `the array is being rebuilt (${told})` };
+      return { usable: true, reason: "ArrayRebuilding", message: `the array is being rebuilt (${words})` };
     case "FAULT":
-      return { usable: false, reason: "ArrayFault", message: `too many devices are missing (${told})` };
+      return { usable: false, reason: "ArrayFault", message: `too many devices are missing (${words})` };
     default:
       if (state === "NORMAL" || state === "BUSY") return undefined;
-      return { usable: false, reason: "ArrayNotMounted", message: `the array is not mounted (${told})` };
+      return { usable: false, reason: "ArrayNotMounted", message: `the array is not mounted (${words})` };
   }
 }

@@ -1,16 +1,18 @@
 /**
- * What a StorageClass for PoseidonOS may say (docs/reference/poseidonos-api.md section 2): the parameters of the vendor's driver under its
- * names, so that its users can move over, and limits of speed under PoseidonOS' own names and in its own units.
+ * The StorageClass parameters of PoseidonOS (docs/reference/poseidonos-api.md section 2): those of the vendor's driver, under its names, so
+ * that its users can move to this driver, and limits of speed under PoseidonOS' own names and in its own units.
  */
 import * as z from "zod";
+import type { RequestContext } from "../../context.ts";
 import { StatusError } from "../../error.ts";
-import { type Endpoint, isArrayName, parseEndpoints } from "../../volume_id.ts";
 import { inBandAuthKey, parseAddress, type TransportAddress } from "../../namespace.ts";
 import { unknownKeys } from "../../suggestion.ts";
+import { type Endpoint, isArrayName, parseEndpoints } from "../../volume_id.ts";
 import type { CapacityRange } from "../backend.ts";
+import { assertCapacityRange, roundUp } from "../capacity_range.ts";
 import { mib, type PoseidonVolume } from "./inventory.ts";
 
-type Texts = Readonly<Record<string, string>>;
+type TextMap = Readonly<Record<string, string>>;
 
 const port = z.string().regex(/^[1-9]\d{0,4}$/, "is not a port from 1 to 65535")
   .refine((text) => Number(text) <= 65535, "is not a port from 1 to 65535");
@@ -60,13 +62,13 @@ const parametersSchema = z.strictObject({
   ...placeKeys,
   ...exportKeys,
   ...qosKeys,
-  // For the provisioner, which makes a capability of it; it leaves it among the parameters.
+  // For the provisioner, which turns it into a capability and does not remove it from the parameters.
   "fsType": z.enum(["ext4", "xfs", "btrfs"], { error: "is not ext4, xfs or btrfs" }).optional(),
 });
 const mutableSchema = z.strictObject(qosKeys);
 const contextSchema = z.object({
   ...exportKeys,
-  // Written by a person who expects something of it.
+  // A person who has written it expects authentication.
   [inBandAuthKey]: z.literal("none", { error: "cannot be had, PoseidonOS has no in-band authentication" }).optional(),
 });
 
@@ -78,30 +80,26 @@ export interface Qos {
   readonly maxbw: bigint | undefined;
 }
 
+/** StorageClass parameters, parsed. */
 export interface PoseidonParameters extends Qos {
   readonly endpoint: Endpoint;
   readonly array: string;
-  /** What the volume needs to be exported, for its context. */
-  readonly context: Texts;
+  /** The context of the volume: what its export needs. */
+  readonly context: TextMap;
 }
 
 /** Reads StorageClass parameters; throws INVALID_ARGUMENT that names each bad one. */
-export function parseParameters(action: string, parameters: Texts): PoseidonParameters {
-  const data = parse(
-    action,
-    "StorageClass parameter",
-    parametersSchema,
-    // The driver takes mkfs-options out before, for the node.
-    [...Object.keys(parametersSchema.shape), "mkfs-options"],
-    parameters,
-  );
+export function parseParameters(ctx: RequestContext, parameters: TextMap): PoseidonParameters {
+  // The driver removes mkfs-options before, for the node.
+  const known = [...Object.keys(parametersSchema.shape), "mkfs-options"];
+  const data = parse(ctx, { what: "StorageClass parameter", schema: parametersSchema, known }, parameters);
   const host = data.provisionerIP;
   const endpoints = parseEndpoints(`${host.includes(":") ? `[${host}]` : host}:${data.provisionerPort}`);
   const endpoint = typeof endpoints === "string" ? undefined : endpoints[0];
   if (endpoint === undefined || host.includes(",")) {
-    throw new StatusError(
+    throw ctx.error(
       "INVALID_ARGUMENT",
-      `Cannot ${action}: StorageClass parameter "provisionerIP" "${host}" is not an address`,
+      `StorageClass parameter "provisionerIP" "${host}" is not an address`,
     );
   }
   return {
@@ -117,27 +115,25 @@ export function parseParameters(action: string, parameters: Texts): PoseidonPara
   };
 }
 
-/** GetCapacity needs no more than where the array is. */
-export function parseCapacityParameters(action: string, parameters: Texts): PoseidonParameters {
-  return parseParameters(action, { targetAddress: "0.0.0.0", ...parameters });
+/** Reads the parameters of GetCapacity, which needs to know only the array; throws INVALID_ARGUMENT. */
+export function parseCapacityParameters(ctx: RequestContext, parameters: TextMap): PoseidonParameters {
+  return parseParameters(ctx, { targetAddress: "0.0.0.0", ...parameters });
 }
 
 /** Reads the parameters of a VolumeAttributesClass; throws INVALID_ARGUMENT. */
-export function parseMutable(action: string, mutable: Texts): Qos {
+export function parseMutable(ctx: RequestContext, mutable: TextMap): Qos {
   const { maxiops, maxbw } = parse(
-    action,
-    "mutable parameter",
-    mutableSchema,
-    Object.keys(mutableSchema.shape),
+    ctx,
+    { what: "mutable parameter", schema: mutableSchema, known: Object.keys(mutableSchema.shape) },
     mutable,
   );
   return { maxiops, maxbw };
 }
 
-/** Where a volume is to be exported, by its context; throws FAILED_PRECONDITION when that does not say. */
-export function parseContext(action: string, context: Texts): readonly TransportAddress[] {
+/** Where a volume is to be exported, by its context; throws FAILED_PRECONDITION when the context does not say. */
+export function parseContext(ctx: RequestContext, context: TextMap): readonly TransportAddress[] {
   try {
-    const data = parse(action, "volume attribute", contextSchema, [], context);
+    const data = parse(ctx, { what: "volume attribute", schema: contextSchema, known: [] }, context);
     return data.targetAddress.map((traddr) => ({ traddr, trsvcid: data.transportServiceId }));
   } catch (error) {
     if (!(error instanceof StatusError)) throw error;
@@ -149,7 +145,14 @@ export function parseContext(action: string, context: Texts): readonly Transport
   }
 }
 
-function parse<T>(action: string, what: string, schema: z.ZodType<T>, known: readonly string[], given: Texts): T {
+/** What is parsed: what errors call one entry, its schema, and the keys to suggest. */
+interface ParsedKind<T> {
+  readonly what: string;
+  readonly schema: z.ZodType<T>;
+  readonly known: readonly string[];
+}
+
+function parse<T>(ctx: RequestContext, { what, schema, known }: ParsedKind<T>, given: TextMap): T {
   const parsed = schema.safeParse(given);
   if (parsed.success) return parsed.data;
   const problems = parsed.error.issues.map((issue) => {
@@ -161,41 +164,33 @@ function parse<T>(action: string, what: string, schema: z.ZodType<T>, known: rea
     const value = given[key];
     return `"${key}"${value === undefined ? "" : ` "${value}"`} ${issue.message}`;
   });
-  throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: ${what} ${problems.join("; ")}`);
+  throw ctx.error("INVALID_ARGUMENT", `${what} ${problems.join("; ")}`);
 }
 
-/** The size of a new volume: whole MiB, at least one (docs/reference/poseidonos-api.md 11.1). */
-export function volumeSize(action: string, { requiredBytes, limitBytes }: CapacityRange): bigint {
-  if (requiredBytes < 0n || limitBytes < 0n) {
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: capacity_range has a negative number of bytes`);
-  }
-  if (limitBytes !== 0n && limitBytes < requiredBytes) {
-    throw new StatusError(
-      "INVALID_ARGUMENT",
-      `Cannot ${action}: limit_bytes ${limitBytes} is below required_bytes ${requiredBytes}`,
-    );
-  }
-  const wanted = requiredBytes === 0n ? mib : requiredBytes;
-  const rounded = (wanted + mib - 1n) / mib * mib;
+/** The size of a new volume: whole MiB, at least one (docs/reference/poseidonos-api.md 11.1). Throws OUT_OF_RANGE, INVALID_ARGUMENT. */
+export function volumeSize(ctx: RequestContext, range: CapacityRange): bigint {
+  assertCapacityRange(ctx, range);
+  const { requiredBytes, limitBytes } = range;
+  const rounded = roundUp(requiredBytes === 0n ? mib : requiredBytes, mib);
   if (rounded > BigInt(Number.MAX_SAFE_INTEGER)) {
-    throw new StatusError(
+    throw ctx.error(
       "OUT_OF_RANGE",
-      `Cannot ${action}: ${requiredBytes} bytes are more than PoseidonOS can be told`,
+      `${requiredBytes} bytes are more than PoseidonOS can be told`,
     );
   }
   if (limitBytes !== 0n && rounded > limitBytes) {
-    throw new StatusError(
+    throw ctx.error(
       "OUT_OF_RANGE",
-      `Cannot ${action}: PoseidonOS allocates whole MiB, and ${rounded} bytes are above limit_bytes ${limitBytes}`,
+      `PoseidonOS allocates whole MiB, and ${rounded} bytes are above limit_bytes ${limitBytes}`,
     );
   }
   return rounded;
 }
 
-/** How the limits of a volume differ from those wanted; limits that are not given do not differ. */
-export function qosDifferences(wanted: Qos, volume: PoseidonVolume): readonly string[] {
+/** How the limits of a volume differ from those requested; limits that are not given do not differ. */
+export function qosDifferences(limits: Qos, volume: PoseidonVolume): readonly string[] {
   return (["maxiops", "maxbw"] as const).flatMap((key) => {
-    const asked = wanted[key];
+    const asked = limits[key];
     return asked === undefined || asked === volume[key] ? [] : [`${key} is ${volume[key]}, asked is ${asked}`];
   });
 }

@@ -692,7 +692,8 @@ async function cluster(inBandAuth: string | undefined, enabled = true) {
         shared: false,
         volumeContext: given.context ?? {},
       }),
-    keysOf: (kind: AuthKind, by = backend) => by.authentication.keysOf(callContext(), none, volume.id, us, kind),
+    keysOf: (kind: AuthKind, by = backend) =>
+      by.authentication.keysOf(callContext(), none, volume.id, { hostNqn: us, kind }),
     async [Symbol.asyncDispose]() {
       await backend[Symbol.asyncDispose]();
       await simulator[Symbol.asyncDispose]();

@@ -4,7 +4,7 @@ import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import type { Host } from "../../../lib/host/host.ts";
 import { createLinuxHost } from "../../../lib/host/linux_host.ts";
-import { nameUuid } from "../../../lib/host/name_uuid.ts";
+import { nameUuid } from "../../../lib/uuid.ts";
 import { connectController } from "../../../lib/host/nvme/connect.ts";
 import { addressOf, controllersOf } from "../../../lib/host/nvme/controllers.ts";
 import { devicesOf, findDevice } from "../../../lib/host/nvme/devices.ts";

@@ -45,17 +45,13 @@ Deno.test("doctor checks each cluster of the cluster file, with the settings of 
   const reports = await lightosReports(
     callContext(),
     { ...lightosOptions, clusters },
-    undefined,
-    new Secrets({}),
-    ownHostNqn,
+    { target: undefined, secrets: new Secrets({}), hostNqn: ownHostNqn },
   );
   const former = { endpoints: endpointsOf(["192.0.2.9:443"]), scheme: "grpcs" as const };
   const [byFormer] = await lightosReports(
     callContext(),
     { ...lightosOptions, clusters },
-    former,
-    new Secrets({}),
-    ownHostNqn,
+    { target: former, secrets: new Secrets({}), hostNqn: ownHostNqn },
   );
 
   deepStrictEqual(reports.map(({ name }) => name), ["cluster rack1", "cluster rack2"]);

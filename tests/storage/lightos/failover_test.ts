@@ -193,7 +193,7 @@ for (const code of ["UNAVAILABLE", "INTERNAL"] as const) {
 
       const grant = { hostNqn: host, shared: false, volumeContext: kind };
       await backend.grantAccess(within(10_000), none, id, grant);
-      await backend.authentication?.keysOf(within(10_000), none, id, host, "unidirectional");
+      await backend.authentication?.keysOf(within(10_000), none, id, { hostNqn: host, kind: "unidirectional" });
       const snapshot = await snapshots.createSnapshot(within(10_000), none, { name: "s", sourceVolumeId: id });
       const restored = await create("pvc-2", { source: { type: "snapshot", id: snapshot.id } });
       const clone = await create("pvc-3", { source: { type: "volume", id } });

@@ -1,0 +1,46 @@
+/** How backends wait for a state that is about to change: delays between looks, and what ends the wait. */
+import { type RequestContext, requestContext, sleep, timeLimit } from "../context.ts";
+import { type StatusCode, StatusError } from "../error.ts";
+
+/** Delays between looks at a state that is about to change: 100 ms, growing to 2 s. */
+export function* growingDelays(): Generator<number, never> {
+  for (let ms = 100;; ms = Math.min(ms * 1.5, 2000)) yield ms;
+}
+
+/**
+ * Waits for the next of `delays`; when the call ends first, throws what `lateError` makes of the reason.
+ *
+ * @param lateError says what was seen last: the caller's error is the only place where a person reads it
+ */
+export async function pause(
+  ctx: RequestContext,
+  delays: Iterator<number, never>,
+  lateError: (reason: unknown) => StatusError,
+): Promise<void> {
+  try {
+    await sleep(delays.next().value, ctx.signal);
+  } catch (reason) {
+    throw lateError(reason);
+  }
+}
+
+/** The same call; its errors begin with `Cannot <action> in time`. */
+export function inTime(ctx: RequestContext): RequestContext {
+  return ctx.doing(`${ctx.action} in time`);
+}
+
+/** The code for a call that `signal` has ended. */
+export function abortCode(signal: AbortSignal): StatusCode {
+  return signal.reason instanceof StatusError ? signal.reason.code : "DEADLINE_EXCEEDED";
+}
+
+/** What `work` resolves with; its context ends after `ms`, or with `ctx` when that comes first. */
+export async function withinTime<T>(
+  ctx: RequestContext,
+  ms: number,
+  work: (ctx: RequestContext) => Promise<T>,
+): Promise<T> {
+  using limit = timeLimit(ctx.signal, ms);
+  const deadline = new Date(Math.min(Date.now() + ms, ctx.deadline.getTime()));
+  return await work(requestContext(limit.signal, deadline, ctx.log, ctx.action));
+}
