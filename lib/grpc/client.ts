@@ -1,4 +1,4 @@
-/** Typed gRPC calls over protobuf-es messages: `Channel` is a connection to one address, `CallError` how a call fails. */
+/** A gRPC client for protobuf-es messages: `Channel` is a connection to one address, `CallError` says how a call failed. */
 import "./goaway.ts";
 import {
   create,
@@ -16,17 +16,18 @@ import { wasCalmedSince } from "./goaway.ts";
 import { methodDefinition } from "./method.ts";
 import { credentials, tlsNameOptions, type Trust } from "./tls.ts";
 
-/** A call that came back with an error. */
+/** The error of a call. */
 export class CallError extends Error {
   override readonly name = "CallError";
   /** gRPC's name of the code, `UNKNOWN` and `DATA_LOSS` included. */
   readonly code: StatusCode | "UNKNOWN" | "DATA_LOSS";
   /**
-   * Who says so. `server`: the server, in the status of its answer. All others are our side, with code UNAVAILABLE, or
-   * DEADLINE_EXCEEDED after the deadline of the call; whether the server has done it is unknown, but for the first:
+   * Where it comes from. `server`: the server, in the status of its answer. All others come from this side, with code
+   * UNAVAILABLE, or DEADLINE_EXCEEDED after the deadline of the call:
    * - `not connected`: the request was not sent.
-   * - `too large`: an answer came that is larger than we take.
-   * - `no answer`: the connection was lost, or what came is not a gRPC answer (the error page of a proxy, for example).
+   * - `too large`: an answer came that is larger than this side accepts. Whether the server has done its work is unknown.
+   * - `no answer`: the connection was lost, or what came is not a gRPC answer (the error page of a proxy, for example). Whether
+   *   the server has done its work is unknown.
    */
   readonly origin: "server" | "not connected" | "too large" | "no answer";
 
@@ -37,24 +38,27 @@ export class CallError extends Error {
   }
 }
 
+/** Where a channel connects to, and how. */
 export interface ChannelOptions {
   /** `host:port`, or `unix:///path`. */
   readonly address: string;
+  /** Absent: clear text. */
   readonly tls?: Trust;
   readonly userAgent?: string;
 }
 
+/** How a call is made. */
 export interface CallOptions {
   readonly signal: AbortSignal;
   readonly deadline?: Date;
   readonly headers?: Readonly<Record<string, string>>;
-  /** How long to wait for a connection before the call fails as not sent; 3 s unless told otherwise. */
+  /** How long to wait for a connection before the call fails as not sent; default: 3 s. */
   readonly connectTimeoutMs?: number;
 }
 
 /**
- * The longest message that is taken as an answer: what it becomes as objects has to fit several times into the heap of 64 MiB
- * that the shipped executable has.
+ * The longest message that is accepted as an answer: the objects that are made of it have to fit several times into the heap
+ * of 64 MiB that the shipped executable has.
  */
 const longestAnswerBytes = 8 << 20;
 
@@ -69,11 +73,11 @@ export class Channel implements Disposable {
       "grpc.primary_user_agent": options.userAgent ?? "lbcsi",
       // Without it, grpc-js asks DNS for a TXT record of each host name.
       "grpc.service_config_disable_resolution": 1,
-      // A storage cluster is reached directly; a proxy meant for the web would answer in its place.
+      // Connections to a storage cluster are direct; a proxy meant for the web would answer in its place.
       "grpc.enable_http_proxy": 0,
-      // Two channels to one server must be two connections: dropping one is how fail-over is done.
+      // Two channels to one server must be two connections: fail-over closes one of them.
       "grpc.use_local_subchannel_pool": 1,
-      // A local server cannot vanish without a word, and one that is slow to answer must not lose the calls it works on.
+      // A local server cannot vanish unnoticed, and one that is slow to answer must not lose the calls that it works on.
       ...(options.address.startsWith("unix:")
         ? {}
         : { "grpc.keepalive_time_ms": 10_000, "grpc.keepalive_timeout_ms": 10_000 }),
@@ -84,7 +88,7 @@ export class Channel implements Disposable {
     });
   }
 
-  /** Whether the connection stands. Does not begin to make one. */
+  /** Whether there is a connection now. Does not begin to make one. */
   get isConnected(): boolean {
     return this.#client.getChannel().getConnectivityState(false) === grpc.connectivityState.READY;
   }
@@ -92,7 +96,7 @@ export class Channel implements Disposable {
   /**
    * Calls a unary method.
    *
-   * @throws CallError with the server's code and words, or with an `origin` that tells that no answer of the server came;
+   * @throws CallError with the server's code and words, or with an `origin` that says why no answer of the server came;
    *   `signal.reason` when the signal aborts first
    */
   async call<I extends DescMessage, O extends DescMessage>(
@@ -166,7 +170,7 @@ export class Channel implements Disposable {
     }
   }
 
-  /** Waits until the connection stands. Says nothing when it fails at once: the call itself then tells the reason. */
+  /** Waits for the connection. Does not throw when it fails at once: the call itself then fails with the reason. */
   async #connected(options: CallOptions): Promise<void> {
     const channel = this.#client.getChannel();
     const leftMs = options.deadline === undefined ? Infinity : Math.max(0, options.deadline.getTime() - Date.now());
@@ -203,17 +207,17 @@ function metadata(options: CallOptions): grpc.Metadata {
   return metadata;
 }
 
-/** So grpc-js words a stream that was ended with ENHANCE_YOUR_CALM. */
+/** The text of grpc-js for a stream that was ended with ENHANCE_YOUR_CALM. */
 const calmedDetails = "Bandwidth exhausted or memory limit exceeded";
 
-/** What grpc-js leaves out of the metadata that it makes of a server's headers or trailers. */
+/** The parts of a server's headers or trailers that grpc-js leaves out of its metadata. */
 interface SentStatus {
   readonly http: number | undefined;
-  /** The one of gRPC. */
+  /** The status of gRPC. */
   readonly grpc: number | undefined;
 }
 
-/** The codes that grpc-js makes up by itself (for HTTP errors, lost connections, unreadable answers) look like sent ones. */
+/** Needed because the codes that grpc-js makes up (for HTTP errors, lost connections, unreadable answers) look like sent ones. */
 const sentStatus = new WeakMap<grpc.Metadata, SentStatus>();
 
 const readHeaders = grpc.Metadata.fromHttp2Headers;
@@ -225,18 +229,20 @@ grpc.Metadata.fromHttp2Headers = (headers) => {
 };
 
 /**
- * @param headers what the answer began with; undefined: nothing came
+ * The CallError for an error of grpc-js.
+ *
+ * @param headers of the answer; undefined: nothing came
  * @param isCalmed the server has ended a connection with ENHANCE_YOUR_CALM since the call began
  */
 function callError(error: grpc.ServiceError, headers: grpc.Metadata | undefined, isCalmed: boolean): CallError {
   const code = (grpc.status[error.code] ?? "UNKNOWN") as CallError["code"];
-  // Of an answer that it cannot decompress, grpc-js says nothing.
+  // For an answer that it cannot decompress, grpc-js gives no details.
   const details = error.details || (error.code === undefined ? "an answer that cannot be read" : error.message);
   const sent = error.metadata === undefined ? undefined : sentStatus.get(error.metadata);
   if (sent?.grpc !== undefined && sent.grpc === error.code) return new CallError(code, details, "server");
   const ourCode = code === "DEADLINE_EXCEEDED" ? code : "UNAVAILABLE";
   if (/^(No connection established|Name resolution failed)/.test(details)) {
-    // Of its long words for a failed connection, only what the system said is of use to a reader.
+    // Of its long text for a failed connection, only the words of the system are of use to a reader.
     const reason = /Last error: (?:Error: )?(.+?)\. Resolution note/s.exec(details)?.[1] ?? details;
     return new CallError(ourCode, wordsOfFailedConnection(reason), "not connected");
   }
@@ -252,9 +258,9 @@ function callError(error: grpc.ServiceError, headers: grpc.Metadata | undefined,
   return new CallError(ourCode, words, "no answer");
 }
 
-/** @param reason what Deno's TLS and HTTP/2, and grpc-js, say of a connection that did not come about */
+/** Plain words for `reason`, the words of Deno's TLS and HTTP/2, and of grpc-js, for a failed connection. */
 function wordsOfFailedConnection(reason: string): string {
-  // grpc-js adds the time to some of them: each message would be another event in Kubernetes.
+  // grpc-js adds the time to some of them, and each text would be another event in Kubernetes.
   const plain = reason.replace(/ \(\d{4}-\d\d-\d\dT[\d:.]+Z\)/g, "").replace(/^Error \[\w+\]: /, "");
   if (plain === "Failed to connect") return "the connection was closed before HTTP/2 began";
   if (plain === "Protocol error") return "what answers does not speak HTTP/2";
@@ -263,7 +269,11 @@ function wordsOfFailedConnection(reason: string): string {
   return plain;
 }
 
-/** @param contentType undefined: that of gRPC, or nothing came */
+/**
+ * Words for an answer that is not a gRPC answer.
+ *
+ * @param contentType undefined: that of gRPC, or nothing came
+ */
 function wordsWithoutAnswer(details: string, httpStatus: number, contentType: string | undefined): string {
   if (httpStatus !== 200) {
     return `HTTP status ${httpStatus} instead of a gRPC answer, as a proxy or load balancer in between sends it`;

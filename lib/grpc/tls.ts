@@ -1,4 +1,4 @@
-/** How a server that we call proves who it is: certificate authorities, pinned keys, names, and dates. */
+/** How a server that this side calls proves who it is: certificate authorities, pinned keys, names, and dates. */
 import "./goaway.ts";
 import { createHash, X509Certificate } from "node:crypto";
 import net from "node:net";
@@ -12,18 +12,19 @@ import { unreadableCertificates } from "./peer_certificate.ts";
 /** How a server has to prove who it is. */
 export interface Trust {
   /**
-   * PEM certificates to trust instead of the built-in ones, as `readPem` answers them. A server that shows one of them is
+   * PEM certificates to trust instead of the built-in ones, as `readPem` returns them. A server that shows one of them is
    * trusted, no matter which CA has signed it.
    */
   readonly ca?: string;
   /** False accepts any certificate. */
   readonly verify: boolean;
-  /** The name that the certificate must be for; the host of the address unless told otherwise. */
+  /** The name that the certificate must be for; default: the host of the address. */
   readonly serverName?: string;
-  /** `publicKeyPin`s, one of which the server's key must have besides. Not looked at when `verify` is false. */
+  /** `publicKeyPin`s, one of which the server's key must have in addition. Ignored when `verify` is false. */
   readonly pins?: readonly string[];
 }
 
+/** The credentials of a channel: clear text, or TLS that checks the server as `Trust` says. */
 export function credentials({ address, tls: trust }: ChannelOptions): grpc.ChannelCredentials {
   if (trust === undefined) return grpc.credentials.createInsecure();
   const ca = trust.ca === undefined ? null : Buffer.from(trust.ca);
@@ -31,7 +32,7 @@ export function credentials({ address, tls: trust }: ChannelOptions): grpc.Chann
     try {
       return tls.checkServerIdentity(nameOf(address, trust), certificate) ?? pinProblem(trust.pins, certificate);
     } catch (cause) {
-      // TLS asks in an event callback, where nobody could catch it.
+      // TLS calls this in an event callback, where a thrown error could not be caught.
       return new Error(`the server's certificate cannot be checked (${messageOf(cause)})`, { cause });
     }
   };
@@ -50,8 +51,9 @@ export function credentials({ address, tls: trust }: ChannelOptions): grpc.Chann
           throw await datesProblemAt(address, trust) ?? error;
         });
         if (leaves.size === 0) return connected;
-        // TLS itself trusts what a certificate to trust has signed, and not such a certificate itself unless it has signed
-        // itself. So TLS only proves that the server has the key of what it shows, and what that is gets checked here.
+        // TLS itself trusts what a trusted certificate has signed, and not such a certificate itself unless it is
+        // self-signed. So TLS only proves that the server has the key of the certificate that it shows; the certificate
+        // itself is checked here.
         const secured = connected.socket as tls.TLSSocket;
         const problem = leafProblem(secured, leaves) ?? certificateProblem(secured.getPeerCertificate(true));
         if (problem === undefined) return connected;
@@ -66,7 +68,7 @@ export function credentials({ address, tls: trust }: ChannelOptions): grpc.Chann
   return made;
 }
 
-/** The certificates (DER, base64) of a PEM text that others have signed: a server may show one of them as its own. */
+/** The certificates (DER, base64) of a PEM text that are not self-signed: a server may show one of them as its own. */
 function signedByOthers(ca: string | undefined): ReadonlySet<string> {
   return new Set(
     splitPem(ca ?? "").filter(({ issuer, subject }) => issuer !== subject).map(({ raw }) => raw.toString("base64")),
@@ -74,7 +76,7 @@ function signedByOthers(ca: string | undefined): ReadonlySet<string> {
 }
 
 /** OpenSSL's words for its codes. */
-const refusalWords: Readonly<Record<string, string>> = {
+const errorWords: Readonly<Record<string, string>> = {
   CERT_HAS_EXPIRED: "certificate has expired",
   CERT_NOT_YET_VALID: "certificate is not yet valid",
   DEPTH_ZERO_SELF_SIGNED_CERT: "self-signed certificate",
@@ -83,40 +85,40 @@ const refusalWords: Readonly<Record<string, string>> = {
   UNABLE_TO_VERIFY_LEAF_SIGNATURE: "unable to verify the first certificate",
 };
 
-/** Why a server is not to be trusted, its name and pins apart; undefined: it is. */
+/** Why a server is not trusted, its name and pins apart; undefined: it is trusted. */
 function leafProblem(socket: tls.TLSSocket, leaves: ReadonlySet<string>): Error | undefined {
   if (socket.authorized) return undefined;
   const shown = socket.getPeerCertificate(true);
   const { raw } = shown ?? {};
   if (raw === undefined) return new Error(unreadableCertificates);
-  // A certificate that is trusted itself needs none of the others that the server shows.
+  // A certificate that is trusted itself does not need the others that the server shows.
   if (leaves.has(Buffer.from(raw).toString("base64"))) return datesProblemOf(shown.raw);
-  // Deno gives an error where TLS itself refuses, and a code here.
-  const refusal: unknown = socket.authorizationError;
+  // Deno gives an error where TLS itself rejects the server, and a code here.
+  const error: unknown = socket.authorizationError;
   return datesProblem(shown) ??
-    new Error(refusal instanceof Error ? refusal.message : refusalWords[String(refusal)] ?? String(refusal));
+    new Error(error instanceof Error ? error.message : errorWords[String(error)] ?? String(error));
 }
 
-/** How long a server is waited for that is looked at once more, for better words: well below the 3 s of a connection. */
+/** How long the second connection to a server may take, which is made for a better message: well below the 3 s of the first. */
 const secondLookMs = 1000;
 
 /**
- * Why a server that TLS has refused is refused, when it is the dates of its certificates; undefined: it is not, or that cannot
- * be found out. Deno's TLS says of each bad chain only that it cannot be verified, and shows nothing of it, so the server is
- * asked once more. Nothing is sent to it, and it is not trusted any more for it.
+ * What is wrong with the dates of the certificates of a server that TLS has rejected; undefined: nothing, or it cannot be found
+ * out. Deno's TLS says of each bad chain only that it cannot be verified, and shows nothing of it, so a second connection is
+ * made. Nothing is sent over it, and the server is not trusted.
  */
 async function datesProblemAt(address: string, trust: Trust): Promise<Error | undefined> {
   try {
-    return await lookAtServer(address, trust, AbortSignal.timeout(secondLookMs), datesProblem);
+    return await readCertificates(address, trust, AbortSignal.timeout(secondLookMs), datesProblem);
   } catch {
-    // The first error says what is wrong.
+    // The first error is reported instead.
     return undefined;
   }
 }
 
 /**
- * What is wrong with the dates of the certificates that a server shows: its own, and those between that and a root. A root
- * that it shows as well does not count for anybody.
+ * What is wrong with the dates of the certificates that a server shows: its own, and those between it and a root. The dates of
+ * a root that it shows are ignored, as TLS ignores them.
  */
 function datesProblem(shown: tls.DetailedPeerCertificate): Error | undefined {
   const seen = new Set<tls.DetailedPeerCertificate>();
@@ -145,7 +147,7 @@ function datesProblemOf(raw: Uint8Array): Error | undefined {
   return undefined;
 }
 
-/** The name of a certificate, a part of which may be on a line of its own; not without end, for the server has made it. */
+/** The name of a certificate on one line; at most 200 characters, because the server may have chosen it. */
 function oneLine(name: string | undefined): string {
   // deno-lint-ignore no-control-regex
   return (name ?? "").trim().replaceAll(/[\x00-\x1f\x7f]+/g, ", ").slice(0, 200);
@@ -169,7 +171,7 @@ export function publicKeyPin(certificate: string | Uint8Array): string {
   return `sha256//${createHash("sha256").update(key).digest("base64")}`;
 }
 
-/** What a server's certificate says of itself, be it true or not. */
+/** What a server's certificate says, whether it is trusted or not. */
 export interface ShownCertificate {
   /** `CN=lightos.example`; its alternative names where it has no subject. */
   readonly subject: string;
@@ -179,12 +181,12 @@ export interface ShownCertificate {
 }
 
 /**
- * The certificate that a server shows. It is looked at and not trusted: nothing is sent, and the connection ends at once.
+ * The certificate that a server shows. It is read and not trusted: nothing is sent, and the connection ends at once.
  *
- * @throws what the system says when no TLS connection comes about; `signal.reason` when the signal aborts first
+ * @throws the error of the system when there is no TLS connection; `signal.reason` when the signal aborts first
  */
 export function shownCertificate(address: string, trust: Trust, signal: AbortSignal): Promise<ShownCertificate> {
-  return lookAtServer(address, trust, signal, (shown) => {
+  return readCertificates(address, trust, signal, (shown) => {
     const certificate = new X509Certificate(shown.raw);
     return {
       subject: oneLine(certificate.subject) || oneLine(certificate.subjectAltName) || "nobody",
@@ -196,13 +198,13 @@ export function shownCertificate(address: string, trust: Trust, signal: AbortSig
 }
 
 /**
- * What `read` finds in the certificates that a server shows. They are looked at and not trusted: nothing is sent, and the
- * connection ends at once.
+ * What `read` returns for the certificates that a server shows. They are not trusted: nothing is sent, and the connection ends
+ * at once.
  *
- * @throws what the system says when no TLS connection comes about; what `read` throws; `signal.reason` when the signal
+ * @throws the error of the system when there is no TLS connection; what `read` throws; `signal.reason` when the signal
  *   aborts first
  */
-function lookAtServer<T>(
+function readCertificates<T>(
   address: string,
   trust: Trust,
   signal: AbortSignal,
@@ -216,7 +218,7 @@ function lookAtServer<T>(
       servername: sentName(address, trust),
       ALPNProtocols: ["h2"],
       rejectUnauthorized: false,
-      // A list of its own keeps Deno from resuming a session, whose certificate would be the one that was shown then.
+      // A list of its own keeps Deno from resuming a session, which would show the certificate of that time.
       ca: [...tls.rootCertificates.slice(0, 1)],
     });
     const giveUp = () => end(() => reject(signal.reason));
@@ -238,17 +240,18 @@ function lookAtServer<T>(
   });
 }
 
+/** The channel options of grpc-js that set the TLS server name. */
 export function tlsNameOptions(address: string, trust: Trust): Record<string, string> {
   return { "grpc.ssl_target_name_override": sentName(address, trust) };
 }
 
 /**
- * The TLS server name that is sent (SNI). Deno refuses an IP address as such (Node only warns), so a placeholder is sent for
- * one; the certificate is still checked against the address itself, in `credentials`.
+ * The TLS server name that is sent (SNI). Deno does not allow an IP address there (Node only warns), so a placeholder is sent
+ * for one; the certificate is still checked against the address itself, in `credentials`.
  *
  * Deno keeps TLS sessions by that name, and a resumed session shows no certificate again (seen with 2.9.5, where no list of
- * CAs is given). So each endpoint has a placeholder of its own, and each way to trust it: what was found out about one
- * server, or with less care, must not count for another.
+ * CAs is given). So each pair of endpoint and Trust has a placeholder of its own: what was verified for one server, or with
+ * less care, must not count for another.
  */
 function sentName(address: string, trust: Trust): string {
   const name = nameOf(address, trust);
@@ -258,7 +261,7 @@ function sentName(address: string, trust: Trust): string {
   return `ip-address-${digest.slice(0, 16)}.invalid`;
 }
 
-/** What the certificate has to be for. */
+/** The name that the certificate has to be for. */
 function nameOf(address: string, trust: Trust): string {
   return trust.serverName ?? address.replace(/:\d+$/, "").replace(/^\[(.*)\]$/, "$1");
 }
