@@ -8,20 +8,29 @@ export function* growingDelays(): Generator<number, never> {
 }
 
 /**
- * Waits for the next of `delays`; when the call ends first, throws what `lateError` makes of the reason.
+ * Waits for the next of `delays`.
  *
- * @param lateError says what was seen last: the caller's error is the only place where a person reads it
+ * @param toError the error when the call ends first; `reason` is that of its signal
  */
 export async function pause(
   ctx: RequestContext,
   delays: Iterator<number, never>,
-  lateError: (reason: unknown) => StatusError,
+  toError: (reason: unknown) => StatusError,
 ): Promise<void> {
   try {
     await sleep(delays.next().value, ctx.signal);
   } catch (reason) {
-    throw lateError(reason);
+    throw toError(reason);
   }
+}
+
+/**
+ * The error of a call whose time has ended while it waited.
+ *
+ * @param seen what was seen last: no other text that a person reads says it
+ */
+export function lateError(ctx: RequestContext, code: StatusCode, seen: string, cause: unknown): StatusError {
+  return new StatusError(code, `Cannot ${ctx.action} in time: ${seen}; repeat the call`, { cause });
 }
 
 /** The same call; its errors begin with `Cannot <action> in time`. */

@@ -16,7 +16,7 @@ const gib = 1n << 30n;
 const quiet = createLogger("error", "json", () => {});
 const none = new Secrets();
 
-function refuses(code: StatusCode, ...messages: RegExp[]) {
+function failsWith(code: StatusCode, ...messages: RegExp[]) {
   return (error: unknown) => {
     ok(error instanceof StatusError, String(error));
     strictEqual(error.code, code, error.message);
@@ -132,7 +132,7 @@ Deno.test("parseConfig refuses endpoints whose volume IDs no call would take", (
 
   throws(
     () => parseConfig("/c", one(`idEndpoints: "${many}"`)),
-    refuses(
+    failsWith(
       "INVALID_ARGUMENT",
       /cluster "a" makes volume IDs of up to \d{4} bytes, 1024 are allowed; name fewer endpoints/,
     ),
@@ -210,7 +210,7 @@ for (
   Deno.test(`parseConfig refuses ${what} with INVALID_ARGUMENT and names the file`, () => {
     throws(
       () => parseConfig("/etc/lbcsi/config.yaml", text),
-      refuses("INVALID_ARGUMENT", /^Cannot use cluster file \/etc\/lbcsi\/config\.yaml: /, message),
+      failsWith("INVALID_ARGUMENT", /^Cannot use cluster file \/etc\/lbcsi\/config\.yaml: /, message),
     );
   });
 }
@@ -278,7 +278,7 @@ Deno.test("knownClusters keeps the last good file while the new one is broken or
 Deno.test("knownClusters refuses to begin with a file that is missing", () => {
   throws(
     () => knownClusters("/c", memoryFiles({}), quiet),
-    refuses("INVALID_ARGUMENT", /^Cannot use cluster file \/c: ENOENT/),
+    failsWith("INVALID_ARGUMENT", /^Cannot use cluster file \/c: ENOENT/),
   );
 });
 
@@ -286,12 +286,15 @@ Deno.test("a known cluster's ca is read at each use and answers UNAVAILABLE when
   const files = memoryFiles({ "/c": one("ca: /ca") });
   const [cluster] = knownClusters("/c", files, quiet).all();
 
-  throws(() => cluster?.ca(), refuses("UNAVAILABLE", /^Cannot trust cluster "a": its ca \/ca cannot be read \(ENOENT/));
+  throws(
+    () => cluster?.ca(),
+    failsWith("UNAVAILABLE", /^Cannot trust cluster "a": its ca \/ca cannot be read \(ENOENT/),
+  );
   files.write("/ca", "token");
-  throws(() => cluster?.ca(), refuses("UNAVAILABLE", /its ca \/ca holds no PEM certificate/));
+  throws(() => cluster?.ca(), failsWith("UNAVAILABLE", /its ca \/ca holds no PEM certificate/));
   const { ca } = await selfSigned([]);
   files.write("/ca", `${ca}-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n`);
-  throws(() => cluster?.ca(), refuses("INVALID_ARGUMENT", /its ca \/ca has a bad block: certificate 2 is empty/));
+  throws(() => cluster?.ca(), failsWith("INVALID_ARGUMENT", /its ca \/ca has a bad block: certificate 2 is empty/));
   files.write("/ca", ca);
   deepStrictEqual(new X509Certificate(cluster?.ca() ?? "").raw, new X509Certificate(ca).raw);
 });
@@ -311,7 +314,7 @@ function openBackend(changes: Partial<LightosOptions>) {
   });
 }
 
-function wanted(simulator: TestSimulator, scheme: "grpc" | "grpcs" = "grpc"): VolumeRequest {
+function request(simulator: TestSimulator, scheme: "grpc" | "grpcs" = "grpc"): VolumeRequest {
   return {
     name: "pvc-1",
     requiredBytes: gib,
@@ -334,7 +337,7 @@ async function movedCluster(scheme: "grpc" | "grpcs") {
   const { jwt, ca = "" } = before.addresses;
   const secrets = new Secrets({ jwt, "mgmt-ca.crt": ca });
   await using backend = openBackend({});
-  const volume = await backend.createVolume(within(10_000), secrets, wanted(before, scheme));
+  const volume = await backend.createVolume(within(10_000), secrets, request(before, scheme));
   const endpoints = before.addresses[scheme].join(",");
   await before.stop();
   // Without its ports remembered, the same cluster comes up on free ones; the old ones are held so that they stay dead.
@@ -410,8 +413,8 @@ Deno.test("promise 13: a StorageClass with former endpoints goes on making and f
   await using backend = openBackend({
     clusters: knownClusters("/c", memoryFiles({ "/c": text, "/jwt": moved.jwt }), quiet),
   });
-  const again = { ...wanted(moved.simulator), parameters: {} as Record<string, string> };
-  Object.assign(again.parameters, wanted(moved.simulator).parameters, { "mgmt-endpoint": moved.formerEndpoints });
+  const again = { ...request(moved.simulator), parameters: {} as Record<string, string> };
+  Object.assign(again.parameters, request(moved.simulator).parameters, { "mgmt-endpoint": moved.formerEndpoints });
 
   const volume = await backend.createVolume(within(10_000), none, again);
 
@@ -423,7 +426,7 @@ Deno.test("promise 13: a volume from before the cluster changed its scheme can b
   const { grpc, grpcs, jwt, ca = "" } = simulator.addresses;
   const secrets = new Secrets({ jwt });
   await using before = openBackend({});
-  const source = await before.createVolume(within(10_000), secrets, wanted(simulator));
+  const source = await before.createVolume(within(10_000), secrets, request(simulator));
   const snapshot = await before.snapshots?.createSnapshot(within(10_000), secrets, {
     name: "snapshot-1",
     sourceVolumeId: source.id,
@@ -433,7 +436,7 @@ Deno.test("promise 13: a volume from before the cluster changed its scheme can b
   });
   const files = memoryFiles({ "/c": text, "/ca": ca, "/jwt": jwt });
   await using backend = openBackend({ clusters: knownClusters("/c", files, quiet) });
-  const today = wanted(simulator, "grpcs");
+  const today = request(simulator, "grpcs");
 
   for (const [type, id] of [["volume", source.id], ["snapshot", snapshot?.id ?? ""]] as const) {
     const copy = await backend.createVolume(within(10_000), none, {
@@ -452,7 +455,7 @@ Deno.test("a moved cluster that no file names answers UNAVAILABLE with each endp
 
   await rejects(
     backend.getVolume(within(5000), moved.secrets, moved.volume.id),
-    refuses("UNAVAILABLE", /no LightOS management endpoint answers \((127\.0\.0\.1:\d+(, |: )){3}/),
+    failsWith("UNAVAILABLE", /no LightOS management endpoint answers \((127\.0\.0\.1:\d+(, |: )){3}/),
   );
 });
 
@@ -460,7 +463,7 @@ Deno.test("promise 13: without a cluster file a volume ID works as long as one o
   await using simulator = await startSimulator();
   const secrets = new Secrets({ jwt: simulator.addresses.jwt });
   await using backend = openBackend({});
-  const volume = await backend.createVolume(within(10_000), secrets, wanted(simulator));
+  const volume = await backend.createVolume(within(10_000), secrets, request(simulator));
   await using anew = openBackend({});
   await simulator.control.stopEndpoints({ scheme: "grpc", server: 0 });
   await simulator.control.stopEndpoints({ scheme: "grpc", server: 1 });
@@ -477,7 +480,7 @@ Deno.test("promise 13: endpoints that the cluster named itself serve when those 
   const secrets = new Secrets({ jwt: simulator.addresses.jwt });
   const [first = ""] = simulator.addresses.grpc;
   await using backend = openBackend({});
-  const one = { ...wanted(simulator), parameters: { ...wanted(simulator).parameters, "mgmt-endpoint": first } };
+  const one = { ...request(simulator), parameters: { ...request(simulator).parameters, "mgmt-endpoint": first } };
   const volume = await backend.createVolume(within(10_000), secrets, one);
   await backend.grantAccess(within(10_000), secrets, volume.id, { hostNqn: hostNqn("a.node"), shared: false });
   await simulator.control.stopEndpoints({ address: first });
@@ -495,16 +498,16 @@ Deno.test("a token in the secrets wins over the cluster's, and a bad one of the 
   const files = memoryFiles({ "/c": text, "/jwt": "stale" });
   await using backend = openBackend({ clusters: knownClusters("/c", files, quiet) });
   const secrets = new Secrets({ jwt: simulator.addresses.jwt });
-  const volume = await backend.createVolume(within(10_000), secrets, wanted(simulator));
+  const volume = await backend.createVolume(within(10_000), secrets, request(simulator));
 
   await rejects(
     backend.getVolume(within(5000), none, volume.id),
-    refuses("UNAUTHENTICATED", /JWT: \/jwt of cluster "a", which is not a JSON Web Token$/),
+    failsWith("UNAUTHENTICATED", /JWT: \/jwt of cluster "a", which is not a JSON Web Token$/),
   );
   files.remove("/jwt");
   await rejects(
     backend.getVolume(within(5000), none, volume.id),
-    refuses(
+    failsWith(
       "UNAUTHENTICATED",
       /JWT: none was given: no key "jwt" in the secrets, and none that can be read in \/jwt of cluster "a"$/,
     ),

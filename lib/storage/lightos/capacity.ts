@@ -53,7 +53,7 @@ async function freeBytes(ctx: RequestContext, cluster: Cluster, replicaCount: nu
   try {
     const { statistics, currentMaxReplicas } = await cluster.call(ctx, DurosAPI.method.getCluster, {});
     if (statistics === undefined) {
-      throw ctx.error("UNAVAILABLE", `LightOS at ${cluster.lastAddress} tells no statistics of the cluster now`);
+      throw ctx.error("UNAVAILABLE", `LightOS at ${cluster.lastAddress} reports no statistics of the cluster now`);
     }
     // No volume of that many replicas can be made. A cluster reports 0 for a moment while it starts.
     if (currentMaxReplicas > 0 && replicaCount > currentMaxReplicas) return 0n;

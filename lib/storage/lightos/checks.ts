@@ -132,7 +132,7 @@ async function checkEndpoint(
     return {
       name,
       verdict: "warning",
-      found: `answers after ${ms} ms, in clear text: whoever is in between can read the token`,
+      found: `answers after ${ms} ms, in clear text: anybody in between can read the token`,
       advice: "use grpcs",
     };
   }
@@ -140,7 +140,7 @@ async function checkEndpoint(
     return {
       name,
       verdict: "warning",
-      found: `answers after ${ms} ms, its certificate is NOT verified: whoever is in between can read the token`,
+      found: `answers after ${ms} ms, its certificate is NOT verified: anybody in between can read the token`,
       advice: "give the cluster's CA (mgmt-ca.crt, --mgmt-ca) and take mgmt-tls-verify: false away",
     };
   }
@@ -203,7 +203,9 @@ function checkToken(token: TokenFacts, rejection: string | undefined): Check {
   }
   const until = expires === undefined ? "" : `, valid until ${expires.toISOString()}`;
   if (rejection === undefined) {
-    const what = kind === "other" ? "no JSON Web Token" : `not shown to the cluster, for none answers${until}`;
+    const what = kind === "other"
+      ? "no JSON Web Token"
+      : `not shown to the cluster, because no endpoint answers${until}`;
     return { name, verdict: "not checked", found: `${source}: ${what}` };
   }
   if (rejection !== "") {
@@ -284,7 +286,7 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
       {
         name: "in-band authentication",
         verdict: "ok",
-        found: inBandAuth === undefined ? "the cluster does not tell" : inBandAuth ? "on" : "off",
+        found: inBandAuth === undefined ? "the cluster does not say" : inBandAuth ? "on" : "off",
       },
       ...host.checks,
     ],
@@ -293,7 +295,7 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
 
 function checkHealth(health: ClusterHealth | undefined): Omit<Check, "name"> {
   if (health === undefined || health.state === Health.None) {
-    return { verdict: "not checked", found: "the cluster does not tell" };
+    return { verdict: "not checked", found: "the cluster does not say" };
   }
   const { numDegradedVolumes, numReadOnlyVolumes, numNotAvailableVolumes, numInactiveNodes } = health;
   const counts = [

@@ -116,8 +116,8 @@ export function knownClusters(path: string, files: ConfigFiles, log: Logger): Kn
   return {
     all,
     owning: (endpoints) => {
-      const texts = new Set(endpoints.map(formatEndpoint));
-      return all().find((cluster) => allEndpoints(cluster).some((endpoint) => texts.has(formatEndpoint(endpoint))));
+      const asked = new Set(endpoints.map(formatEndpoint));
+      return all().find((cluster) => allEndpoints(cluster).some((endpoint) => asked.has(formatEndpoint(endpoint))));
     },
   };
 }
@@ -218,7 +218,7 @@ const clusterSchema = z.strictObject({
   ephemeral: inlineSchema.optional(),
 }, { error: "is not a map of keys" }).refine(({ ephemeral, jwt }) => ephemeral === undefined || jwt !== undefined, {
   path: ["ephemeral"],
-  error: "needs jwt beside it: whoever takes an inline volume away brings no token",
+  error: "needs jwt beside it: a call that removes an inline volume brings no token",
 });
 
 const configSchema = z.strictObject({

@@ -183,6 +183,6 @@ function cloneOrigin(cluster: Cluster, volumeName: string, id: VolumeId, readSou
 }
 
 function haveCommon(some: readonly Endpoint[], others: readonly Endpoint[]): boolean {
-  const texts = new Set(others.map(formatEndpoint));
-  return some.some((endpoint) => texts.has(formatEndpoint(endpoint)));
+  const known = new Set(others.map(formatEndpoint));
+  return some.some((endpoint) => known.has(formatEndpoint(endpoint)));
 }

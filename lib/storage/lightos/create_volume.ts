@@ -120,7 +120,7 @@ async function findOrCreate(
     // It was not sent, and will be repeated.
     if (!error.outcomeUnknown && !isFinal(error) && error.code !== "RESOURCE_EXHAUSTED") throw error;
     // Whatever the reason: an earlier call for this name may have made the volume, and not every cluster looks for the name
-    // before it looks for space. A volume that is rejected and exists would belong to nobody.
+    // before it looks for space. A volume that is rejected and exists would be left behind.
     const volume = await lookAfterRejection(ctx, error, find);
     if (volume !== undefined) return { volume, isNew: false };
     // The name is free. Where the cluster said otherwise a moment ago, or the answer was lost, trying again is right.

@@ -321,7 +321,7 @@ export class ClusterEndpoints implements Disposable {
       if (ctx.signal.aborted) {
         const code = abortCode(ctx.signal);
         note(code);
-        // A connection that does not stand (yet, or again) may be lost until the next call, without anybody noticing.
+        // A connection that does not stand (yet, or again) may be lost unnoticed until the next call.
         if (!member.isVersionKnown || !channel.isConnected) this.#drop(member, channel);
         const late = `LightOS at ${address} has not answered ${method.name} after ${formatSeconds(elapsedMs(started))}`;
         throw new LightosError(inTime(ctx), code, late, { outcomeUnknown: mayBeDone, cause: ctx.signal.reason });

@@ -31,7 +31,7 @@ import { lookForEarlier } from "./waiting.ts";
 export const cloneLabel = "clonedfrom";
 const helperPattern = /^lbcsi-clone-[0-9a-f]{16}-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-[0-9a-f]{12}$/;
 
-/** Whether a snapshot of this name is the helper of a clone, which is not shown to anybody. */
+/** Whether a snapshot of this name is the helper of a clone; helpers are never listed. */
 export function isHelperName(name: string): boolean {
   return helperPattern.test(name);
 }

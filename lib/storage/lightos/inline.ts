@@ -93,7 +93,7 @@ class LightosInlineVolumes implements InlineVolumeStore {
         left = `volume ${found.uuid} is there and is removed with the pod`;
       } catch (second) {
         if (second === error) throw error;
-        left = `whether something of it is left cannot be told (${messageOf(second)})`;
+        left = `whether something of it is left is unknown (${messageOf(second)})`;
       }
       throw new StatusError("UNAVAILABLE", `${messageOf(error)}; ${left}`, { cause: error });
     }
@@ -185,7 +185,9 @@ class LightosInlineVolumes implements InlineVolumeStore {
     const unseen = ctx.error(
       "FAILED_PRECONDITION",
       `the token of the cluster file (${place.cluster.jwtPath}) does not see what the pod's token made in ` +
-        `${describePlace(place)}, so nobody could remove it; a token with a right to that project is needed there`,
+        `${
+          describePlace(place)
+        }, so it could not be removed later; a token with a right to that project is needed there`,
     );
     await undo(unseen);
     throw unseen;

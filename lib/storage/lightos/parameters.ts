@@ -110,7 +110,7 @@ function assertIdFits(ctx: RequestContext, place: Omit<VolumeId, "uuid">): void 
   throw ctx.error(
     "INVALID_ARGUMENT",
     `StorageClass parameter "mgmt-endpoint" has ${place.endpoints.length} endpoints, with which a volume ID has ` +
-      `up to ${bytes} bytes and ${longestId} are allowed; name fewer, the cluster tells the others`,
+      `up to ${bytes} bytes and ${longestId} are allowed; name fewer, the cluster names the others`,
   );
 }
 

@@ -22,7 +22,7 @@ export function withoutSecrets(text: string, request: unknown, jwt: string | und
   return isCut ? `${plain} …` : plain;
 }
 
-/** Removes a token from all texts of an answer, in place: names and states in it get into messages. */
+/** Removes a token from all strings of an answer, in place: names and states in it get into messages. */
 export function removeToken(answer: unknown, jwt: string | undefined): void {
   if (jwt === undefined || typeof answer !== "object" || answer === null || ArrayBuffer.isView(answer)) return;
   const fields = answer as Record<string, unknown>;

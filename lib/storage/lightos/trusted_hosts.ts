@@ -120,7 +120,7 @@ async function readKeys(
   const keyError = (problem: string) => ctx.error("FAILED_PRECONDITION", problem);
   const trusted = await findTrusted(ctx, cluster, host);
   const where = `LightOS at ${cluster.lastAddress}`;
-  const advice = "delete the VolumeAttachment of this volume and node, so that they are made anew";
+  const advice = "delete the VolumeAttachment of this volume and node, so that they are made again";
   if (trusted === undefined) throw keyError(`${where} has no trusted host for ${nodeIdOf(host.hostNqn)}, ${advice}`);
   const parse = (what: string, text: string) => {
     if (text === "") throw keyError(`${where} has no ${what} of trusted host "${trusted.name}", ${advice}`);

@@ -5,7 +5,7 @@
 import { Volume_StateEnum as State } from "../../../proto/gen/lightos_pb.ts";
 import type { RequestContext } from "../../context.ts";
 import { hasCode, isFinal, type StatusCode, StatusError } from "../../error.ts";
-import { abortCode, inTime, pause as pauseUnlessLate } from "../polling.ts";
+import { abortCode, lateError, pause as pauseUnlessLate } from "../polling.ts";
 import { LightosError } from "./api_error.ts";
 import type { Cluster } from "./cluster.ts";
 
@@ -137,11 +137,7 @@ export function unknownStateError(
 
 /** Waits before the next look; when the call ends first, the error says what was `seen` last. */
 export async function pause(ctx: RequestContext, delays: Iterator<number, never>, seen: string): Promise<void> {
-  await pauseUnlessLate(
-    ctx,
-    delays,
-    (cause) => inTime(ctx).error(abortCode(ctx.signal), `${seen}; repeat the call`, { cause }),
-  );
+  await pauseUnlessLate(ctx, delays, (reason) => lateError(ctx, abortCode(ctx.signal), seen, reason));
 }
 
 /** Whether a look failed because the server is overloaded: csi-provisioner gives up a volume after RESOURCE_EXHAUSTED. */

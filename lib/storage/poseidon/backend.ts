@@ -39,7 +39,7 @@ export function poseidonBackend(options: PoseidonOptions): StorageBackend {
 class PoseidonBackend implements StorageBackend {
   readonly name = "poseidon";
   readonly oneHostOnly =
-    "PoseidonOS shows a volume in one place to whoever comes there, so it could not be taken from " +
+    "PoseidonOS shows a volume in one place to every host that connects there, so it could not be taken from " +
     "one node and left to another";
   readonly #dagents: Dagents;
   readonly #systems: KnownSystems | undefined;

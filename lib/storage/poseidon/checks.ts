@@ -62,7 +62,7 @@ async function reportOf(
   }, {
     name: "management API",
     verdict: "warning",
-    found: "plain HTTP without credentials: whoever reaches the port may do everything",
+    found: "plain HTTP without credentials: everybody who can connect to the port may do everything",
     advice: "keep its port reachable from the controller alone",
   }];
   const simulator = simulatorCheck(dagent.version);

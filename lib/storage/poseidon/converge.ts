@@ -6,7 +6,7 @@ import type { RequestContext } from "../../context.ts";
 import { hasCode, StatusError } from "../../error.ts";
 import { growingDelays, pause } from "../polling.ts";
 import type { Dagent, DagentChange } from "./dagent.ts";
-import { lateError, PoseidonError } from "./dagent_error.ts";
+import { busyError, PoseidonError } from "./dagent_error.ts";
 
 /** The next step, or the result when nothing is missing. */
 export type Next<R> =
@@ -19,7 +19,7 @@ export type Next<R> =
     readonly explain?: (rejection: PoseidonError) => Promise<StatusError | undefined>;
   };
 
-/** What to reach, and how. */
+/** The goal of `converge`, and the way to it. */
 export interface Convergence<S, R> {
   /** Reads the state of PoseidonOS. */
   readonly look: () => Promise<S>;
@@ -50,7 +50,7 @@ export async function converge<S, R>(
       now = await next(await look());
     } catch (error) {
       // When the deadline cut off a look, what came before it says more.
-      if (seen !== undefined && ctx.signal.aborted) throw lateError(ctx, seen, error);
+      if (seen !== undefined && ctx.signal.aborted) throw busyError(ctx, seen, error);
       // Something may have been made. INTERNAL would be final for the caller, who could leave it behind.
       if (isChanged && hasCode(error, "INTERNAL")) {
         throw new StatusError("UNAVAILABLE", `${error.message}; repeat the call`, { cause: error });
@@ -65,7 +65,7 @@ export async function converge<S, R>(
       const obstacle = last.rejection?.message ??
         `PoseidonOS at ${dagent.address} says that it did "${now.step}", and does not show it`;
       seen = obstacle;
-      await pause(ctx, delays, (reason) => lateError(ctx, obstacle, reason));
+      await pause(ctx, delays, (reason) => busyError(ctx, obstacle, reason));
       // What was seen before the pause may be out of date.
       last = undefined;
       continue;
@@ -76,7 +76,7 @@ export async function converge<S, R>(
       await dagent.change(ctx, now.change);
     } catch (error) {
       if (!(error instanceof PoseidonError)) throw error;
-      if (ctx.signal.aborted) throw seen === undefined ? error : lateError(ctx, seen, error);
+      if (ctx.signal.aborted) throw seen === undefined ? error : busyError(ctx, seen, error);
       ctx.log.debug("looks again after a refusal", { error: error.message });
       rejection = error;
       seen = error.message;

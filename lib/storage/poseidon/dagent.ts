@@ -17,7 +17,7 @@ import { KeyedLock } from "../../lock.ts";
 import type { Metrics } from "../../metrics.ts";
 import { type Endpoint, formatEndpoint } from "../../volume_id.ts";
 import { abortCode, growingDelays, inTime, pause } from "../polling.ts";
-import { lateError, means, PoseidonError } from "./dagent_error.ts";
+import { busyError, means, PoseidonError } from "./dagent_error.ts";
 import { callDagent, type DagentRequest } from "./http.ts";
 
 /**
@@ -106,7 +106,7 @@ export class Dagent {
         );
       } catch (error) {
         if (!means(error, "busy")) throw error;
-        await pause(ctx, delays, (reason) => lateError(ctx, error.message, reason));
+        await pause(ctx, delays, (reason) => busyError(ctx, error.message, reason));
       }
     }
   }

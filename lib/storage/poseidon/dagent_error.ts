@@ -1,7 +1,7 @@
 /** How calls to DAgent fail, and calls whose time ends while they wait for it. */
 import type { RequestContext } from "../../context.ts";
 import { type StatusCode, StatusError } from "../../error.ts";
-import { abortCode, inTime } from "../polling.ts";
+import { abortCode, lateError } from "../polling.ts";
 import { type Meaning, readingOf } from "./codes.ts";
 
 /** A StatusError for what DAgent answered, or for its silence; its message says `Cannot <action>: <problem>`. */
@@ -31,16 +31,13 @@ export function means(error: unknown, ...meanings: readonly Meaning[]): error is
 }
 
 /**
- * The error of a call that ended while it waited: what it saw last, and UNAVAILABLE in place of DEADLINE_EXCEEDED, because the
- * answer of PoseidonOS says more than the deadline.
+ * The error of a call whose time has ended while it waited: UNAVAILABLE in place of DEADLINE_EXCEEDED, because what it saw last
+ * says more than the deadline.
  *
- * @param seen an error of the same action, or a sentence of its own
+ * @param seen the message of an error of the same action, or a sentence of its own
  */
-export function lateError(ctx: RequestContext, seen: string, cause: unknown): StatusError {
+export function busyError(ctx: RequestContext, seen: string, cause: unknown): StatusError {
   const code = abortCode(ctx.signal);
-  return inTime(ctx).error(
-    code === "DEADLINE_EXCEEDED" ? "UNAVAILABLE" : code,
-    `${seen.replace(`Cannot ${ctx.action}: `, "")}; repeat the call`,
-    { cause },
-  );
+  const words = seen.replace(`Cannot ${ctx.action}: `, "");
+  return lateError(ctx, code === "DEADLINE_EXCEEDED" ? "UNAVAILABLE" : code, words, cause);
 }

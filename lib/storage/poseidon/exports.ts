@@ -186,7 +186,7 @@ function nodeOf({ nqn }: PoseidonSubsystem, uuid: string): string | undefined {
 
 /** Who can connect to the volume, for messages: a node, or a subsystem that is not ours. */
 function describeHolder(subsystem: PoseidonSubsystem, uuid: string): string {
-  return nodeOf(subsystem, uuid) ?? `whoever connects to ${subsystem.nqn}`;
+  return nodeOf(subsystem, uuid) ?? `any host that connects to ${subsystem.nqn}`;
 }
 
 /** The NQN of the subsystem for a volume and a node; throws FAILED_PRECONDITION when it is too long. */
@@ -217,7 +217,7 @@ function assertNotElsewhere(
   const holders = elsewhere.map((subsystem) => describeHolder(subsystem, volume.uuid)).join(", ");
   const advice = areOurs
     ? "and PoseidonOS exports a volume in one place only; it must be detached there first"
-    : "and nobody but its maker can tell whether it is in use; un-export it on PoseidonOS first (volume unmount)";
+    : "and only its maker knows whether it is in use; un-export it on PoseidonOS first (volume unmount)";
   throw ctx.error("FAILED_PRECONDITION", `${holders} has it, ${advice}`);
 }
 

@@ -122,7 +122,7 @@ export async function readVolumes(
   if (nameless !== undefined) {
     throw ctx.error(
       "FAILED_PRECONDITION",
-      `PoseidonOS ${dagent.version} at ${dagent.address} tells no UUID of volume "${nameless.name}", ` +
+      `PoseidonOS ${dagent.version} at ${dagent.address} shows no UUID of volume "${nameless.name}", ` +
         `version 0.11 or later is needed`,
     );
   }

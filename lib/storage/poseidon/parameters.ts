@@ -175,7 +175,7 @@ export function volumeSize(ctx: RequestContext, range: CapacityRange): bigint {
   if (rounded > BigInt(Number.MAX_SAFE_INTEGER)) {
     throw ctx.error(
       "OUT_OF_RANGE",
-      `${requiredBytes} bytes are more than PoseidonOS can be told`,
+      `${requiredBytes} bytes are too many for PoseidonOS`,
     );
   }
   if (limitBytes !== 0n && rounded > limitBytes) {

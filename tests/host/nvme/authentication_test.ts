@@ -521,7 +521,7 @@ Deno.test("NodeStageVolume asks the cluster for the keys that its secret lacks, 
 
   await stage({ jwt: "token" });
 
-  assert.deepEqual(asked, [[Secrets, volumeId(uuid), us, "unidirectional"]]);
+  assert.deepEqual(asked, [[Secrets, volumeId(uuid), { hostNqn: us, kind: "unidirectional" }]]);
   assert.deepEqual(connected().map(([, used]) => used), [texts(keys), texts(keys)]);
 });
 

@@ -48,7 +48,7 @@ async function start(lies: Parameters<typeof startLiar>[1]) {
     userAgent: "lbcsi/test",
     clusters: knownClusters("/c", files, quiet),
   }));
-  const wanted = (name: string) => ({
+  const request = (name: string) => ({
     name,
     requiredBytes: gib,
     limitBytes: 2n * gib,
@@ -59,7 +59,7 @@ async function start(lies: Parameters<typeof startLiar>[1]) {
       "project-name": "default",
     },
   });
-  const create = (name: string) => backend.createVolume(within(3000), none, wanted(name));
+  const create = (name: string) => backend.createVolume(within(3000), none, request(name));
   const { snapshots } = backend;
   ok(snapshots);
   const { id } = await create("pvc-1");

@@ -26,7 +26,7 @@ function within(ms: number) {
   return requestContext(controller.signal, new Date(Date.now() + ms), createLogger("error", "json", () => {}));
 }
 
-function wanted(attributes: Readonly<Record<string, string>> = { size: "1Gi" }, n = 1): InlineVolumeRequest {
+function request(attributes: Readonly<Record<string, string>> = { size: "1Gi" }, n = 1): InlineVolumeRequest {
   return {
     volumeId: inlineId(n),
     attributes,
@@ -119,7 +119,7 @@ for (
   Deno.test(`an inline volume with ${what} is refused before the cluster is asked`, async () => {
     await using s = await started();
 
-    await rejects(s.volumes.makeVolume(within(5000), none, wanted(attributes)), "INVALID_ARGUMENT", message);
+    await rejects(s.volumes.makeVolume(within(5000), none, request(attributes)), "INVALID_ARGUMENT", message);
 
     assert.equal(s.sim.control.callsInAll(), 0);
   });
@@ -128,9 +128,9 @@ for (
 Deno.test("an inline volume may have the largest size in whole GiB, and not a byte more", async () => {
   await using s = await started();
 
-  await s.volumes.makeVolume(within(10_000), none, wanted({ size: "2Gi" }));
+  await s.volumes.makeVolume(within(10_000), none, request({ size: "2Gi" }));
   await rejects(
-    s.volumes.makeVolume(within(10_000), none, wanted({ size: "2147483649" }, 2)),
+    s.volumes.makeVolume(within(10_000), none, request({ size: "2147483649" }, 2)),
     "OUT_OF_RANGE",
     /"size" "2147483649" is 3221225472 bytes in whole GiB, cluster "rack1" allows 2147483648$/,
   );
@@ -145,7 +145,7 @@ Deno.test("the attributes of an inline volume reach the cluster", async () => {
   const namespace = await s.volumes.makeVolume(
     within(10_000),
     none,
-    wanted({
+    request({
       "cluster": "rack1",
       "size": "1.2G",
       "project-name": "scratch",
@@ -172,7 +172,7 @@ Deno.test("a pod has to name its cluster or project where several allow inline v
     { name: "rack2", endpoints: other.addresses.grpc, ephemeral: { projects: "default,scratch", maxSize: "1Gi" } },
     { name: "rack3", endpoints: "192.0.2.1:80", ephemeral: undefined },
   );
-  const make = (attributes: Record<string, string>) => s.volumes.makeVolume(within(10_000), none, wanted(attributes));
+  const make = (attributes: Record<string, string>) => s.volumes.makeVolume(within(10_000), none, request(attributes));
 
   await rejects(make({ size: "1Gi" }), "INVALID_ARGUMENT", /"cluster" is missing, give one of rack1, rack2$/);
   await rejects(make({ size: "1Gi", cluster: "rack3" }), "INVALID_ARGUMENT", /"rack3" is not one that allows inline/);
@@ -200,7 +200,7 @@ Deno.test("the path of a pod is told back whatever is in it, and left out when i
   const paths = ["/a b/é~$`/pods/x", `/${"a".repeat(180)}/${"ü".repeat(300)}`, `/${"a".repeat(1200)}`];
 
   for (const [at, targetPath] of paths.entries()) {
-    await s.volumes.makeVolume(within(10_000), none, { ...wanted({ size: "1Gi" }, at + 1), targetPath });
+    await s.volumes.makeVolume(within(10_000), none, { ...request({ size: "1Gi" }, at + 1), targetPath });
   }
   const { volumes, problems } = await s.volumes.listVolumes(within(10_000), inlineNodeId);
 
@@ -218,7 +218,7 @@ Deno.test("promise 1: a volume that has the name of an inline one is neither use
   const copy = await foreignVolume(s.sim, "copy-of-an-inline-volume", [label]);
 
   await rejects(
-    s.volumes.makeVolume(within(10_000), none, wanted()),
+    s.volumes.makeVolume(within(10_000), none, request()),
     "FAILED_PRECONDITION",
     new RegExp(`volume ${plain.uuid} has that name and not the label ephemeral with it, so it is not ours`),
   );
@@ -233,7 +233,7 @@ Deno.test("promise 1: a volume that has the name of an inline one is neither use
 
 Deno.test("promise 7: an inline volume that another host may reach is not given to this one, nor removed", async () => {
   await using s = await started();
-  await s.volumes.makeVolume(within(10_000), none, wanted());
+  await s.volumes.makeVolume(within(10_000), none, request());
   const [volume] = living(s.sim);
   assert(volume !== undefined);
   const acl = ["nqn.2019-09.com.lightbitslabs:host:n2.node"];
@@ -242,7 +242,7 @@ Deno.test("promise 7: an inline volume that another host may reach is not given 
   assert(found !== undefined);
 
   await rejects(
-    s.volumes.makeVolume(within(10_000), none, { ...wanted(), isRepeat: true }),
+    s.volumes.makeVolume(within(10_000), none, { ...request(), isRepeat: true }),
     "UNAVAILABLE",
     /n2\.node has it, and its access mode is for one node.*; volume .* is there and is removed with the pod$/,
   );
@@ -253,7 +253,7 @@ Deno.test("promise 7: an inline volume that another host may reach is not given 
 
 Deno.test("an inline volume is found beside a cluster that does not answer, and missed for certain only without one", async () => {
   await using s = await started({}, { name: "rack2", endpoints: "127.0.0.1:1" });
-  await s.volumes.makeVolume(within(10_000), none, wanted({ size: "1Gi", cluster: "rack1" }));
+  await s.volumes.makeVolume(within(10_000), none, request({ size: "1Gi", cluster: "rack1" }));
 
   const found = await s.volumes.findVolume(within(10_000), inlineId());
   await rejects(
@@ -276,24 +276,24 @@ Deno.test("an inline volume is made with the pod's token, and granted and remove
   s.texts["/jwt"] = "operator.has.expired";
 
   await rejects(
-    s.volumes.makeVolume(within(5000), new Secrets({ jwt }), wanted()),
+    s.volumes.makeVolume(within(5000), new Secrets({ jwt }), request()),
     "UNAUTHENTICATED",
     /JWT: \/jwt of cluster "rack1"/,
   );
   await rejects(
-    s.volumes.makeVolume(within(5000), new Secrets({ jwt }), { ...wanted(), isRepeat: true }),
+    s.volumes.makeVolume(within(5000), new Secrets({ jwt }), { ...request(), isRepeat: true }),
     "UNAVAILABLE",
-    /JWT: \/jwt of cluster "rack1".*; whether something of it is left cannot be told/,
+    /JWT: \/jwt of cluster "rack1".*; whether something of it is left is unknown/,
   );
   assert.deepEqual(living(s.sim), []);
   s.texts["/jwt"] = s.sim.control.token(["default"]);
   await rejects(
-    s.volumes.makeVolume(within(5000), new Secrets({ jwt: "pod.has.none" }), wanted()),
+    s.volumes.makeVolume(within(5000), new Secrets({ jwt: "pod.has.none" }), request()),
     "UNAUTHENTICATED",
     /answered CreateVolume with UNAUTHENTICATED.*JWT: key "jwt" of the call's secrets/,
   );
   assert.deepEqual(living(s.sim), []);
-  await s.volumes.makeVolume(within(10_000), new Secrets({ jwt }), wanted());
+  await s.volumes.makeVolume(within(10_000), new Secrets({ jwt }), request());
   const found = await s.volumes.findVolume(within(10_000), inlineId());
   assert(found !== undefined);
   await s.volumes.removeVolume(within(10_000), found);
@@ -305,7 +305,7 @@ Deno.test("a pod's secrets other than its token say nothing of with whom to talk
   await using s = await started();
   const ca = "-----BEGIN CERTIFICATE-----\nnot one\n-----END CERTIFICATE-----";
 
-  await s.volumes.makeVolume(within(10_000), new Secrets({ "mgmt-ca.crt": ca, "other": "x" }), wanted());
+  await s.volumes.makeVolume(within(10_000), new Secrets({ "mgmt-ca.crt": ca, "other": "x" }), request());
 
   assert.equal(living(s.sim).length, 1);
 });
@@ -319,7 +319,7 @@ Deno.test("what a pod's token made and the operator's does not see is removed ag
   });
 
   await rejects(
-    s.volumes.makeVolume(within(10_000), new Secrets({ jwt }), wanted()),
+    s.volumes.makeVolume(within(10_000), new Secrets({ jwt }), request()),
     // Whether anything is left cannot be asked with that token.
     "UNAVAILABLE",
     /answered ListVolumes with PERMISSION_DENIED.*JWT: \/jwt of cluster "rack1"/,
@@ -333,12 +333,12 @@ Deno.test("a repeat removes what an earlier call made, once the operator's token
   const jwt = s.sim.control.token(["default"]);
   s.sim.control.fail({ rpc: "CreateVolume", drop: true, when: "after", count: 1 });
   s.sim.control.fail({ rpc: "ListVolumes", skip: 1, code: "UNAVAILABLE", count: 50 });
-  await assert.rejects(s.volumes.makeVolume(within(1500), new Secrets({ jwt }), wanted()), (error) => !isFinal(error));
+  await assert.rejects(s.volumes.makeVolume(within(1500), new Secrets({ jwt }), request()), (error) => !isFinal(error));
   assert.equal(living(s.sim).length, 1);
   s.sim.control.clearFaults();
   s.texts["/jwt"] = s.sim.control.token(["scratch"]);
 
-  await assert.rejects(s.volumes.makeVolume(within(10_000), new Secrets({ jwt }), wanted()), /PERMISSION_DENIED/);
+  await assert.rejects(s.volumes.makeVolume(within(10_000), new Secrets({ jwt }), request()), /PERMISSION_DENIED/);
 
   assert.deepEqual(living(s.sim), []);
 });
@@ -356,7 +356,7 @@ async function life(volumes: InlineVolumeStore, secrets: Secrets): Promise<void>
       }
     }
   };
-  await insist(() => volumes.makeVolume(within(10_000), secrets, wanted()));
+  await insist(() => volumes.makeVolume(within(10_000), secrets, request()));
   await insist(async () => {
     const found = await volumes.findVolume(within(10_000), inlineId());
     if (found !== undefined) await volumes.removeVolume(within(10_000), found);
@@ -395,7 +395,7 @@ Deno.test("promise 10: no token is in the log of an inline volume or in an error
   await life(s.volumes, secrets);
   s.sim.control.fail({ rpc: "*", code: "PERMISSION_DENIED", count: 0 });
   const errors = await Promise.allSettled([
-    s.volumes.makeVolume(within(5000), secrets, wanted()),
+    s.volumes.makeVolume(within(5000), secrets, request()),
     s.volumes.findVolume(within(5000), inlineId()),
   ]);
 

@@ -21,7 +21,7 @@ function within(ms: number): RequestContext {
   return requestContext(aborted.signal, new Date(Date.now() + ms), createLogger("error", "json", () => {}));
 }
 
-function refuses(code: StatusCode, ...messages: RegExp[]) {
+function failsWith(code: StatusCode, ...messages: RegExp[]) {
   return (error: unknown) => {
     ok(error instanceof StatusError, String(error));
     strictEqual(error.code, code, error.message);
@@ -64,13 +64,13 @@ async function start(cluster: Readonly<Record<string, unknown>> | undefined = un
       backend.createVolume(
         within(5000),
         new Secrets({ jwt, "mgmt-ca.crt": ca, ...secrets }),
-        wanted(simulator, parameters),
+        request(simulator, parameters),
       ),
     [Symbol.asyncDispose]: () => parts.disposeAsync(),
   };
 }
 
-function wanted(simulator: TestSimulator, parameters: Record<string, string>): VolumeRequest {
+function request(simulator: TestSimulator, parameters: Record<string, string>): VolumeRequest {
   return {
     name: "pvc-1",
     requiredBytes: gib,
@@ -128,7 +128,7 @@ Deno.test("promise 11: a server name in the secrets is what the certificate must
   await env.create({ "mgmt-server-name": "localhost" });
   await rejects(
     env.create({ "mgmt-server-name": "other.example" }),
-    refuses(
+    failsWith(
       "UNAVAILABLE",
       /no LightOS management endpoint answers \(127\.0\.0\.1:\d+(, 127\.0\.0\.1:\d+)*: .*other\.example.*\); give the name that the certificate is for/,
     ),
@@ -141,12 +141,12 @@ Deno.test("promise 11: a pinned public key is demanded besides the CA's signatur
   await env.create({ "mgmt-tls-pin": `${otherPin},${env.pin}` });
   await rejects(
     env.create({ "mgmt-tls-pin": otherPin }),
-    refuses("UNAVAILABLE", /the server's public key is sha256\/\/\S+=, which is not pinned/),
+    failsWith("UNAVAILABLE", /the server's public key is sha256\/\/\S+=, which is not pinned/),
   );
   const other = await selfSigned([]);
   await rejects(
     env.create({ "mgmt-tls-pin": env.pin, "mgmt-ca.crt": other.ca }),
-    refuses("UNAVAILABLE", /certificate/),
+    failsWith("UNAVAILABLE", /certificate/),
   );
 });
 
@@ -156,8 +156,8 @@ Deno.test("promise 11: what one call may skip, another one with other secrets ma
   const unverified = { "mgmt-ca.crt": ca, "mgmt-tls-verify": "false" };
 
   const { id } = await env.create(unverified);
-  await rejects(env.create({ "mgmt-ca.crt": ca }), refuses("UNAVAILABLE", /certificate/));
-  await rejects(env.create({ "mgmt-tls-pin": otherPin }), refuses("UNAVAILABLE", /is not pinned/));
+  await rejects(env.create({ "mgmt-ca.crt": ca }), failsWith("UNAVAILABLE", /certificate/));
+  await rejects(env.create({ "mgmt-tls-pin": otherPin }), failsWith("UNAVAILABLE", /is not pinned/));
 
   strictEqual((await env.create()).id, id);
 });
@@ -189,7 +189,7 @@ Deno.test("promise 11: the cluster file tells name, pin and verification, and th
     await using env = await start(cluster);
     const made = env.create(secrets);
     if (problem === undefined) await made;
-    else await rejects(made, refuses("UNAVAILABLE", problem));
+    else await rejects(made, failsWith("UNAVAILABLE", problem));
   }
 });
 
@@ -197,7 +197,7 @@ Deno.test("promise 11: a process that verifies nothing can still be told to by t
   await using env = await start(undefined, false);
   const { ca } = await selfSigned([]);
 
-  await rejects(env.create({ "mgmt-ca.crt": ca, "mgmt-tls-verify": "true" }), refuses("UNAVAILABLE", /certificate/));
+  await rejects(env.create({ "mgmt-ca.crt": ca, "mgmt-tls-verify": "true" }), failsWith("UNAVAILABLE", /certificate/));
   await env.create({ "mgmt-ca.crt": ca });
 });
 
@@ -214,7 +214,9 @@ for (
     await rejects(
       env.create({}, { [key]: value }),
       (error: Error) => {
-        refuses("INVALID_ARGUMENT", /is not what the secrets, the cluster file or the controller's options say/)(error);
+        failsWith("INVALID_ARGUMENT", /is not what the secrets, the cluster file or the controller's options say/)(
+          error,
+        );
         ok(error.message.includes(`StorageClass parameter "${key}" "${shown}"`), error.message);
         ok(error.message.endsWith(`so put "${key}" into its Secret too`), error.message);
         return true;
@@ -238,7 +240,7 @@ Deno.test("StorageClass parameters of TLS are refused with clear text", async ()
 
   await rejects(
     env.create({}, { ...clear, "mgmt-server-name": "localhost" }),
-    refuses("INVALID_ARGUMENT", /"mgmt-server-name" is given, but "mgmt-scheme" is "grpc", which is clear text$/),
+    failsWith("INVALID_ARGUMENT", /"mgmt-server-name" is given, but "mgmt-scheme" is "grpc", which is clear text$/),
   );
 });
 
@@ -259,7 +261,7 @@ for (
   Deno.test(`secrets with ${JSON.stringify(secrets)} are refused`, async () => {
     await using env = await start();
 
-    await rejects(env.create(secrets), refuses("INVALID_ARGUMENT", problem));
+    await rejects(env.create(secrets), failsWith("INVALID_ARGUMENT", problem));
   });
 }
 
@@ -274,5 +276,5 @@ Deno.test("resolveTrust takes each part from the first place that tells it", () 
     },
   );
   deepStrictEqual(resolveTrust(undefined), { verify: true });
-  throws(() => resolveTrust(undefined, { pins: ["a"] }, { verify: false }), refuses("INVALID_ARGUMENT", /pinned/));
+  throws(() => resolveTrust(undefined, { pins: ["a"] }, { verify: false }), failsWith("INVALID_ARGUMENT", /pinned/));
 });
