@@ -262,7 +262,7 @@ Deno.test("ControllerListVolumeHealth takes its token from the secrets of the ca
   assert.equal(entries.length, 1);
   await assert.rejects(
     env.call(controller.controllerListVolumeHealth, {}),
-    answers("UNAUTHENTICATED", /^Cannot list volumes in trouble: /),
+    answers("UNAUTHENTICATED", /^Cannot list abnormal volumes: /),
   );
 });
 

@@ -1,4 +1,4 @@
-/** Which servers a Channel trusts, and that neither a text to trust nor a server's certificates end the process. */
+/** Which servers a Channel trusts; neither a bad PEM text nor a server's certificates end the process. */
 // tsyringe, inside @peculiar/x509, looks for this polyfill when it is loaded.
 import "reflect-metadata";
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
@@ -132,7 +132,7 @@ for (const [what, textOf, count, problem] of texts) {
 
 // ------------------------------------------------------------------------------------------- the certificate itself
 
-Deno.test("promise 11: a server's own certificate can be trusted instead of the CA that has signed it", async () => {
+Deno.test("promise 11: a server's own certificate can be trusted instead of the CA that signed it", async () => {
   const own = await certificate();
   await using server = await serveTls(own);
 
@@ -144,7 +144,7 @@ Deno.test("promise 11: a server's own certificate can be trusted instead of the 
   strictEqual(await probe(`127.0.0.1:${server.port}`, { ca: own.ca + other.cert, verify: true }), true);
 });
 
-Deno.test("promise 11: a certificate that is trusted itself is held to its name, its dates and the pins", async () => {
+Deno.test("promise 11: name, dates and pins of a certificate that is trusted itself are checked", async () => {
   const own = await certificate();
   await using server = await serveTls(own);
   const trust = { ca: own.cert, verify: true };
@@ -165,7 +165,7 @@ Deno.test("promise 11: a certificate that is trusted itself is held to its name,
   await rejects(probe(`127.0.0.1:${old.port}`, { ca: expired.cert, verify: true }), notConnected(/has expired/));
 });
 
-Deno.test("promise 11: a certificate that is trusted itself vouches for no other one", async () => {
+Deno.test("promise 11: a certificate that is trusted itself makes no other one trusted", async () => {
   const [own, other] = await Promise.all([certificate(), selfSigned([])]);
   await using server = await serveTls(own);
 
@@ -175,7 +175,7 @@ Deno.test("promise 11: a certificate that is trusted itself vouches for no other
   );
 });
 
-Deno.test("promise 11: without verification a server is taken with any certificate", async () => {
+Deno.test("promise 11: without verification a server with any certificate is accepted", async () => {
   const [own, expired, other] = await Promise.all([certificate(), selfSigned([], -0.5), selfSigned([])]);
   await using server = await serveTls(own);
   await using old = await serveTls(expired);
@@ -199,7 +199,7 @@ interface Issued {
   readonly keys: CryptoKeyPair;
 }
 
-/** A certificate that is valid from and until so many days from now; without `issuer` it has signed itself. */
+/** A certificate that is valid from and until so many days from now; without `issuer` it is self-signed. */
 async function issue(name: string, [from, until]: readonly [number, number], isCa: boolean, issuer?: Issued) {
   const algorithm = { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" };
   const keys = await crypto.subtle.generateKey(algorithm, true, ["sign", "verify"]) as CryptoKeyPair;
@@ -233,10 +233,10 @@ for (
     ["not yet valid", "certificate is not yet valid: CN=NAME is valid from", [1, 30]],
   ] as const
 ) {
-  const told = (name: string) =>
+  const datesError = (name: string) =>
     notConnected(new RegExp(`^${words.replace("NAME", name)} \\d{4}-\\d\\d-\\d\\dT[\\d:.]+Z( on)?$`));
 
-  Deno.test(`a server's certificate that is ${dates} is told as that, by any signer and with any trust`, async () => {
+  Deno.test(`a server's certificate that is ${dates} is reported as such, with any signer and any trust`, async () => {
     const [ca, other] = await Promise.all([issue("ca", valid, true), issue("other", valid, true)]);
     const [own, leaf, another] = await Promise.all([
       issue("own", period, false),
@@ -249,22 +249,22 @@ for (
 
     for (const ca of trusts) {
       const trust = ca === undefined ? { verify: true } : { verify: true, ca };
-      await rejects(probe(`127.0.0.1:${bySelf.port}`, trust), told("own"));
-      await rejects(probe(`127.0.0.1:${byCa.port}`, trust), told("leaf"));
+      await rejects(probe(`127.0.0.1:${bySelf.port}`, trust), datesError("own"));
+      await rejects(probe(`127.0.0.1:${byCa.port}`, trust), datesError("leaf"));
     }
   });
 
-  Deno.test(`an intermediate certificate that is ${dates} is told as that, unless the server's own is trusted`, async () => {
+  Deno.test(`an intermediate certificate that is ${dates} is reported as such, unless the server's own is trusted`, async () => {
     const ca = await issue("ca", valid, true);
     const middle = await issue("middle", period, true, ca);
     const leaf = await issue("leaf", valid, false, middle);
     await using server = await serveChain(leaf, middle);
 
-    await rejects(probe(`127.0.0.1:${server.port}`, { verify: true, ca: pemOf(ca) }), told("middle"));
+    await rejects(probe(`127.0.0.1:${server.port}`, { verify: true, ca: pemOf(ca) }), datesError("middle"));
     strictEqual(await probe(`127.0.0.1:${server.port}`, { verify: true, ca: pemOf(leaf) }), true);
   });
 
-  Deno.test(`a root that a server shows and that is ${dates} is not blamed when another one is trusted`, async () => {
+  Deno.test(`a root that a server shows and that is ${dates} is not reported when another one is trusted`, async () => {
     const [root, other] = await Promise.all([issue("root", period, true), issue("other", valid, true)]);
     const leaf = await issue("leaf", valid, false, root);
     await using server = await serveChain(leaf, root);

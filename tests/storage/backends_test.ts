@@ -160,7 +160,7 @@ for (const [system, open] of Object.entries(deployments)) {
     await eventually("nothing is left", () => JSON.stringify(t.leftovers()) === JSON.stringify(nothing));
   });
 
-  Deno.test(`promise 30: ${system} tells the scheduler its capacity as each csi-provisioner asks for it`, async () => {
+  Deno.test(`promise 30: ${system} reports its capacity to the scheduler as each csi-provisioner asks for it`, async () => {
     await using t = await open(true);
     const { controller: { call }, parameters } = t;
     const capacityFor = async (request: object) =>
@@ -201,7 +201,7 @@ for (const [system, open] of Object.entries(deployments)) {
   });
 }
 
-Deno.test("what PoseidonOS does not have is answered for good: UNIMPLEMENTED, and no volume from another", async () => {
+Deno.test("calls for what PoseidonOS does not have are UNIMPLEMENTED, and it makes no volume from another", async () => {
   await using t = await deployments.PoseidonOS(false);
   const { controller: { call }, parameters } = t;
   const { volume } = await call(method.createVolume, { name: "pvc-1", volumeCapabilities: [block()], parameters });

@@ -9,7 +9,7 @@ import { type ClusterInfoV2, DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import type { Logger, RequestContext } from "../../context.ts";
 import type { Metrics } from "../../metrics.ts";
 import type { Endpoint } from "../../volume_id.ts";
-import { answerProblem } from "./answers.ts";
+import { answerProblem } from "./answer_check.ts";
 import type { KnownClusters } from "./cluster_file.ts";
 import type { ClusterEndpoints } from "./endpoints.ts";
 import { removeToken, withoutSecrets } from "./redaction.ts";

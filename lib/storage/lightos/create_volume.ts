@@ -12,7 +12,7 @@ import type { VolumeId } from "../../volume_id.ts";
 import type { Volume, VolumeRequest } from "../backend.ts";
 import { growingDelays } from "../polling.ts";
 import { aclNone } from "./acl.ts";
-import { quoted } from "./answers.ts";
+import { quoted } from "./answer_check.ts";
 import { LightosError } from "./api_error.ts";
 import type { Cluster } from "./cluster.ts";
 import { type Origin, sourceDifference } from "./content_source.ts";

@@ -18,77 +18,13 @@ import { callUnlessSilent, firstOf, follow, patienceFor, silenceMs } from "./pat
 import { withoutSecrets } from "./redaction.ts";
 import { type Credentials, describeLifetime } from "./tokens.ts";
 
-/** One endpoint of the cluster, and what is known of it. */
-interface Member {
-  readonly endpoint: Endpoint;
-  channel: Channel | undefined;
-  /** Whether the server on this connection has shown that it speaks our API version. */
-  isVersionKnown: boolean;
-  /** A failed member is not tried again before this time (ms of performance.now). */
-  retryAt: number;
-  failures: number;
-  lastFailure: string;
-}
-
-/** A call of the management API, as the cluster asks for it. */
-interface ApiRequest<I extends DescMessage, O extends DescMessage> {
+/** A call of the management API. */
+export interface ApiRequest<I extends DescMessage, O extends DescMessage> {
   readonly method: DescMethodUnary<I, O>;
   readonly request: MessageInitShape<I>;
   readonly headers: Readonly<Record<string, string>>;
   readonly credentials: Credentials;
 }
-
-/** A call that is running, at whichever member. */
-interface ApiCall<I extends DescMessage, O extends DescMessage> extends ApiRequest<I, O> {
-  readonly ctx: RequestContext;
-  /** Aborts with the caller's signal, and when another member has answered. */
-  readonly signal: AbortSignal;
-}
-
-/** The result of an attempt at one member. */
-type Attempt<T> =
-  | { readonly kind: "answered"; readonly answer: T }
-  /** The cluster rejects the call; any member would. */
-  | { readonly kind: "rejected"; readonly error: LightosError }
-  /** The member answers that it cannot. Another member may be asked. */
-  | { readonly kind: "failing"; readonly error: LightosError; readonly details: string }
-  /** The member cannot be reached, or is silent. Another member may be asked. */
-  | { readonly kind: "unreachable" };
-
-/** An attempt that has ended. */
-interface Ended<T> {
-  readonly member: Member;
-  readonly attempt: Attempt<T>;
-}
-
-const apiVersion = "v2.0";
-const infoMs = 60_000;
-/** How much later than its connection an attempt is given up, so that the reason for the former is reported. */
-const connectMarginMs = 50;
-/** How long to wait before a cluster is asked once more all of whose members answered that they cannot. */
-const secondRoundMs = 250;
-/** Codes with which a server says that it cannot answer now, and nothing about the request. */
-const failingCodes: ReadonlySet<string> = new Set<CallError["code"]>([
-  "CANCELLED",
-  "DATA_LOSS",
-  "DEADLINE_EXCEEDED",
-  "INTERNAL",
-  "UNAVAILABLE",
-  "UNKNOWN",
-]);
-/** Methods that change nothing, so that they can be sent again after a lost answer. */
-const reads: ReadonlySet<string> = new Set([
-  "GetVersion",
-  "GetVolume",
-  "ListVolumes",
-  "GetSnapshot",
-  "ListSnapshots",
-  "GetClusterInfo",
-  "GetCluster",
-  "GetHost",
-  "GetTrustedHostSecret",
-  "ListTrustedHosts",
-]);
 
 /**
  * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s, growing
@@ -501,6 +437,70 @@ export class ClusterEndpoints implements Disposable {
     for (const member of this.#members) member.channel?.[Symbol.dispose]();
   }
 }
+
+/** One endpoint of the cluster, and what is known of it. */
+interface Member {
+  readonly endpoint: Endpoint;
+  channel: Channel | undefined;
+  /** Whether the server on this connection has shown that it speaks our API version. */
+  isVersionKnown: boolean;
+  /** A failed member is not tried again before this time (ms of performance.now). */
+  retryAt: number;
+  failures: number;
+  lastFailure: string;
+}
+
+/** A call that is running, at whichever member. */
+interface ApiCall<I extends DescMessage, O extends DescMessage> extends ApiRequest<I, O> {
+  readonly ctx: RequestContext;
+  /** Aborts with the caller's signal, and when another member has answered. */
+  readonly signal: AbortSignal;
+}
+
+/** The result of an attempt at one member. */
+type Attempt<T> =
+  | { readonly kind: "answered"; readonly answer: T }
+  /** The cluster rejects the call; any member would. */
+  | { readonly kind: "rejected"; readonly error: LightosError }
+  /** The member answers that it cannot. Another member may be asked. */
+  | { readonly kind: "failing"; readonly error: LightosError; readonly details: string }
+  /** The member cannot be reached, or is silent. Another member may be asked. */
+  | { readonly kind: "unreachable" };
+
+/** An attempt that has ended. */
+interface Ended<T> {
+  readonly member: Member;
+  readonly attempt: Attempt<T>;
+}
+
+const apiVersion = "v2.0";
+const infoMs = 60_000;
+/** How much later than its connection an attempt is given up, so that the reason for the former is reported. */
+const connectMarginMs = 50;
+/** How long to wait before a cluster is asked once more all of whose members answered that they cannot. */
+const secondRoundMs = 250;
+/** Codes with which a server says that it cannot answer now, and nothing about the request. */
+const failingCodes: ReadonlySet<string> = new Set<CallError["code"]>([
+  "CANCELLED",
+  "DATA_LOSS",
+  "DEADLINE_EXCEEDED",
+  "INTERNAL",
+  "UNAVAILABLE",
+  "UNKNOWN",
+]);
+/** Methods that change nothing, so that they can be sent again after a lost answer. */
+const reads: ReadonlySet<string> = new Set([
+  "GetVersion",
+  "GetVolume",
+  "ListVolumes",
+  "GetSnapshot",
+  "ListSnapshots",
+  "GetClusterInfo",
+  "GetCluster",
+  "GetHost",
+  "GetTrustedHostSecret",
+  "ListTrustedHosts",
+]);
 
 function newMember(endpoint: Endpoint): Member {
   return { endpoint, channel: undefined, isVersionKnown: false, retryAt: 0, failures: 0, lastFailure: "not tried" };

@@ -37,7 +37,7 @@ export function lightosListing(clusters: ClusterPool, known: KnownClusters): Lis
   return {
     listVolumes: (call, page) => readPage(call.doing("list volumes"), knownPlaces(clusters, known), page, volumeKind),
     listAbnormal: (call, secrets, page) =>
-      readPage(call.doing("list volumes in trouble"), knownPlaces(clusters, known, secrets), page, abnormalVolumeKind),
+      readPage(call.doing("list abnormal volumes"), knownPlaces(clusters, known, secrets), page, abnormalVolumeKind),
   };
 }
 

@@ -3,7 +3,7 @@
  *
  * With in-band authentication enabled, LightOS lets only those hosts connect that are trusted hosts with secrets, on the
  * whole cluster. A trusted host belongs to a project, has a name of its own, and names a host NQN. Ours has the name of the
- * node; one that somebody made for the same host NQN under another name is used as it is.
+ * node; one with another name for the same host NQN is used as it is.
  *
  * Existing keys stay, unless the call brings others. They are made once, and never removed: other volumes of the host need
  * them. SetTrustedHostSecret knows no ETag, so two processes that both find none could both make some, and the last one

@@ -24,7 +24,7 @@ export function poseidonListing(dagents: Dagents, systems: KnownSystems): Listin
     listVolumes: (call, page) => readPage(call.doing("list volumes"), places(dagents, systems), page, () => true),
     listAbnormal: (call, _secrets, page) =>
       readPage(
-        call.doing("list volumes in trouble"),
+        call.doing("list abnormal volumes"),
         places(dagents, systems),
         page,
         ({ condition }) => condition !== undefined,

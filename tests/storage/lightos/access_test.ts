@@ -3,7 +3,7 @@ import { deepStrictEqual, rejects, strictEqual } from "node:assert/strict";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { failsWith, hostA, hostB, none, openLightos, startLightos, within } from "../../support/backends.ts";
 
-Deno.test("grantAccess answers where the namespace is, and repeated the same", async () => {
+Deno.test("grantAccess returns where the namespace is, and the same when it is repeated", async () => {
   await using env = await startLightos({ servers: 2 });
   const { id, uuid } = await env.backend.createVolume(within(5000), none, env.request());
 

@@ -3,7 +3,7 @@ import { rejects } from "node:assert/strict";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { failsWith, hostA, none, startCluster, within } from "../../support/backends.ts";
 
-Deno.test("a volume that many hosts have is refused to another one with some of their names and their number", async () => {
+Deno.test("the error about a volume that many hosts have names some of them and their number", async () => {
   await using env = await startCluster(1);
   const { id } = await env.backend.createVolume(within(5000), none, env.request("pvc-1"));
   for (let at = 10; at < 25; at++) {

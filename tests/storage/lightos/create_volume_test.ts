@@ -3,7 +3,7 @@ import { deepStrictEqual, ok, rejects, strictEqual } from "node:assert/strict";
 import { parseVolumeId } from "../../../lib/volume_id.ts";
 import { failsWith, gib, none, startLightos, within } from "../../support/backends.ts";
 
-Deno.test("createVolume makes a volume that nobody may reach, and names it by the incumbent's ID", async () => {
+Deno.test("createVolume makes a volume that no host may connect to, with an ID in the incumbent's form", async () => {
   await using env = await startLightos();
 
   const volume = await env.backend.createVolume(within(5000), none, env.request({ requiredBytes: 3n * gib - 5n }));
@@ -61,7 +61,7 @@ Deno.test("createVolume under a taken name refuses a volume above the limit", as
   );
 });
 
-Deno.test("createVolume at its deadline tells the state, and the repeat goes on with the same volume", async () => {
+Deno.test("createVolume at its deadline reports the state, and the repeat continues with the same volume", async () => {
   await using env = await startLightos();
   env.simulator.control.behave({ holdCreations: true });
 
@@ -79,7 +79,7 @@ Deno.test("createVolume at its deadline tells the state, and the repeat goes on 
   deepStrictEqual(all.map(({ uuid }) => uuid), [volume.uuid]);
 });
 
-Deno.test("promise 18: createVolume looks through the husk of a failed creation", async () => {
+Deno.test("promise 18: createVolume ignores what a failed creation left", async () => {
   await using env = await startLightos();
   env.simulator.control.behave({ failCreations: 1 });
 
@@ -133,7 +133,7 @@ Deno.test("createVolume after INTERNAL from the cluster looks whether the volume
   strictEqual(volume.capacityBytes, gib);
 });
 
-Deno.test("promise 22: createVolume passes on that the cluster is full, with its words and the endpoint", async () => {
+Deno.test("promise 22: createVolume on a full cluster is RESOURCE_EXHAUSTED, with the cluster's words and the endpoint", async () => {
   await using env = await startLightos();
   const tooMany = 1n << 50n;
 

@@ -35,7 +35,7 @@ Deno.test("deleteVolume refuses with FAILED_PRECONDITION while a host may connec
 });
 
 for (const when of ["before", "after"] as const) {
-  Deno.test(`promise 8: deleteVolume whose connection is lost ${when} the effect is done at the end`, async () => {
+  Deno.test(`promise 8: deleteVolume whose connection is lost ${when} the effect deletes the volume`, async () => {
     await using env = await startLightos();
     const { id } = await env.backend.createVolume(within(5000), none, env.request());
     env.simulator.control.fail({ rpc: "DeleteVolume", count: 1, drop: true, when });
@@ -61,7 +61,7 @@ Deno.test("deleteVolume waits while the volume is Updating, and says so at its d
   await env.backend.deleteVolume(within(5000), none, id);
 });
 
-Deno.test("deleteVolume takes the husk of a failed creation for deleted", async () => {
+Deno.test("deleteVolume of what a failed creation left is done", async () => {
   await using env = await startLightos();
   const { id, uuid } = await env.backend.createVolume(within(5000), none, env.request());
   env.simulator.control.setVolume(uuid, { state: "Failed" });

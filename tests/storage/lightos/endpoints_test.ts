@@ -4,22 +4,26 @@ import net from "node:net";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { serve, service } from "../../../lib/grpc/server.ts";
 import { DurosAPI, VersionSchema, Volume_StateEnum as State } from "../../../proto/gen/lightos_pb.ts";
+import { requestContext } from "../../../lib/context.ts";
+import { StatusError } from "../../../lib/error.ts";
+import type { VolumeRequest } from "../../../lib/storage/backend.ts";
+import { answerHttp2, grpcAnswer, type Http2Answer, page } from "../../support/http2_answers.ts";
+import { startSimulator } from "../../support/simulator.ts";
 import {
   asFirst,
+  collectingLogger,
   failsWith,
   gib,
   hostA,
+  lightosOptions,
+  lightosRequest,
   none,
+  openLightos,
   quiet,
   startCluster,
   startLightos,
   within,
 } from "../../support/backends.ts";
-import { createLogger, requestContext } from "../../../lib/context.ts";
-import { StatusError } from "../../../lib/error.ts";
-import type { VolumeRequest } from "../../../lib/storage/backend.ts";
-import { answerHttp2, grpcAnswer, type Http2Answer, page } from "../../support/http2_answers.ts";
-import { startSimulator } from "../../support/simulator.ts";
 
 Deno.test("the API version is asked once per connection, not once per call", async () => {
   await using env = await startLightos();
@@ -93,7 +97,7 @@ Deno.test("with every endpoint dead the error lists them, says a common reason o
   );
 });
 
-Deno.test("an endpoint that the cluster names twice is fallen back on once", async () => {
+Deno.test("an endpoint that the cluster names twice is tried once", async () => {
   const [nqn, spare] = ["nqn.2016-01.com.lightbitslabs:uuid:x", "127.0.0.1:9"];
   const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
   const volume = { UUID: uuid, name: "pvc-1", state: State.Available, acl: { values: [hostA] }, size: gib };
@@ -104,15 +108,7 @@ Deno.test("an endpoint that the cluster names twice is fallen back on once", asy
       Promise.resolve({ subsystemNQN: nqn, nvmeEndpoints: ["127.0.0.1:4420"], apiEndpoints: [spare, spare] }),
   });
   const server = await serve({ listen: { host: "127.0.0.1", port: 0 }, services: [api], log: quiet });
-  await using backend = lightosBackend({
-    log: quiet,
-    globalJwt: () => "x",
-    globalJwtPath: "/etc/lb-csi/jwt",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
-    verifyTls: true,
-    userAgent: "lbcsi/test",
-  });
+  await using backend = lightosBackend({ ...lightosOptions, globalJwt: () => "x" });
   const id = `mgmt:127.0.0.1:${server.port}|nguid:${uuid}|proj:default|scheme:grpc`;
   await backend.grantAccess(within(5000), none, id, { hostNqn: hostA, shared: false });
   await server.stop(100);
@@ -258,7 +254,7 @@ for (const code of ["UNAVAILABLE", "INTERNAL"] as const) {
   }
 }
 
-Deno.test("promise 12: an ill endpoint costs one attempt, is named once in the log, and shows in the metrics", async () => {
+Deno.test("promise 12: a failing endpoint costs one attempt, is named once in the log, and shows in the metrics", async () => {
   await using env = await startCluster(3);
   const [ill = ""] = env.endpoints;
   env.simulator.control.fail({ rpc: "*", count: 0, code: "UNAVAILABLE", message: "no quorum", endpoint: ill });
@@ -277,7 +273,7 @@ Deno.test("promise 12: an ill endpoint costs one attempt, is named once in the l
   match(await env.metrics.text(), new RegExp(`lbcsi_mgmt_endpoint_failures\\{endpoint="${ill}"\\} 1\\n`));
 });
 
-Deno.test("what every endpoint answers is the answer, and puts none of them to rest", async () => {
+Deno.test("an error that every endpoint answers is returned, and none of them is left alone", async () => {
   await using env = await startCluster(3);
   const { id } = await env.backend.createVolume(within(5000), none, env.request("pvc-1"));
   env.simulator.control.fail({ rpc: "GetVolume", count: 0, code: "INTERNAL", message: "cannot read it" });
@@ -291,7 +287,7 @@ Deno.test("what every endpoint answers is the answer, and puts none of them to r
   ok(!/lbcsi_mgmt_endpoint_resting\{.*\} 1/.test(await env.metrics.text()));
 });
 
-Deno.test("a refusal that is about the request is not carried to another endpoint", async () => {
+Deno.test("a request that one endpoint rejects is not sent to another one", async () => {
   await using env = await startCluster(3);
   env.simulator.control.fail({ rpc: "CreateVolume", count: 0, code: "RESOURCE_EXHAUSTED", message: "full" });
 
@@ -419,24 +415,10 @@ Deno.test("promise 12: a connection that a call gave up while it was made again 
   });
   await new Promise<void>((resolve) => relay.listen(0, "127.0.0.1", resolve));
   const lines: string[] = [];
-  await using backend = lightosBackend({
-    log: createLogger("debug", "json", (line) => lines.push(line)),
-    globalJwt: () => simulator.addresses.jwt,
-    globalJwtPath: "/etc/lb-csi/jwt",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
-    verifyTls: true,
-    userAgent: "lbcsi/test",
-  });
+  await using backend = openLightos(simulator, { log: collectingLogger(lines) });
   try {
     const { port } = relay.address() as net.AddressInfo;
-    const parameters = {
-      "mgmt-endpoint": `127.0.0.1:${port}`,
-      "mgmt-scheme": "grpc",
-      "replica-count": "1",
-      "project-name": "default",
-    };
-    const request = { name: "pvc-1", requiredBytes: gib, limitBytes: 0n, parameters };
+    const request = lightosRequest([`127.0.0.1:${port}`]);
     const { id } = await backend.createVolume(within(20_000), none, request);
     const isClosed = new Promise((resolve) => accepted[0]?.once("close", resolve));
     // It closes when the other side has noticed and has closed as well.
@@ -447,7 +429,7 @@ Deno.test("promise 12: a connection that a call gave up while it was made again 
     isSecond.promise.then(() => caller.abort(new StatusError("CANCELLED", "Cannot wait: the caller has left")));
     const deadline = new Date(Date.now() + 20_000);
     await rejects(
-      backend.getVolume(requestContext(caller.signal, deadline, createLogger("error", "json", () => {})), none, id),
+      backend.getVolume(requestContext(caller.signal, deadline, quiet), none, id),
       failsWith("CANCELLED", /LightOS at 127\.0\.0\.1:\d+ has not answered GetVolume/),
     );
     const lostBefore = lines.filter((line) => line.includes("lost a management endpoint")).length;

@@ -1,7 +1,7 @@
-/** Inline volumes on LightOS: what pods may ask for, whose token does what, and how volumes are told and found. */
+/** Inline volumes on LightOS: attributes of pods, the two tokens, and how volumes are recognised and found. */
 import assert from "node:assert/strict";
-import { createLogger, requestContext, Secrets } from "../../../lib/context.ts";
-import { isFinal, StatusError } from "../../../lib/error.ts";
+import { Secrets } from "../../../lib/context.ts";
+import { isFinal } from "../../../lib/error.ts";
 import type { InlineVolumeRequest, InlineVolumeStore } from "../../../lib/storage/backend.ts";
 import {
   clusterEntry,
@@ -14,17 +14,9 @@ import {
 } from "../../support/inline_node.ts";
 import { rejects } from "../../support/node_calls.ts";
 import { eventually, startSimulator, type TestSimulator } from "../../support/simulator.ts";
+import { gib, none, within } from "../../support/backends.ts";
 
-const gib = 1n << 30n;
-const none = new Secrets();
 const targetPath = `/var/lib/kubelet/pods/${podUid()}/volumes/kubernetes.io~csi/scratch/mount`;
-
-function within(ms: number) {
-  const controller = new AbortController();
-  const timer = setTimeout(() => controller.abort(new StatusError("DEADLINE_EXCEEDED", "too slow")), ms);
-  Deno.unrefTimer(timer);
-  return requestContext(controller.signal, new Date(Date.now() + ms), createLogger("error", "json", () => {}));
-}
 
 function request(attributes: Readonly<Record<string, string>> = { size: "1Gi" }, n = 1): InlineVolumeRequest {
   return {
@@ -195,7 +187,7 @@ Deno.test("a cluster file whose clusters allow no inline volumes is an obstacle,
   assert.equal(s.volumes.obstacle(), undefined);
 });
 
-Deno.test("the path of a pod is told back whatever is in it, and left out when it does not fit", async () => {
+Deno.test("the target path is returned whatever characters it has, and left out when it does not fit", async () => {
   await using s = await started();
   const paths = ["/a b/é~$`/pods/x", `/${"a".repeat(180)}/${"ü".repeat(300)}`, `/${"a".repeat(1200)}`];
 
@@ -204,8 +196,8 @@ Deno.test("the path of a pod is told back whatever is in it, and left out when i
   }
   const { volumes, problems } = await s.volumes.listVolumes(within(10_000), inlineNodeId);
 
-  const told = new Map(volumes.map((volume) => [volume.volumeId, volume.targetPath]));
-  assert.deepEqual(paths.map((_path, at) => told.get(inlineId(at + 1))), [paths[0], paths[1], undefined]);
+  const pathOf = new Map(volumes.map((volume) => [volume.volumeId, volume.targetPath]));
+  assert.deepEqual(paths.map((_path, at) => pathOf.get(inlineId(at + 1))), [paths[0], paths[1], undefined]);
   assert.deepEqual(problems, []);
 });
 
@@ -301,7 +293,7 @@ Deno.test("an inline volume is made with the pod's token, and granted and remove
   assert.deepEqual(living(s.sim), []);
 });
 
-Deno.test("a pod's secrets other than its token say nothing of with whom to talk", async () => {
+Deno.test("secrets of a pod other than its token do not change which server is trusted", async () => {
   await using s = await started();
   const ca = "-----BEGIN CERTIFICATE-----\nnot one\n-----END CERTIFICATE-----";
 

@@ -2,7 +2,7 @@
 import { deepStrictEqual, rejects, strictEqual, throws } from "node:assert/strict";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { volumeSize } from "../../../lib/storage/lightos/parameters.ts";
-import { failsWith, gib, none, quiet, startLightos, within } from "../../support/backends.ts";
+import { failsWith, gib, lightosOptions, none, startLightos, within } from "../../support/backends.ts";
 
 for (
   const [what, requiredBytes, limitBytes, expected] of [
@@ -59,15 +59,7 @@ for (
     value === undefined ? `without ${key}` : `${key}=${value}`
   );
   Deno.test(`createVolume refuses parameters ${what.join()} with INVALID_ARGUMENT`, async () => {
-    await using backend = lightosBackend({
-      log: quiet,
-      globalJwt: () => undefined,
-      globalJwtPath: "/etc/lb-csi/jwt",
-      globalJwtFor: "any endpoint",
-      ca: undefined,
-      verifyTls: true,
-      userAgent: "lbcsi/test",
-    });
+    await using backend = lightosBackend(lightosOptions);
     const all: Record<string, string | undefined> = {
       "mgmt-endpoint": "192.0.2.1:443",
       "replica-count": "3",

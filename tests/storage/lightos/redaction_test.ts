@@ -71,7 +71,7 @@ Deno.test("promise 10: a token that a server repeats in its API version is in no
   ok(env.lines.every((line) => !line.includes(token)));
 });
 
-Deno.test("what a server says without end is cut short in the error", async () => {
+Deno.test("a long text of a server is cut short in the error", async () => {
   await using env = await startCluster(1);
   const { id } = await env.backend.createVolume(within(5000), none, env.request("pvc-1"));
   const message = "no ".repeat(3000);

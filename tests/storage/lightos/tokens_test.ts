@@ -3,7 +3,7 @@ import { rejects, strictEqual } from "node:assert/strict";
 import { Secrets } from "../../../lib/context.ts";
 import { failsWith, none, startLightos, within } from "../../support/backends.ts";
 
-Deno.test("promise 10: a refused token is named by where it came from, never by its text", async () => {
+Deno.test("promise 10: the error about a rejected token says where it came from, and never its text", async () => {
   await using env = await startLightos();
   const expired = env.simulator.control.token(undefined, -1000);
 
@@ -26,7 +26,7 @@ Deno.test("a token that ends in a newline is used without it", async () => {
   await env.backend.createVolume(within(5000), new Secrets({ jwt: `${env.simulator.addresses.jwt}\n` }), env.request());
 });
 
-Deno.test("no token at all is said in words", async () => {
+Deno.test("the error without any token says that there is none", async () => {
   await using env = await startLightos({}, { globalJwt: () => undefined });
 
   await rejects(
@@ -38,7 +38,7 @@ Deno.test("no token at all is said in words", async () => {
   );
 });
 
-Deno.test("a token with control characters is refused before it is sent", async () => {
+Deno.test("a token with control characters is rejected before it is sent", async () => {
   await using env = await startLightos();
 
   await rejects(

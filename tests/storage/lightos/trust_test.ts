@@ -1,8 +1,7 @@
-/** How a management API proves who it is: names, pins, where they may be told, and who is told when nobody checks. */
-import { deepStrictEqual, match, ok, rejects, strictEqual, throws } from "node:assert/strict";
+/** How a management API proves who it is: names, pins, the sources of these options, and the log of unverified connections. */
+import { deepStrictEqual, ok, rejects, strictEqual, throws } from "node:assert/strict";
 import tls from "node:tls";
-import { createLogger, type RequestContext, requestContext, Secrets } from "../../../lib/context.ts";
-import { type StatusCode, StatusError } from "../../../lib/error.ts";
+import { createLogger, Secrets } from "../../../lib/context.ts";
 import { publicKeyPin } from "../../../lib/grpc/tls.ts";
 import { selfSigned } from "../../../lib/simulator/certificate.ts";
 import type { VolumeRequest } from "../../../lib/storage/backend.ts";
@@ -10,25 +9,9 @@ import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { knownClusters } from "../../../lib/storage/lightos/cluster_file.ts";
 import { resolveTrust } from "../../../lib/storage/lightos/trust.ts";
 import { startSimulator, type TestSimulator } from "../../support/simulator.ts";
+import { failsWith, gib, lightosOptions, within } from "../../support/backends.ts";
 
-const gib = 1n << 30n;
 const otherPin = "sha256//AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
-
-function within(ms: number): RequestContext {
-  const aborted = new AbortController();
-  const timer = setTimeout(() => aborted.abort(new StatusError("DEADLINE_EXCEEDED", "too slow")), ms);
-  Deno.unrefTimer(timer);
-  return requestContext(aborted.signal, new Date(Date.now() + ms), createLogger("error", "json", () => {}));
-}
-
-function failsWith(code: StatusCode, ...messages: RegExp[]) {
-  return (error: unknown) => {
-    ok(error instanceof StatusError, String(error));
-    strictEqual(error.code, code, error.message);
-    for (const message of messages) match(error.message, message);
-    return true;
-  };
-}
 
 /** A cluster over TLS, and a controller's backend that has no CA but the one that a call or the cluster file brings. */
 async function start(cluster: Readonly<Record<string, unknown>> | undefined = undefined, verifyTls = true) {
@@ -42,13 +25,9 @@ async function start(cluster: Readonly<Record<string, unknown>> | undefined = un
   });
   const files = new Map([["/c", text], ["/ca", ca], ["/jwt", jwt]]);
   const backend = stack.use(lightosBackend({
+    ...lightosOptions,
     log,
-    globalJwt: () => undefined,
-    globalJwtPath: "/etc/lb-csi/jwt",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
     verifyTls,
-    userAgent: "lbcsi/test",
     clusters: cluster === undefined ? undefined : knownClusters("/c", {
       stamp: () => "unchanged",
       read: (path) => files.get(path) ?? "",
@@ -114,7 +93,7 @@ Deno.test("promise 11: publicKeyPin is what openssl computes, of PEM and DER", a
   strictEqual(publicKeyPin(await openssl(["x509", "-outform", "der"], pem)), expected);
 });
 
-Deno.test("how a cluster proves who it is may be told with newlines, blanks and capitals", async () => {
+Deno.test("secrets about the certificate of a cluster may have newlines, blanks and capitals", async () => {
   await using env = await start();
 
   await env.create({ "mgmt-server-name": "localhost\n", "mgmt-tls-verify": "True\n", "mgmt-tls-pin": `${env.pin}\n` });
@@ -176,7 +155,7 @@ Deno.test("promise 11: every connection without verification is logged, and none
   strictEqual(warnings(), 1);
 });
 
-Deno.test("promise 11: the cluster file tells name, pin and verification, and the secrets win over it", async () => {
+Deno.test("promise 11: the cluster file has name, pin and verification, and the secrets take precedence", async () => {
   const calls: [Record<string, unknown>, Record<string, string>, RegExp | undefined][] = [
     [{ serverName: "localhost" }, {}, undefined],
     [{ serverName: "other.example" }, {}, /other\.example/],
@@ -193,7 +172,7 @@ Deno.test("promise 11: the cluster file tells name, pin and verification, and th
   }
 });
 
-Deno.test("promise 11: a process that verifies nothing can still be told to by the secrets", async () => {
+Deno.test("promise 11: the secrets can turn verification on in a process that verifies nothing", async () => {
   await using env = await start(undefined, false);
   const { ca } = await selfSigned([]);
 
@@ -265,7 +244,7 @@ for (
   });
 }
 
-Deno.test("resolveTrust takes each part from the first place that tells it", () => {
+Deno.test("resolveTrust takes each part from the first source that has it", () => {
   deepStrictEqual(
     resolveTrust("ca", {}, { serverName: "b" }, { serverName: "c", pins: ["z", "a"] }, { verify: true }),
     {

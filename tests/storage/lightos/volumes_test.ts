@@ -2,7 +2,7 @@
 import { match } from "node:assert/strict";
 import { none, startLightos, within } from "../../support/backends.ts";
 
-Deno.test("getVolume tells what is wrong with a volume", async () => {
+Deno.test("getVolume returns the condition of a volume", async () => {
   await using env = await startLightos();
   const { id, uuid } = await env.backend.createVolume(within(5000), none, env.request());
   env.simulator.control.setVolume(uuid, { protection: "ReadOnly" });

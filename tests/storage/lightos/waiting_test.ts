@@ -16,7 +16,7 @@ for (
     await rejects(env.backend.createVolume(within(5000), none, env.request("pvc-2")), failsWith(code, /refused/));
   });
 
-  Deno.test(`promise 18: CreateVolume that the cluster refuses with ${code} is not final while nobody can look`, async () => {
+  Deno.test(`promise 18: CreateVolume that the cluster refuses with ${code} is not final while the volume cannot be looked for`, async () => {
     await using env = await startCluster(1);
     env.simulator.control.fail({ rpc: "CreateVolume", count: 0, code, message: "refused" });
     env.simulator.control.fail({ rpc: "ListVolumes", count: 0, code: "UNAVAILABLE", message: "no quorum" });

@@ -11,7 +11,7 @@ Deno.test("an ID that is not one of this driver is NOT_FOUND", async () => {
   await rejects(t.get("mgmt:h:1|nguid:…"), failsWith("NOT_FOUND", /not of the form pos:/));
 });
 
-Deno.test("without a cluster file, neither lists nor capacity are there, and snapshots and growth never are", async () => {
+Deno.test("without a cluster file there are neither lists nor capacity, and never snapshots or growth", async () => {
   await using t = await startPoseidonBackend();
 
   const { listing, capacity, expansion, snapshots, changedBlocks } = t.backend;
@@ -39,7 +39,7 @@ Deno.test("limits of a volume in use change, others than those given stay", asyn
   );
 });
 
-Deno.test("promise 13: IDs of before a DAgent moved lead to where it is now", async () => {
+Deno.test("promise 13: IDs from before a DAgent moved lead to where it is now", async () => {
   await using sim = await startPoseidon();
   const text =
     `systems: [{ name: a, endpoint: "${sim.addresses.dagent}", idEndpoint: "192.0.2.1:3000", arrays: POSArray }]`;

@@ -3,7 +3,7 @@ import { deepStrictEqual, rejects, strictEqual } from "node:assert/strict";
 import { eventually } from "../../support/simulator.ts";
 import { failsWith, none, startPoseidonBackend, within } from "../../support/backends.ts";
 
-Deno.test("promise 9: who waits too long for its turn is told what is running, and the work goes on", async () => {
+Deno.test("promise 9: the error of a call that waits too long for its turn says what is running, and that work continues", async () => {
   await using t = await startPoseidonBackend();
   t.sim.control.fail({ rpc: "CreateVolume", hold: true });
   const first = t.create("pvc-1");

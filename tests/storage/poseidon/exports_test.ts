@@ -27,7 +27,7 @@ Deno.test("granting access exports the volume in a subsystem of volume and node,
   deepStrictEqual(subsystem?.namespaces, [{ nsid: 1, array: "POSArray", volumeUuid: uuid }]);
 });
 
-Deno.test("promise 7: a second node is refused by the name of the first, until the first has let go", async () => {
+Deno.test("promise 7: the error for a second node names the first, until the first has released the volume", async () => {
   await using t = await startPoseidonBackend();
   const { id } = await t.create();
   await t.grant(id);
@@ -119,7 +119,7 @@ Deno.test("granting access adds a listener that is missing", async () => {
   strictEqual(t.model.subsystems[0]?.listeners.length, 1);
 });
 
-Deno.test("a volume of the vendor's driver is adopted by an ID and attributes that somebody wrote", async () => {
+Deno.test("a volume of the vendor's driver is used with an ID and attributes that were written by hand", async () => {
   await using t = await startPoseidonBackend();
   const uuid = crypto.randomUUID();
   await t.model.createVolume({ array: "POSArray", name: "pvc-old", sizeBytes: gib, maxiops: 0n, maxbw: 0n, uuid });
@@ -214,7 +214,7 @@ Deno.test("promise 24: revoking access succeeds only when the namespace is gone,
   strictEqual(t.volumes().length, 0);
 });
 
-Deno.test("a subsystem of ours that somebody has put another volume into is not deleted", async () => {
+Deno.test("a subsystem of ours with another volume in it is not deleted", async () => {
   await using t = await startPoseidonBackend();
   const [one, two] = [await t.create("pvc-1"), await t.create("pvc-2")];
   const { subsystemNqn } = await t.grant(one.id);

@@ -2,7 +2,7 @@
 import { deepStrictEqual, ok, rejects, strictEqual } from "node:assert/strict";
 import { failsWith, startPoseidonBackend } from "../../support/backends.ts";
 
-Deno.test("what answers and is no DAgent is told as such", async () => {
+Deno.test("the error about a server that is not a DAgent says so", async () => {
   await using t = await startPoseidonBackend();
   const { hostname, port } = new URL(t.sim.addresses.control);
 

@@ -35,7 +35,7 @@ Deno.test("lists of PoseidonOS come in pages, with the nodes that have a volume"
   );
 });
 
-Deno.test("lists of PoseidonOS fail while an array is not mounted, for its volumes would seem to be gone", async () => {
+Deno.test("lists of PoseidonOS fail while an array is not mounted, because its volumes would seem to be gone", async () => {
   await using t = await startPoseidonBackend({}, true);
   await t.create();
   t.sim.control.setArray("POSArray", { state: "OFFLINE", situation: "DEFAULT" });
@@ -45,7 +45,7 @@ Deno.test("lists of PoseidonOS fail while an array is not mounted, for its volum
   await rejects(listed ?? Promise.resolve(), failsWith("UNAVAILABLE", /is not mounted/));
 });
 
-Deno.test("a volume on a degraded array is in trouble, and can be used", async () => {
+Deno.test("a volume on a degraded array is abnormal, and can be used", async () => {
   await using t = await startPoseidonBackend({}, true);
   const { id } = await t.create();
   strictEqual((await t.get(id)).condition, undefined);

@@ -45,7 +45,7 @@ for (
   });
 }
 
-Deno.test("CreateVolume on PoseidonOS does not take a namesake for its own that somebody else made", async () => {
+Deno.test("CreateVolume on PoseidonOS does not use a namesake that another program made", async () => {
   await using t = await startPoseidonBackend();
   const uuid = crypto.randomUUID();
   await t.model.createVolume({ array: "POSArray", name: "pvc-1", sizeBytes: gib, maxiops: 0n, maxbw: 0n, uuid });
@@ -53,7 +53,7 @@ Deno.test("CreateVolume on PoseidonOS does not take a namesake for its own that 
   await rejects(t.create(), failsWith("ALREADY_EXISTS", new RegExp(`its UUID is ${uuid} instead of`)));
 });
 
-Deno.test("CreateVolume on PoseidonOS gives a name that it does not allow another one", async () => {
+Deno.test("CreateVolume on PoseidonOS replaces a name that PoseidonOS does not allow", async () => {
   await using t = await startPoseidonBackend();
   const volume = await t.create("a.b/c");
 
@@ -131,7 +131,7 @@ for (const generation of ["1.0", "0.11"] as const) {
   });
 }
 
-Deno.test("CreateVolume on PoseidonOS tells a caller who runs out of time that PoseidonOS is busy", async () => {
+Deno.test("CreateVolume on PoseidonOS that runs out of time says that PoseidonOS is busy", async () => {
   await using t = await startPoseidonBackend();
   t.sim.control.fail({ rpc: "CreateVolume", event: "VOL_MGR_BUSY", count: 0 });
 
@@ -158,7 +158,7 @@ Deno.test("promise 22: CreateVolume on a full array is RESOURCE_EXHAUSTED before
   strictEqual(t.calls("CreateVolume"), 0);
 });
 
-Deno.test("promise 22: CreateVolume of more than what is left is RESOURCE_EXHAUSTED and tells what is left", async () => {
+Deno.test("promise 22: CreateVolume of more than what is left is RESOURCE_EXHAUSTED and says what is left", async () => {
   await using t = await startPoseidonBackend({ capacityBytes: 3n * gib });
   await t.create();
 

@@ -1,24 +1,13 @@
-/** An answer of LightOS is believed only if it fits the question. */
+/** An answer of LightOS is used only if it fits the request. */
 import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
-import { createLogger, type RequestContext, requestContext, Secrets } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { knownClusters } from "../../../lib/storage/lightos/cluster_file.ts";
 import { startLiar } from "../../support/liar.ts";
 import { startSimulator } from "../../support/simulator.ts";
+import { gib, lightosRequest, none, openLightos, quiet, within } from "../../support/backends.ts";
 
-const gib = 1n << 30n;
-const none = new Secrets();
-const quiet = createLogger("error", "json", () => {});
 const foreign = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
-
-function within(ms: number): RequestContext {
-  const aborted = new AbortController();
-  const timer = setTimeout(() => aborted.abort(new StatusError("DEADLINE_EXCEEDED", "too slow")), ms);
-  Deno.unrefTimer(timer);
-  return requestContext(aborted.signal, new Date(Date.now() + ms), quiet);
-}
 
 /** Two volumes and a snapshot that are what they seem, and a backend that a liar stands in front of. */
 async function start(lies: Parameters<typeof startLiar>[1]) {
@@ -38,27 +27,10 @@ async function start(lies: Parameters<typeof startLiar>[1]) {
   const cluster = { name: "a", endpoints: liar.address, scheme: "grpc", jwt: "/jwt", projects: ["default"] };
   const file = JSON.stringify({ clusters: [cluster] });
   const files = { stamp: () => "unchanged", read: (path: string) => path === "/c" ? file : simulator.addresses.jwt };
-  const backend = parts.use(lightosBackend({
-    log: quiet,
-    globalJwt: () => simulator.addresses.jwt,
-    globalJwtPath: "/jwt",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
-    verifyTls: true,
-    userAgent: "lbcsi/test",
-    clusters: knownClusters("/c", files, quiet),
-  }));
-  const request = (name: string) => ({
-    name,
-    requiredBytes: gib,
-    limitBytes: 2n * gib,
-    parameters: {
-      "mgmt-endpoint": liar.address,
-      "mgmt-scheme": "grpc",
-      "replica-count": "1",
-      "project-name": "default",
-    },
-  });
+  const backend = parts.use(
+    openLightos(simulator, { globalJwtPath: "/jwt", clusters: knownClusters("/c", files, quiet) }),
+  );
+  const request = (name: string) => lightosRequest([liar.address], { name, limitBytes: 2n * gib });
   const create = (name: string) => backend.createVolume(within(3000), none, request(name));
   const { snapshots } = backend;
   ok(snapshots);
