@@ -1,10 +1,10 @@
 /**
- * Keys of NVMe's in-band authentication, DH-HMAC-CHAP (NVMe base specification 2.0, 8.13.5): host and controller prove to
- * each other that they know a key, and never send it.
+ * Keys of NVMe's in-band authentication, DH-HMAC-CHAP (NVMe base specification 2.0, 8.13.5): host and controller prove
+ * to each other that they know a key, and never send it.
  *
  * A key is a text, `DHHC-1:HH:BASE64:`. HH names the hash that both sides apply to the key before its use: 00 none, 01
- * SHA-256, 02 SHA-384, 03 SHA-512. BASE64 holds the key, 32, 48 or 64 bytes, as many as the hash has if there is one, and
- * its CRC-32, least significant byte first.
+ * SHA-256, 02 SHA-384, 03 SHA-512. BASE64 holds the key, 32, 48 or 64 bytes, as many as the hash has if there is one,
+ * and its CRC-32, least significant byte first.
  */
 import { Buffer } from "node:buffer";
 import { randomBytes } from "node:crypto";

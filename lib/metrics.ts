@@ -1,9 +1,9 @@
 /**
  * The metrics of the process, in the text format that Prometheus and others read (exposition format 0.0.4).
  *
- * Labels name a kind of thing, never a single one: there is no volume, claim, pod or node among them, and no secret. A label
- * that grew with what callers send would fill the memory of the system that collects it; so each label has a bounded number of
- * values, and all further values become `other`.
+ * Labels name a kind of thing, never a single one: there is no volume, claim, pod or node among them, and no secret. A
+ * label that grew with what callers send would fill the memory of the system that collects it; so each label has a
+ * bounded number of values, and all further values become `other`.
  *
  * Our own code and no library: prom-client costs 12 MiB of RSS in every node plugin.
  */
@@ -116,7 +116,10 @@ export class Metrics {
     }
   }
 
-  /** Calls `source` at each reading, until disposed. Samples of several sources with the same name and labels are added up. */
+  /**
+   * Calls `source` at each reading, until disposed. Samples of several sources with the same name and labels are added
+   * up.
+   */
   gather(source: () => Iterable<Sample> | Promise<Iterable<Sample>>): Disposable {
     this.#sources.add(source);
     return { [Symbol.dispose]: () => void this.#sources.delete(source) };
@@ -191,7 +194,10 @@ function escaped(text: string): string {
   return text.replaceAll("\\", "\\\\").replaceAll('"', '\\"').replaceAll("\n", "\\n");
 }
 
-/** FAILED_PRECONDITION for an address where metrics cannot be served: thrown at the start, because the operator relies on them. */
+/**
+ * FAILED_PRECONDITION for an address where metrics cannot be served: thrown at the start, because the operator relies
+ * on them.
+ */
 export function cannotServe(address: string, cause: unknown): StatusError {
   return new StatusError("FAILED_PRECONDITION", `Cannot serve metrics on ${address}: ${messageOf(cause)}`, { cause });
 }

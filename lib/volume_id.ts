@@ -8,7 +8,8 @@
  *     scheme    = "grpc" / "grpcs"                      ; absent: grpcs
  *     project   = 1 to 63 of a-z 0-9 "." "-", with a-z 0-9 at both ends
  *
- * An ID says which volume on which cluster, and never changes. Its endpoints are a way to the cluster, and may be out of date.
+ * An ID says which volume on which cluster, and never changes. Its endpoints are a way to the cluster, and may be out
+ * of date.
  *
  * IDs of PoseidonOS have a form of our own, because a name alone does not identify a volume for ever:
  *
@@ -84,7 +85,9 @@ export function parseVolumeId(text: string, what = "volume"): VolumeId {
 /** The longest ID that calls take, in bytes: CSI allows 128, IDs with the endpoints of large clusters have more. */
 export const longestId = 1024;
 
-/** The length of an ID in bytes, which does not depend on its UUID; without a project, as with one of the longest name. */
+/**
+ * The length of an ID in bytes, which does not depend on its UUID; without a project, as with one of the longest name.
+ */
 export function longestIdBytes(id: Omit<VolumeId, "uuid">): number {
   const text = formatVolumeId({ ...id, uuid: nilUuid, project: id.project ?? "p".repeat(63) });
   return new TextEncoder().encode(text).length;

@@ -1,4 +1,6 @@
-/** A gRPC client for protobuf-es messages: `Channel` is a connection to one address, `CallError` says how a call failed. */
+/**
+ * A gRPC client for protobuf-es messages: `Channel` is a connection to one address, `CallError` says how a call failed.
+ */
 import "./goaway.ts";
 import {
   create,
@@ -25,9 +27,10 @@ export class CallError extends Error {
    * Where it comes from. `server`: the server, in the status of its answer. All others come from this side, with code
    * UNAVAILABLE, or DEADLINE_EXCEEDED after the deadline of the call:
    * - `not connected`: the request was not sent.
-   * - `too large`: an answer came that is larger than this side accepts. Whether the server has done its work is unknown.
-   * - `no answer`: the connection was lost, or what came is not a gRPC answer (the error page of a proxy, for example). Whether
-   *   the server has done its work is unknown.
+   * - `too large`: an answer came that is larger than this side accepts. Whether the server has done its work is
+   *   unknown.
+   * - `no answer`: the connection was lost, or what came is not a gRPC answer (the error page of a proxy, for example).
+   *   Whether the server has done its work is unknown.
    */
   readonly origin: "server" | "not connected" | "too large" | "no answer";
 
@@ -57,8 +60,8 @@ export interface CallOptions {
 }
 
 /**
- * The longest message that is accepted as an answer: the objects that are made of it have to fit several times into the heap
- * of 64 MiB that the shipped executable has.
+ * The longest message that is accepted as an answer: the objects that are made of it have to fit several times into the
+ * heap of 64 MiB that the shipped executable has.
  */
 const longestAnswerBytes = 8 << 20;
 
@@ -217,7 +220,10 @@ interface SentStatus {
   readonly grpc: number | undefined;
 }
 
-/** Needed because the codes that grpc-js makes up (for HTTP errors, lost connections, unreadable answers) look like sent ones. */
+/**
+ * Needed because the codes that grpc-js makes up (for HTTP errors, lost connections, unreadable answers) look like sent
+ * ones.
+ */
 const sentStatus = new WeakMap<grpc.Metadata, SentStatus>();
 
 const readHeaders = grpc.Metadata.fromHttp2Headers;

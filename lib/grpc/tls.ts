@@ -12,8 +12,8 @@ import { unreadableCertificates } from "./peer_certificate.ts";
 /** How a server has to prove who it is. */
 export interface Trust {
   /**
-   * PEM certificates to trust instead of the built-in ones, as `readPem` returns them. A server that shows one of them is
-   * trusted, no matter which CA has signed it.
+   * PEM certificates to trust instead of the built-in ones, as `readPem` returns them. A server that shows one of them
+   * is trusted, no matter which CA has signed it.
    */
   readonly ca?: string;
   /** False accepts any certificate. */
@@ -99,13 +99,16 @@ function leafProblem(socket: tls.TLSSocket, leaves: ReadonlySet<string>): Error 
     new Error(error instanceof Error ? error.message : errorWords[String(error)] ?? String(error));
 }
 
-/** How long the second connection to a server may take, which is made for a better message: well below the 3 s of the first. */
+/**
+ * How long the second connection to a server may take, which is made for a better message: well below the 3 s of the
+ * first.
+ */
 const secondLookMs = 1000;
 
 /**
- * What is wrong with the dates of the certificates of a server that TLS has rejected; undefined: nothing, or it cannot be found
- * out. Deno's TLS says of each bad chain only that it cannot be verified, and shows nothing of it, so a second connection is
- * made. Nothing is sent over it, and the server is not trusted.
+ * What is wrong with the dates of the certificates of a server that TLS has rejected; undefined: nothing, or it cannot
+ * be found out. Deno's TLS says of each bad chain only that it cannot be verified, and shows nothing of it, so a second
+ * connection is made. Nothing is sent over it, and the server is not trusted.
  */
 async function datesProblemAt(address: string, trust: Trust): Promise<Error | undefined> {
   try {
@@ -117,8 +120,8 @@ async function datesProblemAt(address: string, trust: Trust): Promise<Error | un
 }
 
 /**
- * What is wrong with the dates of the certificates that a server shows: its own, and those between it and a root. The dates of
- * a root that it shows are ignored, as TLS ignores them.
+ * What is wrong with the dates of the certificates that a server shows: its own, and those between it and a root. The
+ * dates of a root that it shows are ignored, as TLS ignores them.
  */
 function datesProblem(shown: tls.DetailedPeerCertificate): Error | undefined {
   const seen = new Set<tls.DetailedPeerCertificate>();
@@ -198,8 +201,8 @@ export function shownCertificate(address: string, trust: Trust, signal: AbortSig
 }
 
 /**
- * What `read` returns for the certificates that a server shows. They are not trusted: nothing is sent, and the connection ends
- * at once.
+ * What `read` returns for the certificates that a server shows. They are not trusted: nothing is sent, and the
+ * connection ends at once.
  *
  * @throws the error of the system when there is no TLS connection; what `read` throws; `signal.reason` when the signal
  *   aborts first
@@ -246,12 +249,12 @@ export function tlsNameOptions(address: string, trust: Trust): Record<string, st
 }
 
 /**
- * The TLS server name that is sent (SNI). Deno does not allow an IP address there (Node only warns), so a placeholder is sent
- * for one; the certificate is still checked against the address itself, in `credentials`.
+ * The TLS server name that is sent (SNI). Deno does not allow an IP address there (Node only warns), so a placeholder
+ * is sent for one; the certificate is still checked against the address itself, in `credentials`.
  *
- * Deno keeps TLS sessions by that name, and a resumed session shows no certificate again (seen with 2.9.5, where no list of
- * CAs is given). So each pair of endpoint and Trust has a placeholder of its own: what was verified for one server, or with
- * less care, must not count for another.
+ * Deno keeps TLS sessions by that name, and a resumed session shows no certificate again (seen with 2.9.5, where no
+ * list of CAs is given). So each pair of endpoint and Trust has a placeholder of its own: what was verified for one
+ * server, or with less care, must not count for another.
  */
 function sentName(address: string, trust: Trust): string {
   const name = nameOf(address, trust);

@@ -1,10 +1,10 @@
 /**
  * The contract between the CSI services and a storage cluster.
  *
- * Every method is an intent and may be repeated: after success it returns the same again, after a failure or a lost answer
- * it continues from what the cluster shows. States of the cluster, polling and retries stay behind it; it returns when the
- * request is fulfilled, or throws a StatusError before `ctx.signal` has aborted, shortly before the orchestrator stops
- * waiting. Calls for different volumes may run at once; the caller keeps calls for one volume apart.
+ * Every method is an intent and may be repeated: after success it returns the same again, after a failure or a lost
+ * answer it continues from what the cluster shows. States of the cluster, polling and retries stay behind it; it
+ * returns when the request is fulfilled, or throws a StatusError before `ctx.signal` has aborted, shortly before the
+ * orchestrator stops waiting. Calls for different volumes may run at once; the caller keeps calls for one volume apart.
  *
  * Each method names its own action: its errors begin with `Cannot <action>: `. They reach the person who reads `kubectl
  * describe`, and name the volume, the management endpoint that answered and the cluster's own words.
@@ -80,17 +80,17 @@ export interface Grant {
 export interface StorageBackend extends AsyncDisposable {
   readonly name: "lightos" | "poseidon";
   /**
-   * Why only one host at a time can have a volume, for the error about access modes that need more. Absent: hosts may share
-   * volumes.
+   * Why only one host at a time can have a volume, for the error about access modes that need more. Absent: hosts may
+   * share volumes.
    */
   readonly oneHostOnly?: string;
   /** The UUID in a volume ID, for logs and locks. Throws NOT_FOUND for an ID that is not one of this backend. */
   uuidOf(volumeId: string): string;
   /**
-   * Same name, same request: same volume. Throws ALREADY_EXISTS that lists each difference when another request has made a
-   * volume of that name, OUT_OF_RANGE for an impossible size (such as one below its source's), INVALID_ARGUMENT for bad
-   * parameters or a source that is not on the cluster of these parameters, NOT_FOUND for an absent source, UNAVAILABLE for
-   * one that is not ready. Only backends with `snapshots` accept sources.
+   * Same name, same request: same volume. Throws ALREADY_EXISTS that lists each difference when another request has
+   * made a volume of that name, OUT_OF_RANGE for an impossible size (such as one below its source's), INVALID_ARGUMENT
+   * for bad parameters or a source that is not on the cluster of these parameters, NOT_FOUND for an absent source,
+   * UNAVAILABLE for one that is not ready. Only backends with `snapshots` accept sources.
    */
   createVolume(ctx: RequestContext, secrets: Secrets, request: VolumeRequest): Promise<Volume>;
   /** Absent: done. Throws FAILED_PRECONDITION while a host may still connect; never succeeds while the volume exists. */
@@ -99,9 +99,9 @@ export interface StorageBackend extends AsyncDisposable {
   getVolume(ctx: RequestContext, secrets: Secrets, volumeId: string): Promise<Volume>;
   /**
    * Lets a host connect, and returns where. When the volume's connections have to be authenticated, the cluster has the
-   * host's keys before the host may connect: those in the secrets (`dhchap-key`, `dhchap-ctrl-key`), or the cluster's own.
-   * Throws FAILED_PRECONDITION that names the other hosts when access cannot be shared with them. Two racing calls for one
-   * volume cannot both win exclusive access.
+   * host's keys before the host may connect: those in the secrets (`dhchap-key`, `dhchap-ctrl-key`), or the cluster's
+   * own. Throws FAILED_PRECONDITION that names the other hosts when access cannot be shared with them. Two racing calls
+   * for one volume cannot both win exclusive access.
    */
   grantAccess(ctx: RequestContext, secrets: Secrets, volumeId: string, grant: Grant): Promise<RemoteNamespace>;
   /** Takes access away from a host, or from every host when `hostNqn` is undefined. Absent volume or host: done. */
@@ -120,8 +120,8 @@ export interface StorageBackend extends AsyncDisposable {
 /** The cluster keeps the keys that hosts authenticate their connections with; `grantAccess` ensures that they exist. */
 export interface Authentication {
   /**
-   * The keys with which a host has to connect to a volume that was granted with this kind of authentication: at least those
-   * that the kind needs. Throws FAILED_PRECONDITION when the cluster has none.
+   * The keys with which a host has to connect to a volume that was granted with this kind of authentication: at least
+   * those that the kind needs. Throws FAILED_PRECONDITION when the cluster has none.
    */
   keysOf(
     ctx: RequestContext,
@@ -134,9 +134,9 @@ export interface Authentication {
 /** Volumes can grow, even while hosts use them. */
 export interface Expansion {
   /**
-   * Grows a volume to at least `requiredBytes`; never shrinks one. Large enough already: done. Returns the volume with its
-   * size afterwards, as the cluster shows or confirms it. Throws OUT_OF_RANGE when that is, or would be, above `limitBytes`;
-   * NOT_FOUND.
+   * Grows a volume to at least `requiredBytes`; never shrinks one. Large enough already: done. Returns the volume with
+   * its size afterwards, as the cluster shows or confirms it. Throws OUT_OF_RANGE when that is, or would be, above
+   * `limitBytes`; NOT_FOUND.
    */
   expandVolume(ctx: RequestContext, secrets: Secrets, volumeId: string, range: CapacityRange): Promise<Volume>;
 }
@@ -150,10 +150,10 @@ export interface BlockRange {
 /** The cluster knows which blocks of a snapshot hold data, and which differ from an older snapshot. */
 export interface ChangedBlocks {
   /**
-   * The blocks of a snapshot with data, or those that differ from an older one of the same volume. There may be others among
-   * them, but none is missing. The ranges ascend and do not overlap, also across pages; the first one ends behind
-   * `startingOffsetBytes`. Pages are requested as they are read. Throws NOT_FOUND for an absent snapshot, OUT_OF_RANGE for an
-   * offset beyond its size.
+   * The blocks of a snapshot with data, or those that differ from an older one of the same volume. There may be others
+   * among them, but none is missing. The ranges ascend and do not overlap, also across pages; the first one ends behind
+   * `startingOffsetBytes`. Pages are requested as they are read. Throws NOT_FOUND for an absent snapshot, OUT_OF_RANGE
+   * for an offset beyond its size.
    */
   changedBlocks(
     ctx: RequestContext,
@@ -195,8 +195,8 @@ export interface Snapshots {
   /** The UUID in a snapshot ID, for locks. Throws NOT_FOUND for an ID that is not one of this backend. */
   uuidOf(snapshotId: string): string;
   /**
-   * Same name, same source: same snapshot; returns when it is ready. Throws ALREADY_EXISTS when a snapshot of another volume
-   * has the name, NOT_FOUND for an absent source, ABORTED while a namesake is being deleted.
+   * Same name, same source: same snapshot; returns when it is ready. Throws ALREADY_EXISTS when a snapshot of another
+   * volume has the name, NOT_FOUND for an absent source, ABORTED while a namesake is being deleted.
    */
   createSnapshot(ctx: RequestContext, secrets: Secrets, request: SnapshotRequest): Promise<Snapshot>;
   /** Absent: done. Volumes that were made from it stay. */
@@ -204,9 +204,9 @@ export interface Snapshots {
   /** Absent: NOT_FOUND. Returns one that is not ready, too. */
   getSnapshot(ctx: RequestContext, secrets: Secrets, snapshotId: string): Promise<Snapshot>;
   /**
-   * The snapshots that match every given filter and are ready, on the cluster that an ID leads to; an unknown ID matches
-   * nothing. Without a filter, those on the clusters of the cluster file, as `Listing` says; throws FAILED_PRECONDITION when
-   * there is no such file.
+   * The snapshots that match every given filter and are ready, on the cluster that an ID leads to; an unknown ID
+   * matches nothing. Without a filter, those on the clusters of the cluster file, as `Listing` says; throws
+   * FAILED_PRECONDITION when there is no such file.
    */
   listSnapshots(
     ctx: RequestContext,
@@ -238,9 +238,9 @@ export interface Page<T> {
 }
 
 /**
- * Lists of the volumes on the clusters of the cluster file, for calls that name no cluster. Lists hold what can be used, not
- * what is being made or deleted, nor what is left of failed creations. Throws ABORTED for a token that is not, or no longer,
- * one of its own; an unreachable cluster fails the call, because its volumes would seem to be gone.
+ * Lists of the volumes on the clusters of the cluster file, for calls that name no cluster. Lists hold what can be
+ * used, not what is being made or deleted, nor what is left of failed creations. Throws ABORTED for a token that is
+ * not, or no longer, one of its own; an unreachable cluster fails the call, because its volumes would seem to be gone.
  */
 export interface Listing {
   listVolumes(ctx: RequestContext, page: PageRequest): Promise<Page<Volume>>;
@@ -251,8 +251,8 @@ export interface Listing {
 /** The backend knows how much space is left. */
 export interface Capacity {
   /**
-   * The bytes that are left for volumes with these StorageClass parameters, and the smallest size of one of them. Without
-   * parameters: on all clusters of the cluster file. Throws INVALID_ARGUMENT for bad parameters.
+   * The bytes that are left for volumes with these StorageClass parameters, and the smallest size of one of them.
+   * Without parameters: on all clusters of the cluster file. Throws INVALID_ARGUMENT for bad parameters.
    */
   getCapacity(
     ctx: RequestContext,
@@ -271,7 +271,9 @@ export interface Modification {
     parameters: Readonly<Record<string, string>>,
     mutable: Readonly<Record<string, string>>,
   ): Readonly<Record<string, string>>;
-  /** Changes all given parameters or none; others stay. Throws what `merge` throws, before anything is done; NOT_FOUND. */
+  /**
+   * Changes all given parameters or none; others stay. Throws what `merge` throws, before anything is done; NOT_FOUND.
+   */
   modifyVolume(
     ctx: RequestContext,
     secrets: Secrets,
@@ -314,20 +316,22 @@ export interface InlineVolume {
 }
 
 /**
- * Inline volumes: a node makes them for a pod by itself and removes them after it, on clusters whose operator allows that.
+ * Inline volumes: a node makes them for a pod by itself and removes them after it, on clusters whose operator allows
+ * that.
  *
- * A mark on the cluster, which holds the CSI volume ID, identifies such a volume. A volume that has the right name and not
- * the mark is neither used nor removed.
+ * A mark on the cluster, which holds the CSI volume ID, identifies such a volume. A volume that has the right name and
+ * not the mark is neither used nor removed.
  */
 export interface InlineVolumeStore {
   /** Why no volume can be made now, whatever is requested; undefined: volumes can be made. */
   obstacle(): string | undefined;
   /**
-   * Makes the volume, unless it exists, lets the node connect, and returns where. The volume is created with the token in
-   * `secrets`, if there is one; everything else is done with the operator's.
+   * Makes the volume, unless it exists, lets the node connect, and returns where. The volume is created with the token
+   * in `secrets`, if there is one; everything else is done with the operator's.
    *
-   * After a failure that is final (see `isFinal`), nothing of the volume is on the cluster. Throws INVALID_ARGUMENT for bad
-   * attributes, OUT_OF_RANGE for a size that is not allowed, FAILED_PRECONDITION when a volume of that name is not ours.
+   * After a failure that is final (see `isFinal`), nothing of the volume is on the cluster. Throws INVALID_ARGUMENT for
+   * bad attributes, OUT_OF_RANGE for a size that is not allowed, FAILED_PRECONDITION when a volume of that name is not
+   * ours.
    */
   makeVolume(ctx: RequestContext, secrets: Secrets, request: InlineVolumeRequest): Promise<RemoteNamespace>;
   /**

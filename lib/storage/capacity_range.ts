@@ -1,4 +1,7 @@
-/** How large a new volume can be: the range that CSI's CreateVolume and ControllerExpandVolume give, in whole units of a storage system. */
+/**
+ * How large a new volume can be: the range that CSI's CreateVolume and ControllerExpandVolume give, in whole units of a
+ * storage system.
+ */
 import type { RequestContext } from "../context.ts";
 import type { CapacityRange } from "./backend.ts";
 

@@ -1,9 +1,10 @@
 /**
- * Cluster files (`lbcsi controller --config FILE`), which name the storage systems of a deployment: how they are read, when
- * they are read again, and how their mistakes are worded. Each backend defines the content of its own file.
+ * Cluster files (`lbcsi controller --config FILE`), which name the storage systems of a deployment: how they are read,
+ * when they are read again, and how their mistakes are worded. Each backend defines the content of its own file.
  *
- * Before each use, inode and times of the file are compared: Kubernetes swaps a symbolic link where others write in place,
- * and a watch would have to know both. When a new file cannot be used, the content of the last good one stays valid.
+ * Before each use, inode and times of the file are compared: Kubernetes swaps a symbolic link where others write in
+ * place, and a watch would have to know both. When a new file cannot be used, the content of the last good one stays
+ * valid.
  */
 import { parse as parseYaml } from "yaml";
 import * as z from "zod";
@@ -23,8 +24,8 @@ export interface ConfigFiles {
  * A getter for the content of a file, which reads the file again whenever it has changed.
  *
  * @param parse reads the text of the file; throws when it cannot be used
- * @throws StatusError INVALID_ARGUMENT when the file cannot be used now. The getter does not throw: it logs an error, once
- *   for each unusable version of the file, and returns the last good content
+ * @throws StatusError INVALID_ARGUMENT when the file cannot be used now. The getter does not throw: it logs an error,
+ *   once for each unusable version of the file, and returns the last good content
  */
 export function reloadingFile<T>(path: string, files: ConfigFiles, log: Logger, parse: (text: string) => T): () => T {
   const load = (): { readonly stamp: string; readonly value: T } => {

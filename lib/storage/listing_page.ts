@@ -1,8 +1,8 @@
 /**
  * Pages of a list, and the tokens that lead from one page to the next.
  *
- * gRPC clients, all sidecars among them, reject messages of more than 4 MiB, and a controller has a heap of 64 MiB. So an
- * answer has a limited number of entries and of bytes.
+ * gRPC clients, all sidecars among them, reject messages of more than 4 MiB, and a controller has a heap of 64 MiB. So
+ * an answer has a limited number of entries and of bytes.
  */
 import { createHash } from "node:crypto";
 import type { RequestContext } from "../context.ts";
@@ -48,7 +48,9 @@ export class AnswerPage<Entry extends Volume | Snapshot> {
   }
 }
 
-/** Identifies a listed place in a token; short, because CSI allows a token 128 bytes and names alone may have as many. */
+/**
+ * Identifies a listed place in a token; short, because CSI allows a token 128 bytes and names alone may have as many.
+ */
 export function tokenKey(place: string): string {
   return createHash("sha256").update(place).digest("hex").slice(0, 32);
 }

@@ -8,7 +8,9 @@ import { aclWith, aclWithout, volumeAcl } from "./acl.ts";
 import type { Cluster } from "./cluster.ts";
 import { changeVolume } from "./volumes.ts";
 
-/** Puts a host on the access list of a volume. Throws FAILED_PRECONDITION when that is not possible, as `aclWith` says. */
+/**
+ * Puts a host on the access list of a volume. Throws FAILED_PRECONDITION when that is not possible, as `aclWith` says.
+ */
 export async function allowHost(
   ctx: RequestContext,
   cluster: Cluster,

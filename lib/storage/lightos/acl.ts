@@ -1,10 +1,11 @@
 /**
  * Access lists of LightOS volumes: the host NQNs that may connect (facts: docs/reference/lightos-api.md section 1).
  *
- * An access list does not say with which access mode a host got access, so a request for shared access joins a host that
- * has the volume exclusively. Orchestrators use one mode for each volume: Kubernetes derives it from the PersistentVolume,
- * where it cannot change. A label that remembers the mode, written with the list, was considered and rejected: LightOS keeps
- * 16 labels of which some are the owner's, older versions do not change them, and a volume of the incumbent driver has none.
+ * An access list does not say with which access mode a host got access, so a request for shared access joins a host
+ * that has the volume exclusively. Orchestrators use one mode for each volume: Kubernetes derives it from the
+ * PersistentVolume, where it cannot change. A label that remembers the mode, written with the list, was considered and
+ * rejected: LightOS keeps 16 labels of which some are the owner's, older versions do not change them, and a volume of
+ * the incumbent driver has none.
  */
 import type { Volume as LightosVolume } from "../../../proto/gen/lightos_pb.ts";
 import type { RequestContext } from "../../context.ts";
@@ -32,8 +33,8 @@ export function nameHosts(hosts: readonly string[]): string {
 }
 
 /**
- * The ACL with this host in it, or undefined when it needs no change. Throws FAILED_PRECONDITION when it is open to any host,
- * or when another host is in it and access is not shared.
+ * The ACL with this host in it, or undefined when it needs no change. Throws FAILED_PRECONDITION when it is open to any
+ * host, or when another host is in it and access is not shared.
  */
 export function aclWith(
   ctx: RequestContext,

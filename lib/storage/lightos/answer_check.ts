@@ -1,5 +1,6 @@
 /**
- * Whether an answer of LightOS' management API fits the request (facts: docs/reference/lightos-api.md sections 6.6, 6.7 and 15.1).
+ * Whether an answer of LightOS' management API fits the request (facts: docs/reference/lightos-api.md sections 6.6, 6.7
+ * and 15.1).
  *
  * UUIDs, names, projects and NQNs in answers become parts of volume IDs, of paths and of arguments of commands, and two
  * claims whose IDs name the same volume would destroy each other's data. So an answer about another object, or with

@@ -14,7 +14,9 @@ export interface ApiFailure {
   readonly reasons?: readonly string[];
 }
 
-/** A StatusError for what the management API answered, or for its silence; its message says `Cannot <action>: <problem>`. */
+/**
+ * A StatusError for what the management API answered, or for its silence; its message says `Cannot <action>: <problem>`.
+ */
 export class LightosError extends StatusError implements ApiFailure {
   readonly outcomeUnknown: boolean;
   readonly elsewhere: boolean;

@@ -1,11 +1,12 @@
 /**
- * LightOS behind the StorageBackend contract, through its gRPC management API (facts: docs/reference/lightos-api.md sections 3, 6, 15).
+ * LightOS behind the StorageBackend contract, through its gRPC management API (facts: docs/reference/lightos-api.md
+ * sections 3, 6, 15).
  *
  * Three things decide how the parts of this backend work:
  * - Every answer can be lost. So after any failure that leaves the outcome open, the cluster is looked at again before
  *   anything is repeated; the object that is found there, not the answer, is the result.
- * - Names do not identify for ever. A volume that is being deleted, and what is left of a failed creation, keep their name
- *   without blocking it; both are ignored.
+ * - Names do not identify for ever. A volume that is being deleted, and what is left of a failed creation, keep their
+ *   name without blocking it; both are ignored.
  * - Changes are made with the ETag of what was read (`if-match`), so two racing changes cannot both win.
  */
 import { givenKeys } from "../../auth_key.ts";
@@ -46,7 +47,9 @@ import { assertSameTrust } from "./trust.ts";
 import { ensureTrusted, lightosAuthentication } from "./trusted_hosts.ts";
 import { readVolume, toVolume } from "./volumes.ts";
 
-/** The LightOS backend. Its connections are made on first use, shared by all calls, and closed after ten idle minutes. */
+/**
+ * The LightOS backend. Its connections are made on first use, shared by all calls, and closed after ten idle minutes.
+ */
 export function lightosBackend(options: LightosOptions): StorageBackend & { readonly authentication: Authentication } {
   return new LightosBackend(options);
 }
@@ -83,8 +86,8 @@ class LightosBackend implements StorageBackend {
   }
 
   /**
-   * Space is asked for without secrets, but with parameters that name a cluster: a token of the process is enough. It may
-   * come, or be taken away, later than the process starts (docs/reference/lightos-api.md 3.5).
+   * Space is asked for without secrets, but with parameters that name a cluster: a token of the process is enough. It
+   * may come, or be taken away, later than the process starts (docs/reference/lightos-api.md 3.5).
    */
   get capacity(): Capacity | undefined {
     const { clusters, globalJwt } = this.#options;

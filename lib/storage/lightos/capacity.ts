@@ -1,7 +1,7 @@
 /**
- * GetCapacity on LightOS: the space that is left, as LightOS estimates it, divided by the number of replicas. LightOS reports it
- * for whole clusters, to tokens with a right to the cluster, and has no quota for a project (facts: docs/reference/lightos-api.md
- * sections 9.9, 14 and 15).
+ * GetCapacity on LightOS: the space that is left, as LightOS estimates it, divided by the number of replicas. LightOS
+ * reports it for whole clusters, to tokens with a right to the cluster, and has no quota for a project (facts:
+ * docs/reference/lightos-api.md sections 9.9, 14 and 15).
  */
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import { type RequestContext, Secrets } from "../../context.ts";

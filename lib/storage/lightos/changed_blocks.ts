@@ -1,9 +1,10 @@
 /**
  * The blocks of a LightOS snapshot that hold data, or that differ from an older snapshot of the same volume.
  *
- * LightOS answers with ranges of 64 blocks, each with a bitmap (docs/reference/lightos-api.md 15.1). Its documentation does not say in
- * which order the bits of the bitmap stand, nor whether `lbaEnd` is part of the range. For a backup, one block too many costs
- * time, one too few is data lost. So a range counts as a whole when anything in it is marked, and `lbaEnd` as part of it.
+ * LightOS answers with ranges of 64 blocks, each with a bitmap (docs/reference/lightos-api.md 15.1). Its documentation
+ * does not say in which order the bits of the bitmap stand, nor whether `lbaEnd` is part of the range. For a backup,
+ * one block too many costs time, one too few is data lost. So a range counts as a whole when anything in it is marked,
+ * and `lbaEnd` as part of it.
  */
 import { DurosAPI, type LBARange } from "../../../proto/gen/lightos_pb.ts";
 import type { RequestContext } from "../../context.ts";

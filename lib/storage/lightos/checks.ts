@@ -1,6 +1,6 @@
 /**
- * Checks of LightOS clusters through their management API, for `lbcsi doctor` (facts: docs/reference/lightos-api.md 6, 15). They change
- * nothing. Each endpoint is asked separately, because ordinary calls hide those that do not answer.
+ * Checks of LightOS clusters through their management API, for `lbcsi doctor` (facts: docs/reference/lightos-api.md 6,
+ * 15). They change nothing. Each endpoint is asked separately, because ordinary calls hide those that do not answer.
  */
 import {
   type ClusterHealth,

@@ -1,9 +1,10 @@
 /**
  * The cluster file of LightOS: the clusters of a deployment (`lbcsi controller --config FILE`).
  *
- * Some CSI calls bring neither parameters nor secrets (ListVolumes, ControllerGetVolume, mostly GetCapacity); they can be
- * served for the clusters of the file. The same file keeps old volume IDs valid: an ID holds the management endpoints of the
- * time when it was made, and the file says which cluster they belong to and where that cluster answers today.
+ * Some CSI calls bring neither parameters nor secrets (ListVolumes, ControllerGetVolume, mostly GetCapacity); they can
+ * be served for the clusters of the file. The same file keeps old volume IDs valid: an ID holds the management
+ * endpoints of the time when it was made, and the file says which cluster they belong to and where that cluster answers
+ * today.
  *
  *     clusters:
  *       - name: rack1
@@ -22,7 +23,8 @@
  *           projects: [default]                    # in these projects
  *           maxSize: 100Gi                         # of one volume
  *
- * YAML or JSON. The files that hold secrets are read at each use; when the cluster file itself is read again: ../cluster_file.ts.
+ * YAML or JSON. The files that hold secrets are read at each use; when the cluster file itself is read again:
+ * ../cluster_file.ts.
  */
 import * as z from "zod";
 import type { Logger } from "../../context.ts";
@@ -229,8 +231,8 @@ const configSchema = z.strictObject({
  * The clusters in the text of a cluster file.
  *
  * @param path names the file in errors
- * @throws StatusError INVALID_ARGUMENT that lists each bad key with what is wrong; two clusters cannot share a name or an
- *   endpoint, because it would be unclear which of them a volume ID belongs to
+ * @throws StatusError INVALID_ARGUMENT that lists each bad key with what is wrong; two clusters cannot share a name or
+ *   an endpoint, because it would be unclear which of them a volume ID belongs to
  */
 export function parseConfig(path: string, text: string): readonly ClusterEntry[] {
   const { clusters } = parseConfigText(
@@ -266,8 +268,8 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
 
 /**
  * The lists of endpoints that the IDs of a cluster's volumes may have. When texts of the configured list have several
- * endpoints each, every text is such a list; otherwise all endpoints together are one. Former endpoints that are configured
- * one by one may have been in use at different times, so each of them is a list of its own as well.
+ * endpoints each, every text is such a list; otherwise all endpoints together are one. Former endpoints that are
+ * configured one by one may have been in use at different times, so each of them is a list of its own as well.
  */
 function idFormsOf(id: EndpointGroups, former: EndpointGroups | undefined): readonly (readonly Endpoint[])[] {
   const isGrouped = ({ groups }: EndpointGroups) => groups.length > 1 && groups.some((group) => group.length > 1);

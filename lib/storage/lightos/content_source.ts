@@ -49,7 +49,8 @@ export interface Origin {
    * The snapshot to make the volume from, and the size to make it with.
    *
    * @param sizeFor the size of a volume whose source has so many bytes; throws OUT_OF_RANGE
-   * @throws StatusError NOT_FOUND, INVALID_ARGUMENT when the source is on another cluster, UNAVAILABLE while it is not ready
+   * @throws StatusError NOT_FOUND, INVALID_ARGUMENT when the source is on another cluster, UNAVAILABLE while it is not
+   *   ready
    */
   begin(ctx: RequestContext, sizeFor: (sourceBytes: bigint) => bigint): Promise<SourceSnapshot>;
   /** How the source of an existing volume differs from this one; undefined when it does not. */
@@ -68,8 +69,8 @@ export interface SourceSnapshot {
 /**
  * The origin of a volume that is to be made from `source`.
  *
- * @throws StatusError NOT_FOUND when the ID is not one of this driver, INVALID_ARGUMENT when project, scheme or encryption of
- *   the source are not those of the StorageClass
+ * @throws StatusError NOT_FOUND when the ID is not one of this driver, INVALID_ARGUMENT when project, scheme or
+ *   encryption of the source are not those of the StorageClass
  */
 export function originOf(ctx: RequestContext, cluster: Cluster, source: ContentSource, target: CopyTarget): Origin {
   const given = parseVolumeId(source.id, source.type);
@@ -118,8 +119,8 @@ export function sourceDifference(volume: LightosVolume, asked: string): string {
 }
 
 /**
- * Makes a volume from `origin` and removes what only the creation needed, also after an error that makes the caller give up;
- * after one that makes it repeat, the repeat does so.
+ * Makes a volume from `origin` and removes what only the creation needed, also after an error that makes the caller
+ * give up; after one that makes it repeat, the repeat does so.
  */
 export async function withCleanup<T>(ctx: RequestContext, origin: Origin, make: () => Promise<T>): Promise<T> {
   let made: T;

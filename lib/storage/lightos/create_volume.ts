@@ -37,7 +37,8 @@ export interface VolumeCreation {
  * Creates a volume, or finds the one that an earlier call for the same name has created.
  *
  * @throws StatusError ALREADY_EXISTS that lists each difference when the volume of this name is another one;
- *   INVALID_ARGUMENT when a copy cannot be as the parameters say; UNAVAILABLE when the creation failed or its outcome is unclear
+ *   INVALID_ARGUMENT when a copy cannot be as the parameters say; UNAVAILABLE when the creation failed or its outcome
+ *   is unclear
  */
 export async function createVolume(ctx: RequestContext, cluster: Cluster, creation: VolumeCreation): Promise<Volume> {
   const { request, parameters, leastBytes, origin } = creation;
@@ -77,7 +78,8 @@ export async function createVolume(ctx: RequestContext, cluster: Cluster, creati
       return { ...toVolume(id, created), ...context };
     }
     if (isNew && origin !== undefined) {
-      // LightOS decides whether a copy can have other properties than its source. Left there, the copy would block the name.
+      // LightOS decides whether a copy can have other properties than its source. Left there, the copy would block the
+      // name.
       await deleteVolume(ctx, cluster, id);
       throw ctx.error(
         "INVALID_ARGUMENT",
@@ -98,7 +100,8 @@ async function findOrCreate(
 ): Promise<{ readonly volume: LightosVolume; readonly isNew: boolean } | undefined> {
   const projectName = parameters.project ?? "";
   const find = () => findByName(ctx, cluster, request.name, projectName);
-  // With a source, the look comes first: otherwise a snapshot might be taken for nothing, and the source may be gone by now.
+  // With a source, the look comes first: otherwise a snapshot might be taken for nothing, and the source may be gone by
+  // now.
   const earlier = origin === undefined ? undefined : await lookForEarlier(find);
   if (earlier !== undefined) return { volume: earlier, isNew: false };
   const source = await origin?.begin(ctx, (sourceBytes) => sizeWithSource(ctx, request, sourceBytes));
@@ -119,8 +122,8 @@ async function findOrCreate(
     if (!(error instanceof LightosError)) throw error;
     // It was not sent, and will be repeated.
     if (!error.outcomeUnknown && !isFinal(error) && error.code !== "RESOURCE_EXHAUSTED") throw error;
-    // Whatever the reason: an earlier call for this name may have made the volume, and not every cluster looks for the name
-    // before it looks for space. A volume that is rejected and exists would be left behind.
+    // Whatever the reason: an earlier call for this name may have made the volume, and not every cluster looks for the
+    // name before it looks for space. A volume that is rejected and exists would be left behind.
     const volume = await lookAfterRejection(ctx, error, find);
     if (volume !== undefined) return { volume, isNew: false };
     // The name is free. Where the cluster said otherwise a moment ago, or the answer was lost, trying again is right.
@@ -152,7 +155,8 @@ async function findByName(
  * Throws INTERNAL for a volume that cannot be the one that LightOS has made for this name.
  *
  * @param address of the endpoint that shows it
- * @param asked with sizes when the volume was made just now and empty: else its size comes from another request, or its source
+ * @param asked with sizes when the volume was made just now and empty: else its size comes from another request, or its
+ *   source
  */
 function assertSameVolume(
   ctx: RequestContext,

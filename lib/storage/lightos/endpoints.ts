@@ -1,6 +1,6 @@
 /**
- * The management endpoints of one LightOS cluster (facts: docs/reference/lightos-api.md section 6): one of them is in use; fail-over,
- * back-off, API version, and errors that name the endpoint and keep LightOS' own words.
+ * The management endpoints of one LightOS cluster (facts: docs/reference/lightos-api.md section 6): one of them is in
+ * use; fail-over, back-off, API version, and errors that name the endpoint and keep LightOS' own words.
  */
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { type ClusterInfoV2, DurosAPI } from "../../../proto/gen/lightos_pb.ts";
@@ -27,8 +27,8 @@ export interface ApiRequest<I extends DescMessage, O extends DescMessage> {
 }
 
 /**
- * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s, growing
- * to 5 s), so a dead one costs one connect attempt per period and not one per call; meanwhile the others serve.
+ * The endpoints of one cluster, one of them in use. A member that fails is left alone for a back-off period (1 s,
+ * growing to 5 s), so a dead one costs one connect attempt per period and not one per call; meanwhile the others serve.
  *
  * The same holds for a member that answers that it cannot. But what all members answer to a request may be caused by the
  * request: after a read, such a member is left alone only when another one has answered better.
@@ -94,8 +94,8 @@ export class ClusterEndpoints implements Disposable {
   }
 
   /**
-   * Calls the management API at the endpoint in use, or at the next one that answers. A request that changes something is
-   * sent to another endpoint only when it certainly did not arrive at the first.
+   * Calls the management API at the endpoint in use, or at the next one that answers. A request that changes something
+   * is sent to another endpoint only when it certainly did not arrive at the first.
    *
    * @throws LightosError with LightOS' code (its UNKNOWN and DATA_LOSS become INTERNAL) and words, or UNAVAILABLE that
    *   lists what each endpoint said; DEADLINE_EXCEEDED when the caller's time is over
@@ -120,8 +120,9 @@ export class ClusterEndpoints implements Disposable {
   }
 
   /**
-   * Sends one call to one member after the other, until one of them answers or rejects it. A read that a member is slow with
-   * is sent to the next one too, and the first answer counts: a cluster whose members are all slow is not a silent one.
+   * Sends one call to one member after the other, until one of them answers or rejects it. A read that a member is slow
+   * with is sent to the next one too, and the first answer counts: a cluster whose members are all slow is not a silent
+   * one.
    */
   async #callAny<I extends DescMessage, O extends DescMessage>(call: ApiCall<I, O>): Promise<MessageShape<O>> {
     const { ctx } = call;
@@ -209,7 +210,8 @@ export class ClusterEndpoints implements Disposable {
   /**
    * One attempt at one member.
    *
-   * @param patienceMs how long to wait for the connection and its first answer; a read itself has all of the caller's time
+   * @param patienceMs how long to wait for the connection and its first answer; a read itself has all of the caller's
+   *   time
    * @throws LightosError for a change with an unknown outcome; StatusError when the member is not a LightOS of a version
    *   that we know
    */
@@ -272,8 +274,8 @@ export class ClusterEndpoints implements Disposable {
   }
 
   /**
-   * Sends a change. While another member answers, this one gets half of the time that is left, and no more than `silenceMs`
-   * without a sign of life.
+   * Sends a change. While another member answers, this one gets half of the time that is left, and no more than
+   * `silenceMs` without a sign of life.
    */
   async #change<I extends DescMessage, O extends DescMessage>(
     call: ApiCall<I, O>,

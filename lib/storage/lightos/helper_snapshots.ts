@@ -1,16 +1,16 @@
 /**
- * Helper snapshots of clones: LightOS copies from snapshots only, so a clone of a volume is made from a snapshot that is taken
- * for it and removed when the clone exists (facts: docs/reference/lightos-api.md sections 6.5, 9.4 and 14).
+ * Helper snapshots of clones: LightOS copies from snapshots only, so a clone of a volume is made from a snapshot that
+ * is taken for it and removed when the clone exists (facts: docs/reference/lightos-api.md sections 6.5, 9.4 and 14).
  *
  * The driver can be killed between any two of these calls, and remembers nothing; so:
- * - The name of a helper says for which new volume it is and of which source, and ends at random. An attempt uses only its
- *   own helper: one of an earlier attempt may lack what was written to the source since.
- * - Helpers, those of earlier attempts too, are removed when the new volume has settled and no earlier, because a volume that
- *   is being made may still read its snapshot; also when the caller is going to give up; and before the clone is deleted, so
- *   that a request which reached the cluster late leaves nothing behind.
+ * - The name of a helper says for which new volume it is and of which source, and ends at random. An attempt uses only
+ *   its own helper: one of an earlier attempt may lack what was written to the source since.
+ * - Helpers, those of earlier attempts too, are removed when the new volume has settled and no earlier, because a
+ *   volume that is being made may still read its snapshot; also when the caller is going to give up; and before the
+ *   clone is deleted, so that a request which reached the cluster late leaves nothing behind.
  *
- * A helper stays only when the caller neither repeats the creation nor deletes the volume; its description says what it was
- * for.
+ * A helper stays only when the caller neither repeats the creation nor deletes the volume; its description says what it
+ * was for.
  */
 import { createHash, randomBytes } from "node:crypto";
 import {
@@ -60,8 +60,8 @@ export async function removeHelpersOf(
 }
 
 /**
- * Removes the helpers for a new volume of this name. A rejection that is final is logged: the volume is as it was asked for, so
- * neither its creation nor its deletion fails because of it.
+ * Removes the helpers for a new volume of this name. A rejection that is final is logged: the volume is as it was asked
+ * for, so neither its creation nor its deletion fails because of it.
  */
 export async function removeHelpers(
   ctx: RequestContext,
@@ -130,7 +130,9 @@ export function namedCloneSource({ labels, sourceSnapshotName }: LightosVolume):
   return labels.find(({ key }) => key === cloneLabel)?.value ?? helperPattern.exec(sourceSnapshotName)?.[1];
 }
 
-/** How the names of all helpers for a new volume begin. The volume name may have characters that LightOS does not allow. */
+/**
+ * How the names of all helpers for a new volume begin. The volume name may have characters that LightOS does not allow.
+ */
 function helperPrefix(volumeName: string): string {
   return `lbcsi-clone-${createHash("sha256").update(volumeName).digest("hex").slice(0, 16)}-`;
 }

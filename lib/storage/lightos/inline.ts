@@ -1,13 +1,15 @@
 /**
- * Inline volumes of pods on LightOS: made and removed by the node itself, on the clusters of the cluster file that have the
- * key `ephemeral` (facts: docs/reference/csi.md section 15; docs/reference/lightos-api.md sections 9.4, 14 and 15.1).
+ * Inline volumes of pods on LightOS: made and removed by the node itself, on the clusters of the cluster file that have
+ * the key `ephemeral` (facts: docs/reference/csi.md section 15; docs/reference/lightos-api.md sections 9.4, 14 and
+ * 15.1).
  *
- * Later calls know of such a volume only its CSI volume ID. So that is its name on LightOS, which lets a repeated call find
- * it; and a label has it too, which distinguishes our volume from a foreign one of that name. Other labels say for
+ * Later calls know of such a volume only its CSI volume ID. So that is its name on LightOS, which lets a repeated call
+ * find it; and a label has it too, which distinguishes our volume from a foreign one of that name. Other labels say for
  * which node, pod and path it was made: that is how leftovers of a dead node are found.
  *
- * Two tokens. A pod's own may pay for the creation, and is not available when the volume has to be removed; so everything
- * else is done with the token of the cluster file, and a volume that this one cannot see is removed at once, with the pod's.
+ * Two tokens. A pod's own may pay for the creation, and is not available when the volume has to be removed; so
+ * everything else is done with the token of the cluster file, and a volume that this one cannot see is removed at once,
+ * with the pod's.
  */
 import * as z from "zod";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";

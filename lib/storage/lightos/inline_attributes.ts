@@ -1,4 +1,7 @@
-/** The volume attributes that the author of a pod gives for an inline volume on LightOS (facts: docs/reference/csi.md section 15). */
+/**
+ * The volume attributes that the author of a pod gives for an inline volume on LightOS (facts: docs/reference/csi.md
+ * section 15).
+ */
 import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
 import { parseQuantity } from "../../quantity.ts";
@@ -44,7 +47,9 @@ const attributesSchema = z.strictObject({
   "mkfs-options": z.string().optional(),
 });
 
-/** Keys of a StorageClass or a Secret that a pod must not have: its author could have the operator's token sent anywhere. */
+/**
+ * Keys of a StorageClass or a Secret that a pod must not have: its author could have the operator's token sent anywhere.
+ */
 const forbidden = /^(?:mgmt-.*|jwt)$/;
 
 /**

@@ -1,8 +1,8 @@
 /**
  * Labels of inline volumes on LightOS: they identify a volume as ours, and say for which node, pod and path it was made.
  *
- * LightOS keeps of a label's key only what follows its last "-" or "." (docs/reference/lightos-api.md section 14), so the keys here
- * have letters only.
+ * LightOS keeps of a label's key only what follows its last "-" or "." (docs/reference/lightos-api.md section 14), so
+ * the keys here have letters only.
  */
 import { Buffer } from "node:buffer";
 import type { Volume as LightosVolume } from "../../../proto/gen/lightos_pb.ts";

@@ -1,6 +1,6 @@
 /**
- * Labels of LightOS volumes and descriptions of snapshots: what this driver writes for people who find them on the cluster,
- * and what it reads again (facts: docs/reference/lightos-api.md sections 14 and 15.1).
+ * Labels of LightOS volumes and descriptions of snapshots: what this driver writes for people who find them on the
+ * cluster, and what it reads again (facts: docs/reference/lightos-api.md sections 14 and 15.1).
  *
  * LightOS keeps of a label's key only what follows its last "-" or "." (section 14), so the keys here have letters only.
  */

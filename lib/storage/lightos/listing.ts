@@ -4,11 +4,11 @@
  * Lists go through the clusters in the order of the file and through their projects, each in LightOS' own pages, which
  * are ordered by UUID and start behind one. A token names the place and that UUID, and nothing is kept in between.
  *
- * Kubernetes compares volume IDs as texts. So an ID in a list is written as CreateVolume wrote it for a StorageClass whose
- * `mgmt-endpoint` is the `idEndpoints` of the cluster in the file (default: its `endpoints`) and whose `mgmt-scheme` is
- * its scheme. LightOS does not know which endpoints a volume was made with; so where the file names former ones, a volume
- * has an entry for each ID that it may have: Kubernetes ignores IDs that it does not know, but would attach a volume again
- * each minute whose ID is missing.
+ * Kubernetes compares volume IDs as texts. So an ID in a list is written as CreateVolume wrote it for a StorageClass
+ * whose `mgmt-endpoint` is the `idEndpoints` of the cluster in the file (default: its `endpoints`) and whose
+ * `mgmt-scheme` is its scheme. LightOS does not know which endpoints a volume was made with; so where the file names
+ * former ones, a volume has an entry for each ID that it may have: Kubernetes ignores IDs that it does not know, but
+ * would attach a volume again each minute whose ID is missing.
  */
 import {
   DurosAPI,
@@ -189,8 +189,9 @@ const snapshotKind: Kind<LightosSnapshot, Snapshot> = {
 };
 
 /**
- * One page of what is in `places`. Where LightOS allows it, one object more is read than returned, so that a token leads to
- * something; a page as large as LightOS' own is not worth a second call for that, and its token may lead to an empty page.
+ * One page of what is in `places`. Where LightOS allows it, one object more is read than returned, so that a token
+ * leads to something; a page as large as LightOS' own is not worth a second call for that, and its token may lead to an
+ * empty page.
  */
 async function readPage<Raw extends { readonly UUID: string }, Entry extends Volume | Snapshot>(
   ctx: RequestContext,

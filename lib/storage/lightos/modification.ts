@@ -1,7 +1,7 @@
 /**
- * ControllerModifyVolume on LightOS: the QoS policy of a volume, and whether it is compressed, can change while hosts use it
- * (facts: docs/reference/lightos-api.md sections 6.7, 6.8 and 15.1). One UpdateVolume under the ETag of what was read changes all or
- * nothing.
+ * ControllerModifyVolume on LightOS: the QoS policy of a volume, and whether it is compressed, can change while hosts
+ * use it (facts: docs/reference/lightos-api.md sections 6.7, 6.8 and 15.1). One UpdateVolume under the ETag of what was
+ * read changes all or nothing.
  */
 import * as z from "zod";
 import type { Volume as LightosVolume } from "../../../proto/gen/lightos_pb.ts";

@@ -1,4 +1,7 @@
-/** Lists of LightOS' management API in pages, which are ordered by UUID (facts: docs/reference/lightos-api.md section 15.1). */
+/**
+ * Lists of LightOS' management API in pages, which are ordered by UUID (facts: docs/reference/lightos-api.md section
+ * 15.1).
+ */
 import { LightosError } from "./api_error.ts";
 
 /** The most objects in one page of LightOS. */

@@ -1,4 +1,7 @@
-/** The StorageClass parameters of LightOS volumes, and how large a volume can be (facts: docs/reference/lightos-api.md 3.1 and 9.3). */
+/**
+ * The StorageClass parameters of LightOS volumes, and how large a volume can be (facts: docs/reference/lightos-api.md
+ * 3.1 and 9.3).
+ */
 import * as z from "zod";
 import { type AuthKind, authKinds } from "../../auth_key.ts";
 import type { RequestContext } from "../../context.ts";
@@ -103,7 +106,10 @@ export function parseParameters(ctx: RequestContext, parameters: Readonly<Record
   };
 }
 
-/** Throws INVALID_ARGUMENT for endpoints that would make a volume ID too long for other calls: the volume could not be deleted. */
+/**
+ * Throws INVALID_ARGUMENT for endpoints that would make a volume ID too long for other calls: the volume could not be
+ * deleted.
+ */
 function assertIdFits(ctx: RequestContext, place: Omit<VolumeId, "uuid">): void {
   const bytes = longestIdBytes(place);
   if (bytes <= longestId) return;
@@ -115,8 +121,8 @@ function assertIdFits(ctx: RequestContext, place: Omit<VolumeId, "uuid">): void 
 }
 
 /**
- * How connections to a volume are authenticated, by its context; that of an older volume, or one that a person wrote, may
- * not say. Throws INVALID_ARGUMENT.
+ * How connections to a volume are authenticated, by its context; that of an older volume, or one that a person wrote,
+ * may not say. Throws INVALID_ARGUMENT.
  */
 export function parseAuthKind(ctx: RequestContext, context: Readonly<Record<string, string>>): AuthKind | undefined {
   const parsed = inBandAuth.safeParse(context[inBandAuthKey]);
@@ -155,7 +161,10 @@ export function parseCapacityParameters(ctx: RequestContext, parameters: Readonl
 export const gib = 1n << 30n;
 const largestInt64 = (1n << 63n) - 1n;
 
-/** The size to ask LightOS for: whole GiB, at least one (docs/reference/lightos-api.md 9.3). Throws OUT_OF_RANGE, INVALID_ARGUMENT. */
+/**
+ * The size to ask LightOS for: whole GiB, at least one (docs/reference/lightos-api.md 9.3). Throws OUT_OF_RANGE,
+ * INVALID_ARGUMENT.
+ */
 export function volumeSize(ctx: RequestContext, range: CapacityRange): bigint {
   assertCapacityRange(ctx, range);
   const { requiredBytes, limitBytes } = range;
@@ -176,8 +185,8 @@ export function volumeSize(ctx: RequestContext, range: CapacityRange): bigint {
 }
 
 /**
- * The size of a volume made from a source of `sourceBytes`: the source's, or a larger one in whole GiB. Throws OUT_OF_RANGE
- * when the source does not fit the range.
+ * The size of a volume made from a source of `sourceBytes`: the source's, or a larger one in whole GiB. Throws
+ * OUT_OF_RANGE when the source does not fit the range.
  */
 export function sizeWithSource(ctx: RequestContext, range: CapacityRange, sourceBytes: bigint): bigint {
   const { requiredBytes, limitBytes } = range;

@@ -75,8 +75,8 @@ export class ClusterPool implements AsyncDisposable {
   }
 
   /**
-   * How the cluster behind these endpoints has to prove who it is; undefined: not at all, because the scheme is clear text.
-   * Throws what `open` throws.
+   * How the cluster behind these endpoints has to prove who it is; undefined: not at all, because the scheme is clear
+   * text. Throws what `open` throws.
    */
   trust(
     secrets: Secrets,

@@ -4,7 +4,9 @@ import { Buffer } from "node:buffer";
 /** The longest text of a server that goes into a message: Kubernetes keeps 1 KiB of an event. */
 const longestText = 2000;
 
-/** A server may cut short what it repeats. Pieces of a secret that are shorter than this are of no use to an attacker. */
+/**
+ * A server may cut short what it repeats. Pieces of a secret that are shorter than this are of no use to an attacker.
+ */
 const leastPiece = 16;
 
 /**
@@ -36,8 +38,8 @@ export function removeToken(answer: unknown, jwt: string | undefined): void {
 }
 
 /**
- * The texts by which a server may repeat a secret, the longest first: as it is, without padding, in base64, and each of these
- * percent-encoded. A server that tries harder can hide it.
+ * The texts by which a server may repeat a secret, the longest first: as it is, without padding, in base64, and each of
+ * these percent-encoded. A server that tries harder can hide it.
  */
 function formsOf(secret: string): readonly string[] {
   if (secret === "") return [];

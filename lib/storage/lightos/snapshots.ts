@@ -61,8 +61,8 @@ export function lightosSnapshots(clusters: ClusterPool): Omit<Snapshots, "listSn
 }
 
 /**
- * A snapshot as the controller sees it; `id` is its ID there. Some versions of LightOS give no creation time; then it is the
- * epoch, which at least stays the same.
+ * A snapshot as the controller sees it; `id` is its ID there. Some versions of LightOS give no creation time; then it
+ * is the epoch, which at least stays the same.
  */
 export function toSnapshot(id: VolumeId, snapshot: LightosSnapshot): Snapshot {
   return {
@@ -82,10 +82,11 @@ export interface NewSnapshot {
 }
 
 /**
- * The snapshot of this name and source, taken now unless it exists; Available when this returns. With "take it" the name is
- * known to be new, and looked for only after an answer was lost.
+ * The snapshot of this name and source, taken now unless it exists; Available when this returns. With "take it" the
+ * name is known to be new, and looked for only after an answer was lost.
  *
- * @throws StatusError ALREADY_EXISTS when a snapshot of another volume has the name, ABORTED while a namesake is being deleted
+ * @throws StatusError ALREADY_EXISTS when a snapshot of another volume has the name, ABORTED while a namesake is being
+ *   deleted
  */
 export async function takeSnapshot(
   ctx: RequestContext,
@@ -159,7 +160,8 @@ export async function readSnapshot(
 }
 
 /**
- * Deletes a snapshot as far as LightOS releases it now: while clones of it exist, some versions keep it Deleting. Absent: done.
+ * Deletes a snapshot as far as LightOS releases it now: while clones of it exist, some versions keep it Deleting.
+ * Absent: done.
  *
  * @param known the snapshot, when it was read just now
  */
@@ -194,8 +196,9 @@ export async function removeSnapshot(
 }
 
 /**
- * The existing snapshot of this name; undefined when there is none, or only what failed creations left. Throws ABORTED while
- * one is being deleted: LightOS would accept another of that name and then let it fail (docs/reference/lightos-api.md 6.7).
+ * The existing snapshot of this name; undefined when there is none, or only what failed creations left. Throws ABORTED
+ * while one is being deleted: LightOS would accept another of that name and then let it fail
+ * (docs/reference/lightos-api.md 6.7).
  */
 async function findByName(
   ctx: RequestContext,

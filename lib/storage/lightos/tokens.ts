@@ -114,8 +114,8 @@ function toCredentials(text: string | undefined, source: string, missing: string
 /**
  * Why the server does not receive the token of the process; undefined: it does.
  *
- * Users who may write a StorageClass choose the endpoint, the Secret and with it the certificates to trust. They must not
- * be able to have the token of the process sent to a server of their own, or sent where others can read it.
+ * Users who may write a StorageClass choose the endpoint, the Secret and with it the certificates to trust. They must
+ * not be able to have the token of the process sent to a server of their own, or sent where others can read it.
  */
 function obstacleToGlobalToken(
   { globalJwtFor, verifyTls }: LightosOptions,

@@ -1,10 +1,10 @@
 /**
  * How a cluster's management API has to prove who it is, over TLS.
  *
- * The secrets of a call say so, else the cluster file, else the options of the process. A StorageClass may say it too, with
- * the keys of the secrets. But only CreateVolume sees the class; the calls that publish, expand and delete the volume have
- * its ID and their secrets, and the driver remembers nothing. A class that says what these calls cannot know would make
- * volumes that cannot be deleted, so it has to agree with what applies without it.
+ * The secrets of a call say so, else the cluster file, else the options of the process. A StorageClass may say it too,
+ * with the keys of the secrets. But only CreateVolume sees the class; the calls that publish, expand and delete the
+ * volume have its ID and their secrets, and the driver remembers nothing. A class that says what these calls cannot
+ * know would make volumes that cannot be deleted, so it has to agree with what applies without it.
  */
 import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
@@ -66,8 +66,8 @@ export function parseTrustOptions(values: {
 /**
  * What applies: for each part, what the first source says that says something.
  *
- * @throws StatusError INVALID_ARGUMENT when keys are pinned and the certificate is not verified, because then the pins would
- *   have no effect
+ * @throws StatusError INVALID_ARGUMENT when keys are pinned and the certificate is not verified, because then the pins
+ *   would have no effect
  */
 export function resolveTrust(ca: string | undefined, ...sources: readonly TrustOptions[]): Trust {
   const first = <T>(pick: (source: TrustOptions) => T | undefined) =>

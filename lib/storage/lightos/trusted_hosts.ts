@@ -1,14 +1,15 @@
 /**
- * Trusted hosts of LightOS: the keys that hosts authenticate their connections with (facts: docs/reference/lightos-api.md section 15).
+ * Trusted hosts of LightOS: the keys that hosts authenticate their connections with (facts:
+ * docs/reference/lightos-api.md section 15).
  *
- * With in-band authentication enabled, LightOS lets only those hosts connect that are trusted hosts with secrets, on the
- * whole cluster. A trusted host belongs to a project, has a name of its own, and names a host NQN. Ours has the name of the
- * node; one with another name for the same host NQN is used as it is.
+ * With in-band authentication enabled, LightOS lets only those hosts connect that are trusted hosts with secrets, on
+ * the whole cluster. A trusted host belongs to a project, has a name of its own, and names a host NQN. Ours has the
+ * name of the node; one with another name for the same host NQN is used as it is.
  *
- * Existing keys stay, unless the call brings others. They are made once, and never removed: other volumes of the host need
- * them. SetTrustedHostSecret knows no ETag, so two processes that both find none could both make some, and the last one
- * counts. Within a process they wait for each other; a node reads the keys after its volume was granted, and again whenever
- * it is granted again.
+ * Existing keys stay, unless the call brings others. They are made once, and never removed: other volumes of the host
+ * need them. SetTrustedHostSecret knows no ETag, so two processes that both find none could both make some, and the
+ * last one counts. Within a process they wait for each other; a node reads the keys after its volume was granted, and
+ * again whenever it is granted again.
  *
  * `authRequired` of a trusted host is not changed: which values LightOS takes is not documented.
  */
@@ -66,8 +67,8 @@ export function lightosAuthentication(clusters: ClusterPool): Authentication {
 /**
  * Ensures that LightOS has the keys of a host: those that are given, else those that it has already, else new ones.
  *
- * @throws StatusError FAILED_PRECONDITION when in-band authentication is disabled on the cluster, which would let any host
- *   in without a key, or when the node's name is that of another host there
+ * @throws StatusError FAILED_PRECONDITION when in-band authentication is disabled on the cluster, which would let any
+ *   host in without a key, or when the node's name is that of another host there
  */
 export async function ensureTrusted(
   ctx: RequestContext,

@@ -49,8 +49,8 @@ export interface ChangeOptions {
 
 /**
  * Reads the volume, lets `decide` say what to change, and changes it under the ETag of what was read; begins again when
- * another change came first, the volume is in between states, or the answer was lost. Returns the volume that needs no more
- * change; with "trust the answer", the one that was read before a change which LightOS confirmed.
+ * another change came first, the volume is in between states, or the answer was lost. Returns the volume that needs no
+ * more change; with "trust the answer", the one that was read before a change which LightOS confirmed.
  */
 export async function changeVolume(
   ctx: RequestContext,

@@ -1,6 +1,6 @@
 /**
- * Waiting for what LightOS makes, and looking for it after an unclear answer (facts: docs/reference/lightos-api.md sections 6.6 to
- * 6.8). After any failure that leaves the outcome open, what the cluster shows decides.
+ * Waiting for what LightOS makes, and looking for it after an unclear answer (facts: docs/reference/lightos-api.md
+ * sections 6.6 to 6.8). After any failure that leaves the outcome open, what the cluster shows decides.
  */
 import { Volume_StateEnum as State } from "../../../proto/gen/lightos_pb.ts";
 import type { RequestContext } from "../../context.ts";
@@ -22,7 +22,10 @@ export const notDoneCodes: ReadonlySet<StatusCode> = new Set(
   ] satisfies StatusCode[],
 );
 
-/** A volume or a snapshot. Their states have the same numbers as far as both have them (docs/reference/lightos-api.md 6.6). */
+/**
+ * A volume or a snapshot. Their states have the same numbers as far as both have them (docs/reference/lightos-api.md
+ * 6.6).
+ */
 interface StatefulObject {
   readonly UUID: string;
   readonly projectName: string;
@@ -42,8 +45,8 @@ export interface CreationWait<T extends StatefulObject> {
 /**
  * Waits until a new volume or snapshot can be used; undefined when it has disappeared meanwhile.
  *
- * @throws StatusError UNAVAILABLE when its creation failed (what is left cannot be deleted and does not block the name, so
- *   the next attempt makes another), and when it cannot be read any more
+ * @throws StatusError UNAVAILABLE when its creation failed (what is left cannot be deleted and does not block the name,
+ *   so the next attempt makes another), and when it cannot be read any more
  */
 export async function waitUntilSettled<T extends StatefulObject>(
   ctx: RequestContext,
@@ -101,8 +104,8 @@ export async function lookForEarlier<T>(look: () => Promise<T>): Promise<T> {
 /**
  * Looks for an object of some name after the cluster has rejected its creation.
  *
- * @throws the rejection when the look is rejected for the same reason; UNAVAILABLE, which is not final, when it stays unclear
- *   whether the object exists
+ * @throws the rejection when the look is rejected for the same reason; UNAVAILABLE, which is not final, when it stays
+ *   unclear whether the object exists
  */
 export async function lookAfterRejection<T>(
   ctx: RequestContext,
@@ -140,7 +143,9 @@ export async function pause(ctx: RequestContext, delays: Iterator<number, never>
   await pauseUnlessLate(ctx, delays, (reason) => lateError(ctx, abortCode(ctx.signal), seen, reason));
 }
 
-/** Whether a look failed because the server is overloaded: csi-provisioner gives up a volume after RESOURCE_EXHAUSTED. */
+/**
+ * Whether a look failed because the server is overloaded: csi-provisioner gives up a volume after RESOURCE_EXHAUSTED.
+ */
 function isOverload({ code }: LightosError): boolean {
   return code === "RESOURCE_EXHAUSTED";
 }

@@ -2,12 +2,13 @@
  * PoseidonOS behind the StorageBackend contract, through DAgent's REST API (facts: docs/reference/poseidonos-api.md sections 5 to 7, 11 and 12).
  *
  * Three things decide how the parts of this backend work:
- * - Every answer can be lost, and some failures are only half true. So each change is followed by a look, and what is found
- *   there is the result (converge.ts).
+ * - Every answer can be lost, and some failures are only half true. So each change is followed by a look, and what is
+ *   found there is the result (converge.ts).
  * - Names are used again, so a volume is recognised by a UUID that the driver derives itself (volumes.ts).
  * - An array that is not mounted looks empty. A volume counts as gone only when the array was mounted at that moment.
  *
- * What PoseidonOS does not have is absent here too: snapshots, copies and growth (docs/reference/poseidonos-api.md 11.6).
+ * What PoseidonOS does not have is absent here too: snapshots, copies and growth (docs/reference/poseidonos-api.md
+ * 11.6).
  */
 import type { Logger, RequestContext, Secrets } from "../../context.ts";
 import type { Metrics } from "../../metrics.ts";

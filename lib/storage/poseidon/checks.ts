@@ -1,6 +1,7 @@
 /**
- * Checks of PoseidonOS through DAgent, for `lbcsi doctor` (facts: docs/reference/poseidonos-api.md 5, 6, 11). They change nothing, and do
- * not use `GET /system`, which answers from a cache and starts 14 programs on the storage server.
+ * Checks of PoseidonOS through DAgent, for `lbcsi doctor` (facts: docs/reference/poseidonos-api.md 5, 6, 11). They
+ * change nothing, and do not use `GET /system`, which answers from a cache and starts 14 programs on the storage
+ * server.
  */
 import { type Check, reasonOf, runCheck, simulatorCheck } from "../../check.ts";
 import type { RequestContext } from "../../context.ts";

@@ -1,8 +1,8 @@
 /**
  * The cluster file of PoseidonOS: the systems of a deployment (`lbcsi controller --backend poseidon --config FILE`).
  *
- * ListVolumes, and mostly GetCapacity, come without parameters; they are served for the arrays of the file. The same file
- * keeps old volume IDs valid: an ID holds the DAgent endpoint of the time when it was made.
+ * ListVolumes, and mostly GetCapacity, come without parameters; they are served for the arrays of the file. The same
+ * file keeps old volume IDs valid: an ID holds the DAgent endpoint of the time when it was made.
  *
  *     systems:
  *       - name: rack1

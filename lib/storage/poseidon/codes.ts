@@ -1,6 +1,6 @@
 /**
- * What PoseidonOS' status codes mean to a client that repeats its requests (facts: docs/reference/poseidonos-api.md sections 7 and 12).
- * Numbers changed between versions, names did not: `eventName` decides where there is one.
+ * What PoseidonOS' status codes mean to a client that repeats its requests (facts: docs/reference/poseidonos-api.md
+ * sections 7 and 12). Numbers changed between versions, names did not: `eventName` decides where there is one.
  */
 import type { StatusCode } from "../../error.ts";
 

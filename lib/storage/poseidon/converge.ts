@@ -1,6 +1,6 @@
 /**
- * Changes PoseidonOS step by step until nothing is missing. Every answer can be lost, and some failures are only half true: so
- * each change is followed by a look, and what is found there is the result.
+ * Changes PoseidonOS step by step until nothing is missing. Every answer can be lost, and some failures are only half
+ * true: so each change is followed by a look, and what is found there is the result.
  */
 import type { RequestContext } from "../../context.ts";
 import { hasCode, StatusError } from "../../error.ts";
@@ -28,11 +28,11 @@ export interface Convergence<S, R> {
 }
 
 /**
- * Looks, takes the next step, and looks again, until nothing is missing. After a failure or a lost answer the look decides what
- * to do, so that nothing is repeated blindly, and what happened although the answer denied it counts.
+ * Looks, takes the next step, and looks again, until nothing is missing. After a failure or a lost answer the look
+ * decides what to do, so that nothing is repeated blindly, and what happened although the answer denied it counts.
  *
- * @throws PoseidonError for a step that was rejected for good and is still missing; UNAVAILABLE, which is not final, when a
- *   look after a change gets an answer that is not understood
+ * @throws PoseidonError for a step that was rejected for good and is still missing; UNAVAILABLE, which is not final,
+ *   when a look after a change gets an answer that is not understood
  */
 export async function converge<S, R>(
   ctx: RequestContext,

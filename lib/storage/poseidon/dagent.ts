@@ -2,14 +2,15 @@
  * Calls to DAgent, the REST API of PoseidonOS (facts: docs/reference/poseidonos-api.md section 5).
  *
  * - The HTTP status is checked first: a request that DAgent itself rejects has HTTP status 400 and code 0.
- * - PoseidonOS does one thing at a time, and so does this driver: changes queue here, one after the other per DAgent, and a
- *   caller whose time is over learns what it waited for. DAgent would let it wait for half an hour.
- * - A change is never broken off. When its caller gives up, it continues to its end here as it does there, and the next change
- *   waits for it: two changes of ours never meet on PoseidonOS.
- * - Of the routes, only those named in this room are called. Some others wipe an array or end PoseidonOS (5.5). Every request
- *   but a GET has a `param` object, because without one DAgent blocks for half an hour.
+ * - PoseidonOS does one thing at a time, and so does this driver: changes queue here, one after the other per DAgent,
+ *   and a caller whose time is over learns what it waited for. DAgent would let it wait for half an hour.
+ * - A change is never broken off. When its caller gives up, it continues to its end here as it does there, and the next
+ *   change waits for it: two changes of ours never meet on PoseidonOS.
+ * - Of the routes, only those named in this room are called. Some others wipe an array or end PoseidonOS (5.5). Every
+ *   request but a GET has a `param` object, because without one DAgent blocks for half an hour.
  *
- * DAgent has neither TLS nor credentials: everybody who can connect to its port has every right. So nothing here is secret.
+ * DAgent has neither TLS nor credentials: everybody who can connect to its port has every right. So nothing here is
+ * secret.
  */
 import type * as z from "zod";
 import { formatSeconds, type RequestContext, timeLimit, unlessAborted } from "../../context.ts";
@@ -21,8 +22,8 @@ import { busyError, means, PoseidonError } from "./dagent_error.ts";
 import { callDagent, type DagentRequest } from "./http.ts";
 
 /**
- * How long to wait for a change once it was sent: DAgent gives PoseidonOS 360 s for a call (5.4), and its own answer needs
- * some time to arrive.
+ * How long to wait for a change once it was sent: DAgent gives PoseidonOS 360 s for a call (5.4), and its own answer
+ * needs some time to arrive.
  */
 const longestChangeMs = 400_000;
 
@@ -87,8 +88,8 @@ export class Dagent {
    * Reads with GET. While PoseidonOS is busy, asks again until `ctx` ends.
    *
    * @returns `data` as `schema` reads it; undefined stands for the data of an answer without any
-   * @throws PoseidonError with what DAgent says, UNAVAILABLE when it cannot be reached, INTERNAL when its answer has another
-   *   form than documented
+   * @throws PoseidonError with what DAgent says, UNAVAILABLE when it cannot be reached, INTERNAL when its answer has
+   *   another form than documented
    */
   async read<T>(ctx: RequestContext, path: string, schema: z.ZodType<T>): Promise<T> {
     const delays = growingDelays();
@@ -112,8 +113,8 @@ export class Dagent {
   }
 
   /**
-   * Runs `work`, which looks and changes, when everything of ours that came before it has ended. A change that its caller
-   * gave up is part of that.
+   * Runs `work`, which looks and changes, when everything of ours that came before it has ended. A change that its
+   * caller gave up is part of that.
    *
    * @param what for the errors of those who wait meanwhile: `creating volume "pvc-1"`
    * @throws StatusError ABORTED when the caller's time ends before its turn comes

@@ -31,8 +31,8 @@ export function means(error: unknown, ...meanings: readonly Meaning[]): error is
 }
 
 /**
- * The error of a call whose time has ended while it waited: UNAVAILABLE in place of DEADLINE_EXCEEDED, because what it saw last
- * says more than the deadline.
+ * The error of a call whose time has ended while it waited: UNAVAILABLE in place of DEADLINE_EXCEEDED, because what it
+ * saw last says more than the deadline.
  *
  * @param seen the message of an error of the same action, or a sentence of its own
  */

@@ -1,14 +1,14 @@
 /**
- * Exports of volumes on PoseidonOS: which hosts can connect to a volume (facts: docs/reference/poseidonos-api.md sections 6.7 to 6.12,
- * 11.3, 11.4).
+ * Exports of volumes on PoseidonOS: which hosts can connect to a volume (facts: docs/reference/poseidonos-api.md
+ * sections 6.7 to 6.12, 11.3, 11.4).
  *
- * PoseidonOS has no access lists: every host that can connect to the port gets in. So a volume is exported when a node is
- * granted access and un-exported when it is revoked, through a subsystem of its own whose NQN names volume and node. That
- * subsystem is how PoseidonOS remembers who has a volume; and a host that lost its grant finds no such subsystem. A volume is
- * exported in one place only, so only one node can have it.
+ * PoseidonOS has no access lists: every host that can connect to the port gets in. So a volume is exported when a node
+ * is granted access and un-exported when it is revoked, through a subsystem of its own whose NQN names volume and node.
+ * That subsystem is how PoseidonOS remembers who has a volume; and a host that lost its grant finds no such subsystem.
+ * A volume is exported in one place only, so only one node can have it.
  *
- * PoseidonOS forgets exports, subsystems and listeners when it starts. Granting the same node again makes them again under the
- * same names, and the kernel of that node, which still tries to reconnect, continues where it was.
+ * PoseidonOS forgets exports, subsystems and listeners when it starts. Granting the same node again makes them again
+ * under the same names, and the kernel of that node, which still tries to reconnect, continues where it was.
  */
 import type { RequestContext } from "../../context.ts";
 import { StatusError } from "../../error.ts";
@@ -122,8 +122,8 @@ export interface UnexportOptions {
 }
 
 /**
- * Un-exports a volume and removes the subsystems that were made for it. When this returns, the namespace is gone: the next
- * change, such as a deletion, cannot overtake it.
+ * Un-exports a volume and removes the subsystems that were made for it. When this returns, the namespace is gone: the
+ * next change, such as a deletion, cannot overtake it.
  *
  * @throws StatusError UNAVAILABLE while it stays exported, FAILED_PRECONDITION when its subsystem has another namespace
  */
@@ -156,8 +156,8 @@ export async function unexportVolume(
           );
         }
         if (volume.status === "Mounted") return unexportChange(volume, array);
-        // It says that it is not exported, and still is (docs/reference/poseidonos-api.md 6.8): then its subsystem goes, and the
-        // namespace with it.
+        // It says that it is not exported, and still is (docs/reference/poseidonos-api.md 6.8): then its subsystem
+        // goes, and the namespace with it.
       }
       const next = exporting.find(isMeant) ?? subsystems.find(isMeant);
       if (next !== undefined) {
@@ -222,8 +222,8 @@ function assertNotElsewhere(
 }
 
 /**
- * The parameters of a new subsystem. It has room for one namespace, so that no other one is put where this node sees it; any
- * host may connect, because PoseidonOS has no way to name one (docs/reference/poseidonos-api.md 6.11).
+ * The parameters of a new subsystem. It has room for one namespace, so that no other one is put where this node sees
+ * it; any host may connect, because PoseidonOS has no way to name one (docs/reference/poseidonos-api.md 6.11).
  */
 function newSubsystem(nqn: string, { uuid }: PoseidonVolume): Readonly<Record<string, unknown>> {
   return {
@@ -271,7 +271,10 @@ async function explainListener(
   return new StatusError("FAILED_PRECONDITION", `${rejection.message}; ${reason}`, { cause: rejection });
 }
 
-/** Throws FAILED_PRECONDITION for a subsystem with another namespace: deleting it removes all (docs/reference/poseidonos-api.md 6.11). */
+/**
+ * Throws FAILED_PRECONDITION for a subsystem with another namespace: deleting it removes all
+ * (docs/reference/poseidonos-api.md 6.11).
+ */
 function assertOwnSubsystem(
   ctx: RequestContext,
   { nqn, namespaces }: PoseidonSubsystem,

@@ -1,4 +1,6 @@
-/** Requests to DAgent over HTTP, and its answers as data or errors (facts: docs/reference/poseidonos-api.md section 5). */
+/**
+ * Requests to DAgent over HTTP, and its answers as data or errors (facts: docs/reference/poseidonos-api.md section 5).
+ */
 import * as z from "zod";
 import { type Fields, formatSeconds, type RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
@@ -124,8 +126,8 @@ function readAnswer(
 ): { readonly data: unknown } | { readonly meaning: Meaning; readonly words: string } {
   const envelope = envelopeSchema.safeParse(parseJson(text));
   if (!envelope.success) {
-    // A proxy in between, a DAgent that panicked (500), an answer that was cut off, or something that is not a DAgent at all
-    // (404). In each case it does not say what PoseidonOS has done.
+    // A proxy in between, a DAgent that panicked (500), an answer that was cut off, or something that is not a DAgent
+    // at all (404). In each case it does not say what PoseidonOS has done.
     const words = `HTTP status ${status} and no envelope of DAgent`;
     const isServerError = status >= 500;
     return {
@@ -146,7 +148,9 @@ function readAnswer(
   return { meaning: meaningOf(code, eventName), words };
 }
 
-/** Parts of routes that are words of DAgent (docs/reference/poseidonos-api.md 6), and not names of arrays and volumes. */
+/**
+ * Parts of routes that are words of DAgent (docs/reference/poseidonos-api.md 6), and not names of arrays and volumes.
+ */
 const routeWords: ReadonlySet<string> = new Set(
   ["array", "listener", "mount", "qos", "subsystem", "transports", "volumelist", "volumes"],
 );
@@ -164,8 +168,8 @@ function connectionProblem(error: unknown): string {
 }
 
 /**
- * A body that can be sent only once. With any other, fetch (Deno 2.9.5) sends the request again by itself when the connection
- * ends without an answer, whatever the method.
+ * A body that can be sent only once. With any other, fetch (Deno 2.9.5) sends the request again by itself when the
+ * connection ends without an answer, whatever the method.
  */
 function sendOnce(text: string): ReadableStream<Uint8Array> {
   return new ReadableStream({

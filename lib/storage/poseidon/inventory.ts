@@ -1,9 +1,10 @@
 /**
- * Arrays, volumes and subsystems of a PoseidonOS, as it shows them (facts: docs/reference/poseidonos-api.md sections 6 and 11).
+ * Arrays, volumes and subsystems of a PoseidonOS, as it shows them (facts: docs/reference/poseidonos-api.md sections 6
+ * and 11).
  *
- * Two answers are misleading. An array that is not mounted answers with an empty list of volumes, or "no such volume"; and
- * lists of volumes do not say where a volume is exported. So volumes are looked up in the list of an array that was mounted
- * before and after, and exports in the list of subsystems.
+ * Two answers are misleading. An array that is not mounted answers with an empty list of volumes, or "no such volume";
+ * and lists of volumes do not say where a volume is exported. So volumes are looked up in the list of an array that was
+ * mounted before and after, and exports in the list of subsystems.
  */
 import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
@@ -106,8 +107,9 @@ export function assertMounted(ctx: RequestContext, dagent: Dagent, array: Poseid
 }
 
 /**
- * The volumes of an array that is mounted before the answer and after it. Throws UNAVAILABLE otherwise, FAILED_PRECONDITION for
- * an absent array or a version that shows no UUIDs, INTERNAL for an answer that is not understood.
+ * The volumes of an array that is mounted before the answer and after it. Throws UNAVAILABLE otherwise,
+ * FAILED_PRECONDITION for an absent array or a version that shows no UUIDs, INTERNAL for an answer that is not
+ * understood.
  */
 export async function readVolumes(
   ctx: RequestContext,

@@ -1,11 +1,11 @@
 /**
  * ListVolumes and GetCapacity on PoseidonOS, for the arrays of the cluster file.
  *
- * Kubernetes compares volume IDs as texts. So an ID in a list is written as CreateVolume wrote it for a StorageClass whose
- * `provisionerIP` and `provisionerPort` are the `idEndpoint` of the system in the file; and where the file names former
- * endpoints, a volume has an entry for each of them too, of which Kubernetes uses the one that it knows. PoseidonOS lists a
- * whole array at once, 256 volumes at most; a token names the array and the last volume of the page before it, nothing is kept
- * in between.
+ * Kubernetes compares volume IDs as texts. So an ID in a list is written as CreateVolume wrote it for a StorageClass
+ * whose `provisionerIP` and `provisionerPort` are the `idEndpoint` of the system in the file; and where the file names
+ * former endpoints, a volume has an entry for each of them too, of which Kubernetes uses the one that it knows.
+ * PoseidonOS lists a whole array at once, 256 volumes at most; a token names the array and the last volume of the page
+ * before it, nothing is kept in between.
  */
 import type { RequestContext } from "../../context.ts";
 import { isUuid } from "../../uuid.ts";

@@ -1,6 +1,7 @@
 /**
- * The StorageClass parameters of PoseidonOS (docs/reference/poseidonos-api.md section 2): those of the vendor's driver, under its names, so
- * that its users can move to this driver, and limits of speed under PoseidonOS' own names and in its own units.
+ * The StorageClass parameters of PoseidonOS (docs/reference/poseidonos-api.md section 2): those of the vendor's driver,
+ * under its names, so that its users can move to this driver, and limits of speed under PoseidonOS' own names and in
+ * its own units.
  */
 import * as z from "zod";
 import type { RequestContext } from "../../context.ts";
@@ -167,7 +168,10 @@ function parse<T>(ctx: RequestContext, { what, schema, known }: ParsedKind<T>, g
   throw ctx.error("INVALID_ARGUMENT", `${what} ${problems.join("; ")}`);
 }
 
-/** The size of a new volume: whole MiB, at least one (docs/reference/poseidonos-api.md 11.1). Throws OUT_OF_RANGE, INVALID_ARGUMENT. */
+/**
+ * The size of a new volume: whole MiB, at least one (docs/reference/poseidonos-api.md 11.1). Throws OUT_OF_RANGE,
+ * INVALID_ARGUMENT.
+ */
 export function volumeSize(ctx: RequestContext, range: CapacityRange): bigint {
   assertCapacityRange(ctx, range);
   const { requiredBytes, limitBytes } = range;

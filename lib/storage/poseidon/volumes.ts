@@ -1,10 +1,10 @@
 /**
- * Volumes of PoseidonOS: found by UUID, created, deleted, and their limits of speed (facts: docs/reference/poseidonos-api.md sections 6,
- * 8 and 11).
+ * Volumes of PoseidonOS: found by UUID, created, deleted, and their limits of speed (facts:
+ * docs/reference/poseidonos-api.md sections 6, 8 and 11).
  *
- * PoseidonOS knows volumes by name, and names are used again. So the driver chooses the UUID of a new volume itself, derived
- * from the request's name and the place: a repeated request recognises its own volume, even when the answer about its creation
- * was lost. Nothing is done to a volume before its UUID was seen.
+ * PoseidonOS knows volumes by name, and names are used again. So the driver chooses the UUID of a new volume itself,
+ * derived from the request's name and the place: a repeated request recognises its own volume, even when the answer
+ * about its creation was lost. Nothing is done to a volume before its UUID was seen.
  */
 import type { RequestContext } from "../../context.ts";
 import { StatusError } from "../../error.ts";
@@ -179,8 +179,9 @@ export function qosStep(array: string, { name }: PoseidonVolume, { maxiops, maxb
 }
 
 /**
- * The UUID of the volume that a request makes: the same for each repetition, and another one for the same name on another
- * array. A volume that was deleted and is requested again has it again, which orchestrators avoid by using a name once.
+ * The UUID of the volume that a request makes: the same for each repetition, and another one for the same name on
+ * another array. A volume that was deleted and is requested again has it again, which orchestrators avoid by using a
+ * name once.
  */
 function volumeUuid(name: string, { endpoint, array }: PoseidonParameters): string {
   return nameUuid(JSON.stringify(["volume", formatEndpoint(endpoint), array, name]));
