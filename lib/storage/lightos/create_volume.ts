@@ -19,14 +19,14 @@ import { type Origin, sourceDifference } from "./content_source.ts";
 import { deleteVolume } from "./delete_volume.ts";
 import { encryptionLabels, encryptionOf, isMadeByUs, volumeLabels } from "./labels.ts";
 import { qosPolicyLike } from "./modification.ts";
-import { type Parameters, sizeWithSource } from "./parameters.ts";
+import { type LightosParameters, sizeWithSource } from "./parameters.ts";
 import { goneStates, toVolume } from "./volumes.ts";
 import { lookAfterRejection, lookForEarlier, pause, waitUntilSettled } from "./waiting.ts";
 
 /** A volume that is to be created. */
 export interface VolumeCreation {
   readonly request: VolumeRequest;
-  readonly parameters: Parameters;
+  readonly parameters: LightosParameters;
   /** The smallest volume of this name that meets the request; without `origin`, the size of a new one. */
   readonly leastBytes: bigint;
   /** Where it gets its content from; undefined: it begins empty. */

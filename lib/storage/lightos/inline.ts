@@ -29,10 +29,14 @@ import { readAll } from "./paging.ts";
 import type { ClusterPool } from "./pool.ts";
 import { goneStates } from "./volumes.ts";
 
-type Backend = Pick<StorageBackend, "createVolume" | "deleteVolume" | "grantAccess" | "revokeAccess">;
+type VolumeBackend = Pick<StorageBackend, "createVolume" | "deleteVolume" | "grantAccess" | "revokeAccess">;
 
 /** The inline volumes of the LightOS backend. */
-export function lightosInlineVolumes(backend: Backend, clusters: ClusterPool, known: KnownClusters): InlineVolumeStore {
+export function lightosInlineVolumes(
+  backend: VolumeBackend,
+  clusters: ClusterPool,
+  known: KnownClusters,
+): InlineVolumeStore {
   return new LightosInlineVolumes(backend, clusters, known);
 }
 
@@ -56,11 +60,11 @@ interface InlineCreation {
 }
 
 class LightosInlineVolumes implements InlineVolumeStore {
-  readonly #backend: Backend;
+  readonly #backend: VolumeBackend;
   readonly #clusters: ClusterPool;
   readonly #known: KnownClusters;
 
-  constructor(backend: Backend, clusters: ClusterPool, known: KnownClusters) {
+  constructor(backend: VolumeBackend, clusters: ClusterPool, known: KnownClusters) {
     this.#backend = backend;
     this.#clusters = clusters;
     this.#known = known;

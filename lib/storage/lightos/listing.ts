@@ -98,7 +98,7 @@ function parseIfOurs(id: string): VolumeId | undefined {
 }
 
 /** A project of a cluster: LightOS lists one at a time. */
-interface Place {
+interface ProjectPlace {
   /** Identifies this place in tokens. */
   readonly key: string;
   readonly cluster: Cluster;
@@ -109,11 +109,11 @@ interface Place {
   readonly scheme: Scheme;
 }
 
-function knownPlaces(clusters: ClusterPool, known: KnownClusters, secrets = new Secrets()): readonly Place[] {
+function knownPlaces(clusters: ClusterPool, known: KnownClusters, secrets = new Secrets()): readonly ProjectPlace[] {
   return known.all().flatMap((cluster) => placesOf(cluster, clusters.open(secrets, cluster.endpoints, cluster.scheme)));
 }
 
-function placesOf({ name, projects, idForms, scheme }: KnownCluster, cluster: Cluster): readonly Place[] {
+function placesOf({ name, projects, idForms, scheme }: KnownCluster, cluster: Cluster): readonly ProjectPlace[] {
   return (projects.length === 0 ? [""] : projects).map((project) => ({
     key: tokenKey(`${name} ${project}`),
     cluster,
@@ -123,7 +123,7 @@ function placesOf({ name, projects, idForms, scheme }: KnownCluster, cluster: Cl
   }));
 }
 
-function placeOfSource(clusters: ClusterPool, secrets: Secrets, source: VolumeId): Place {
+function placeOfSource(clusters: ClusterPool, secrets: Secrets, source: VolumeId): ProjectPlace {
   const { endpoints, scheme, project = "" } = source;
   return {
     key: tokenKey(`${formatEndpoints(endpoints)} ${project} ${source.uuid}`),
@@ -135,7 +135,7 @@ function placeOfSource(clusters: ClusterPool, secrets: Secrets, source: VolumeId
 }
 
 function idIn(
-  place: Place,
+  place: ProjectPlace,
   { UUID, projectName, labels }: Pick<LightosVolume | LightosSnapshot, "UUID" | "projectName" | "labels">,
   endpoints: readonly Endpoint[],
 ): VolumeId {
@@ -151,17 +151,17 @@ function idIn(
 }
 
 /** How objects of one kind are read, and which entries of a list they become. */
-interface Kind<Raw extends { readonly UUID: string }, Entry> {
-  read(ctx: RequestContext, place: Place, range: PageRange): Promise<readonly Raw[]>;
+interface ListKind<Raw extends { readonly UUID: string }, Entry> {
+  read(ctx: RequestContext, place: ProjectPlace, range: PageRange): Promise<readonly Raw[]>;
   /** One entry for each ID that the object may have; none for what does not belong on the list. */
-  entries(place: Place, raw: Raw): readonly Entry[];
+  entries(place: ProjectPlace, raw: Raw): readonly Entry[];
   /** Most of what is read does not belong on the list, so as much as possible is read at once. */
   readonly isRare?: boolean;
 }
 
 const listedStates = [VolumeState.Available, VolumeState.Updating, VolumeState.Migrating, VolumeState.Rollback];
 
-const volumeKind: Kind<LightosVolume, Volume> = {
+const volumeKind: ListKind<LightosVolume, Volume> = {
   async read(ctx, { cluster, project }, range) {
     return (await cluster.call(ctx, DurosAPI.method.listVolumes, { projectName: project, ...range })).volumes;
   },
@@ -171,13 +171,13 @@ const volumeKind: Kind<LightosVolume, Volume> = {
       : [],
 };
 
-const abnormalVolumeKind: Kind<LightosVolume, Volume> = {
+const abnormalVolumeKind: ListKind<LightosVolume, Volume> = {
   ...volumeKind,
   entries: (place, volume) => volumeCondition(volume) === undefined ? [] : volumeKind.entries(place, volume),
   isRare: true,
 };
 
-const snapshotKind: Kind<LightosSnapshot, Snapshot> = {
+const snapshotKind: ListKind<LightosSnapshot, Snapshot> = {
   async read(ctx, { cluster, project }, range) {
     return (await cluster.call(ctx, DurosAPI.method.listSnapshots, { projectName: project, ...range })).snapshots;
   },
@@ -195,9 +195,9 @@ const snapshotKind: Kind<LightosSnapshot, Snapshot> = {
  */
 async function readPage<Raw extends { readonly UUID: string }, Entry extends Volume | Snapshot>(
   ctx: RequestContext,
-  places: readonly Place[],
+  places: readonly ProjectPlace[],
   { maxEntries, startingToken }: PageRequest,
-  kind: Kind<Raw, Entry>,
+  kind: ListKind<Raw, Entry>,
 ): Promise<Page<Entry>> {
   const answer = new AnswerPage<Entry>(maxEntries);
   const start = startingToken === "" ? { at: 0, after: "", within: undefined } : parseToken(ctx, places, startingToken);
@@ -242,7 +242,7 @@ async function readPage<Raw extends { readonly UUID: string }, Entry extends Vol
 }
 
 /** Where a page starts. */
-interface Start {
+interface ListStart {
   /** Index of the place. */
   readonly at: number;
   /** UUID of the last object of the page before; empty: from the beginning. */
@@ -252,7 +252,7 @@ interface Start {
 }
 
 /** Where a token leads; throws ABORTED when it does not lead to a place (any more). */
-function parseToken(ctx: RequestContext, places: readonly Place[], token: string): Start {
+function parseToken(ctx: RequestContext, places: readonly ProjectPlace[], token: string): ListStart {
   const [key, after = "", uuid, answered = ""] = token.split(".", 4);
   const at = places.findIndex((place) => place.key === key);
   const isGood = uuid === undefined

@@ -13,7 +13,7 @@ import { parseVolumeId } from "../../volume_id.ts";
 import type { Modification } from "../backend.ts";
 import { LightosError } from "./api_error.ts";
 import type { ClusterPool } from "./pool.ts";
-import { changeVolume, readVolume, type VolumeChange } from "./volumes.ts";
+import { changeVolume, readVolume, type VolumeUpdate } from "./volumes.ts";
 
 /** A QoS policy by its name or its UUID, in the form of LightOS' requests. */
 export type QosPolicy =
@@ -98,8 +98,8 @@ function differenceFrom(
   volume: LightosVolume,
   policy: QosPolicy | undefined,
   isCompressed: boolean | undefined,
-): VolumeChange | undefined {
-  const change: VolumeChange = {
+): VolumeUpdate | undefined {
+  const change: VolumeUpdate = {
     ...(policy === undefined || qosPolicyLike(policy, volume) === policy.value ? {} : { qosPolicyID: policy }),
     ...(isCompressed === undefined || (volume.compression.toLowerCase() === "true") === isCompressed
       ? {}

@@ -23,7 +23,7 @@ import { qosParameters, type QosPolicy, qosPolicyOf } from "./modification.ts";
 import { parseTrustOptions, type TrustOptions, trustSchema } from "./trust.ts";
 
 /** StorageClass parameters, parsed. */
-export interface Parameters {
+export interface LightosParameters {
   readonly endpoints: readonly Endpoint[];
   readonly scheme: Scheme;
   readonly replicaCount: number;
@@ -72,7 +72,7 @@ export const parametersSchema = z.strictObject({
 });
 
 /** Reads StorageClass parameters; throws INVALID_ARGUMENT that lists each bad one with what is wrong. */
-export function parseParameters(ctx: RequestContext, parameters: Readonly<Record<string, string>>): Parameters {
+export function parseParameters(ctx: RequestContext, parameters: Readonly<Record<string, string>>): LightosParameters {
   const parsed = parametersSchema.safeParse(parameters);
   if (!parsed.success) {
     // The driver removes mkfs-options before, for the node.
@@ -153,7 +153,10 @@ export function problemsOf(
 }
 
 /** Reads the parameters of GetCapacity, which may come without a number of replicas; throws as `parseParameters`. */
-export function parseCapacityParameters(ctx: RequestContext, parameters: Readonly<Record<string, string>>): Parameters {
+export function parseCapacityParameters(
+  ctx: RequestContext,
+  parameters: Readonly<Record<string, string>>,
+): LightosParameters {
   return parseParameters(ctx, { "replica-count": "1", ...parameters });
 }
 

@@ -28,7 +28,7 @@ export async function readVolume(ctx: RequestContext, cluster: Cluster, id: Volu
 }
 
 /** The fields of UpdateVolume that are to change. */
-export interface VolumeChange {
+export interface VolumeUpdate {
   readonly acl?: { readonly values: string[] };
   /** Bytes, decimal. */
   readonly size?: string;
@@ -42,7 +42,7 @@ export interface VolumeChange {
 /** How `changeVolume` changes a volume. */
 export interface ChangeOptions {
   /** What to change of the volume as it is; undefined: nothing. */
-  readonly decide: (volume: LightosVolume) => VolumeChange | undefined;
+  readonly decide: (volume: LightosVolume) => VolumeUpdate | undefined;
   /** Whether a change that LightOS confirmed counts as done, or only one that it shows. */
   readonly confirmation: "look again" | "trust the answer";
 }

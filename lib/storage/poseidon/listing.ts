@@ -54,7 +54,7 @@ export function poseidonCapacity(dagents: Dagents, systems: KnownSystems): Capac
 }
 
 /** An array of a system. */
-interface Place {
+interface ArrayPlace {
   /** Identifies this array in tokens. */
   readonly key: string;
   readonly dagents: Dagents;
@@ -62,9 +62,9 @@ interface Place {
   readonly array: string;
 }
 
-function places(dagents: Dagents, systems: KnownSystems): readonly Place[] {
+function places(dagents: Dagents, systems: KnownSystems): readonly ArrayPlace[] {
   return systems.all().flatMap((system) =>
-    system.arrays.map((array): Place => ({
+    system.arrays.map((array): ArrayPlace => ({
       key: tokenKey(JSON.stringify([system.name, array])),
       dagents,
       system,
@@ -82,7 +82,7 @@ interface ListEntry {
 
 async function readPage(
   ctx: RequestContext,
-  places: readonly Place[],
+  places: readonly ArrayPlace[],
   { maxEntries, startingToken }: PageRequest,
   belongs: (volume: Volume) => boolean,
 ): Promise<Page<Volume>> {
@@ -103,7 +103,10 @@ async function readPage(
 }
 
 /** The volumes of an array by UUID, each with an entry for every ID that it may have. */
-async function entriesAt(ctx: RequestContext, { dagents, system, array: name }: Place): Promise<readonly ListEntry[]> {
+async function entriesAt(
+  ctx: RequestContext,
+  { dagents, system, array: name }: ArrayPlace,
+): Promise<readonly ListEntry[]> {
   const dagent = dagents.at(system.endpoint);
   const { array, volumes } = await readVolumes(ctx, dagent, name);
   const subsystems = await readSubsystems(ctx, dagent);
@@ -119,20 +122,20 @@ async function entriesAt(ctx: RequestContext, { dagents, system, array: name }: 
 }
 
 /** Where a page starts: at an array, behind a volume of it, or behind so many of that volume's entries. */
-interface Start {
+interface ArrayListStart {
   readonly at: number;
   readonly after: string;
   readonly answered: number | undefined;
 }
 
 /** Whether an entry was on an earlier page. */
-function isAnswered(start: Start, uuid: string, answered: number | undefined): boolean {
+function isAnswered(start: ArrayListStart, uuid: string, answered: number | undefined): boolean {
   if (uuid !== start.after || start.answered === undefined) return uuid <= start.after;
   return answered !== undefined && answered <= start.answered;
 }
 
 /** Where a token leads; throws ABORTED when it does not lead to an array (any more). */
-function parseToken(ctx: RequestContext, places: readonly Place[], token: string): Start {
+function parseToken(ctx: RequestContext, places: readonly ArrayPlace[], token: string): ArrayListStart {
   const [key, after = "", answered] = token.split(".", 3);
   const at = places.findIndex((place) => place.key === key);
   if (at >= 0 && isUuid(after) && (answered === undefined || /^[1-9]\d{0,5}$/.test(answered))) {

@@ -73,7 +73,7 @@ export function toVolume(
 }
 
 /** A volume that is to be created. */
-export interface VolumeCreation {
+export interface PoseidonCreation {
   readonly request: VolumeRequest;
   readonly parameters: PoseidonParameters;
   readonly sizeBytes: bigint;
@@ -85,7 +85,7 @@ export interface VolumeCreation {
  * @throws StatusError ALREADY_EXISTS that lists each difference when the volume of this name is another one,
  *   RESOURCE_EXHAUSTED when the array is full, FAILED_PRECONDITION when PoseidonOS ignores the limits of speed
  */
-export async function createVolume(ctx: RequestContext, dagent: Dagent, creation: VolumeCreation): Promise<Volume> {
+export async function createVolume(ctx: RequestContext, dagent: Dagent, creation: PoseidonCreation): Promise<Volume> {
   const { request, parameters, sizeBytes } = creation;
   const uuid = volumeUuid(request.name, parameters);
   // Kubernetes' names are allowed. Others may have characters that PoseidonOS does not allow.
@@ -187,7 +187,7 @@ function volumeUuid(name: string, { endpoint, array }: PoseidonParameters): stri
   return nameUuid(JSON.stringify(["volume", formatEndpoint(endpoint), array, name]));
 }
 
-function creationStep(name: string, uuid: string, { parameters, sizeBytes }: VolumeCreation): Next<never> {
+function creationStep(name: string, uuid: string, { parameters, sizeBytes }: PoseidonCreation): Next<never> {
   return {
     step: "make the volume",
     change: {
@@ -211,7 +211,7 @@ function differencesOf(
   volume: PoseidonVolume,
   uuid: string,
   version: string,
-  { request: { limitBytes }, sizeBytes }: VolumeCreation,
+  { request: { limitBytes }, sizeBytes }: PoseidonCreation,
 ): readonly string[] {
   return [
     ...(volume.uuid === uuid || !acceptsUuids(version)
