@@ -108,7 +108,7 @@ async function run(settings: NodeSettings, listCommands: ListCommands): Promise<
   const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "node" });
   await warnOfUnknownVariables(log, nodeOptions, listCommands);
   assertNodeSettings(settings);
-  const { sweepUntilSettled } = await import("../csi/inline/inline_volumes.ts");
+  const { sweepUntilSettled } = await import("../csi/inline/sweep.ts");
   const { createLinuxHost } = await import("../host/linux_host.ts");
   const { KeyedLock } = await import("../lock.ts");
   const { service } = await import("../grpc/server.ts");

@@ -1,3 +1,4 @@
+/** The CSI identity service, which every role of the driver serves. */
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { StatusError } from "../error.ts";
 import type { Handlers } from "../grpc/server.ts";
@@ -8,7 +9,7 @@ import {
   PluginCapability_VolumeExpansion_Type as ExpansionType,
 } from "../../proto/gen/csi_pb.ts";
 
-/** What the Identity service says of the driver; the same in every role. */
+/** What the Identity service reports about the driver; the same in every role. */
 export interface DriverIdentity {
   /** The CSIDriver object's name and the StorageClass provisioner. */
   readonly name: string;
@@ -22,8 +23,8 @@ export interface DriverIdentity {
 /**
  * The Identity service (CSI specification, "Identity Service RPC").
  *
- * Probe answers for this process alone: its callers restart the driver when it fails, and a lost storage cluster is not
- * mended by that. A process without a free thread is.
+ * Probe is about this process alone: its callers restart the driver when it fails. That does not repair a lost storage
+ * cluster, but it does repair a process without a free thread.
  *
  * @param isServing whether calls can be served
  */

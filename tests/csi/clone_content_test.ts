@@ -13,8 +13,8 @@ import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { hostNqn, toPublishContext } from "../../lib/namespace.ts";
 import type { ContentSource, Volume } from "../../lib/storage/backend.ts";
-import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import { openLightos } from "../support/backends.ts";
 import { loopMachine } from "../support/loop_machine.ts";
 import { needs } from "../support/needs.ts";
 import {
@@ -44,15 +44,7 @@ async function start() {
     host,
     attacher: createDiscoveryClientAttacher({ host, directory: discoveryDir, hostNqn: nqn }),
   });
-  const backend = lightosBackend({
-    log,
-    globalJwt: () => sim.addresses.jwt,
-    globalJwtPath: "/etc/lb-csi/jwt",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
-    verifyTls: true,
-    userAgent: "lbcsi/test",
-  });
+  const backend = openLightos(sim, { log });
   assert(backend.snapshots);
   const ctx = requestContext(AbortSignal.timeout(60_000), new Date(Date.now() + 60_000), log);
   const mounts = async () =>
@@ -154,7 +146,7 @@ async function fileSystemBytes(fsType: FsType, path: string): Promise<number> {
   }
 }
 
-// Linux 6.7 gives a btrfs whose UUID is in use a temporary one; older kernels refuse to mount it.
+// Linux 6.7 gives a btrfs whose UUID is in use a temporary one; older kernels do not mount it.
 const release = Deno.osRelease().split(".", 2).map(Number);
 const mountsBtrfsTwice = (release[0] ?? 0) > 6 || (release[0] === 6 && (release[1] ?? 0) >= 7);
 if (!mountsBtrfsTwice) console.warn(`Linux ${Deno.osRelease()} mounts no btrfs beside its clone, skipped:`);
@@ -295,7 +287,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "promise 18: a clone after a failed attempt has what was written to its source in between",
+  name: "promise 18: a clone after a failed attempt has what was written to its source since then",
   ignore,
   fn: async () => {
     await using env = await start();
@@ -336,7 +328,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "NodeStageVolume of a clone with another file system than its StorageClass wants refuses and keeps the data",
+  name: "NodeStageVolume of a clone with another file system than its StorageClass names fails and keeps the data",
   ignore: ignore || !needs("mkfs.xfs"),
   fn: async () => {
     await using env = await start();

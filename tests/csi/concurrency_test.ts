@@ -1,4 +1,7 @@
-/** Many calls at once, through real sockets, on real loop devices: no cross-talk, no leak, one call per volume at a time. */
+/**
+ * Many calls at once, through real sockets, on real loop devices: no cross-talk, no leak, one call per volume at a
+ * time.
+ */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
@@ -13,9 +16,9 @@ import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../lib/lock.ts";
 import { hostNqn } from "../../lib/namespace.ts";
-import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { parseVolumeId } from "../../lib/volume_id.ts";
 import { Controller, Node } from "../../proto/gen/csi_pb.ts";
+import { openLightos } from "../support/backends.ts";
 import { needs } from "../support/needs.ts";
 import { blockCapability, type Capability, mountCapability } from "../support/node_calls.ts";
 import { eventually, startSimulator } from "../support/simulator.ts";
@@ -42,15 +45,7 @@ async function start() {
     await Deno.remove(directory, { recursive: true });
   });
   const log = createLogger("error");
-  const backend = stack.use(lightosBackend({
-    log,
-    globalJwt: () => sim.addresses.jwt,
-    globalJwtPath: "/etc/lb-csi/jwt",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
-    verifyTls: true,
-    userAgent: "lbcsi/test",
-  }));
+  const backend = stack.use(openLightos(sim, { log }));
   const { discoveryDir = "", devRoot = "", sysfsRoot = "" } = sim.addresses;
   const host = createLinuxHost({ log, sysfsRoot, devRoot });
   const services = {
@@ -150,8 +145,8 @@ interface Volume {
 const longestCallMs = 900_000;
 
 /**
- * Calls as an orchestrator does: a call whose connection was lost is sent again until it is known what became of it. On a
- * machine that is busy with other work this process, with both ends in it, can be late for its own keepalive.
+ * Calls as an orchestrator does: a call whose connection was lost is sent again until it is known what became of it. On
+ * a machine that is busy with other work this process, with both ends in it, can be late for its own keepalive.
  */
 async function call<I extends DescMessage, O extends DescMessage>(
   channel: Channel,
@@ -179,7 +174,7 @@ async function call<I extends DescMessage, O extends DescMessage>(
 async function inFlight<T>(count: number, items: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
   const queue = [...items];
   const failures: unknown[] = [];
-  // All have ended when the first failure is told: nothing goes on behind the test's back.
+  // All have ended when the first failure is reported: no call runs after the test.
   await Promise.all(Array.from({ length: count }, async () => {
     for (let next = queue.shift(); next !== undefined && failures.length === 0; next = queue.shift()) {
       await work(next).catch((error) => failures.push(error));
@@ -188,32 +183,34 @@ async function inFlight<T>(count: number, items: readonly T[], work: (item: T) =
   if (failures.length > 0) throw failures[0];
 }
 
-/** The error of a call that must fail; the text of a call's end otherwise. */
-function refusal(work: Promise<unknown>): Promise<CallError | undefined> {
+/** The error of a call; undefined when it succeeds. */
+function errorOf(work: Promise<unknown>): Promise<CallError | undefined> {
   return work.then(() => undefined, (error) => {
     if (error instanceof CallError) return error;
     throw error;
   });
 }
 
-function refused(error: CallError | undefined, code: StatusCode, message: RegExp): void {
-  assert(error !== undefined, "the call was not refused");
+function assertFailed(error: CallError | undefined, code: StatusCode, message: RegExp): void {
+  assert(error !== undefined, "the call did not fail");
   assert.equal(error.code, code, error.message);
   assert.match(error.message, message);
 }
 
-/** Sends a call twice at once: one of them must win, and the other may be told so; answers how many were refused. */
+/**
+ * Sends a call twice at once: one of them must succeed, and the other may fail with ABORTED; answers how many failed.
+ */
 async function twice(work: () => Promise<void>): Promise<number> {
-  const settled = await Promise.allSettled([refusal(work()), refusal(work())]);
-  const outcomes = settled.map((one) => {
+  const results = await Promise.allSettled([errorOf(work()), errorOf(work())]);
+  const outcomes = results.map((one) => {
     if (one.status === "fulfilled") return one.value;
     throw one.reason;
   });
   const losers = outcomes.filter((error) => error !== undefined);
   const holder =
     /^Cannot start (\w+) for volume (name )?\S+( and node "\S+")?: \1 has been running for \d+ s, repeat the call later$/;
-  for (const loser of losers) refused(loser, "ABORTED", holder);
-  assert(losers.length < 2, "both calls were refused");
+  for (const loser of losers) assertFailed(loser, "ABORTED", holder);
+  assert(losers.length < 2, "both calls failed");
   return losers.length;
 }
 
@@ -288,7 +285,7 @@ Deno.test({
     }
     for (const { publishContext, id } of volumes) assert.equal(publishContext["uuid"], parseVolumeId(id).uuid);
     assert.deepEqual(overlaps, []);
-    assert(losers > 0, "no call was told that another one runs");
+    assert(losers > 0, "no call failed because another one runs");
     await eventually("the cluster is empty", () => {
       return Object.values(env.sim.control.leftovers()).every((left) => left.length === 0);
     }, longestCallMs);
@@ -302,7 +299,8 @@ Deno.test({
 });
 
 Deno.test({
-  name: "promise 9: while a volume is busy at the controller, its second caller is told who holds it and others go on",
+  name:
+    "promise 9: while a volume is busy at the controller, a second call fails naming the holder, and calls for other volumes go on",
   ignore,
   async fn() {
     await using env = await start();
@@ -316,17 +314,17 @@ Deno.test({
     await eventually("the first call is at the cluster", () => env.sim.control.held().length === 1);
     const before = env.sim.control.callsInAll();
     const { uuid } = parseVolumeId(busy.id);
-    const refusedFor = (call: string, holder: string) =>
+    const abortedFor = (call: string, holder: string) =>
       new RegExp(
         `^Cannot start ${call} for volume ${uuid}${holder}: ControllerPublishVolume has been running for \\d+ s, ` +
           `repeat the call later$`,
       );
-    refused(
-      await refusal(env.detach(busy)),
+    assertFailed(
+      await errorOf(env.detach(busy)),
       "ABORTED",
-      refusedFor("ControllerUnpublishVolume", ` and node "${nodeId}"`),
+      abortedFor("ControllerUnpublishVolume", ` and node "${nodeId}"`),
     );
-    refused(await refusal(env.delete(busy)), "ABORTED", refusedFor("DeleteVolume", ""));
+    assertFailed(await errorOf(env.delete(busy)), "ABORTED", abortedFor("DeleteVolume", ""));
     const refusedCalls = env.sim.control.callsInAll() - before;
     await env.attach(other);
     env.sim.control.releaseHeld();
@@ -342,7 +340,8 @@ Deno.test({
 });
 
 Deno.test({
-  name: "promise 9: while a volume is busy on the node, its second caller is told who holds it and others go on",
+  name:
+    "promise 9: while a volume is busy on the node, a second call fails naming the holder, and calls for other volumes go on",
   ignore,
   async fn() {
     await using env = await start();
@@ -370,7 +369,7 @@ Deno.test({
         ["NodeUnstageVolume", env.unstage],
       ] as const
     ) {
-      refused(await refusal(work(busy)), "ABORTED", new RegExp(`^Cannot start ${rpc} for ${holder}`));
+      assertFailed(await errorOf(work(busy)), "ABORTED", new RegExp(`^Cannot start ${rpc} for ${holder}`));
     }
     await env.stage(other);
     await env.publish(other);

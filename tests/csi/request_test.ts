@@ -19,9 +19,11 @@ import {
   VolumeCapability_AccessMode_Mode as Mode,
   VolumeCapabilitySchema,
 } from "../../proto/gen/csi_pb.ts";
+import { callContext } from "../support/node_calls.ts";
 
 type Capability = MessageInitShape<typeof VolumeCapabilitySchema>;
 type AccessType = NonNullable<Capability["accessType"]>;
+const ctx = callContext().doing("do it");
 const capability = (init: Capability) => create(VolumeCapabilitySchema, init);
 const mount = (fsType = "", mountFlags: string[] = []): AccessType => ({
   case: "mount",
@@ -68,8 +70,8 @@ const badCapabilities: ReadonlyArray<readonly [string, Capability, RegExp]> = [
   ],
 ];
 for (const [what, init, message] of badCapabilities) {
-  Deno.test(`parseCapability refuses ${what} with INVALID_ARGUMENT`, () => {
-    throws(() => parseCapability("do it", capability(init)), (error) => {
+  Deno.test(`parseCapability rejects ${what} with INVALID_ARGUMENT`, () => {
+    throws(() => parseCapability(ctx, capability(init)), (error) => {
       strictEqual((error as StatusError).code, "INVALID_ARGUMENT");
       strictEqual(/^Cannot do it: /.test((error as StatusError).message), true);
       return message.test((error as StatusError).message);
@@ -77,13 +79,13 @@ for (const [what, init, message] of badCapabilities) {
   });
 }
 
-Deno.test("parseCapability refuses a missing capability with INVALID_ARGUMENT", () => {
-  throws(() => parseCapability("do it", undefined), /Cannot do it: volume_capability is missing/);
+Deno.test("parseCapability rejects a missing capability with INVALID_ARGUMENT", () => {
+  throws(() => parseCapability(ctx, undefined), /Cannot do it: volume_capability is missing/);
 });
 
 Deno.test("parseCapability keeps file system, mount flags and mode", () => {
   const access = parseCapability(
-    "do it",
+    ctx,
     capability({
       accessType: mount("xfs", ["noatime", "logbsize=64k"]),
       accessMode: { mode: Mode.SINGLE_NODE_WRITER },
@@ -98,9 +100,9 @@ Deno.test("parseCapability keeps file system, mount flags and mode", () => {
   });
 });
 
-Deno.test("parseCapability takes every access mode for raw block", () => {
+Deno.test("parseCapability accepts every access mode for raw block", () => {
   for (const mode of [1, 2, 3, 4, 5, 6, 7] as Mode[]) {
-    deepStrictEqual(parseCapability("do it", capability({ accessType: block, accessMode: { mode } })), {
+    deepStrictEqual(parseCapability(ctx, capability({ accessType: block, accessMode: { mode } })), {
       type: "block",
       mode,
     });
@@ -122,14 +124,14 @@ Deno.test("isShared and isReaderOnly follow the names of the access modes", () =
 });
 
 Deno.test("requireText counts bytes, not characters", () => {
-  strictEqual(requireText("do it", "name", "ü".repeat(64)), "ü".repeat(64));
-  throws(() => requireText("do it", "name", "ü".repeat(65)), /Cannot do it: name has 130 bytes, 128 are allowed/);
-  throws(() => requireText("do it", "name", ""), /Cannot do it: name is missing/);
+  strictEqual(requireText(ctx, "name", "ü".repeat(64)), "ü".repeat(64));
+  throws(() => requireText(ctx, "name", "ü".repeat(65)), /Cannot do it: name has 130 bytes, 128 are allowed/);
+  throws(() => requireText(ctx, "name", ""), /Cannot do it: name is missing/);
 });
 
 for (const path of ["relative", "/a/../b", "/a/..", "/a/.", "/a/./b", "/a\0b"]) {
-  Deno.test(`requirePath refuses ${JSON.stringify(path)}`, () => {
-    throws(() => requirePath("do it", "target_path", path), /target_path ".*" is not a plain absolute path/s);
+  Deno.test(`requirePath rejects ${JSON.stringify(path)}`, () => {
+    throws(() => requirePath(ctx, "target_path", path), /target_path ".*" is not a plain absolute path/s);
   });
 }
 

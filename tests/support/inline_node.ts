@@ -14,8 +14,10 @@ import type { ConfigFiles } from "../../lib/storage/cluster_file.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { knownClusters } from "../../lib/storage/lightos/cluster_file.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import { lightosOptions } from "./backends.ts";
 import { callContext, mountCapability, nodeCalls } from "./node_calls.ts";
-import { startSimulator, type TestSimulator } from "./simulator.ts";
+import { needs } from "./needs.ts";
+import { eventually, startSimulator, type TestSimulator } from "./simulator.ts";
 
 export const inlineNodeId = "n1.node";
 export const inlineHost = hostNqn(inlineNodeId);
@@ -43,29 +45,24 @@ export function clusterEntry(sim: TestSimulator, more: Readonly<Record<string, u
 
 /** Files in memory, the cluster file `/clusters.yaml` among them; what is changed is seen at the next use. */
 export function filesOf(clusters: readonly unknown[], jwt: string) {
-  const texts: Record<string, string> = { "/jwt": jwt, "/clusters.yaml": JSON.stringify({ clusters }) };
+  const contents: Record<string, string> = { "/jwt": jwt, "/clusters.yaml": JSON.stringify({ clusters }) };
   const files: ConfigFiles = {
-    stamp: (path) => texts[path] ?? "",
+    stamp: (path) => contents[path] ?? "",
     read(path) {
-      const text = texts[path];
+      const text = contents[path];
       if (text === undefined) throw new Error(`ENOENT: ${path}`);
       return text;
     },
   };
-  return { texts, files };
+  return { contents, files };
 }
 
 /** The inline volumes of a backend that knows the clusters of these files. */
 export function openInline(files: ConfigFiles, write: (line: string) => void = () => {}) {
   const log = createLogger("debug", "json", write);
   const backend = lightosBackend({
+    ...lightosOptions,
     log,
-    globalJwt: () => undefined,
-    globalJwtPath: "none",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
-    verifyTls: true,
-    userAgent: "lbcsi/test",
     clusters: knownClusters("/clusters.yaml", files, log),
   });
   assert(backend.inline !== undefined);
@@ -122,7 +119,7 @@ export async function inlineNode(
     await Deno.remove(directory, { recursive: true });
   });
   const lines: string[] = [];
-  const { texts, files } = filesOf([clusterEntry(sim, entry)], sim.addresses.jwt);
+  const { contents, files } = filesOf([clusterEntry(sim, entry)], sim.addresses.jwt);
   const { discoveryDir = "", sysfsRoot = "", devRoot = "" } = sim.addresses;
   const host = hostOf?.(sim) ?? createLinuxHost({ log: createLogger("error"), sysfsRoot, devRoot });
   const inDirectory = "discoveryDirectory" in host ? String(host.discoveryDirectory) : discoveryDir;
@@ -142,7 +139,7 @@ export async function inlineNode(
     attacher,
     volumes,
     directory,
-    texts,
+    contents,
     lines,
     mounts,
     /** The context of a call whose log lines are in `lines`. */
@@ -159,4 +156,33 @@ export async function inlineNode(
     },
     [Symbol.asyncDispose]: () => parts.disposeAsync(),
   };
+}
+
+export type InlineNode = Awaited<ReturnType<typeof inlineNode>>;
+
+const ignore = !needs("root", "loop", "mkfs.ext4");
+
+/** A test that needs root, loop devices and ext4, and `more` programs. */
+export function inlineTest(name: string, fn: () => Promise<void>, ...more: string[]): void {
+  Deno.test({ name, ignore: ignore || !needs(...more), fn });
+}
+
+/** Asserts that nothing is left of any volume, on the cluster or on the machine. */
+export async function assertNothingLeft(n: InlineNode): Promise<void> {
+  await eventually("the volumes go", () => n.sim.control.leftovers().volumes.length === 0);
+  await n.sim.control.waitUntilSettled();
+  assert.deepEqual(n.sim.control.leftovers(), { volumes: [], snapshots: [], access: [], devices: [] });
+  assert.deepEqual(await n.mounts(), []);
+  assert.deepEqual([...Deno.readDirSync(n.sim.addresses.discoveryDir ?? "")], []);
+}
+
+/** Whether something is at a path; symbolic links are not followed. */
+export async function exists(path: string): Promise<boolean> {
+  try {
+    await Deno.lstat(path);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
+    throw error;
+  }
 }

@@ -57,14 +57,14 @@ export async function measureCalls(
   const home = await Deno.makeTempDir({ prefix: "lbcsi-bounds-" });
   const testbed = new Testbed(home, program);
   try {
-    return await measure(testbed, fsTypes, signal);
+    return await runLives(testbed, fsTypes, signal);
   } finally {
     const left = (await testbed.cleanUp(false)).filter(({ done }) => !done);
     for (const { what } of left) console.error(`could not clean up: ${what}`);
   }
 }
 
-async function measure(testbed: Testbed, fsTypes: readonly FsType[], signal: AbortSignal): Promise<readonly Cost[]> {
+async function runLives(testbed: Testbed, fsTypes: readonly FsType[], signal: AbortSignal): Promise<readonly Cost[]> {
   const withNode = fsTypes.length > 0;
   await testbed.startSimulator(withNode ? "loop" : "none", signal);
   await testbed.startController(signal);
@@ -94,10 +94,10 @@ async function measure(testbed: Testbed, fsTypes: readonly FsType[], signal: Abo
   };
 
   // The first calls make the connection, check the API version and ask for the cluster information, kept for a minute.
-  await life(testbed, firstVolume, "mount", undefined, meter);
-  await life(testbed, "volume", "mount", undefined, meter);
-  for (const fsType of fsTypes) await life(testbed, `${fsType} volume`, "mount", fsType, meter);
-  if (withNode) await life(testbed, "block volume", "block", undefined, meter);
+  await runLife(testbed, meter, { label: firstVolume, type: "mount" });
+  await runLife(testbed, meter, { label: "volume", type: "mount" });
+  for (const fsType of fsTypes) await runLife(testbed, meter, { label: `${fsType} volume`, type: "mount", fsType });
+  if (withNode) await runLife(testbed, meter, { label: "block volume", type: "block" });
   return costs;
 }
 
@@ -109,12 +109,10 @@ type Meter = <I extends DescMessage, O extends DescMessage>(
 ) => Promise<MessageShape<O>>;
 
 /** One volume from creation to deletion; on the node too when a file system is given or it is a block volume. */
-async function life(
+async function runLife(
   testbed: Testbed,
-  label: string,
-  type: "mount" | "block",
-  fsType: FsType | undefined,
   meter: Meter,
+  { label, type, fsType }: { readonly label: string; readonly type: "mount" | "block"; readonly fsType?: FsType },
 ): Promise<void> {
   const { addresses, controller } = testbed;
   const secrets = { jwt: addresses.jwt };
@@ -172,7 +170,9 @@ async function life(
   await meter(label, controller, Controller.method.deleteVolume, { volumeId, secrets });
 }
 
-/** A directory that has, under the name of every program on PATH, a wrapper that notes the name and runs the program. */
+/**
+ * A directory that has, under the name of every program on PATH, a wrapper that notes the name and runs the program.
+ */
 async function wrapPrograms(
   home: string,
 ): Promise<{ readonly directory: string; started(): Promise<readonly string[]> }> {

@@ -15,7 +15,8 @@ import {
 } from "../../proto/gen/csi_pb.ts";
 import { createLogger, type Logger, requestContext } from "../../lib/context.ts";
 import { inlineVolumes } from "../../lib/csi/inline/inline_volumes.ts";
-import { nodeHandlers, type NodeOptions } from "../../lib/csi/node/service.ts";
+import type { NodeOptions } from "../../lib/csi/node/options.ts";
+import { nodeHandlers } from "../../lib/csi/node/service.ts";
 import { type StatusCode, StatusError } from "../../lib/error.ts";
 import { parseVolumeId } from "../../lib/volume_id.ts";
 import { KeyedLock } from "../../lib/lock.ts";

@@ -1,18 +1,17 @@
 /**
- * The CSI SnapshotMetadata service (alpha): which blocks of a snapshot a backup has to read. Announced by a switch only,
- * see main.ts.
+ * The CSI SnapshotMetadata service (alpha): which blocks of a snapshot a backup has to read. Served only with the
+ * option `--snapshot-metadata`.
  */
-import { Secrets } from "../../context.ts";
-import { StatusError } from "../../error.ts";
-import type { CallContext, Handlers } from "../../grpc/server.ts";
+import { type RequestContext, Secrets } from "../../context.ts";
+import type { Handlers } from "../../grpc/server.ts";
 import type { BlockRange, ChangedBlocks } from "../../storage/backend.ts";
 import { BlockMetadataType, type SnapshotMetadata } from "../../../proto/gen/csi_pb.ts";
 import { longestVolumeId, requireText } from "../request.ts";
 
-/** Tuples in one message when the caller does not say: 18 KiB or so. */
+/** Tuples in one message when the caller sets no limit: about 18 KiB. */
 const tuplesPerMessage = 1024;
 
-interface Wanted {
+interface BlocksRequest {
   readonly snapshotId: string;
   readonly baseSnapshotId: string | undefined;
   readonly startingOffset: bigint;
@@ -25,30 +24,30 @@ export function snapshotMetadataHandlers(blocks: ChangedBlocks): Handlers<typeof
   return {
     /** CSI specification, "GetMetadataAllocated". */
     getMetadataAllocated(request, call) {
-      const snapshotId = requireText("list allocated blocks", "snapshot_id", request.snapshotId, longestVolumeId);
-      return stream(blocks, call, "list allocated blocks", { ...request, snapshotId, baseSnapshotId: undefined });
+      const ctx = call.doing("list allocated blocks");
+      const snapshotId = requireText(ctx, "snapshot_id", request.snapshotId, longestVolumeId);
+      return streamBlocks(blocks, ctx, { ...request, snapshotId, baseSnapshotId: undefined });
     },
 
     /** CSI specification, "GetMetadataDelta". */
     getMetadataDelta(request, call) {
-      const action = "list changed blocks";
-      const baseSnapshotId = requireText(action, "base_snapshot_id", request.baseSnapshotId, longestVolumeId);
-      const snapshotId = requireText(action, "target_snapshot_id", request.targetSnapshotId, longestVolumeId);
-      return stream(blocks, call, action, { ...request, snapshotId, baseSnapshotId });
+      const ctx = call.doing("list changed blocks");
+      const baseSnapshotId = requireText(ctx, "base_snapshot_id", request.baseSnapshotId, longestVolumeId);
+      const snapshotId = requireText(ctx, "target_snapshot_id", request.targetSnapshotId, longestVolumeId);
+      return streamBlocks(blocks, ctx, { ...request, snapshotId, baseSnapshotId });
     },
   };
 }
 
-async function* stream(blocks: ChangedBlocks, call: CallContext, action: string, wanted: Wanted) {
-  if (wanted.maxResults < 0) {
-    throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: max_results ${wanted.maxResults} is negative`);
-  }
-  const { capacityBytes, pages } = await blocks.changedBlocks(call, new Secrets(wanted.secrets), {
-    snapshotId: wanted.snapshotId,
-    baseSnapshotId: wanted.baseSnapshotId,
-    startingOffsetBytes: wanted.startingOffset,
+async function* streamBlocks(blocks: ChangedBlocks, ctx: RequestContext, request: BlocksRequest) {
+  const { snapshotId, baseSnapshotId, startingOffset, maxResults } = request;
+  if (maxResults < 0) throw ctx.error("INVALID_ARGUMENT", `max_results ${maxResults} is negative`);
+  const { capacityBytes, pages } = await blocks.changedBlocks(ctx, new Secrets(request.secrets), {
+    snapshotId,
+    baseSnapshotId,
+    startingOffsetBytes: startingOffset,
   });
-  const most = wanted.maxResults === 0 ? tuplesPerMessage : Math.min(wanted.maxResults, tuplesPerMessage);
+  const most = maxResults === 0 ? tuplesPerMessage : Math.min(maxResults, tuplesPerMessage);
   const message = (ranges: readonly BlockRange[]) => ({
     blockMetadataType: BlockMetadataType.VARIABLE_LENGTH,
     volumeCapacityBytes: capacityBytes,
@@ -61,6 +60,6 @@ async function* stream(blocks: ChangedBlocks, call: CallContext, action: string,
       sent = true;
     }
   }
-  // So that a caller learns the size of a snapshot without blocks too.
+  // One empty message, so that the caller learns the size of a snapshot without blocks.
   if (!sent) yield message([]);
 }

@@ -1,15 +1,15 @@
 /**
  * How a full cluster is reported, call by call.
  *
- * RESOURCE_EXHAUSTED is not final for most sidecars: they repeat the same request until it succeeds, and let nobody change
- * or delete what was asked for until then. So only CreateVolume keeps it, which csi-provisioner takes for final. The reasons
- * for each code are in docs/reference/csi.md 2.5.
+ * RESOURCE_EXHAUSTED is not final for most sidecars: they repeat the same request until it succeeds, and until then the
+ * object can neither be changed nor deleted. So only CreateVolume keeps that code, because csi-provisioner treats it as
+ * final there. The reasons for each code are in docs/reference/csi.md 2.5.
  */
 import { hasCode, type StatusCode, StatusError } from "../../error.ts";
 
 /**
- * Answers what `work` answers. RESOURCE_EXHAUSTED, which storage clusters give before they begin anything, becomes `code`, and
- * `advice` follows its message.
+ * The result of `work`. An error RESOURCE_EXHAUSTED, which storage clusters return before they begin anything, gets the
+ * code `code` instead, and `advice` after its message.
  */
 export async function whenFull<T>(code: StatusCode, advice: string, work: () => Promise<T>): Promise<T> {
   try {

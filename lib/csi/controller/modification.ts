@@ -1,30 +1,30 @@
-/** Changing parameters of volumes that are in use, and giving them to new ones: VolumeAttributesClass. */
+/** VolumeAttributesClass: ControllerModifyVolume for volumes in use, and mutable parameters of new volumes. */
+import type { Controller } from "../../../proto/gen/csi_pb.ts";
 import { type RequestContext, Secrets } from "../../context.ts";
-import { StatusError } from "../../error.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import type { Modification } from "../../storage/backend.ts";
-import type { Controller } from "../../../proto/gen/csi_pb.ts";
-import { whenFull } from "./full_cluster.ts";
 import { longestVolumeId, requireText, withoutOrchestratorKeys } from "../request.ts";
+import { whenFull } from "./full_cluster.ts";
+import { type ControllerOptions, lockVolume } from "./options.ts";
 
-/** @param hold takes a volume for a call, or throws ABORTED */
-export function modifyHandlers(modification: Modification, hold: (rpc: string, volumeId: string) => Disposable) {
+/** The call of the Controller service that changes parameters, for a backend that can. */
+export function modificationHandlers(controller: ControllerOptions, modification: Modification) {
   return {
     /** CSI specification, "ControllerModifyVolume". */
     async controllerModifyVolume(request, call) {
-      const action = "modify a volume";
-      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
+      const ctx = call.doing("modify a volume");
+      const volumeId = requireText(ctx, "volume_id", request.volumeId, longestVolumeId);
       if (Object.keys(request.mutableParameters).length === 0) {
-        throw new StatusError("INVALID_ARGUMENT", `Cannot ${action}: mutable_parameters is missing`);
+        throw ctx.error("INVALID_ARGUMENT", "mutable_parameters is missing");
       }
       const mutable = withoutOrchestratorKeys(request.mutableParameters);
-      // Bad parameters are told before an unknown volume is.
-      modification.merge(call.doing(action), {}, mutable);
-      using _held = hold("ControllerModifyVolume", volumeId);
+      // Bad parameters are an error before an unknown volume is.
+      modification.merge(ctx, {}, mutable);
+      using _held = lockVolume(controller, "ControllerModifyVolume", volumeId);
       await whenFull(
         "FAILED_PRECONDITION",
         "; make room on the cluster, or choose another class",
-        () => modification.modifyVolume(call, new Secrets(request.secrets), volumeId, mutable),
+        () => modification.modifyVolume(ctx, new Secrets(request.secrets), volumeId, mutable),
       );
       return {};
     },
@@ -32,7 +32,7 @@ export function modifyHandlers(modification: Modification, hold: (rpc: string, v
 }
 
 /** The parameters of a new volume, with mutable ones in place of those that they replace. Throws INVALID_ARGUMENT. */
-export function withMutable(
+export function mergeMutable(
   ctx: RequestContext,
   modification: Modification | undefined,
   parameters: Readonly<Record<string, string>>,

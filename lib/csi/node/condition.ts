@@ -1,10 +1,10 @@
 /**
- * How a volume is on this node: whether its device is there, has a path, answers a read, and takes the writes that its
- * mount promises. Asked once a minute for each volume in use (docs/reference/csi.md section 11).
+ * The condition of a volume on this node: whether its device is there, has a path, answers a read, and accepts the
+ * writes that its mount promises. Kubelet asks once a minute for each volume in use (docs/reference/csi.md section 11).
  *
- * A file system or device may never answer, and what was asked cannot be taken back: it holds a thread until the device
- * answers or goes. So the answer comes after ten seconds at most, and a volume that has not answered since an earlier
- * question is asked nothing more.
+ * A file system or device may never answer, and a question cannot be taken back: it holds a thread until the device
+ * answers or disappears. So the answer comes after ten seconds at most, and a volume that still owes an answer gets no
+ * new question.
  */
 import { type RequestContext, requestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
@@ -17,120 +17,136 @@ import { mountsOf } from "../../host/volume_mounts.ts";
 import type { Usage } from "../../host/volume_operations.ts";
 import type { AbnormalCondition } from "../../storage/backend.ts";
 
-/** How long a volume is waited for. */
+/** The machine that is asked, and for how long. */
+export interface ConditionOptions {
+  readonly host: Host;
+  /** How long a volume may take to answer, in milliseconds; `longestAnswerMs` when absent. */
+  readonly longestAnswerMs?: number;
+}
+
+/** How long a volume may take to answer unless the options say otherwise, in milliseconds. */
 export const longestAnswerMs = 10_000;
 
-/** What was found out about a volume. */
-export interface MountReport {
-  /** Undefined when the file system does not tell. */
+/** What a probe found out about a volume. */
+export interface VolumeReport {
+  /** Undefined when the file system does not report it. */
   readonly usage: Usage | undefined;
-  /** What is wrong; undefined when the volume is well. */
+  /** What is wrong; undefined for a healthy volume. */
   readonly condition: AbnormalCondition | undefined;
 }
 
-/** Asks volumes how they are. Its questions reject with the reason of `ctx.signal` and with nothing else. */
-export interface ConditionProbe {
-  /** A mounted file system. */
-  ofMount(ctx: RequestContext, device: BlockDevice, mount: Mount): Promise<MountReport>;
-  /** A mounted file system whose device has gone; what it tells of its size, it tells from memory. */
-  ofDeadMount(ctx: RequestContext, uuid: string, mount: Mount): Promise<MountReport>;
-  /** A raw block device. */
-  ofDevice(ctx: RequestContext, device: BlockDevice): Promise<MountReport>;
+/** Probes a mounted file system. Rejects only with the reason of `ctx.signal`, like the other probes. */
+export async function probeMount(
+  options: ConditionOptions,
+  ctx: RequestContext,
+  device: BlockDevice,
+  mount: Mount,
+): Promise<VolumeReport> {
+  const { host } = options;
+  const subject = { uuid: device.uuid, name: `${mount.fsType} of ${device.path} at "${mount.path}"` };
+  return await probe(options, ctx, subject, async (probing) => {
+    const noPath = await pathCondition(host, device);
+    const usage = await host.usage(mount.path);
+    if (noPath !== undefined) return { usage, condition: noPath };
+    // A read-only target shares its file system with the staging mount. If no mount of the file system is writable, the
+    // volume is read-only on purpose.
+    const mounts = await mountsOf(host, await mountTable(host), device);
+    const writable = mounts.find((other) => other.root === "/" && !other.options.includes("ro"));
+    const unreadable = await checkReadable(host, probing, device, writable ?? mount);
+    if (unreadable !== undefined) return { usage, condition: unusable("Unreadable", unreadable) };
+    // Pods cannot use a writable volume that rejects writes.
+    const readOnly = writable === undefined ? undefined : await checkWritable(host, probing, device, writable);
+    return { usage, condition: readOnly === undefined ? undefined : unusable("ReadOnly", readOnly) };
+  });
 }
 
-/** @param longestMs how long a volume is waited for */
-export function conditionProbe(host: Host, longestMs: number = longestAnswerMs): ConditionProbe {
-  /** What `question` finds out; it is given a signal that never aborts, so that it ends when the machine has answered. */
-  async function ask(
-    ctx: RequestContext,
-    uuid: string,
-    what: string,
-    question: (ctx: RequestContext) => Promise<MountReport>,
-  ): Promise<MountReport> {
-    const asking = requestContext(new AbortController().signal, ctx.deadline, ctx.log, ctx.action);
+/** Probes a mounted file system whose device has gone. It reports its usage from memory, if it still does. */
+export async function probeDeadMount(
+  options: ConditionOptions,
+  ctx: RequestContext,
+  uuid: string,
+  mount: Mount,
+): Promise<VolumeReport> {
+  return await probe(options, ctx, { uuid, name: `${mount.fsType} at "${mount.path}"` }, async () => {
+    const isNode = mount.root !== "/";
+    const message = `${isNode ? "the device node" : describeMount(mount)} at "${mount.path}" has lost its device: ` +
+      `reads and writes fail, the pod has to be started again`;
+    // For a bound device node, statfs reports the size of the directory of devices.
+    const usage = isNode ? undefined : await usageIfAny(options.host, mount.path);
+    return { usage, condition: unusable("DeviceGone", message) };
+  });
+}
+
+/** Probes a raw block device. */
+export async function probeDevice(
+  options: ConditionOptions,
+  ctx: RequestContext,
+  device: BlockDevice,
+): Promise<VolumeReport> {
+  const { host } = options;
+  return await probe(options, ctx, { uuid: device.uuid, name: device.path }, async () => {
+    const noPath = await pathCondition(host, device);
+    if (noPath !== undefined) return { usage: undefined, condition: noPath };
+    const blocks = device.sizeBytes / 4096n;
+    if (blocks === 0n) {
+      return { usage: undefined, condition: unusable("Unreadable", `${device.path} has no size`) };
+    }
     try {
-      const asked = { volume: uuid, what: `a look at ${what}`, longestMs };
-      const answer = await host.pending.ask(ctx, asked, () => question(asking));
-      if (answer.kind === "answered") return answer.value;
-      const seconds = Math.round(answer.owed.ms / 1000);
-      const condition = unusable("NotAnswering", `${what} has not answered for ${seconds} s`);
-      return { usage: undefined, condition };
+      // A random block, so that the answer does not come from a cache.
+      const block = BigInt(Math.floor(Math.random() * Number(blocks)));
+      await host.readBytes(device.path, block * 4096n, 4096);
+      return { usage: undefined, condition: undefined };
     } catch (error) {
-      ctx.signal.throwIfAborted();
-      return {
-        usage: undefined,
-        condition: unusable("Unreadable", `${what} cannot be looked at (${messageOf(error)})`),
-      };
+      const condition = unusable("Unreadable", `${device.path} cannot be read (${messageOf(error)})`);
+      return { usage: undefined, condition };
     }
-  }
+  });
+}
 
-  /** Why no I/O gets through to the device, as far as its connections show; undefined when they show nothing of it. */
-  async function pathCondition(device: BlockDevice): Promise<AbnormalCondition | undefined> {
-    const controllers = await controllersOf(host, device.subsystemNqn);
-    if (controllers.length === 0 || controllers.some(({ state }) => state === "live")) return undefined;
-    const states = controllers.map(({ name, state }) => `${name} ${state}`).join(", ");
-    return unusable(
-      "NoLivePath",
-      `${device.path} has no live path to ${device.subsystemNqn} (${states}): reads and writes wait or fail`,
-    );
-  }
-
-  return {
-    ofMount: (ctx, device, mount) =>
-      ask(ctx, device.uuid, `${mount.fsType} of ${device.path} at "${mount.path}"`, async (asking) => {
-        const noPath = await pathCondition(device);
-        const usage = await host.usage(mount.path);
-        if (noPath !== undefined) return { usage, condition: noPath };
-        // A read-only target shares its file system with the staging mount. Where no mount of it is for writing, the
-        // volume is meant to be read only.
-        const mounts = await mountsOf(host, await mountTable(host), device);
-        const writable = mounts.find((other) => other.root === "/" && !other.options.includes("ro"));
-        const unreadable = await checkReadable(host, asking, device, writable ?? mount);
-        if (unreadable !== undefined) return { usage, condition: unusable("Unreadable", unreadable) };
-        // A volume for writing that takes no writes is of no use to its pods.
-        const readOnly = writable === undefined ? undefined : await checkWritable(host, asking, device, writable);
-        return { usage, condition: readOnly === undefined ? undefined : unusable("ReadOnly", readOnly) };
-      }),
-    ofDeadMount: (ctx, uuid, mount) =>
-      ask(ctx, uuid, `${mount.fsType} at "${mount.path}"`, async () => {
-        const isNode = mount.root !== "/";
-        const condition =
-          `${isNode ? "the device node" : describeMount(mount)} at "${mount.path}" has lost its device: ` +
-          `reads and writes fail, the pod has to be started anew`;
-        // Of a bound device node, statfs tells the size of the directory of devices.
-        return { usage: isNode ? undefined : await statfs(mount.path), condition: unusable("DeviceGone", condition) };
-      }),
-    ofDevice: (ctx, device) =>
-      ask(ctx, device.uuid, device.path, async () => {
-        const noPath = await pathCondition(device);
-        if (noPath !== undefined) return { usage: undefined, condition: noPath };
-        const blocks = device.sizeBytes / 4096n;
-        if (blocks === 0n) {
-          return { usage: undefined, condition: unusable("Unreadable", `${device.path} has no size`) };
-        }
-        try {
-          // Somewhere, so that the answer does not come from a cache.
-          const block = BigInt(Math.floor(Math.random() * Number(blocks)));
-          await host.readBytes(device.path, block * 4096n, 4096);
-          return { usage: undefined, condition: undefined };
-        } catch (error) {
-          const condition = unusable("Unreadable", `${device.path} cannot be read (${messageOf(error)})`);
-          return { usage: undefined, condition };
-        }
-      }),
-  };
-
-  async function statfs(path: string): Promise<Usage | undefined> {
-    try {
-      return await host.usage(path);
-    } catch {
-      // A dead file system need not answer; that it is dead is the answer.
-      return undefined;
-    }
+/**
+ * The result of `question`, or the condition of a volume that does not answer. The question gets a context whose signal
+ * never aborts, so that it ends only when the machine has answered.
+ */
+async function probe(
+  { host, longestAnswerMs: longestMs = longestAnswerMs }: ConditionOptions,
+  ctx: RequestContext,
+  { uuid, name }: { readonly uuid: string; readonly name: string },
+  question: (ctx: RequestContext) => Promise<VolumeReport>,
+): Promise<VolumeReport> {
+  const probing = requestContext(new AbortController().signal, ctx.deadline, ctx.log, ctx.action);
+  try {
+    const asked = { volume: uuid, what: `a look at ${name}`, longestMs };
+    const answer = await host.pending.ask(ctx, asked, () => question(probing));
+    if (answer.kind === "answered") return answer.value;
+    const seconds = Math.round(answer.owed.ms / 1000);
+    return { usage: undefined, condition: unusable("NotAnswering", `${name} has not answered for ${seconds} s`) };
+  } catch (error) {
+    ctx.signal.throwIfAborted();
+    return { usage: undefined, condition: unusable("Unreadable", `${name} cannot be looked at (${messageOf(error)})`) };
   }
 }
 
-/** Trouble that keeps a volume from being used. Status and reason are what orchestrators compare from call to call. */
+/** Why the device's connections let no I/O through; undefined when at least one does, or when they do not show it. */
+async function pathCondition(host: Host, device: BlockDevice): Promise<AbnormalCondition | undefined> {
+  const controllers = await controllersOf(host, device.subsystemNqn);
+  if (controllers.length === 0 || controllers.some(({ state }) => state === "live")) return undefined;
+  const states = controllers.map(({ name, state }) => `${name} ${state}`).join(", ");
+  return unusable(
+    "NoLivePath",
+    `${device.path} has no live path to ${device.subsystemNqn} (${states}): reads and writes wait or fail`,
+  );
+}
+
+async function usageIfAny(host: Host, path: string): Promise<Usage | undefined> {
+  try {
+    return await host.usage(path);
+  } catch {
+    // A dead file system may answer with an error. The condition says already that it is dead.
+    return undefined;
+  }
+}
+
+/** A condition that keeps a volume from being used. Orchestrators compare status and reason from call to call. */
 function unusable(
   reason: "DeviceGone" | "NoLivePath" | "NotAnswering" | "Unreadable" | "ReadOnly",
   message: string,

@@ -1,140 +1,147 @@
 /**
- * The health calls of CSI 1.13 on the node (docs/reference/csi.md section 20): what is wrong with a volume, and with the connections
- * to the storage, as this machine sees them. See health.ts for why they are behind a switch.
+ * The health calls of CSI 1.13 on the node (docs/reference/csi.md section 20): what is wrong with a volume, and with
+ * the connections to the storage, as this machine sees them. ../controller/health.ts says why they are behind a switch.
  *
- * Connections are told from sysfs; volumes are asked as NodeGetVolumeStats asks them, so no question hangs.
+ * The state of connections comes from sysfs. Volumes are probed as NodeGetVolumeStats probes them, so no question
+ * hangs.
  */
-import { type Node, StorageHealthErrorType as StorageStatus } from "../../../proto/gen/csi_pb.ts";
+import { type NodeGetVolumeHealthRequest, StorageHealthErrorType as StorageStatus } from "../../../proto/gen/csi_pb.ts";
 import type { RequestContext } from "../../context.ts";
-import { StatusError } from "../../error.ts";
-import type { Handlers } from "../../grpc/server.ts";
 import type { Host } from "../../host/host.ts";
-import { findMapper } from "../../host/mapper.ts";
 import { canonicalPath } from "../../host/mount_point.ts";
 import { type Mount, mountsAt, mountTable } from "../../host/mount_table.ts";
 import { allControllers, controllersOf, type NvmeController } from "../../host/nvme/controllers.ts";
-import { type BlockDevice, findDevice } from "../../host/nvme/devices.ts";
+import type { BlockDevice } from "../../host/nvme/devices.ts";
 import { relationOf } from "../../host/volume_mounts.ts";
+import { hostNqn } from "../../namespace.ts";
 import type { AbnormalCondition } from "../../storage/backend.ts";
-import type { VolumeId } from "../../volume_id.ts";
-import { clipped, toVolumeHealth } from "../controller/health.ts";
-import { inlineUuid, isInlineId } from "../inline/inline_volumes.ts";
-import { longestVolumeId, requireText } from "../request.ts";
-import type { ConditionProbe, MountReport } from "./condition.ts";
+import { inlineUuid, isInlineId } from "../inline/inline_id.ts";
+import { longestPath, longestVolumeId, requireText } from "../request.ts";
+import { clipMessage, toVolumeHealth } from "../volume_health.ts";
+import { type ConditionOptions, probeDeadMount, probeDevice, probeMount } from "./condition.ts";
+import type { NodeService } from "./options.ts";
+import { findVolumeDevice, type VolumeOnNode } from "./volume.ts";
 
-export interface NodeHealthOptions {
-  readonly host: Host;
-  /** The one of NodeGetVolumeStats, so that a volume that does not answer is not asked twice. */
-  readonly probe: ConditionProbe;
-  /** Tells connections of this driver from others of the machine. */
-  readonly hostNqn: string;
-  /** Reads a volume ID; throws NOT_FOUND for one that is not this driver's. */
-  readonly parseId: (text: string) => Pick<VolumeId, "uuid" | "hostEncryption">;
+/** What the health calls use of the node service. */
+export type NodeHealthOptions = ConditionOptions & Pick<NodeService, "parseId">;
+
+/**
+ * CSI specification 1.13, "NodeGetVolumeHealth". The call may come for a volume whose stage or publish has failed. A
+ * volume that has neither a device nor a path here is NOT_FOUND.
+ */
+export async function nodeGetVolumeHealth(
+  options: NodeHealthOptions,
+  request: NodeGetVolumeHealthRequest,
+  call: RequestContext,
+) {
+  const { host, parseId } = options;
+  const parsing = call.doing("tell the health of the volume");
+  const volumeId = requireText(parsing, "volume_id", request.volumeId, longestVolumeId);
+  const paths = Object.entries({
+    volume_publish_path: request.volumePublishPath,
+    staging_target_path: request.stagingTargetPath,
+  }).filter(([, path]) => path !== "").map(([field, path]) => requireText(parsing, field, path, longestPath));
+  const id: VolumeOnNode = isInlineId(volumeId)
+    ? { uuid: await inlineUuid(host, volumeId, request.volumePublishPath) }
+    : parseId(volumeId);
+  const ctx = call.with({ volume: id.uuid }).doing(`tell the health of the volume ${id.uuid}`);
+  const conditions = await conditionsOf(options, ctx, id, paths);
+  for (const { message } of conditions) ctx.log.warning("found an abnormal volume condition", { error: message });
+  return { volumeHealth: toVolumeHealth(volumeId, conditions) };
 }
 
-/** NodeGetVolumeHealth and NodeGetStorageHealth. */
-export function nodeHealthHandlers({ host, probe, hostNqn, parseId }: NodeHealthOptions) {
-  return {
-    /**
-     * CSI specification 1.13, "NodeGetVolumeHealth". It may come for a volume whose stage or publish was tried only; one
-     * that has neither a device nor a path here is NOT_FOUND.
-     */
-    async nodeGetVolumeHealth(request, call) {
-      const action = "tell the health of the volume";
-      const volumeId = requireText(action, "volume_id", request.volumeId, longestVolumeId);
-      const paths = Object.entries({
-        volume_publish_path: request.volumePublishPath,
-        staging_target_path: request.stagingTargetPath,
-      }).filter(([, path]) => path !== "").map(([field, path]) => requireText(action, field, path, 4095));
-      const { uuid, hostEncryption } = isInlineId(volumeId)
-        ? { uuid: await inlineUuid(host, volumeId, request.volumePublishPath), hostEncryption: undefined }
-        : parseId(volumeId);
-      const ctx = call.with({ volume: uuid });
-      const device = await (hostEncryption === undefined ? findDevice(host, uuid) : findMapper(host, uuid));
-      const conditions = await troublesOf(ctx, `${action} ${uuid}`, uuid, device, paths);
-      for (const { message } of conditions) ctx.log.warning("found a volume in trouble", { error: message });
-      return { volumeHealth: toVolumeHealth(volumeId, conditions) };
-    },
-
-    /** CSI specification 1.13, "NodeGetStorageHealth". A node that is connected to nothing has nothing to tell. */
-    async nodeGetStorageHealth() {
-      const ours = (await allControllers(host)).filter((controller) =>
-        controller.hostNqn === hostNqn && !controller.isDiscovery
-      );
-      const lost: string[] = [];
-      const reduced: string[] = [];
-      for (const subsystemNqn of new Set(ours.map((controller) => controller.subsystemNqn))) {
-        const controllers = ours.filter((controller) => controller.subsystemNqn === subsystemNqn);
-        const down = downOf(controllers);
-        if (down.length === 0) continue;
-        const list = `${subsystemNqn} (${statesOf(down)})`;
-        if (down.length === controllers.length) lost.push(list);
-        else reduced.push(list);
-      }
-      // One entry each: status and reason together may occur once.
-      return {
-        backendHealth: [
-          ...(lost.length === 0 ? [] : [{
-            status: StorageStatus.STORAGE_UNREACHABLE,
-            reason: "NoLivePath",
-            message: clipped(`this node has no live connection to ${lost.join(", ")}`),
-          }]),
-          ...(reduced.length === 0 ? [] : [{
-            status: StorageStatus.STORAGE_DEGRADED,
-            reason: "PathsDown",
-            message: clipped(`this node has lost some of its connections to ${reduced.join(", ")}`),
-          }]),
-        ],
-      };
-    },
-  } satisfies Handlers<typeof Node>;
-
-  async function troublesOf(
-    ctx: RequestContext,
-    action: string,
-    uuid: string,
-    device: BlockDevice | undefined,
-    paths: readonly string[],
-  ): Promise<readonly AbnormalCondition[]> {
-    const table = await mountTable(host);
-    let ours: Mount | undefined;
-    let dead: Mount | undefined;
-    let wasTried = false;
-    for (const given of paths) {
-      const path = given.startsWith("/") ? await canonicalPath(host, given) : undefined;
-      if (path === undefined) continue;
-      const mount = mountsAt(table, path).at(-1);
-      // What is mounted is not looked at, it may not answer.
-      wasTried ||= mount !== undefined || await host.kindOf(path) !== "absent";
-      const relation = mount === undefined ? undefined : await relationOf(host, mount, device);
-      if (relation === "dead") dead ??= mount;
-      if (relation === "ours") ours ??= mount;
-    }
-    const conditions: AbnormalCondition[] = [];
-    const add = ({ condition }: MountReport) => condition === undefined ? undefined : conditions.push(condition);
-    if (dead !== undefined) {
-      add(await probe.ofDeadMount(ctx, uuid, dead));
-    } else if (device !== undefined) {
-      add(ours === undefined ? await probe.ofDevice(ctx, device) : await probe.ofMount(ctx, device, ours));
-    } else {
-      const problem = "this node has no block device of it";
-      if (!wasTried) throw new StatusError("NOT_FOUND", `Cannot ${action}: ${problem}, and none of the paths is there`);
-      conditions.push({ usable: false, reason: "NoDevice", message: problem });
-    }
-    if (device !== undefined) {
-      const controllers = await controllersOf(host, device.subsystemNqn);
-      const down = downOf(controllers);
-      if (down.length > 0 && down.length < controllers.length) {
-        conditions.push({
-          usable: true,
-          reason: "PathsDown",
-          message: `${down.length} of ${controllers.length} connections to ${device.subsystemNqn} are not live ` +
-            `(${statesOf(down)}): reads and writes go on`,
-        });
-      }
-    }
-    return conditions;
+/** CSI specification 1.13, "NodeGetStorageHealth". A node without connections reports nothing. */
+export async function nodeGetStorageHealth({ host, nodeId }: Pick<NodeService, "host" | "nodeId">) {
+  const ours = (await allControllers(host)).filter((controller) =>
+    controller.hostNqn === hostNqn(nodeId) && !controller.isDiscovery
+  );
+  const lost: string[] = [];
+  const reduced: string[] = [];
+  for (const subsystemNqn of new Set(ours.map((controller) => controller.subsystemNqn))) {
+    const controllers = ours.filter((controller) => controller.subsystemNqn === subsystemNqn);
+    const down = downOf(controllers);
+    if (down.length === 0) continue;
+    const entry = `${subsystemNqn} (${statesOf(down)})`;
+    if (down.length === controllers.length) lost.push(entry);
+    else reduced.push(entry);
   }
+  // One entry each: a pair of status and reason may occur only once.
+  return {
+    backendHealth: [
+      ...(lost.length === 0 ? [] : [{
+        status: StorageStatus.STORAGE_UNREACHABLE,
+        reason: "NoLivePath",
+        message: clipMessage(`this node has no live connection to ${lost.join(", ")}`),
+      }]),
+      ...(reduced.length === 0 ? [] : [{
+        status: StorageStatus.STORAGE_DEGRADED,
+        reason: "PathsDown",
+        message: clipMessage(`this node has lost some of its connections to ${reduced.join(", ")}`),
+      }]),
+    ],
+  };
+}
+
+async function conditionsOf(
+  options: ConditionOptions,
+  ctx: RequestContext,
+  id: VolumeOnNode,
+  paths: readonly string[],
+): Promise<readonly AbnormalCondition[]> {
+  const { host } = options;
+  const device = await findVolumeDevice(host, id);
+  const { healthy, dead, isAnyThere } = await lookAtPaths(host, device, paths);
+  if (dead !== undefined) {
+    const { condition } = await probeDeadMount(options, ctx, id.uuid, dead);
+    return withReducedPaths(host, device, condition);
+  }
+  if (device !== undefined) {
+    const { condition } = healthy === undefined
+      ? await probeDevice(options, ctx, device)
+      : await probeMount(options, ctx, device, healthy);
+    return withReducedPaths(host, device, condition);
+  }
+  const problem = "this node has no block device of it";
+  if (!isAnyThere) throw ctx.error("NOT_FOUND", `${problem}, and none of the paths is there`);
+  return [{ usable: false, reason: "NoDevice", message: problem }];
+}
+
+/**
+ * The first mount of the volume at one of the paths, the first one that has lost its device, and whether any path
+ * exists.
+ */
+async function lookAtPaths(host: Host, device: BlockDevice | undefined, paths: readonly string[]) {
+  const table = await mountTable(host);
+  let healthy: Mount | undefined;
+  let dead: Mount | undefined;
+  let isAnyThere = false;
+  for (const given of paths) {
+    const path = given.startsWith("/") ? await canonicalPath(host, given) : undefined;
+    if (path === undefined) continue;
+    const mount = mountsAt(table, path).at(-1);
+    // A mount point is not looked at: its file system may not answer.
+    isAnyThere ||= mount !== undefined || await host.kindOf(path) !== "absent";
+    const relation = mount === undefined ? undefined : await relationOf(host, mount, device);
+    if (relation === "dead") dead ??= mount;
+    if (relation === "ours") healthy ??= mount;
+  }
+  return { healthy, dead, isAnyThere };
+}
+
+/** The conditions of a volume: the one that a probe found, and a reduced number of connections. */
+async function withReducedPaths(
+  host: Host,
+  device: BlockDevice | undefined,
+  found: AbnormalCondition | undefined,
+): Promise<readonly AbnormalCondition[]> {
+  const conditions = found === undefined ? [] : [found];
+  if (device === undefined) return conditions;
+  const controllers = await controllersOf(host, device.subsystemNqn);
+  const down = downOf(controllers);
+  if (down.length === 0 || down.length === controllers.length) return conditions;
+  const message = `${down.length} of ${controllers.length} connections to ${device.subsystemNqn} are not live ` +
+    `(${statesOf(down)}): reads and writes go on`;
+  return [...conditions, { usable: true, reason: "PathsDown", message }];
 }
 
 function downOf(controllers: readonly NvmeController[]): readonly NvmeController[] {

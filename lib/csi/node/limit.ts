@@ -1,48 +1,52 @@
 /**
- * How many volumes a node may have (`--max-volumes`): NodeGetInfo tells the orchestrator, and what it sends beyond that is
- * refused before anything has been done, instead of hanging in a connect or a mount for want of something.
+ * How many volumes a node may have (`--max-volumes`). NodeGetInfo reports the number to the orchestrator; a volume
+ * beyond it is an error before anything is done, instead of a connect or mount that hangs because something has run
+ * out.
  *
- * What counts is what is in use: mounted, held by another device, or on its way there. What the cluster merely shows this
- * node does not count. With LightOS a volume appears as soon as the node has access, so of the volumes that are one too
- * many for a node each would stand in the way of all others, also of those that were there before a reboot.
+ * A volume counts while it is in use: mounted, held by another device, or being staged. A volume that the cluster
+ * merely shows to this node does not count. With LightOS a volume appears as soon as the node has access, so volumes
+ * beyond the limit would otherwise block all others, also those that were there before a reboot.
  */
-import { StatusError } from "../../error.ts";
+import type { RequestContext } from "../../context.ts";
 import type { Host } from "../../host/host.ts";
 import { volumesInUse } from "../../host/volume_mounts.ts";
 
 export interface VolumeLimit {
   /**
-   * Admits a volume; it counts as in use until the answer is disposed. In use already: admitted, whatever the limit is.
+   * Admits a volume; it counts as in use until the answer is disposed. A volume that is in use already is always
+   * admitted.
    *
-   * @param key tells it from others: its namespace UUID, or what is known in its place
-   * @throws StatusError RESOURCE_EXHAUSTED that tells limit and count
+   * @param key identifies the volume: its namespace UUID, or its volume ID where the UUID is not known yet
+   * @throws StatusError RESOURCE_EXHAUSTED that names limit and count
    */
-  admit(action: string, key: string): Promise<Disposable>;
+  admit(ctx: RequestContext, key: string): Promise<Disposable>;
 }
 
 /**
+ * A limit for the volumes of this driver on a node.
+ *
  * @param most 0: no limit
- * @param isOurs whether a subsystem is of this driver; a node can have another one, with volumes of its own
+ * @param isOurs whether a subsystem is of this driver; another driver on the node has volumes of its own
  */
 export function volumeLimit(host: Host, most: number, isOurs: (subsystemNqn: string) => boolean): VolumeLimit {
-  /** In the order in which they came: who came first is not refused for who came after it. */
-  const coming = new Set<string>();
+  /** Volumes that are being staged, in the order of their calls: an earlier call never fails because of a later one. */
+  const admitted = new Set<string>();
   return {
-    async admit(action, key) {
+    async admit(ctx, key) {
       if (most === 0) return { [Symbol.dispose]: () => {} };
-      const before = [...coming].filter((other) => other !== key);
-      coming.add(key);
+      const before = [...admitted].filter((other) => other !== key);
+      admitted.add(key);
       try {
         const used = (await volumesInUse(host)).filter(({ subsystemNqn }) => isOurs(subsystemNqn));
         const others = new Set([...used.map(({ uuid }) => uuid), ...before]);
-        if (others.has(key) || others.size < most) return { [Symbol.dispose]: () => void coming.delete(key) };
-        throw new StatusError(
+        if (others.has(key) || others.size < most) return { [Symbol.dispose]: () => void admitted.delete(key) };
+        throw ctx.error(
           "RESOURCE_EXHAUSTED",
-          `Cannot ${action}: this node has ${others.size} volumes in use, ${most} are allowed (--max-volumes); end a pod ` +
-            `here that uses one, or let this one run on another node`,
+          `this node has ${others.size} volumes in use, ${most} are allowed (--max-volumes); end a pod here that uses ` +
+            `one, or let this one run on another node`,
         );
       } catch (error) {
-        coming.delete(key);
+        admitted.delete(key);
         throw error;
       }
     },

@@ -1,9 +1,11 @@
 /**
- * Staging: from a place on the cluster to a device of this node, and to a file system that is mounted at the staging path.
+ * Staging: from a place on the cluster to a device of this node, and to a file system that is mounted at the staging
+ * path.
  *
- * NodeStageVolume does it for a new volume. NodePublishVolume does it again for a volume whose staging has broken: kubelet
- * stages a volume once per node, and unstages it only when no pod of the node wants it any more. So when a device is lost
- * for good and comes back under a new name, nobody but NodePublishVolume can mend that for the next pod on the node.
+ * NodeStageVolume stages a new volume. NodePublishVolume stages a volume again whose staging is broken: kubelet calls
+ * NodeStageVolume once per node, and NodeUnstageVolume only when no pod of the node uses the volume any more. So when a
+ * device is lost for good and comes back under a new name, only NodePublishVolume can repair that for the next pod on
+ * the node.
  */
 import type { DhchapKeys } from "../../auth_key.ts";
 import type { RequestContext, Secrets } from "../../context.ts";
@@ -26,38 +28,35 @@ import { waitForDevice } from "../../host/nvme/wait.ts";
 import { mountAs, relationOf } from "../../host/volume_mounts.ts";
 import type { RemoteNamespace } from "../../namespace.ts";
 import type { Authentication } from "../../storage/backend.ts";
-import type { VolumeId } from "../../volume_id.ts";
 import { type Access, hasPassphrase, isReaderOnly, isShared, parsePassphrases } from "../request.ts";
 import { connectionKeys } from "./authentication.ts";
 import type { VolumeLimit } from "./limit.ts";
+import type { VolumeOnNode } from "./volume.ts";
 
-/** What of a volume ID is the node's business. */
-export type VolumeOnNode = Pick<VolumeId, "uuid"> & Partial<Pick<VolumeId, "hostEncryption">>;
-
+/** The parts of the node service that staging uses. */
 export interface StagingOptions {
   readonly host: Host;
   readonly attacher: Attacher;
   readonly nodeId: string;
   /** For a blank volume whose capability names no file system. */
   readonly defaultFsType: FsType;
-  /** Keeps to the number of volumes that the node can hold, shared with the inline volumes. */
+  /** Limits how many volumes the node has in use; shared with the inline volumes. Absent: no limit. */
   readonly limit?: VolumeLimit;
   /** How volumes with host encryption are formatted and opened. */
   readonly luks?: LuksSettings;
   /**
-   * Where the keys of authenticated connections come from that no secret brings. The one thing for which a node asks the
-   * management API while it stages a volume; undefined: of nobody.
+   * Reads the keys of authenticated connections from the cluster when no secret brings them. Nothing else makes a node
+   * call the management API while it stages a volume. Absent: secrets must bring the keys.
    */
   readonly authentication?: Authentication;
 }
 
+/** What has to be staged, and where. */
 export interface StageRequest {
-  /** What cannot be done when it fails: `stage the volume`. */
-  readonly action: string;
   readonly volumeId: string;
   readonly id: VolumeOnNode;
   readonly access: Access;
-  /** Undefined: the volume was attached by another driver, and its device has to be here. */
+  /** Undefined: another driver attached the volume, and its device has to be here. */
   readonly namespace: RemoteNamespace | undefined;
   readonly secrets: Secrets;
   /** The staging path, free of symbolic links; for a file system an existing directory. */
@@ -65,20 +64,20 @@ export interface StageRequest {
   /** Text of the StorageClass parameter `mkfs-options`. */
   readonly mkfsOptions: string;
   /**
-   * Whether this mends a volume that was staged before. Then nothing is formatted or encrypted, and what only the
-   * node-stage secret brings may be missing.
+   * Whether this repairs the staging of a volume that was staged before. Then nothing is formatted or encrypted, and
+   * the secrets of the call may lack what only the node-stage secret brings.
    */
   readonly isRepair: boolean;
 }
 
 /**
- * Attaches the volume, waits for its device, opens its encryption, and mounts its file system at the staging path unless it
- * is a raw block device. Each step that is done already is left as it is: repeat it after any failure. The volume's lock
- * must be held.
+ * Attaches the volume, waits for its device, opens its encryption, and mounts its file system at the staging path
+ * unless it is a raw block device. Idempotent: steps that are done already are left as they are, so it can be repeated
+ * after any failure. The caller holds the volume's lock.
  *
- * @returns what the volume is read and written through on this node: its device, or its mapper
- * @throws StatusError as the attacher, waitForDevice, openMapper and mountVolume do; FAILED_PRECONDITION when a repair needs
- *   a secret that the call does not bring; RESOURCE_EXHAUSTED when the node has as many volumes as it may have
+ * @returns the device that the volume is read and written through on this node: an encrypted volume's mapper
+ * @throws StatusError as the attacher, waitForDevice, openMapper and mountVolume do; FAILED_PRECONDITION when a repair
+ *   needs a secret that the call does not bring; RESOURCE_EXHAUSTED when the node has as many volumes as it may have
  */
 export async function stageVolume(
   options: StagingOptions,
@@ -87,30 +86,30 @@ export async function stageVolume(
 ): Promise<BlockDevice> {
   const { host, luks = defaultLuksSettings } = options;
   const { access, id, path } = request;
-  const what = `${request.action} ${id.uuid}`;
-  using _counted = await options.limit?.admit(what, id.uuid);
+  using _counted = await options.limit?.admit(ctx, id.uuid);
   const namespace = await attachedDevice(options, ctx, request);
-  await assertHasPath(host, ctx.doing(what), namespace);
+  await assertHasPath(host, ctx, namespace);
   const readOnly = isReaderOnly(access.mode) ||
     (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
   const device = id.hostEncryption === undefined ? namespace : await openMapper(host, ctx, namespace, {
-    passphrases: () => passphrasesOf(request),
+    passphrases: () => passphrasesOf(ctx, request),
     settings: luks,
     readOnly,
     shared: isShared(access.mode),
     formats: !request.isRepair,
     stagingPath: path,
     contentOf: async (device) => {
-      const { kind } = await contentOf(host, ctx.doing(what), device);
+      const { kind } = await contentOf(host, ctx, device);
       return kind === "blank" || kind === "luks" ? kind : "other";
     },
   });
   if (access.type === "block") {
-    await assertNoFileSystemStaged(host, device, path, what);
-    await assertNotMounted(host, device, `${what} as a block device`);
+    const asBlock = ctx.doing(`${ctx.action} as a block device`);
+    await assertNoFileSystemStaged(host, asBlock, device, path);
+    await assertNotMounted(host, asBlock, device);
     if (!readOnly) {
-      await abandonUnfinished(host, ctx.doing(what), device);
-      await markUsed(host, ctx.doing(what), device);
+      await abandonUnfinished(host, ctx, device);
+      await markUsed(host, ctx, device);
     }
     return device;
   }
@@ -128,7 +127,7 @@ export async function stageVolume(
   return device;
 }
 
-/** Makes the namespace's device appear, by connections that are authenticated where the volume asks for that. */
+/** Makes the namespace's device appear. Its connections are authenticated where the volume asks for that. */
 async function attachedDevice(
   options: StagingOptions,
   ctx: RequestContext,
@@ -136,28 +135,27 @@ async function attachedDevice(
 ): Promise<BlockDevice> {
   const { host, attacher } = options;
   const { namespace, id } = request;
-  if (namespace === undefined) return await attachedBefore(host, ctx, request.action, id.uuid);
-  const what = `${request.action} ${id.uuid}`;
+  if (namespace === undefined) return await attachedBefore(host, ctx, id.uuid);
   const { subsystemNqn, inBandAuth } = namespace;
   const keys = await keysToAttach(options, ctx, request, namespace);
   if (keys !== "unknown") await attacher.attach(ctx, namespace, keys);
   const device = await waitForDevice(host, ctx, id.uuid, { subsystemNqn, hint: attacher.hint });
-  if (inBandAuth !== undefined) await assertAuthenticated(host, ctx.doing(what), subsystemNqn, inBandAuth);
+  if (inBandAuth !== undefined) await assertAuthenticated(host, ctx, subsystemNqn, inBandAuth);
   return device;
 }
 
 /**
- * The keys to connect with; undefined where none are needed; `unknown` when a repair brings none and the device is here, so
- * that its connections can stay as they are.
+ * The keys to connect with; undefined where none are needed; `unknown` when a repair brings none and the device is
+ * here: then its connections stay as they are.
  */
 async function keysToAttach(
   options: StagingOptions,
   ctx: RequestContext,
-  { action, id, volumeId, secrets, isRepair }: StageRequest,
+  { id, volumeId, secrets, isRepair }: StageRequest,
   namespace: RemoteNamespace,
 ): Promise<DhchapKeys | undefined | "unknown"> {
   try {
-    return await connectionKeys(ctx, `${action} ${id.uuid}`, volumeId, namespace, secrets, options);
+    return await connectionKeys(options, ctx, { volumeId, namespace, secrets });
   } catch (error) {
     if (!isRepair || !hasCode(error, "FAILED_PRECONDITION")) throw error;
     if (await findDevice(options.host, id.uuid, namespace.subsystemNqn) !== undefined) return "unknown";
@@ -165,54 +163,58 @@ async function keysToAttach(
   }
 }
 
-/** The device of a volume that was attached before this driver took over, without a publish context of ours. */
-async function attachedBefore(host: Host, ctx: RequestContext, action: string, uuid: string): Promise<BlockDevice> {
+/** The device of a volume that another driver attached, so that there is no publish context of this driver. */
+async function attachedBefore(host: Host, ctx: RequestContext, uuid: string): Promise<BlockDevice> {
   const device = await findDevice(host, uuid);
-  if (device !== undefined) return await recheckDevice(host, ctx.doing(`${action} ${uuid}`), device);
-  throw new StatusError(
+  if (device !== undefined) return await recheckDevice(host, ctx, device);
+  throw ctx.error(
     "FAILED_PRECONDITION",
-    `Cannot ${action} ${uuid}: its publish context was made by another driver and the device is not here; delete ` +
-      `the VolumeAttachment of this volume and node, so that it is attached again`,
+    `its publish context was made by another driver and the device is not here; delete the VolumeAttachment of this ` +
+      `volume and node, so that it is attached again`,
   );
 }
 
-/** What an operator can do for a volume whose staging cannot be mended, because nothing is on it. */
+/** What an operator can do for a volume whose staging cannot be repaired because the volume is blank. */
 const blankAdvice =
   "and publish makes none: if the volume was used before, its data is gone from the storage, look there; if " +
   "not, it has to be staged first";
 
-/** What an operator can do for a volume that cannot be mended without a secret. */
+/** What an operator can do for a volume whose staging cannot be repaired without a secret. */
 const restageAdvice =
   "end every pod on this node that uses the volume (scale it to zero, or drain the node), so that it " +
   "is staged again; with csi.storage.k8s.io/node-publish-secret-name and -namespace in its StorageClass, the next volumes " +
   "mend themselves";
 
-function passphrasesOf({ action, id, secrets, isRepair }: StageRequest) {
+function passphrasesOf(ctx: RequestContext, { secrets, isRepair }: StageRequest) {
   if (isRepair && !hasPassphrase(secrets)) {
-    throw new StatusError(
+    throw ctx.error(
       "FAILED_PRECONDITION",
-      `Cannot ${action} ${id.uuid}: its encryption is not open on this node, and the call brings no passphrase; ` +
-        restageAdvice,
+      `its encryption is not open on this node, and the call brings no passphrase; ${restageAdvice}`,
     );
   }
-  return parsePassphrases(`${action} ${id.uuid}`, secrets);
+  return parsePassphrases(ctx, secrets);
 }
 
-async function assertNoFileSystemStaged(host: Host, device: BlockDevice, path: string, what: string): Promise<void> {
+async function assertNoFileSystemStaged(
+  host: Host,
+  ctx: RequestContext,
+  device: BlockDevice,
+  path: string,
+): Promise<void> {
   const mounted = mountsAt(await mountTable(host), path).at(-1);
   if (mounted === undefined || await relationOf(host, mounted, device) !== "ours") return;
-  throw new StatusError(
-    "ALREADY_EXISTS",
-    `Cannot ${what} as a block device: ${describeMount(mounted)} is staged at "${path}"`,
-  );
+  throw ctx.error("ALREADY_EXISTS", `${describeMount(mounted)} is staged at "${path}"`);
 }
 
-/** Throws while a file system of the volume is mounted here: who writes to the device under it damages it. */
-export async function assertNotMounted(host: Host, device: BlockDevice, action: string): Promise<void> {
+/**
+ * Throws FAILED_PRECONDITION while a file system of the volume is mounted here: writes to the device below it would
+ * damage it.
+ */
+export async function assertNotMounted(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const mount = await mountAs(host, device, "ours");
   if (mount === undefined) return;
-  throw new StatusError(
+  throw ctx.error(
     "FAILED_PRECONDITION",
-    `Cannot ${action}: ${describeMount(mount)} is mounted at "${mount.path}", which has to end first`,
+    `${describeMount(mount)} is mounted at "${mount.path}", which has to end first`,
   );
 }

@@ -72,7 +72,7 @@ export function lightosModification(clusters: ClusterPool): Modification {
       const ctx = call.doing(`modify volume ${id.uuid}`);
       if (isCompressed && id.hostEncryption !== undefined) {
         throw ctx.error(
-          // The only code that marks the class as one that this volume cannot have (docs/reference/csi.md).
+          // The only code that marks the class as one that this volume cannot have (docs/reference/csi.md 2.5).
           "INVALID_ARGUMENT",
           "it is encrypted on the host, and what is encrypted cannot be compressed by the cluster",
         );

@@ -1,12 +1,12 @@
-import { deepStrictEqual, match, ok, rejects, strictEqual } from "node:assert/strict";
+import { deepStrictEqual, ok, rejects, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
 import { snapshotMetadataHandlers } from "../../../lib/csi/controller/changed_blocks.ts";
-import type { StatusCode } from "../../../lib/error.ts";
-import { CallError, Channel } from "../../../lib/grpc/client.ts";
+import { Channel } from "../../../lib/grpc/client.ts";
 import { serve, service } from "../../../lib/grpc/server.ts";
-import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { BlockMetadataType, type GetMetadataAllocatedResponse, SnapshotMetadata } from "../../../proto/gen/csi_pb.ts";
+import { openLightos } from "../../support/backends.ts";
+import { answers } from "../../support/controller_service.ts";
 import { needs } from "../../support/needs.ts";
 import { eventually, startSimulator } from "../../support/simulator.ts";
 
@@ -22,15 +22,7 @@ async function start() {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-metadata-" });
   stack.defer(() => Deno.remove(directory, { recursive: true }));
   const log = createLogger("error", "json", () => {});
-  const backend = stack.use(lightosBackend({
-    log,
-    globalJwt: () => simulator.addresses.jwt,
-    globalJwtPath: "/etc/lb-csi/jwt",
-    globalJwtFor: "any endpoint",
-    ca: undefined,
-    verifyTls: true,
-    userAgent: "lbcsi/test",
-  }));
+  const backend = stack.use(openLightos(simulator, { log }));
   ok(backend.changedBlocks);
   const server = await serve({
     listen: { path: `${directory}/csi.sock` },
@@ -74,8 +66,8 @@ async function start() {
     content: () => Deno.readFile(device),
     async snapshot(name: string): Promise<string> {
       const source = { uuid: volume.uuid, name: "" };
-      const wish = { project: "default", name, description: "", source, retentionMs: undefined };
-      const snapshot = await cluster.createSnapshot(wish);
+      const request = { project: "default", name, description: "", source, retentionMs: undefined };
+      const snapshot = await cluster.createSnapshot(request);
       await eventually(`snapshot ${name} is Available`, () => snapshot.state === "Available");
       return idOf(snapshot.uuid);
     },
@@ -119,15 +111,6 @@ function assertWellFormed(messages: Messages): void {
     }
   }
   ok(end <= BigInt(64 * mib));
-}
-
-function refuses(code: StatusCode, message: RegExp) {
-  return (error: unknown) => {
-    ok(error instanceof CallError, String(error));
-    strictEqual(error.code, code, error.message);
-    match(error.message, message);
-    return true;
-  };
 }
 
 const noise = (bytes: number) => {
@@ -210,25 +193,25 @@ Deno.test({
 });
 
 Deno.test({
-  name: "the SnapshotMetadata service refuses missing fields, unknown snapshots and offsets beyond the end",
+  name: "the SnapshotMetadata service rejects missing fields, unknown snapshots and offsets beyond the end",
   ignore,
   fn: async () => {
     await using env = await start();
     const snapshot = await env.snapshot("s");
     const absent = env.idOf(crypto.randomUUID());
 
-    await rejects(env.allocated(""), refuses("INVALID_ARGUMENT", /snapshot_id is missing/));
-    await rejects(env.delta("", snapshot), refuses("INVALID_ARGUMENT", /base_snapshot_id is missing/));
-    await rejects(env.delta(snapshot, ""), refuses("INVALID_ARGUMENT", /target_snapshot_id is missing/));
+    await rejects(env.allocated(""), answers("INVALID_ARGUMENT", /snapshot_id is missing/));
+    await rejects(env.delta("", snapshot), answers("INVALID_ARGUMENT", /base_snapshot_id is missing/));
+    await rejects(env.delta(snapshot, ""), answers("INVALID_ARGUMENT", /target_snapshot_id is missing/));
     await rejects(
       env.allocated(snapshot, { maxResults: -1 }),
-      refuses("INVALID_ARGUMENT", /max_results -1 is negative/),
+      answers("INVALID_ARGUMENT", /max_results -1 is negative/),
     );
-    await rejects(env.allocated("reallyfakesnapshotid"), refuses("NOT_FOUND", /Cannot find snapshot/));
-    await rejects(env.allocated(absent), refuses("NOT_FOUND", /^Cannot list the blocks of snapshot /));
-    await rejects(env.delta(absent, snapshot), refuses("NOT_FOUND", /^Cannot list the blocks that differ/));
+    await rejects(env.allocated("reallyfakesnapshotid"), answers("NOT_FOUND", /Cannot find snapshot/));
+    await rejects(env.allocated(absent), answers("NOT_FOUND", /^Cannot list the blocks of snapshot /));
+    await rejects(env.delta(absent, snapshot), answers("NOT_FOUND", /^Cannot list the blocks that differ/));
     for (const startingOffset of [-1n, BigInt(64 * mib + 1)]) {
-      await rejects(env.allocated(snapshot, { startingOffset }), refuses("OUT_OF_RANGE", /starting_offset/));
+      await rejects(env.allocated(snapshot, { startingOffset }), answers("OUT_OF_RANGE", /starting_offset/));
     }
   },
 });

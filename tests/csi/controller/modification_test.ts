@@ -1,55 +1,27 @@
-import type { MessageInitShape } from "@bufbuild/protobuf";
 import { deepStrictEqual, ok, rejects, strictEqual } from "node:assert/strict";
 import { parseVolumeId } from "../../../lib/volume_id.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
-import {
-  Controller,
-  type CreateVolumeRequestSchema,
-  VolumeCapability_AccessMode_Mode as Mode,
-} from "../../../proto/gen/csi_pb.ts";
-import { answers, startController } from "../../support/controller_service.ts";
-import { eventually, startSimulator } from "../../support/simulator.ts";
+import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
+import { answers, type Creation, startControlledCluster } from "../../support/controller_service.ts";
+import { eventually, type startSimulator } from "../../support/simulator.ts";
 
-const gib = 1n << 30n;
-type Creation = Extract<MessageInitShape<typeof CreateVolumeRequestSchema>, { readonly $typeName?: never }>;
 const method = Controller.method;
 const unknownUuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 
 /** A controller, and a cluster with the policies `gold` and `silver`. */
 async function start(overrides: Parameters<typeof startSimulator>[0] = {}) {
-  await using stack = new AsyncDisposableStack();
-  const simulator = stack.use(await startSimulator({ projects: ["default", "team-a"], ...overrides }));
-  const { call } = stack.use(await startController({}));
-  const { control } = simulator;
+  const env = await startControlledCluster({ simulator: { projects: ["default", "team-a"], ...overrides } });
+  const { call, secrets, simulator: { control } } = env;
   const [gold, silver] = ["gold", "silver"].map((name) =>
     control.addPolicy({ name, description: "", limit: { kind: "iops", read: 256, write: 256 } })
   );
-  const parts = stack.move();
-  const secrets = { jwt: simulator.addresses.jwt };
   return {
-    simulator,
+    ...env,
     control,
     gold: gold?.uuid ?? "",
     silver: silver?.uuid ?? "",
-    call,
-    secrets,
-    creation: (changes: Creation = {}, parameters: Record<string, string> = {}): Creation => ({
-      name: "pvc-1",
-      capacityRange: { requiredBytes: gib },
-      volumeCapabilities: [{ accessType: { case: "block", value: {} }, accessMode: { mode: Mode.SINGLE_NODE_WRITER } }],
-      secrets,
-      ...changes,
-      parameters: {
-        "mgmt-endpoint": simulator.addresses.grpc.join(","),
-        "mgmt-scheme": "grpc",
-        "replica-count": "1",
-        "project-name": "default",
-        ...parameters,
-      },
-    }),
-    async create(changes: Creation = {}, parameters: Record<string, string> = {}): Promise<string> {
-      return (await call(method.createVolume, this.creation(changes, parameters))).volume?.volumeId ?? "";
-    },
+    create: async (changes: Creation = {}, parameters: Record<string, string> = {}): Promise<string> =>
+      (await env.createVolume(changes, parameters)).volumeId,
     modify: (volumeId: string, mutableParameters: Record<string, string>) =>
       call(method.controllerModifyVolume, { volumeId, mutableParameters, secrets }),
     /** Policy and compression of a volume, as the cluster has them. */
@@ -60,7 +32,6 @@ async function start(overrides: Parameters<typeof startSimulator>[0] = {}) {
     },
     /** Calls of UpdateVolume so far. */
     updates: () => control.calls()["UpdateVolume"]?.total ?? 0,
-    [Symbol.asyncDispose]: () => parts.disposeAsync(),
   };
 }
 
@@ -157,7 +128,7 @@ for (
     ],
   ] as const
 ) {
-  Deno.test(`ControllerModifyVolume refuses ${what} with INVALID_ARGUMENT and changes nothing`, async () => {
+  Deno.test(`ControllerModifyVolume rejects ${what} with INVALID_ARGUMENT and changes nothing`, async () => {
     await using env = await start();
     const volumeId = await env.create();
 
@@ -214,7 +185,7 @@ Deno.test("ControllerModifyVolume converges when the answer to the change is los
   strictEqual(env.updates(), 1);
 });
 
-Deno.test("ControllerModifyVolume reads anew when the volume was changed between its look and its change", async () => {
+Deno.test("ControllerModifyVolume reads the volume again when it was changed between its read and its update", async () => {
   await using env = await start();
   const volumeId = await env.create();
   const ref = { project: "default", uuid: parseVolumeId(volumeId).uuid };
@@ -282,7 +253,7 @@ Deno.test("CreateVolume with a mutable policy by UUID passes over the StorageCla
   strictEqual(env.state(volumeId).policy, "gold");
 });
 
-Deno.test("CreateVolume takes the StorageClass parameter qos-policy-uuid, and tells a volume of another policy apart", async () => {
+Deno.test("CreateVolume takes the StorageClass parameter qos-policy-uuid, and distinguishes a volume of another policy", async () => {
   await using env = await start();
   const volumeId = await env.create({}, { "qos-policy-uuid": env.gold });
 

@@ -1,4 +1,7 @@
-/** A node is cut off at each single call to the machine while it makes or removes an inline volume; the repeat converges. */
+/**
+ * A node is cut off at each single call to the machine while it makes or removes an inline volume; the repeat
+ * converges.
+ */
 import assert from "node:assert/strict";
 import { CutOff, FakeHost } from "../../support/fake_host.ts";
 import { inlineHost, inlineId, inlineNode, inlineRequest } from "../../support/inline_node.ts";
@@ -31,7 +34,7 @@ class ClusterHost extends FakeHost {
     }
   }
 
-  /** Begins to count calls anew, and forgets the namespaces that the cluster shows no more, as the kernel does. */
+  /** Begins to count calls again, and forgets the namespaces that the cluster shows no more, as the kernel does. */
   begin(cut?: FakeHost["cut"]): void {
     this.calls = 0;
     this.commands.length = 0;
@@ -84,7 +87,7 @@ for (const [strategy, readonly] of [["discovery-client", false], ["direct", true
       mounts: host.mounts.map(({ path, readOnly }) => ({ path, readOnly })),
       volumes: living(),
     });
-    // A life without a kill tells how many calls there are.
+    // A life without a kill shows how many calls there are.
     for (const [name, step] of Object.entries(steps)) {
       await step();
       assert.deepEqual(state(), ends[name as keyof typeof ends]);
@@ -102,7 +105,7 @@ for (const [strategy, readonly] of [["discovery-client", false], ["direct", true
           try {
             await step();
           } catch (error) {
-            // The kill comes out as it is, or as the reason why a call was refused.
+            // The kill comes out as it is, or as the reason why a call failed.
             if (!(error instanceof CutOff) && host.calls < at) throw error;
             tried++;
             host.cut = undefined;

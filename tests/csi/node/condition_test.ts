@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { conditionProbe } from "../../../lib/csi/node/condition.ts";
+import { probeMount } from "../../../lib/csi/node/condition.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../../lib/host/host.ts";
@@ -8,7 +8,7 @@ import { mountsAt, mountTable } from "../../../lib/host/mount_table.ts";
 import { findDevice } from "../../../lib/host/nvme/devices.ts";
 import { VolumeCapability_AccessMode_Mode as Mode, VolumeUsage_Unit as Unit } from "../../../proto/gen/csi_pb.ts";
 import { loopMachine, subsystemNqn } from "../../support/loop_machine.ts";
-import { needs } from "../../support/needs.ts";
+import { mib, nodeTest } from "../../support/loop_node.ts";
 import {
   blockCapability,
   callContext,
@@ -20,8 +20,6 @@ import {
   volumeId,
 } from "../../support/node_calls.ts";
 
-const ignore = !needs("root", "loop", "mkfs.ext4");
-const mib = 1 << 20;
 const uuid = "5d0f1c3e-7a52-4f0e-8c21-9b7d3e6f4a10";
 
 /** A node with one volume, staged and published. */
@@ -91,10 +89,6 @@ function assertTrouble({ volumeCondition }: Stats, message: RegExp): void {
   assert.match(volumeCondition?.message ?? "", message);
 }
 
-function conditionTest(name: string, fn: () => Promise<void>): void {
-  Deno.test({ name, ignore, fn });
-}
-
 for (
   const [what, capability, readonly] of [
     ["a mounted volume", mountCapability("ext4"), false],
@@ -103,15 +97,15 @@ for (
     ["a raw block volume", blockCapability(), false],
   ] as const
 ) {
-  conditionTest(`NodeGetVolumeStats reports ${what} as healthy`, async () => {
+  nodeTest(`NodeGetVolumeStats reports ${what} as healthy`, async () => {
     await using n = await published(capability, { readonly });
 
     assertWell(await n.stats());
   });
 }
 
-conditionTest(
-  "NodeGetVolumeStats reports a mount whose device has gone, with what the file system still tells",
+nodeTest(
+  "NodeGetVolumeStats reports a mount whose device has gone, with what the file system still reports",
   async () => {
     await using n = await published(mountCapability("ext4"));
     const before = await n.stats();
@@ -127,7 +121,7 @@ conditionTest(
   },
 );
 
-conditionTest("NodeGetVolumeStats reports a raw block volume whose device has gone", async () => {
+nodeTest("NodeGetVolumeStats reports a raw block volume whose device has gone", async () => {
   await using n = await published(blockCapability());
   await n.machine.hide(n.namespace);
   // What is behind the bound node keeps its number on this machine; with a real namespace the number goes too.
@@ -138,7 +132,7 @@ conditionTest("NodeGetVolumeStats reports a raw block volume whose device has go
   assertTrouble(await n.stats(), /^the device node at ".*\/pod" has lost its device: reads and writes fail/);
 });
 
-conditionTest("NodeGetVolumeStats reports a file system that the kernel made read-only after an error", async () => {
+nodeTest("NodeGetVolumeStats reports a file system that the kernel made read-only after an error", async () => {
   await using n = await published(mountCapability("ext4", Mode.SINGLE_NODE_WRITER, ["errors=remount-ro"]));
   assertWell(await n.stats());
   const loop = n.namespace.loop.slice("/dev/".length);
@@ -148,7 +142,7 @@ conditionTest("NodeGetVolumeStats reports a file system that the kernel made rea
   assertTrouble(await n.stats(n.staging), /is read-only although it should not|takes no writes/);
 });
 
-conditionTest(
+nodeTest(
   "NodeGetVolumeStats reports a staging mount that was made read-only below a pod that writes",
   async () => {
     await using n = await published(mountCapability("ext4"));
@@ -159,7 +153,7 @@ conditionTest(
 );
 
 for (const [what, capability] of [["mounted", mountCapability("ext4")], ["raw block", blockCapability()]] as const) {
-  conditionTest(
+  nodeTest(
     `NodeGetVolumeStats reports a ${what} volume without a live path, and one live path is enough`,
     async () => {
       await using n = await published(capability);
@@ -179,7 +173,7 @@ for (const [what, capability] of [["mounted", mountCapability("ext4")], ["raw bl
     },
   );
 
-  conditionTest(`NodeGetVolumeStats reports a ${what} volume whose device cannot be read`, async () => {
+  nodeTest(`NodeGetVolumeStats reports a ${what} volume whose device cannot be read`, async () => {
     await using n = await published(capability);
     const readBytes = () => Promise.reject(Object.assign(new Error("EIO: i/o error, read"), { code: "EIO" }));
     const broken = n.callsOn({ ...n.machine.host, readBytes });
@@ -191,7 +185,7 @@ for (const [what, capability] of [["mounted", mountCapability("ext4")], ["raw bl
   });
 }
 
-conditionTest("NodeGetVolumeStats reports a file system that fails statfs, with the size of the device", async () => {
+nodeTest("NodeGetVolumeStats reports a file system that fails statfs, with the size of the device", async () => {
   await using n = await published(mountCapability("ext4"));
   const broken = n.callsOn({ ...n.machine.host, usage: () => Promise.reject(new Error("EIO: i/o error, statfs")) });
 
@@ -209,23 +203,26 @@ async function deviceAndMount(n: Awaited<ReturnType<typeof published>>) {
   return { device, mount };
 }
 
-conditionTest("a volume that does not answer is reported in time, and asked nothing more until it does", async () => {
+nodeTest("a volume that does not answer is reported in time, and asked nothing more until it does", async () => {
   await using n = await published(mountCapability("ext4"));
   const { device, mount } = await deviceAndMount(n);
   const { host } = n.machine;
   const held = Promise.withResolvers<void>();
   let asked = 0;
-  const probe = conditionProbe({
-    ...host,
-    usage: async (path) => {
-      asked++;
-      await held.promise;
-      return await host.usage(path);
+  const options = {
+    host: {
+      ...host,
+      usage: async (path: string) => {
+        asked++;
+        await held.promise;
+        return await host.usage(path);
+      },
     },
-  }, 100);
+    longestAnswerMs: 100,
+  };
 
   const answers = [];
-  for (let round = 0; round < 3; round++) answers.push(await probe.ofMount(callContext(), device, mount));
+  for (let round = 0; round < 3; round++) answers.push(await probeMount(options, callContext(), device, mount));
 
   for (const { usage, condition } of answers) {
     assert.equal(usage, undefined);
@@ -235,19 +232,19 @@ conditionTest("a volume that does not answer is reported in time, and asked noth
   held.resolve();
   const until = Date.now() + 10_000;
   for (;;) {
-    const { condition } = await probe.ofMount(callContext(), device, mount);
+    const { condition } = await probeMount(options, callContext(), device, mount);
     if (condition === undefined) break;
     assert.ok(Date.now() < until, condition.message);
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
 });
 
-conditionTest("a question about a volume that does not answer ends with its caller's deadline", async () => {
+nodeTest("a question about a volume that does not answer ends with its caller's deadline", async () => {
   await using n = await published(mountCapability("ext4"));
   const { device, mount } = await deviceAndMount(n);
-  const probe = conditionProbe({ ...n.machine.host, usage: () => new Promise(() => {}) });
+  const host: Host = { ...n.machine.host, usage: () => new Promise(() => {}) };
   const caller = new AbortController();
-  const asked = probe.ofMount(callContext(caller.signal), device, mount);
+  const asked = probeMount({ host }, callContext(caller.signal), device, mount);
   setTimeout(() => caller.abort(new StatusError("DEADLINE_EXCEEDED", "Cannot finish in time")), 20);
 
   await rejects(asked, "DEADLINE_EXCEEDED", /Cannot finish in time/);

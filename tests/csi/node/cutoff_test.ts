@@ -1,4 +1,7 @@
-/** The node service is cut off at each single call to the machine, before and after its effect; the repeat must converge. */
+/**
+ * The node service is cut off at each single call to the machine, before and after its effect; the repeat must
+ * converge.
+ */
 import assert from "node:assert/strict";
 import { DhchapKey } from "../../../lib/auth_key.ts";
 import type { Attacher } from "../../../lib/host/attach/attacher.ts";
@@ -91,7 +94,7 @@ function state(host: FakeHost) {
 for (const strategy of strategies) {
   for (const kind of kinds) {
     Deno.test(`promise 8: a node (${strategy}, ${kind}) that is killed at any point of a volume's life ends as if it never was`, async () => {
-      // The life without a kill tells how many points there are, and how each step must end.
+      // The life without a kill shows how many points there are, and how each step must end.
       const model = machine(kind);
       const begins: number[] = [];
       const ends: unknown[] = [];
@@ -119,7 +122,7 @@ for (const strategy of strategies) {
             }
             assert.deepEqual(state(host), ends[n], `${step} after a kill ${when} call ${at}`);
           }
-          // Within an encryption that nobody has used, a file system may be begun again.
+          // Within an encryption that was never used, a file system may be begun again.
           const format = kind.startsWith("encrypted") ? "cryptsetup luksFormat" : "mkfs";
           const formats = host.commands.filter((command) => command.startsWith(format));
           assert(formats.length <= 1, `formatted twice: ${formats.join("; ")}`);
@@ -155,7 +158,7 @@ for (const strategy of strategies) {
       }
     });
 
-    Deno.test(`promise 25: publish (${strategy}, ${kind}) mends a volume whose device was lost and came back, killed at any point`, async () => {
+    Deno.test(`promise 25: publish (${strategy}, ${kind}) repairs a volume whose device was lost and came back, killed at any point`, async () => {
       /** The pod has gone after the loss of all paths, and the next one on this node is about to come. */
       const broken = async () => {
         const host = machine(kind);
@@ -203,7 +206,7 @@ for (const strategy of strategies) {
           const host = machine(kind);
           host.cut = { at, when };
           const killed = driver(host, strategy, kind);
-          // A command can be told apart from the kill only by what is left.
+          // Only what is left distinguishes a command from the kill.
           await killed.stage().then(() => killed.publish()).catch(() => {});
           host.cut = undefined;
           const acts = driver(host, strategy, kind);

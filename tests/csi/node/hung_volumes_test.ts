@@ -1,4 +1,4 @@
-/** Volumes that do not answer: the driver serves everybody else, and the hung volume ends as well as it can. */
+/** Volumes that do not answer: the driver serves all other volumes, and ends the hung one as well as it can. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger } from "../../../lib/context.ts";
@@ -11,7 +11,7 @@ import { callContext, mountCapability, publishContext, rejects, volumeId } from 
 
 const ignore = !needs("root", "loop", "mkfs.ext4", "fsfreeze");
 
-/** A directory with files that nobody writes to yet: whoever opens one for reading blocks in the kernel. */
+/** A directory with pipes that have no writer yet: a process that opens one for reading blocks in the kernel. */
 async function silentFiles(count: number) {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-silent-" });
   const paths = Array.from({ length: count }, (_, n) => join(directory, `pipe${n}`));

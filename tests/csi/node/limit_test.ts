@@ -1,4 +1,4 @@
-/** How many volumes a node takes: what counts, what is refused, and that nothing was done for it then. */
+/** How many volumes a node admits: which ones count, and that nothing is done for one beyond the limit. */
 import assert from "node:assert/strict";
 import { volumeLimit } from "../../../lib/csi/node/limit.ts";
 import { hostIdOf } from "../../../lib/host/attach/attacher.ts";
@@ -9,8 +9,16 @@ import { CutOff, FakeHost } from "../../support/fake_host.ts";
 import { inlineId, inlineNode, inlineRequest } from "../../support/inline_node.ts";
 import { subsystemNqn } from "../../support/loop_machine.ts";
 import { needs } from "../../support/needs.ts";
-import { mountCapability, nodeCalls, publishContext, rejects, volumeId } from "../../support/node_calls.ts";
+import {
+  callContext,
+  mountCapability,
+  nodeCalls,
+  publishContext,
+  rejects,
+  volumeId,
+} from "../../support/node_calls.ts";
 
+const ctx = callContext().doing("stage the volume");
 const nodeId = "n1.node";
 const uuidOf = (n: number) => `0f2c6a5e-54d1-4c39-9a77-${String(n).padStart(12, "0")}`;
 const stagingOf = (n: number) => `/staging/${n}`;
@@ -42,7 +50,7 @@ async function node(most: number, count: number) {
   };
 }
 
-const refusal =
+const limitReached =
   /: this node has 2 volumes in use, 2 are allowed \(--max-volumes\); end a pod here that uses one, or let this one run on/;
 
 Deno.test("promise 22: NodeStageVolume beyond the node's limit names limit and count, and does nothing", async () => {
@@ -51,7 +59,7 @@ Deno.test("promise 22: NodeStageVolume beyond the node's limit names limit and c
   await n.stage(2);
   const before = [...n.host.commands];
 
-  await rejects(n.stage(3), "RESOURCE_EXHAUSTED", refusal);
+  await rejects(n.stage(3), "RESOURCE_EXHAUSTED", limitReached);
 
   assert.deepEqual(n.host.commands, before);
   assert.deepEqual(n.host.mounts.map(({ path }) => path), [stagingOf(1), stagingOf(2)]);
@@ -67,11 +75,11 @@ Deno.test("promise 22: a volume that is there may be staged again at the limit, 
   await n.unstage(2);
   await n.stage(3);
 
-  await rejects(n.stage(2), "RESOURCE_EXHAUSTED", refusal);
+  await rejects(n.stage(2), "RESOURCE_EXHAUSTED", limitReached);
   assert.deepEqual(n.host.mounts.map(({ path }) => path), [stagingOf(1), stagingOf(3)]);
 });
 
-Deno.test("promise 22: volumes that the cluster merely shows stand in nobody's way", async () => {
+Deno.test("promise 22: volumes that the cluster only shows do not count", async () => {
   const n = await node(2, 5);
 
   await n.stage(4);
@@ -96,10 +104,10 @@ Deno.test("promise 22: an encrypted volume counts as one", async () => {
   await n.stage(1, { encrypted: true });
   await n.stage(2, { encrypted: true });
 
-  await rejects(n.stage(3, { encrypted: true }), "RESOURCE_EXHAUSTED", refusal);
+  await rejects(n.stage(3, { encrypted: true }), "RESOURCE_EXHAUSTED", limitReached);
 });
 
-Deno.test("promise 22: a stage that failed or was refused leaves its place to others", async () => {
+Deno.test("promise 22: a stage that failed leaves its place to others", async () => {
   const n = await node(1, 2);
   n.host.answers.set("mkfs.ext4", { code: 1, stderr: "no" });
 
@@ -110,15 +118,15 @@ Deno.test("promise 22: a stage that failed or was refused leaves its place to ot
   await rejects(n.stage(1), "RESOURCE_EXHAUSTED", /this node has 1 volumes in use, 1 are allowed/);
 });
 
-Deno.test("promise 22: a look that fails admits nobody, and keeps no place", async () => {
+Deno.test("promise 22: when the mounts cannot be read, no volume is admitted and no place is kept", async () => {
   const n = await node(1, 1);
   n.host.cut = { at: n.host.calls + 1, when: "before" };
 
-  await assert.rejects(n.limit.admit("stage the volume", uuidOf(1)), CutOff);
+  await assert.rejects(n.limit.admit(ctx, uuidOf(1)), CutOff);
   n.host.cut = undefined;
-  using _admitted = await n.limit.admit("stage the volume", uuidOf(1));
+  using _admitted = await n.limit.admit(ctx, uuidOf(1));
 
-  await rejects(n.limit.admit("stage the volume", "other"), "RESOURCE_EXHAUSTED", /has 1 volumes in use/);
+  await rejects(n.limit.admit(ctx, "other"), "RESOURCE_EXHAUSTED", /has 1 volumes in use/);
 });
 
 Deno.test("promise 22: volumes of the other driver on the node do not count", async () => {
@@ -151,7 +159,7 @@ Deno.test("without a limit nothing is counted", async () => {
 });
 
 Deno.test({
-  name: "promise 22: an inline volume beyond the node's limit is refused before anything is made on the cluster",
+  name: "promise 22: an inline volume beyond the node's limit fails before anything is made on the cluster",
   ignore: !needs("root", "loop", "mkfs.ext4"),
   fn: async () => {
     await using n = await inlineNode({ maxVolumes: 1 });

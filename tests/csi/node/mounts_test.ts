@@ -1,21 +1,20 @@
-/** What is mounted where, and what is left of it: kubelet's directory seen twice, frozen file systems, holders, full disks. */
+/**
+ * What is mounted where, and what remains of it: kubelet's directory seen twice, frozen file systems, holders, full
+ * disks.
+ */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { hasCode } from "../../../lib/error.ts";
 import type { Host } from "../../../lib/host/host.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
 import { subsystemNqn } from "../../support/loop_machine.ts";
-import { type LoopNodeOptions, node, uuid } from "../../support/loop_node.ts";
+import { exists, type LoopNodeOptions, node, nodeTest, uuid } from "../../support/loop_node.ts";
 import { needs } from "../../support/needs.ts";
 import { blockCapability, mountCapability, publishContext, rejects, volumeId } from "../../support/node_calls.ts";
 
-const ignore = !needs("root", "loop", "mkfs.ext4");
-
-function nodeTest(name: string, fn: () => Promise<void>, skip = false): void {
-  Deno.test({ name, ignore: ignore || skip, fn });
-}
-
-/** A node whose kubelet directory is a bind mount, which shows at `twin` too; what is mounted at one shows at the other. */
+/**
+ * A node whose kubelet directory is a bind mount, which shows at `twin` too; what is mounted at one shows at the other.
+ */
 async function nodeSeenTwice(options: LoopNodeOptions = {}) {
   const n = await node({ ...options, base: "mnt/kubelet" });
   const twin = join(n.machine.directory, "k");
@@ -167,7 +166,7 @@ nodeTest("promise 4: a file system that is active without a mount says that it m
 }, !needs("fsfreeze"));
 
 nodeTest(
-  "promise 3: unstage with a Discovery-Client refuses while another device holds the raw block device",
+  "promise 3: unstage with a Discovery-Client fails while another device holds the raw block device",
   async () => {
     await using n = await node();
     await n.stage(n.stageRequest(blockCapability()));
@@ -203,7 +202,7 @@ nodeTest("unpublish of a raw block volume names the loop device that kubelet sti
   await n.unpublish(n.unpublishRequest);
 });
 
-nodeTest("what kubelet's own disk answers is told with the path and the disk", async () => {
+nodeTest("errors of kubelet's own disk name the path and the disk", async () => {
   await using n = await node();
   const full = join(n.machine.directory, "full");
   await Deno.mkdir(full);
@@ -288,7 +287,8 @@ nodeTest(
     await n.stage(n.stageRequest(blockCapability()));
     await n.publish(n.publishRequest(blockCapability()));
     await n.machine.hide(n.namespace);
-    // A bound device node does not keep the number of a device that has gone: the next device gets it, and the name too.
+    // A bound device node does not keep the number of a device that has gone: the next device gets it, and the name
+    // too.
     const other = "5a1f0d3c-7b52-4e0a-8f44-0c6d2e9b7a31";
     await n.machine.show({ ...n.namespace, uuid: other });
     const otherTarget = join(n.base, "other");
@@ -310,7 +310,7 @@ nodeTest(
     await n.unstage(n.unstageRequest);
 
     assert.deepEqual(await n.machine.mounts(), []);
-    assert.equal(await exists(n.target), false);
+    assert.equal(exists(n.target), false);
   },
 );
 
@@ -332,12 +332,3 @@ nodeTest(
     assert.deepEqual(await n.machine.mounts(), []);
   },
 );
-
-async function exists(path: string): Promise<boolean> {
-  try {
-    await Deno.lstat(path);
-    return true;
-  } catch {
-    return false;
-  }
-}

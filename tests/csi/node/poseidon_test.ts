@@ -56,7 +56,8 @@ async function start() {
 }
 
 Deno.test({
-  name: "the machine's nvme connects to what is exported, each subsystem with a number of its own, and lets go of it",
+  name:
+    "the machine's nvme connects to what is exported, each subsystem with a number of its own, and disconnects from it",
   ignore,
   async fn() {
     await using t = await start();
@@ -83,7 +84,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "the machine's nvme finds nobody at another address, and no subsystem that is not exported",
+  name: "the machine's nvme finds no server at another address, and no subsystem that is not exported",
   ignore,
   async fn() {
     await using t = await start();
@@ -99,7 +100,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "promise 24: when revoking access returns, the device is gone, and a deletion has nobody left to hurt",
+  name: "promise 24: when revoking access returns, the device is gone, and a deletion hurts no host",
   ignore,
   async fn() {
     await using t = await start();

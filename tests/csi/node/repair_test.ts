@@ -1,6 +1,6 @@
 /**
- * NodePublishVolume mends a volume whose staging has broken. Kubelet stages a volume once per node and unstages it only when
- * no pod of the node wants it, so nobody else would.
+ * NodePublishVolume repairs broken staging. Kubelet stages a volume once per node and unstages it only when no pod of
+ * the node uses it, so no other call would repair it.
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";
@@ -9,7 +9,7 @@ import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discover
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import { type LoopNamespace, subsystemNqn } from "../../support/loop_machine.ts";
-import { node, uuid } from "../../support/loop_node.ts";
+import { exists, node, nodeTest, uuid } from "../../support/loop_node.ts";
 import { needs } from "../../support/needs.ts";
 import {
   blockCapability,
@@ -20,12 +20,6 @@ import {
   rejects,
   volumeId,
 } from "../../support/node_calls.ts";
-
-const ignore = !needs("root", "loop", "mkfs.ext4");
-
-function nodeTest(name: string, fn: () => Promise<void>, skip = false): void {
-  Deno.test({ name, ignore: ignore || skip, fn });
-}
 
 type Node = Awaited<ReturnType<typeof node>>;
 
@@ -206,7 +200,7 @@ nodeTest(
   },
 );
 
-nodeTest("NodePublishVolume with the publish context of another volume is refused", async () => {
+nodeTest("NodePublishVolume with the publish context of another volume is an error", async () => {
   await using n = await node();
   await n.stage(n.stageRequest());
   const context = publishContext("1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e");
@@ -252,12 +246,3 @@ Deno.test("promise 25: an encrypted volume whose device was lost says what to do
 
   assert.deepEqual(host.mounts.map(({ path }) => path), ["/staging", "/pods/two"]);
 });
-
-function exists(path: string): boolean {
-  try {
-    Deno.lstatSync(path);
-    return true;
-  } catch {
-    return false;
-  }
-}

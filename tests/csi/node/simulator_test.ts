@@ -9,7 +9,7 @@ import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../../lib/host/mount_table.ts";
 import { toPublishContext } from "../../../lib/namespace.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/model.ts";
-import { needs } from "../../support/needs.ts";
+import { mib, nodeTest } from "../../support/loop_node.ts";
 import {
   blockCapability,
   callContext,
@@ -20,8 +20,6 @@ import {
 } from "../../support/node_calls.ts";
 import { eventually, startSimulator } from "../../support/simulator.ts";
 
-const ignore = !needs("root", "loop", "mkfs.ext4");
-const mib = 1 << 20;
 const project = "default";
 const hostNqn = "nqn.2019-09.com.lightbitslabs:host:n1.node";
 
@@ -102,11 +100,7 @@ async function simulated() {
   };
 }
 
-function simulatorTest(name: string, fn: () => Promise<void>): void {
-  Deno.test({ name, ignore, fn });
-}
-
-simulatorTest("promise 14: NodeStageVolume goes on as soon as the cluster lets this host in", async () => {
+nodeTest("promise 14: NodeStageVolume goes on as soon as the cluster lets this host in", async () => {
   await using n = await simulated();
   const volume = await n.volume("v1");
   const staged = n.stage(n.stageRequest(volume));
@@ -121,8 +115,8 @@ simulatorTest("promise 14: NodeStageVolume goes on as soon as the cluster lets t
   assert.deepEqual((await n.mounts()).map((mount) => mount.path), [n.staging]);
 });
 
-simulatorTest(
-  "promise 4: a volume that the cluster took away while a pod had it can be let go of, and used again",
+nodeTest(
+  "promise 4: a volume that the cluster took away while a pod used it can be unstaged, and used again",
   async () => {
     await using n = await simulated();
     const volume = await n.volume("v1");
@@ -147,7 +141,7 @@ simulatorTest(
   },
 );
 
-simulatorTest("promise 2: NodeStageVolume mounts again after the device was lost and came back", async () => {
+nodeTest("promise 2: NodeStageVolume mounts again after the device was lost and came back", async () => {
   await using n = await simulated();
   const volume = await n.volume("v1");
   await n.grant(volume);
@@ -165,7 +159,7 @@ simulatorTest("promise 2: NodeStageVolume mounts again after the device was lost
   await Deno.writeTextFile(join(n.staging, "x"), "writable");
 });
 
-simulatorTest("promise 1: NodeStageVolume of a new volume whose device cannot be read never formats it", async () => {
+nodeTest("promise 1: NodeStageVolume of a new volume whose device cannot be read never formats it", async () => {
   await using n = await simulated();
   const volume = await n.volume("v1");
   await n.grant(volume);
@@ -177,7 +171,7 @@ simulatorTest("promise 1: NodeStageVolume of a new volume whose device cannot be
   assert.deepEqual(await n.mounts(), []);
 });
 
-simulatorTest("promise 1: NodeStageVolume of a device without a size waits for it and never formats it", async () => {
+nodeTest("promise 1: NodeStageVolume of a device without a size waits for it and never formats it", async () => {
   await using n = await simulated();
   const volume = await n.volume("v1");
   await n.grant(volume);
@@ -191,7 +185,7 @@ simulatorTest("promise 1: NodeStageVolume of a device without a size waits for i
   await rejects(staged, "UNAVAILABLE", /its size is zero; see that the Discovery-Client runs/);
 });
 
-simulatorTest("promise 3: NodeStageVolume finds each volume after their devices have swapped names", async () => {
+nodeTest("promise 3: NodeStageVolume finds each volume after their devices have swapped names", async () => {
   await using n = await simulated();
   const volumes = [await n.volume("v1"), await n.volume("v2")] as const;
   for (const volume of volumes) {
@@ -209,7 +203,7 @@ simulatorTest("promise 3: NodeStageVolume finds each volume after their devices 
   }
 });
 
-simulatorTest(
+nodeTest(
   "promise 16: NodeExpandVolume of a published block volume waits for the size that the cluster gives it",
   async () => {
     await using n = await simulated();

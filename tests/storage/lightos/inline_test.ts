@@ -1,7 +1,7 @@
-/** Inline volumes on LightOS: attributes of pods, the two tokens, and how volumes are recognised and found. */
+/** Inline volumes on LightOS: what pods may ask for, whose token does what, and how volumes are told and found. */
 import assert from "node:assert/strict";
-import { Secrets } from "../../../lib/context.ts";
-import { isFinal } from "../../../lib/error.ts";
+import { createLogger, requestContext, Secrets } from "../../../lib/context.ts";
+import { isFinal, StatusError } from "../../../lib/error.ts";
 import type { InlineVolumeRequest, InlineVolumeStore } from "../../../lib/storage/backend.ts";
 import {
   clusterEntry,
@@ -14,9 +14,17 @@ import {
 } from "../../support/inline_node.ts";
 import { rejects } from "../../support/node_calls.ts";
 import { eventually, startSimulator, type TestSimulator } from "../../support/simulator.ts";
-import { gib, none, within } from "../../support/backends.ts";
 
+const gib = 1n << 30n;
+const none = new Secrets();
 const targetPath = `/var/lib/kubelet/pods/${podUid()}/volumes/kubernetes.io~csi/scratch/mount`;
+
+function within(ms: number) {
+  const controller = new AbortController();
+  const timer = setTimeout(() => controller.abort(new StatusError("DEADLINE_EXCEEDED", "too slow")), ms);
+  Deno.unrefTimer(timer);
+  return requestContext(controller.signal, new Date(Date.now() + ms), createLogger("error", "json", () => {}));
+}
 
 function request(attributes: Readonly<Record<string, string>> = { size: "1Gi" }, n = 1): InlineVolumeRequest {
   return {
@@ -35,11 +43,11 @@ async function started(...entries: readonly Readonly<Record<string, unknown>>[])
   const lines: string[] = [];
   const clusters = (entries.length === 0 ? [{}] : entries).map((entry) => clusterEntry(sim, entry));
   // The token of the operator, who has inline volumes in two projects.
-  const { texts, files } = filesOf(clusters, sim.control.token(["default", "scratch"]));
+  const { contents, files } = filesOf(clusters, sim.control.token(["default", "scratch"]));
   const { backend, volumes } = openInline(files, (line) => lines.push(line));
   stack.use(backend);
   const parts = stack.move();
-  return { sim, volumes, texts, lines, backend, [Symbol.asyncDispose]: () => parts.disposeAsync() };
+  return { sim, volumes, contents, lines, backend, [Symbol.asyncDispose]: () => parts.disposeAsync() };
 }
 
 function living(sim: TestSimulator) {
@@ -181,13 +189,13 @@ Deno.test("a pod has to name its cluster or project where several allow inline v
 Deno.test("a cluster file whose clusters allow no inline volumes is an obstacle, until it is changed", async () => {
   await using s = await started({ ephemeral: undefined });
   const before = s.volumes.obstacle();
-  s.texts["/clusters.yaml"] = JSON.stringify({ clusters: [clusterEntry(s.sim)] });
+  s.contents["/clusters.yaml"] = JSON.stringify({ clusters: [clusterEntry(s.sim)] });
 
   assert.equal(before, "no cluster of the cluster file allows them, the key ephemeral is needed");
   assert.equal(s.volumes.obstacle(), undefined);
 });
 
-Deno.test("the target path is returned whatever characters it has, and left out when it does not fit", async () => {
+Deno.test("the path of a pod is told back whatever is in it, and left out when it does not fit", async () => {
   await using s = await started();
   const paths = ["/a b/é~$`/pods/x", `/${"a".repeat(180)}/${"ü".repeat(300)}`, `/${"a".repeat(1200)}`];
 
@@ -196,8 +204,8 @@ Deno.test("the target path is returned whatever characters it has, and left out 
   }
   const { volumes, problems } = await s.volumes.listVolumes(within(10_000), inlineNodeId);
 
-  const pathOf = new Map(volumes.map((volume) => [volume.volumeId, volume.targetPath]));
-  assert.deepEqual(paths.map((_path, at) => pathOf.get(inlineId(at + 1))), [paths[0], paths[1], undefined]);
+  const told = new Map(volumes.map((volume) => [volume.volumeId, volume.targetPath]));
+  assert.deepEqual(paths.map((_path, at) => told.get(inlineId(at + 1))), [paths[0], paths[1], undefined]);
   assert.deepEqual(problems, []);
 });
 
@@ -265,7 +273,7 @@ Deno.test("an inline volume is found beside a cluster that does not answer, and 
 Deno.test("an inline volume is made with the pod's token, and granted and removed with the operator's", async () => {
   await using s = await started();
   const jwt = s.sim.control.token(["default"]);
-  s.texts["/jwt"] = "operator.has.expired";
+  s.contents["/jwt"] = "operator.has.expired";
 
   await rejects(
     s.volumes.makeVolume(within(5000), new Secrets({ jwt }), request()),
@@ -278,7 +286,7 @@ Deno.test("an inline volume is made with the pod's token, and granted and remove
     /JWT: \/jwt of cluster "rack1".*; whether something of it is left is unknown/,
   );
   assert.deepEqual(living(s.sim), []);
-  s.texts["/jwt"] = s.sim.control.token(["default"]);
+  s.contents["/jwt"] = s.sim.control.token(["default"]);
   await rejects(
     s.volumes.makeVolume(within(5000), new Secrets({ jwt: "pod.has.none" }), request()),
     "UNAUTHENTICATED",
@@ -293,7 +301,7 @@ Deno.test("an inline volume is made with the pod's token, and granted and remove
   assert.deepEqual(living(s.sim), []);
 });
 
-Deno.test("secrets of a pod other than its token do not change which server is trusted", async () => {
+Deno.test("a pod's secrets other than its token say nothing of with whom to talk", async () => {
   await using s = await started();
   const ca = "-----BEGIN CERTIFICATE-----\nnot one\n-----END CERTIFICATE-----";
 
@@ -307,7 +315,7 @@ Deno.test("what a pod's token made and the operator's does not see is removed ag
   const jwt = s.sim.control.token(["default"]);
   // The operator's token loses its right to the project while the pod's call makes the volume.
   using _watch = s.sim.control.watchCalls(({ phase, rpc }) => {
-    if (phase === "end" && rpc === "CreateVolume") s.texts["/jwt"] = s.sim.control.token(["scratch"]);
+    if (phase === "end" && rpc === "CreateVolume") s.contents["/jwt"] = s.sim.control.token(["scratch"]);
   });
 
   await rejects(
@@ -328,7 +336,7 @@ Deno.test("a repeat removes what an earlier call made, once the operator's token
   await assert.rejects(s.volumes.makeVolume(within(1500), new Secrets({ jwt }), request()), (error) => !isFinal(error));
   assert.equal(living(s.sim).length, 1);
   s.sim.control.clearFaults();
-  s.texts["/jwt"] = s.sim.control.token(["scratch"]);
+  s.contents["/jwt"] = s.sim.control.token(["scratch"]);
 
   await assert.rejects(s.volumes.makeVolume(within(10_000), new Secrets({ jwt }), request()), /PERMISSION_DENIED/);
 
@@ -391,9 +399,12 @@ Deno.test("promise 10: no token is in the log of an inline volume or in an error
     s.volumes.findVolume(within(5000), inlineId()),
   ]);
 
-  const texts = [...s.lines, ...errors.map((outcome) => outcome.status === "rejected" ? String(outcome.reason) : "")];
-  assert(texts.some((text) => text.includes("PERMISSION_DENIED")));
-  for (const secret of [jwt, s.texts["/jwt"] ?? ""]) {
-    assert.deepEqual(texts.filter((text) => text.includes(secret)), []);
+  const messages = [
+    ...s.lines,
+    ...errors.map((outcome) => outcome.status === "rejected" ? String(outcome.reason) : ""),
+  ];
+  assert(messages.some((text) => text.includes("PERMISSION_DENIED")));
+  for (const secret of [jwt, s.contents["/jwt"] ?? ""]) {
+    assert.deepEqual(messages.filter((text) => text.includes(secret)), []);
   }
 });
