@@ -1,19 +1,21 @@
-/** What a command says of why it failed, in one line for an error message. */
+/** Extracts from the output of a command why it failed. */
 import { basename } from "node:path";
 import type { CommandResult } from "./host.ts";
 
 const longest = 400;
 
 /**
- * The reason without the usage text that tools print after it (mkfs.xfs, e2fsprogs, btrfs-progs) or before it (cryptsetup),
- * both streams in one line. Of a long text the beginning and the end are kept: reasons stand at either.
+ * The reason in one line for an error message, from both streams, without the usage text that tools print after it (mkfs.xfs,
+ * e2fsprogs, btrfs-progs) or before it (cryptsetup). A long text keeps its beginning and its end, where reasons are.
  *
  * @param program its name or path, which some tools put before the reason
  */
 export function reasonOf(program: string, { stdout, stderr }: CommandResult): string {
-  const said = [stderr, stdout].map((stream) => withoutUsage(basename(program), stream)).filter((text) => text !== "");
+  const reasons = [stderr, stdout].map((stream) => withoutUsage(basename(program), stream)).filter((text) =>
+    text !== ""
+  );
   const whole = [stderr, stdout].map(oneLine).filter((text) => text !== "");
-  const text = (said.length === 0 ? whole : said).join("; ");
+  const text = (reasons.length === 0 ? whole : reasons).join("; ");
   if (text === "") return "it says nothing";
   if (text.length <= longest) return text;
   return `${text.slice(0, longest / 2)} … ${text.slice(-longest / 2)}`;

@@ -1,9 +1,10 @@
+/** Runs cryptsetup. */
 import type { RequestContext } from "../context.ts";
 import { StatusError } from "../error.ts";
 import { reasonOf } from "./command_reason.ts";
 import type { CommandResult, Host } from "./host.ts";
 
-/** Runs cryptsetup to its end; the passphrase goes in by standard input. */
+/** Runs cryptsetup to its end; the passphrase goes to its standard input. A non-zero exit is returned. */
 export async function runCryptsetup(
   host: Host,
   ctx: RequestContext,
@@ -18,6 +19,7 @@ export async function runCryptsetup(
   });
 }
 
+/** The error for a command of cryptsetup that has failed. */
 export function cryptsetupError(
   ctx: RequestContext,
   code: "FAILED_PRECONDITION" | "UNAVAILABLE",

@@ -1,19 +1,19 @@
 /**
  * Loop devices on a volume's device node. Kubelet opens one on the target of each raw block volume and keeps it until the
- * pod has ended (Kubernetes, pkg/volume/util/volumepathhandler); until then the target is busy, and neither a mount nor a
- * process says by whom.
+ * pod has ended (Kubernetes, pkg/volume/util/volumepathhandler). Until then the target is busy, although no mount and no
+ * process shows what uses it.
  */
 import type { Host } from "./host.ts";
 import type { Mount } from "./mount_table.ts";
 
 /**
- * Names (`loop5`, sorted) of the loop devices whose backing file is `path`, or the device node that is bound there, whatever
- * path that node was opened by. Empty: none, or sysfs shows no loop devices.
+ * Names (`loop5`, sorted) of the loop devices whose backing file is `path`, or the device node that is bound there, under any
+ * path by which that node was opened. Empty: none, or sysfs shows no loop devices.
  *
- * Paths are compared as the kernel writes them (sysfs, `block/loop5/loop/backing_file`). A backing file is never looked at
- * by itself, for it can be on a file system that does not answer.
+ * Paths are compared as the kernel shows them (sysfs, `block/loop5/loop/backing_file`). A backing file is never touched,
+ * because it can be on a file system that does not answer.
  *
- * @param table all mounts of this process' mount namespace
+ * @param table all mounts of this process's mount namespace
  * @param path free of symbolic links: a target path, or a device node
  */
 export async function loopDevicesOn(host: Host, table: readonly Mount[], path: string): Promise<readonly string[]> {
@@ -22,7 +22,7 @@ export async function loopDevicesOn(host: Host, table: readonly Mount[], path: s
   for (const name of await host.list(`${host.roots.sysfs}/block`) ?? []) {
     if (!/^loop\d+$/.test(name)) continue;
     const text = await host.readText(`${host.roots.sysfs}/block/${name}/loop/backing_file`);
-    // The kernel appends this when the node is gone: the device went, and the loop device still holds it.
+    // The kernel appends this when the node is gone: the device has gone, and the loop device still holds it.
     const file = text?.replace(/\n$/, "");
     if (file !== undefined && (places.has(file) || places.has(file.replace(/ \(deleted\)$/, "")))) found.push(name);
   }
@@ -36,7 +36,7 @@ async function placesOf(host: Host, table: readonly Mount[], path: string): Prom
   if (bound !== undefined) {
     for (const mount of table) if (isSamePlace(mount, bound)) places.add(mount.path);
   }
-  // A node of that name is another device by now.
+  // After a deletion, a node of that name is another device.
   const node = bound === undefined || bound.root.endsWith("//deleted")
     ? path
     : `${host.roots.dev}/${nameIn(bound.root)}`;

@@ -1,14 +1,21 @@
+/**
+ * The label in the LUKS header that tells whether a volume was ever used.
+ *
+ * A new mapper shows noise, not zeros, so its content does not show whether it is blank. The label is "lbcsi-new" from
+ * luksFormat until the first file system has been made, or until a pod gets the block device. With that label nothing inside
+ * was ever used, and mkfs may begin, or begin again; without it only a file system that blkid recognises is mounted.
+ */
 import { Buffer } from "node:buffer";
 import type { RequestContext } from "../context.ts";
 import { cryptsetupError, runCryptsetup } from "./cryptsetup.ts";
 import type { Host } from "./host.ts";
 import type { BlockDevice } from "./nvme/devices.ts";
 
+/** The label of a volume that was never used. */
 export const newLabel = "lbcsi-new";
-
 const usedLabel = "lbcsi";
 
-/** Whether nobody has ever used what is inside: see the head of this file. */
+/** Whether nothing inside was ever used, by the label in the header that `read` reads. */
 export async function isNeverUsed(
   device: BlockDevice,
   read: (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>,
@@ -22,7 +29,8 @@ export async function isNeverUsed(
   return header.subarray(24, 72).toString("latin1").replace(/\0.*$/s, "") === newLabel;
 }
 
-export function readerOf(host: Host, ctx: RequestContext, device: BlockDevice) {
+/** Reads the LUKS header of a volume; throws UNAVAILABLE while the volume owes an answer. */
+export function headerReader(host: Host, ctx: RequestContext, device: BlockDevice) {
   return (offsetBytes: bigint, lengthBytes: number) =>
     host.pending.answer(
       ctx.doing(`read the encryption of namespace ${device.uuid}`),
@@ -31,11 +39,14 @@ export function readerOf(host: Host, ctx: RequestContext, device: BlockDevice) {
     );
 }
 
-/** Writes down that from now on somebody may have used what is inside. Do it before anybody can. */
+/**
+ * Replaces the label of a new volume: from now on it may have been used. Call it before anything can use it. Does nothing
+ * for a device without host encryption.
+ */
 export async function markUsed(host: Host, ctx: RequestContext, mapper: BlockDevice): Promise<void> {
   const beneath = mapper.encrypts?.beneath;
   if (beneath === undefined) return;
-  if (!await isNeverUsed(beneath, readerOf(host, ctx, beneath))) return;
+  if (!await isNeverUsed(beneath, headerReader(host, ctx, beneath))) return;
   const marked = await runCryptsetup(host, ctx, ["config", "--label", usedLabel, beneath.path]);
   if (marked.code !== 0) throw cryptsetupError(ctx, "UNAVAILABLE", "config", marked);
 }

@@ -1,11 +1,12 @@
+/** Paths on the node's own disk where volumes are mounted. */
 import type { RequestContext } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
 import type { Host } from "./host.ts";
 import { mountAbove, mountTable } from "./mount_table.ts";
 
 /**
- * `path` as the mount table writes it: its directory without symbolic links. Undefined when the directory is missing. The
- * last part is not looked at, for it may be the root of a file system that does not answer.
+ * `path` as the mount table shows it: its directory without symbolic links. Undefined when the directory is missing. The last
+ * part is not touched, because it may be the root of a file system that does not answer.
  */
 export async function canonicalPath(host: Host, path: string): Promise<string | undefined> {
   const trimmed = path.replace(/\/+$/, "");
@@ -17,26 +18,27 @@ export async function canonicalPath(host: Host, path: string): Promise<string | 
 }
 
 /**
- * Makes an empty file or directory to mount on. What is there already must be empty, for the mount would hide it.
+ * Makes an empty file or directory to mount on. One that is there already must be empty, because the mount would hide its
+ * content.
  *
  * @param path free of symbolic links, in an existing directory
- * @throws StatusError FAILED_PRECONDITION for something else that is there
+ * @throws StatusError FAILED_PRECONDITION when something else is there
  */
 export async function makeMountPoint(
   host: Host,
   ctx: RequestContext,
   path: string,
-  wanted: "file" | "directory",
+  type: "file" | "directory",
 ): Promise<void> {
   const kind = await onNodeDisk(host, path, "look at", () => host.kindOf(path));
   if (kind === "absent") {
-    const make = () => wanted === "file" ? host.makeFile(path) : host.makeDirectory(path);
-    return await onNodeDisk(host, path, `make the ${wanted}`, make);
+    const make = () => type === "file" ? host.makeFile(path) : host.makeDirectory(path);
+    return await onNodeDisk(host, path, `make the ${type}`, make);
   }
-  if (kind !== wanted) {
-    throw ctx.error("FAILED_PRECONDITION", `the target path "${path}" is there already and is not a ${wanted}`);
+  if (kind !== type) {
+    throw ctx.error("FAILED_PRECONDITION", `the target path "${path}" is there already and is not a ${type}`);
   }
-  if (wanted === "directory" && !await isEmptyDirectory(host, path)) {
+  if (type === "directory" && !await isEmptyDirectory(host, path)) {
     throw ctx.error(
       "FAILED_PRECONDITION",
       `the target path "${path}" is not a mount point but holds files of the node's own disk`,
@@ -44,19 +46,20 @@ export async function makeMountPoint(
   }
 }
 
-/** Removes the empty file or directory that makeMountPoint made; gone already: done. */
+/** Removes the empty file or directory that makeMountPoint made; does nothing when it is gone. */
 export async function removeMountPoint(host: Host, path: string): Promise<void> {
   await onNodeDisk(host, path, "remove", () => host.removeEmpty(path));
 }
 
-/** Whether nothing is in a directory on the node's own disk; a missing one is empty. */
+/** Whether a directory on the node's own disk is empty or missing. */
 export async function isEmptyDirectory(host: Host, path: string): Promise<boolean> {
   return (await onNodeDisk(host, path, "list", () => host.list(path)) ?? []).length === 0;
 }
 
 /**
- * Does a step with a path on the node's own disk, that of kubelet. What this disk answers is nobody's bug: a full or broken
- * one is UNAVAILABLE with the path and the disk, a name that is too long INVALID_ARGUMENT.
+ * Does a step with a path on the node's own disk, where kubelet keeps its directories. Errors of this disk are not bugs of the
+ * driver: for a full or broken one it throws UNAVAILABLE with the path and the disk, for a name that is too long
+ * INVALID_ARGUMENT.
  */
 export async function onNodeDisk<T>(host: Host, path: string, verb: string, step: () => Promise<T>): Promise<T> {
   try {
@@ -90,7 +93,7 @@ const diskProblems: Readonly<Record<string, string>> = {
   ENOTDIR: "a part of it is not a directory",
 };
 
-/** `tmpfs at "/x"`: the mount that holds a path, as far as the mount table tells. */
+/** `tmpfs at "/x"`: the mount that contains a path. */
 async function diskOf(host: Host, path: string): Promise<string> {
   const above = mountAbove(await mountTable(host), path);
   return above === undefined ? "unknown" : `${above.fsType} at "${above.path}"`;

@@ -1,36 +1,36 @@
 /**
- * The mount table: who is mounted where, on which device, and whether that device is still the one it was.
+ * The mount table: what is mounted where.
  *
- * A mount outlives its device. Measured on kernel 6.1: after the device of a namespace has gone, mountinfo goes on
- * saying `259:1 … ext4 /dev/nvme0n1 rw`, df and stat work, and writes fail at fsync only. What tells is sysfs:
- * `dev/block/<major:minor>` is gone.
+ * A mount outlives its device. Seen on kernel 6.1: after the device of a namespace has gone, mountinfo still shows
+ * `259:1 … ext4 /dev/nvme0n1 rw`, df and stat work, and writes fail at fsync only. Only sysfs shows it:
+ * `dev/block/<major:minor>` is gone (volume_mounts.ts).
  */
 import { StatusError } from "../error.ts";
 import type { Host } from "./host.ts";
 
 /** One line of mountinfo (proc(5)), unescaped. */
 export interface Mount {
-  /** `major:minor` of the file system; of an anonymous one (btrfs, tmpfs) it is no device. */
+  /** `major:minor` of the file system; for an anonymous one (btrfs, tmpfs) this is not a device. */
   readonly number: string;
-  /** What of the file system is mounted: `/`, a directory, or a device node of devtmpfs. */
+  /** Which part of the file system is mounted: `/`, a directory, or a device node of devtmpfs. */
   readonly root: string;
   readonly path: string;
   /**
-   * The directory or file under the mount, whatever path leads to it: the file system that shows it and where in that. Two
-   * mounts with one place are one mount seen twice, as where a bind mount shows kubelet's directory at a second path.
+   * The directory or file under the mount, independent of the path: a file system and a place in it. Two mounts with the same
+   * place are one mount that is visible twice, for instance when a bind mount shows kubelet's directory at a second path.
    */
   readonly place: string;
   /** Options of this mount alone. */
   readonly options: readonly string[];
-  /** `shared:5`: what is mounted below it shows in other mount namespaces too; `master:1`: theirs shows here. */
+  /** `shared:5`: mounts below it are visible in other mount namespaces too; `master:1`: theirs are visible here. */
   readonly propagation: readonly string[];
   readonly fsType: string;
   readonly source: string;
-  /** Options of the file system, whoever mounts it. */
+  /** Options of the file system, which all its mounts share. */
   readonly superOptions: readonly string[];
 }
 
-/** The lines of a mountinfo text, oldest first; lines that cannot be read are left out. */
+/** Parses the text of mountinfo, oldest mount first; lines that are not understood are left out. */
 export function parseMountTable(text: string): readonly Mount[] {
   const lines = text.split("\n").flatMap((line) => {
     const [before, after] = split(line, " - ");
@@ -58,7 +58,7 @@ export function parseMountTable(text: string): readonly Mount[] {
   });
 }
 
-/** The place of `path`, which is at or below the path of `mount`: see Mount. */
+/** The place (see Mount) of `path`, which is at or below the path of `mount`. */
 function placeBelow(mount: Omit<Mount, "place">, path: string): string {
   const rest = path.slice(mount.path === "/" ? 0 : mount.path.length);
   return `${mount.number} ${mount.root === "/" ? "" : mount.root}${rest}`;
@@ -89,8 +89,8 @@ export function mountsAt(table: readonly Mount[], path: string): readonly Mount[
 }
 
 /**
- * The mounts among `mounts` that are at none of these paths. What a path shows is left out wherever else it is seen too: a
- * mount that propagated to a second view of the same directory is no second use of the volume.
+ * The mounts among `mounts` that are at none of these paths. A mount at one of the paths that is visible at other paths too is
+ * left out there as well: a mount that propagated to a second view of the same directory is not a second use of the volume.
  *
  * @param paths free of symbolic links; undefined: none
  */
@@ -103,14 +103,14 @@ export function mountsElsewhere(
   return mounts.filter((mount) => !paths.includes(mount.path) && !places.has(mount.place));
 }
 
-/** The places of all that is mounted at `path`, and of the directory or file there when that is nothing. */
+/** The places of all mounts at `path`, and of the directory or file there itself. */
 function placesAt(table: readonly Mount[], path: string): readonly string[] {
   const places = mountsAt(table, path).map((mount) => mount.place);
   const above = mountAbove(table, path);
   return above === undefined ? places : [...places, placeBelow(above, path)];
 }
 
-/** The mount that the directory of `path` is in. */
+/** The mount that contains the directory of `path`. */
 export function mountAbove(table: readonly Mount[], path: string): Mount | undefined {
   const parent = path.slice(0, path.lastIndexOf("/") + 1);
   const isAbove = (mount: Mount) => parent.startsWith(mount.path === "/" ? "/" : `${mount.path}/`);

@@ -1,13 +1,13 @@
 /**
- * What volumes owe an answer to. A file system without a path, or a frozen one, keeps the thread that asks in the kernel, and
- * what was asked cannot be taken back: the thread is held until the volume answers, also after the call that asked has ended.
- * So a volume that owes an answer is asked nothing more until it has given it. One memory serves all calls of a node: stage,
+ * The volumes that owe an answer. A file system that is frozen or has no path blocks the thread that asks it in the kernel, and
+ * a question cannot be cancelled: the thread stays blocked until the volume answers, even after the call that asked has ended.
+ * So a volume that owes an answer is asked nothing more until it has answered. All calls of a node share this memory: stage,
  * publish, unpublish, unstage, expand and the statistics.
  */
 import { type RequestContext, timeLimit, unlessAborted } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
 
-/** What a volume has not answered. */
+/** A question that a volume has not answered. */
 export interface Owed {
   /** `a read of /dev/nvme0n1`. */
   readonly what: string;
@@ -15,6 +15,7 @@ export interface Owed {
   readonly ms: number;
 }
 
+/** The outcome of a question. */
 export type Answer<T> =
   | { readonly kind: "answered"; readonly value: T }
   /** This question or an earlier one was not answered. */
@@ -27,6 +28,7 @@ interface Question {
   isAbandoned: boolean;
 }
 
+/** A question to a volume. */
 export interface AskOptions {
   /** The volume's UUID. */
   readonly volume: string;
@@ -36,20 +38,20 @@ export interface AskOptions {
   readonly longestMs?: number;
 }
 
-/** After how long a question of a call that still waits keeps others from asking. */
+/** After this time, a question whose call still waits keeps others from asking. */
 const patienceMs = 10_000;
 
-/** See the head of this file. */
+/** Remembers the open questions of each volume. */
 export class PendingAnswers {
   readonly #questions = new Map<string, Set<Question>>();
 
-  /** How many volumes owe an answer, and since when the longest has, in ms. For metrics. */
+  /** How many volumes owe an answer, and the longest time for which one has, in ms. For metrics. */
   get debt(): { readonly volumes: number; readonly longestMs: number } {
     const owed = [...this.#questions.keys()].map((volume) => this.owedBy(volume)).filter((owed) => owed !== undefined);
     return { volumes: owed.length, longestMs: Math.max(0, ...owed.map(({ ms }) => ms)) };
   }
 
-  /** What a volume owes, so that it must not be asked; undefined: nothing. */
+  /** What a volume owes, so that it must not be asked now; undefined: nothing. */
   owedBy(volume: string): Owed | undefined {
     const now = performance.now();
     for (const { what, began, isAbandoned } of this.#questions.get(volume) ?? []) {
@@ -65,10 +67,10 @@ export class PendingAnswers {
   }
 
   /**
-   * Asks a volume that owes nothing. Rejects with the reason of `signal`, or with what `question` rejects with; the question
-   * goes on then.
+   * Asks a volume, unless it owes an answer. Rejects with the reason of `signal`, while the question continues, or with the
+   * error of `question`.
    *
-   * @param question gets no signal, for nothing ends it
+   * @param question gets no signal, because nothing can end it
    */
   async ask<T>(
     { signal }: Pick<RequestContext, "signal">,
@@ -98,7 +100,7 @@ export class PendingAnswers {
   }
 
   /**
-   * The same, where nothing can be done without the answer.
+   * Asks a volume, for callers that cannot continue without the answer.
    *
    * @throws StatusError UNAVAILABLE when the volume does not answer, naming what it owes and since when
    */
@@ -108,7 +110,7 @@ export class PendingAnswers {
       if (answer.kind === "answered") return answer.value;
       throw owedError(ctx, answer.owed);
     } catch (error) {
-      // The caller's deadline: what it waited for says more than that it is over.
+      // The caller's deadline has passed: the error names what it waited for.
       const owed = ctx.signal.aborted && hasCode(error, "DEADLINE_EXCEEDED") ? this.owedBy(options.volume) : undefined;
       throw owed === undefined ? error : owedError(ctx, owed, error);
     }

@@ -1,8 +1,43 @@
+/** The programs that the driver runs: whether they are installed, and in which package they are. */
 import { basename } from "node:path";
 
-// ---------------------------------------------------------------------------------------------------------- commands
+/**
+ * Why a program cannot be run here, as in the errors of Host.run; undefined: it is in PATH. Runs nothing. For commands that
+ * report everything that is missing before they begin.
+ */
+export function programProblem(program: string): string | undefined {
+  const path = (Deno.env.get("PATH") ?? "").split(":");
+  if (path.some((directory) => isFile(`${directory}/${program}`))) return undefined;
+  return `${absenceOf(program)}${needOf(program)}`;
+}
 
-// Debian's names of the packages; most distributions use the same.
+/** Ends an error about a program that is missing. */
+export function needOf(program: string): string {
+  const name = packages[basename(program)];
+  return name === undefined ? "" : `, the package ${name} is needed on this node`;
+}
+
+function isFile(path: string): boolean {
+  try {
+    return Deno.statSync(path).isFile;
+  } catch {
+    return false;
+  }
+}
+
+/** Where distributions install programs for root; not in PATH for other users, nor after `su` without `-`. */
+const systemDirectories = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/** Why a program was not found. */
+export function absenceOf(program: string): string {
+  const directory = program.includes("/")
+    ? undefined
+    : systemDirectories.find((directory) => isFile(`${directory}/${program}`));
+  if (directory === undefined) return "it is not installed";
+  return `it is in ${directory}, which is not in PATH (${Deno.env.get("PATH") ?? ""})`;
+}
+
+// Names of Debian's packages; most distributions use the same.
 const packages: Readonly<Record<string, string>> = {
   "blkid": "util-linux",
   "blockdev": "util-linux",
@@ -19,39 +54,3 @@ const packages: Readonly<Record<string, string>> = {
   "nvme": "nvme-cli",
   "cryptsetup": "cryptsetup",
 };
-
-/**
- * Why a program cannot be run here, in the words of Host.run, and nothing is run to find out; undefined: it is in PATH. For
- * a command that is to say all that is missing before it begins.
- */
-export function programProblem(program: string): string | undefined {
-  const path = (Deno.env.get("PATH") ?? "").split(":");
-  if (path.some((directory) => isFile(`${directory}/${program}`))) return undefined;
-  return `${absenceOf(program)}${needOf(program)}`;
-}
-
-/** Ends an error about a program that is missing. */
-export function needOf(program: string): string {
-  const wanted = packages[basename(program)];
-  return wanted === undefined ? "" : `, the package ${wanted} is needed on this node`;
-}
-
-export function isFile(path: string): boolean {
-  try {
-    return Deno.statSync(path).isFile;
-  } catch {
-    return false;
-  }
-}
-
-/** Where distributions keep what only root can use; not in PATH of ordinary users, nor after `su` without `-`. */
-const systemDirectories = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
-
-/** Why a program was not found. */
-export function absenceOf(program: string): string {
-  const directory = program.includes("/")
-    ? undefined
-    : systemDirectories.find((directory) => isFile(`${directory}/${program}`));
-  if (directory === undefined) return "it is not installed";
-  return `it is in ${directory}, which is not in PATH (${Deno.env.get("PATH") ?? ""})`;
-}

@@ -1,3 +1,4 @@
+/** Runs commands: the only place that knows how `Deno.Command` behaves when a signal aborts (it never rejects). */
 import { basename } from "node:path";
 import type { Logger } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
@@ -5,58 +6,27 @@ import type { Metrics } from "../metrics.ts";
 import type { CommandResult, RunOptions } from "./host.ts";
 import { absenceOf, needOf } from "./programs.ts";
 
-const longestOutputBytes = 1 << 20;
-
-// From SIGTERM to SIGKILL, from there to giving up, and from the end of a command to the end of listening to children of
-// its own which keep its output open.
-const terminateMs = 1000;
-
-const killMs = 2000;
-
-const lingerMs = 500;
-
+/** Runs a command, see Host.run; logs and counts it. */
 export async function runCommand(
   program: string,
   args: readonly string[],
   { signal, onAbort, stdin }: RunOptions,
-  log: Logger,
-  metrics: Metrics | undefined,
+  { log, metrics }: { readonly log: Logger; readonly metrics: Metrics | undefined },
 ): Promise<CommandResult> {
   signal.throwIfAborted();
   const started = performance.now();
   const command = [program, ...args].join(" ");
   const child = spawn(program, args, stdin !== undefined);
   const listening = new AbortController();
-  const stdout = capture(child.stdout, listening.signal);
-  const stderr = capture(child.stderr, listening.signal);
-  const fed = stdin === undefined ? Promise.resolve() : feed(child, stdin);
-  const ended = child.status.then(async (status) => {
-    const linger = setTimeout(() => listening.abort(), lingerMs);
-    const [out, err] = await Promise.all([stdout, stderr, fed]);
-    clearTimeout(linger);
-    return { code: status.code, stdout: out, stderr: err };
-  });
-
-  let ending: Promise<CommandResult | undefined> | undefined;
-  let abort: (() => void) | undefined;
-  const aborted = new Promise<void>((resolve) => {
-    if (onAbort === "finish") return;
-    abort = () => {
-      ending = endGroup(child, ended);
-      resolve();
-    };
-    signal.addEventListener("abort", abort, { once: true });
-  });
-  const first = await Promise.race([ended, aborted]);
-  if (abort !== undefined) signal.removeEventListener("abort", abort);
-  const result = ending === undefined ? first ?? await ended : await ending;
+  const ended = collectResult(child, stdin, listening);
+  const result = onAbort === "finish" ? await ended : await endedOrKilled(child, ended, signal);
   const ms = Math.round(performance.now() - started);
-  // Of its arguments, which name devices, nothing.
+  // Without the arguments, which name devices.
   metrics?.count("lbcsi_commands_total", [basename(program), result === undefined ? "none" : String(result.code)]);
   metrics?.observe("lbcsi_command_duration_seconds", [basename(program)], ms / 1000);
   if (result === undefined) {
     listening.abort();
-    // Nobody waits for it any more, so its end must not keep the driver from stopping.
+    // Nothing waits for it any more, so it must not keep the driver from stopping.
     child.unref();
     log.warning("gave up a command that cannot be killed", { command, ms });
     throw new StatusError(
@@ -73,15 +43,6 @@ export async function runCommand(
   return result;
 }
 
-/** What the machine has too little of to start a program, by the code of the system, and what to do. */
-const shortages: Readonly<Record<string, string>> = {
-  EMFILE:
-    "the driver has no file descriptor left, raise its limit (ulimit -n) or use fewer volumes at once on this node",
-  ENFILE: "this node has no file descriptor left, raise fs.file-max or end what holds them",
-  EAGAIN: "this node allows no further process, raise the limit of processes (pids) of the pod or of the node",
-  ENOMEM: "this node has no memory left, give the pod or the node more",
-};
-
 function spawn(program: string, args: readonly string[], withInput: boolean): Deno.ChildProcess {
   try {
     return new Deno.Command(program, {
@@ -96,7 +57,7 @@ function spawn(program: string, args: readonly string[], withInput: boolean): De
   } catch (error) {
     const shortage = shortages[systemCode(error) ?? ""];
     if (shortage !== undefined) {
-      // Nothing has run, so the caller can undo or repeat what it has begun.
+      // Nothing has run, so the caller can undo or repeat its work.
       throw new StatusError("UNAVAILABLE", `Cannot run ${program}: ${shortage}`, { cause: error });
     }
     if (!(error instanceof Deno.errors.NotFound) && !(error instanceof Deno.errors.PermissionDenied)) throw error;
@@ -105,6 +66,42 @@ function spawn(program: string, args: readonly string[], withInput: boolean): De
       cause: error,
     });
   }
+}
+
+/** Feeds the command and collects its output until it has ended, or `listening` aborts. */
+async function collectResult(
+  child: Deno.ChildProcess,
+  stdin: string | undefined,
+  listening: AbortController,
+): Promise<CommandResult> {
+  const streams = Promise.all([
+    capture(child.stdout, listening.signal),
+    capture(child.stderr, listening.signal),
+    stdin === undefined ? undefined : feed(child, stdin),
+  ]);
+  const { code } = await child.status;
+  const linger = setTimeout(() => listening.abort(), lingerMs);
+  const [stdout, stderr] = await streams;
+  clearTimeout(linger);
+  return { code, stdout, stderr };
+}
+
+/** The result of a command that is killed when `signal` aborts; undefined when it does not end then. */
+async function endedOrKilled(
+  child: Deno.ChildProcess,
+  ended: Promise<CommandResult>,
+  signal: AbortSignal,
+): Promise<CommandResult | undefined> {
+  let killed: Promise<CommandResult | undefined> | undefined;
+  const aborted = Promise.withResolvers<void>();
+  const kill = () => {
+    killed = endGroup(child, ended);
+    aborted.resolve();
+  };
+  signal.addEventListener("abort", kill, { once: true });
+  const result = await Promise.race([ended, aborted.promise]);
+  signal.removeEventListener("abort", kill);
+  return killed === undefined ? result ?? await ended : await killed;
 }
 
 /** Ends the whole process group: SIGTERM, then SIGKILL. Undefined when even that does not end it. */
@@ -123,7 +120,7 @@ async function endGroup(
     const result = await Promise.race([ended, late]);
     clearTimeout(timer);
     if (result !== undefined) {
-      // The command went, a child of it that ignores SIGTERM may not have.
+      // The command has ended; a child of it that ignores SIGTERM may not have.
       try {
         Deno.kill(-child.pid, "SIGKILL");
       } catch {
@@ -144,7 +141,7 @@ async function capture(stream: ReadableStream<Uint8Array>, signal: AbortSignal):
   for (;;) {
     const { done, value } = await reader.read();
     if (done) break;
-    // What is over the cap is read and dropped: a command whose pipe is full would never end.
+    // Output beyond the limit is read and dropped: a command whose pipe is full would never end.
     const kept = value.subarray(0, longestOutputBytes - length);
     if (kept.length > 0) chunks.push(kept);
     length += kept.length;
@@ -165,6 +162,23 @@ async function feed(child: Deno.ChildProcess, text: string): Promise<void> {
     await writer.write(new TextEncoder().encode(text));
     await writer.close();
   } catch {
-    // It ended without reading its input; its exit status tells.
+    // It ended without reading its input; its exit status says why.
   }
 }
+
+const longestOutputBytes = 1 << 20;
+/** From SIGTERM to SIGKILL. */
+const terminateMs = 1000;
+/** From SIGKILL until the command is abandoned. */
+const killMs = 2000;
+/** How long output is read after a command has ended: its children may keep the output open. */
+const lingerMs = 500;
+
+/** What the machine lacks to start a program, by the code of the system, and what to do. */
+const shortages: Readonly<Record<string, string>> = {
+  EMFILE:
+    "the driver has no file descriptor left, raise its limit (ulimit -n) or use fewer volumes at once on this node",
+  ENFILE: "this node has no file descriptor left, raise fs.file-max or end what holds them",
+  EAGAIN: "this node allows no further process, raise the limit of processes (pids) of the pod or of the node",
+  ENOMEM: "this node has no memory left, give the pod or the node more",
+};

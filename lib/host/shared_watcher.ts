@@ -1,12 +1,12 @@
+/** Watches directories. */
 import type { Logger } from "../context.ts";
 import { messageOf } from "../error.ts";
 
-// ---------------------------------------------------------------------------------------------------------- watching
-
-// A watcher opened in the same tick as another one on the same directory was closed never hears anything, for good
-// (Deno 2.9, seen on /dev). So one watcher serves all listeners, and a new one keeps a distance to the old.
-const reopenMs = 20;
-
+/**
+ * A watch on one directory that all its listeners share. A watcher that is opened in the same tick in which another one on the
+ * same directory was closed never reports anything (Deno 2.9, seen on /dev). So there is one for all listeners, and a new one
+ * is opened a moment after the old one was closed.
+ */
 export class SharedWatcher {
   readonly #directory: string;
   readonly #log: Logger;
@@ -20,6 +20,7 @@ export class SharedWatcher {
     this.#log = log;
   }
 
+  /** Calls `changed` after each change in the directory, until disposed. */
   listen(changed: () => void): Disposable {
     // A wrapper, so that one function can listen twice.
     const listener = () => changed();
@@ -30,7 +31,7 @@ export class SharedWatcher {
       else {
         this.#opening = setTimeout(() => {
           this.#open();
-          // What happened in between was not seen.
+          // Changes in between were not seen.
           for (const listener of this.#listeners) listener();
         }, waitMs);
       }
@@ -76,3 +77,5 @@ export class SharedWatcher {
     this.#closedAt = performance.now();
   }
 }
+
+const reopenMs = 20;

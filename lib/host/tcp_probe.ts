@@ -1,13 +1,13 @@
-/** What of the network can be seen from this machine, without NVMe: for `lbcsi doctor`. */
+/** Tests the network from this machine, without NVMe: for `lbcsi doctor`. */
 import net from "node:net";
 import { hostname, networkInterfaces } from "node:os";
 import { messageOf } from "../error.ts";
 import type { TransportAddress } from "../namespace.ts";
 
 /**
- * Connects over TCP and hangs up at once; nothing is sent.
+ * Connects over TCP and disconnects at once; nothing is sent.
  *
- * @returns undefined when somebody listens there, or why no connection came about; `no answer` when `signal` aborts first
+ * @returns undefined when a server listens there, or why the connection failed; `no answer` when `signal` aborts first
  */
 export function connectProblem(
   { traddr, trsvcid }: TransportAddress,
@@ -33,7 +33,7 @@ function codeOf(error: unknown): string {
   return typeof code === "string" ? code : messageOf(error);
 }
 
-/** Under which addresses and which name other machines know this one. */
+/** This machine's network addresses and its host name. */
 export function ownNames(): { readonly addresses: ReadonlySet<string>; readonly hostname: string } {
   const all = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
   return { addresses: new Set(all.map(({ address }) => address)), hostname: hostname() };

@@ -1,15 +1,14 @@
+/** Unmounts volumes. */
 import type { RequestContext } from "../context.ts";
 import type { Host } from "./host.ts";
 import { describeMount, mountsAt, mountsElsewhere, mountTable } from "./mount_table.ts";
 import { type BlockDevice, describeDevice } from "./nvme/devices.ts";
 import { assertHasPath } from "./nvme/paths.ts";
-import { foreignMountsOf, holdersOf } from "./users.ts";
+import { foreignMountsOf } from "./processes.ts";
+import { holdersOf } from "./users.ts";
 import { mountedSomewhere, mountsOf, relationOf } from "./volume_mounts.ts";
 
-// A healthy file system takes a write in milliseconds; a busy one in some hundred.
-const longestWriteMs = 2000;
-
-/** An unmount that is about to come. */
+/** An unmount that is about to begin. */
 export interface ComingUnmount {
   readonly device: BlockDevice;
   /** Free of symbolic links. */
@@ -17,10 +16,10 @@ export interface ComingUnmount {
 }
 
 /**
- * Throws UNAVAILABLE when the unmount at `path` would be the last of its file system and would not end well: without a path
- * to the device, umount(8) would hang in the kernel, and the volume would be held by it; a frozen file system would stay in
- * the kernel, without a mount by which somebody could thaw it. A repeat goes on when that has passed, or the last of the
- * device is gone: a dead mount is taken down at once.
+ * Throws UNAVAILABLE when the unmount at `path` would be the last of its file system and would not end. Without a path to the
+ * device, umount(8) would hang in the kernel and hold the volume. A frozen file system would stay in the kernel, without a
+ * mount through which it can be thawed. A repeat continues when that has changed, or when the device is gone: a dead mount is
+ * unmounted at once.
  */
 export async function assertUnmountCanEnd(
   host: Host,
@@ -35,7 +34,7 @@ export async function assertUnmountCanEnd(
   if (mountsElsewhere(table, mounts, path).some((mount) => mount.fsType === here.fsType)) return;
   await assertHasPath(host, ctx, device);
   if (here.options.includes("ro")) return;
-  // The kernel shows nowhere that a file system is frozen; what tells is that a write waits.
+  // The kernel does not show that a file system is frozen; but a write waits then.
   const write = async () => {
     try {
       await host.tryWrite(path);
@@ -55,8 +54,8 @@ export async function assertUnmountCanEnd(
 }
 
 /**
- * Throws FAILED_PRECONDITION while the kernel has the file system of `device` active although this mount table has no mount
- * of it: what is in memory is written with the last unmount, and that one was not here.
+ * Throws FAILED_PRECONDITION while the kernel has the file system of `device` active although our mount table has no mount of
+ * it: data in memory is written with the last unmount, which has not happened yet.
  */
 export async function assertFileSystemInactive(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const fsType = await mountedSomewhere(host, device);
@@ -74,10 +73,10 @@ export async function assertFileSystemInactive(host: Host, ctx: RequestContext, 
 }
 
 /**
- * Takes down every mount at `path` that is the volume's or dead, topmost first, and answers how many. Nothing there: 0.
+ * Unmounts every mount at `path` that is the volume's or dead, topmost first, and returns their number; 0 when there is none.
  *
- * @throws StatusError FAILED_PRECONDITION when something foreign is mounted there (left as it is), or the mount is busy,
- *   saying by whom; UNAVAILABLE when umount fails otherwise
+ * @throws StatusError FAILED_PRECONDITION when something foreign is mounted there, which stays, or the mount is busy,
+ *   naming what uses it; UNAVAILABLE when umount fails otherwise
  */
 export async function unmountAll(
   host: Host,
@@ -104,14 +103,14 @@ export async function unmountAll(
 }
 
 /**
- * One `umount` of what is on top at `path`, whatever that is: never lazy, for the data must be on the device when it
- * returns, and never forced. Not mounted: done.
+ * Unmounts what is on top at `path`, whatever it is: never lazily, because the data must be on the device when it returns, and
+ * never by force. Does nothing when nothing is mounted there.
  *
- * @throws StatusError FAILED_PRECONDITION when it is busy, saying by whom; UNAVAILABLE when umount fails otherwise
+ * @throws StatusError FAILED_PRECONDITION when it is busy, naming what uses it; UNAVAILABLE when umount fails otherwise
  */
 export async function unmount(host: Host, ctx: RequestContext, path: string): Promise<void> {
   const result = await host.run("umount", [path], { signal: ctx.signal, onAbort: "finish", log: ctx.log });
-  // Unmounted by somebody else meanwhile.
+  // Another program has unmounted it meanwhile.
   if (result.code === 0 || /not mounted|no mount point/.test(result.stderr)) return;
   const text = result.stderr.trim();
   if (/busy/.test(text)) {
@@ -121,5 +120,8 @@ export async function unmount(host: Host, ctx: RequestContext, path: string): Pr
       `"${path}" is in use by ${holders.length === 0 ? "something that this process cannot see" : holders.join(", ")}`,
     );
   }
-  throw ctx.error("UNAVAILABLE", `${text === "" ? `umount exits ${result.code}` : text}`);
+  throw ctx.error("UNAVAILABLE", text === "" ? `umount exits ${result.code}` : text);
 }
+
+// A healthy file system takes a write in milliseconds, a busy one in some hundred.
+const longestWriteMs = 2000;

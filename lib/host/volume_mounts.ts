@@ -1,46 +1,47 @@
+/** The mounts of volumes: which mount belongs to which volume, and whether the volume's device still is there. */
 import type { Host } from "./host.ts";
 import { type Mount, mountTable } from "./mount_table.ts";
 import { attachedVolumes, type BlockDevice, deviceNumbered } from "./nvme/devices.ts";
 
 /**
- * What a mount is to a volume: `ours`, its file system or (`node`) its device node; `dead`, a mount of an NVMe namespace
- * that is not on this machine any more; `foreign`, everything else.
+ * How a mount relates to a volume: `ours` is the volume's file system, `our node` its device node; `dead` is a mount of an NVMe
+ * namespace that is not on this machine any more; `foreign` is everything else.
  */
 export type Relation = "ours" | "our node" | "dead" | "foreign";
 
-/** How `mount` relates to the volume whose block device is `device`; undefined when the volume has none at present. */
+/** How `mount` relates to the volume whose block device is `device`; undefined: it has none now. */
 export async function relationOf(host: Host, mount: Mount, device: BlockDevice | undefined): Promise<Relation> {
   const nodeName = namespaceName(mount.root);
   if (nodeName !== undefined) {
-    // A node of the directory of devices, bound to a file: the number behind the file is what I/O goes to.
-    const number = await quietly(host.blockNumber(mount.path));
+    // A device node that is bound to a file: I/O goes to the device with the number behind the file.
+    const number = await host.blockNumber(mount.path).catch(() => undefined);
     if (number !== undefined) {
-      // The kernel removes the node with the device. A bound node does not keep the number: the next device can get that, and
-      // the name too.
+      // The kernel removes the node with the device. A bound node does not reserve the number: the next device can get the
+      // same number and the same name.
       if (mount.root.endsWith("//deleted")) return "dead";
       if (device !== undefined && number === device.number) return "our node";
       return await isPresent(host, number) ? "foreign" : "dead";
     }
-    // A directory can have such a name too: pods choose the names of their subPaths.
+    // Directories can have such names too: pods choose the names of their subPaths.
   }
   const number = await numberOf(host, mount);
   if (device !== undefined && number === device.number) return "ours";
-  // Only a mount of an NVMe namespace can be a dead one of ours; for others a missing number may mean anything.
+  // Only a mount of an NVMe namespace can be a dead one of ours; for other mounts a missing number proves nothing.
   if (namespaceName(mount.source) === undefined) return "foreign";
   return number !== undefined && await isPresent(host, number) ? "foreign" : "dead";
 }
 
 /** The block device under a mounted file system; undefined when it has none, or it has gone. */
 async function numberOf(host: Host, mount: Mount): Promise<string | undefined> {
-  // btrfs shows a number of its own. Its source is the path of the device, which the kernel keeps from being used anew
-  // while the mount lasts.
+  // btrfs shows a number of its own. Its source is the path of the device; the kernel does not give that name to another
+  // device while the mount lasts.
   if (mount.fsType === "btrfs") return await host.blockNumber(mount.source);
   return mount.number.startsWith("0:") ? undefined : mount.number;
 }
 
 /**
- * The namespace whose file system `mount` shows; undefined when that is none, or its device has gone. For who is to take
- * down a mount and does not know by heart which volume it is of.
+ * The namespace whose file system `mount` shows; undefined when it shows none, or the device has gone. For callers that
+ * unmount a path without knowing its volume.
  */
 export async function deviceUnder(host: Host, mount: Mount): Promise<BlockDevice | undefined> {
   const number = await numberOf(host, mount);
@@ -48,7 +49,7 @@ export async function deviceUnder(host: Host, mount: Mount): Promise<BlockDevice
 }
 
 /**
- * `nvme0n1` of a path that ends in it, or the name of a mapper; the kernel adds `//deleted` to the root of a node that has
+ * `nvme0n1`, or the name of a mapper, at the end of a path. The kernel appends `//deleted` to the root of a node that has
  * gone.
  */
 function namespaceName(path: string): string | undefined {
@@ -59,7 +60,7 @@ async function isPresent(host: Host, number: string): Promise<boolean> {
   return await host.kindOf(`${host.roots.sysfs}/dev/block/${number}`) !== "absent";
 }
 
-/** The mounts of the volume with this device, its device node included. */
+/** The mounts of the volume with this device, including those of its device node. */
 export async function mountsOf(host: Host, table: readonly Mount[], device: BlockDevice): Promise<readonly Mount[]> {
   const found: Mount[] = [];
   for (const mount of table) {
@@ -70,7 +71,7 @@ export async function mountsOf(host: Host, table: readonly Mount[], device: Bloc
   return found;
 }
 
-/** A mount of the volume as a file system (`ours`) or as a block device (`our node`), wherever it is; undefined: none. */
+/** A mount of the volume as a file system (`ours`) or as a block device (`our node`), at any path; undefined: none. */
 export async function mountAs(
   host: Host,
   device: BlockDevice,
@@ -82,7 +83,7 @@ export async function mountAs(
   return undefined;
 }
 
-/** The volumes that this machine is connected to and that are mounted here or held by another device. Touches none. */
+/** The volumes that are connected to this machine and are mounted here or held by another device. Touches no device. */
 export async function volumesInUse(host: Host): Promise<readonly BlockDevice[]> {
   const table = await mountTable(host);
   const used: BlockDevice[] = [];
@@ -94,8 +95,8 @@ export async function volumesInUse(host: Host): Promise<readonly BlockDevice[]> 
 }
 
 /**
- * The file system of `device` that is mounted anywhere on this machine, in other containers too, as the kernel lists it in
- * sysfs (ext4, xfs and btrfs, seen on 6.18); undefined: none of these. A mount table shows one mount namespace only.
+ * The type of the file system of `device` that is mounted anywhere on this machine, also in other containers, as sysfs shows it
+ * (ext4, xfs and btrfs, seen on 6.18); undefined: none of these. A mount table shows one mount namespace only.
  */
 export async function mountedSomewhere(host: Host, { name }: BlockDevice): Promise<string | undefined> {
   const fs = `${host.roots.sysfs}/fs`;
@@ -108,13 +109,4 @@ export async function mountedSomewhere(host: Host, { name }: BlockDevice): Promi
     if (await host.kindOf(path) !== "absent") return fsType;
   }
   return undefined;
-}
-
-/** Processes end while they are looked at. */
-export async function quietly<T>(promise: Promise<T>): Promise<T | undefined> {
-  try {
-    return await promise;
-  } catch {
-    return undefined;
-  }
 }

@@ -1,10 +1,10 @@
 /**
- * The operations on a volume that can block in the kernel: whatever touches its device or its file system. A volume without
- * an answering storage, or a frozen one, keeps the thread that asks until it answers, and nothing can take that thread back
- * (see volume_threads.ts).
+ * The operations on a volume that can block in the kernel: those that touch its device or its file system. A volume that is
+ * frozen, or whose storage does not answer, blocks the calling thread until it answers, and nothing can free that thread
+ * (volume_threads.ts).
  */
 
-/** Size and use of a mounted file system, as statfs(2) tells it. */
+/** Size and use of a mounted file system, from statfs(2). */
 export interface Usage {
   readonly totalBytes: bigint;
   readonly freeBytes: bigint;
@@ -14,22 +14,23 @@ export interface Usage {
   readonly freeInodes: bigint;
 }
 
+/** See the head of this file. */
 export interface VolumeOperations {
-  /** Exactly `lengthBytes` bytes; throws when there are fewer or one cannot be read. */
+  /** Reads exactly `lengthBytes` bytes; throws when there are fewer or one cannot be read. */
   readBytes(path: string, offsetBytes: bigint, lengthBytes: number): Promise<Uint8Array>;
-  /** Writes bytes to an existing block device, and waits until they are on the disk. It does not look who uses the device. */
+  /** Writes bytes to an existing block device and waits until they are on the disk. Does not check what uses the device. */
   writeDevice(path: string, offsetBytes: bigint, bytes: Uint8Array): Promise<void>;
-  /** Asks a directory for a name that it does not have: throws what its file system answers. One step, whatever it holds. */
+  /** Looks up a name that a directory does not have; throws the error of its file system. Takes one step at any size. */
   lookUp(directory: string): Promise<void>;
-  /** Opens an unnamed file in `directory`, which the kernel drops at once: throws what a write to that file system meets. */
+  /** Opens an unnamed file in `directory`, which the kernel removes at once; throws the error that a write would meet. */
   tryWrite(directory: string): Promise<void>;
-  /** Asks the file system at `path` for its size and use. */
+  /** Reads size and use of the file system at `path`. */
   usage(path: string): Promise<Usage>;
 }
 
 /**
- * The operations, on threads of the thread that calls this. Its text is also the program of a worker (volume_threads.ts), so it
- * refers to nothing outside of itself.
+ * Makes the operations, which run on the I/O threads of the calling process or worker. Its source text is also the program of
+ * a worker (volume_threads.ts), so it must not refer to anything outside of itself.
  */
 export async function volumeOperations(): Promise<VolumeOperations> {
   const { constants, statfs } = await import("node:fs");
@@ -65,14 +66,14 @@ export async function volumeOperations(): Promise<VolumeOperations> {
     async lookUp(directory) {
       if (!(await Deno.stat(directory)).isDirectory) throw new Error(`${directory} is not a directory`);
       try {
-        // A name that was not asked for before, or the kernel would answer from memory.
+        // A name that was never looked up, or the kernel would answer from memory.
         await Deno.lstat(`${directory}/.lbcsi-${crypto.randomUUID()}`);
       } catch (error) {
         if (!(error instanceof Deno.errors.NotFound)) throw error;
       }
     },
     async tryWrite(directory) {
-      // O_TMPFILE: no name, no trace, and yet the file system must start a transaction.
+      // O_TMPFILE: the file leaves no trace, but the file system has to start a transaction.
       const unnamed = 0o20000000 | constants.O_DIRECTORY;
       await (await open(directory, unnamed | constants.O_WRONLY, 0o600)).close();
     },

@@ -1,32 +1,30 @@
 /**
- * Threads for operations that can block in the kernel. Deno has 32 threads for all file operations of a process, and one that
- * blocks is not given back when the caller stops waiting: 32 reads of volumes that hang, and not even the path of a healthy
- * volume can be resolved any more. So volumes get a part of these threads, and when that part is blocked, the threads of
- * workers, each of which has 32 of its own (measured with Deno 2.9.5; a worker takes about 7 MiB).
+ * Threads for operations that can block in the kernel. Deno has 32 threads for all file operations of a process, and a blocked
+ * one stays blocked when the caller stops waiting: after 32 reads of volumes that hang, not even the path of a healthy volume
+ * can be resolved. So volumes get a part of these threads; when that part is blocked, they get the threads of workers, each of
+ * which has 32 of its own (seen with Deno 2.9.5; a worker takes about 7 MiB).
  */
 import { StatusError } from "../error.ts";
 import { type VolumeOperations, volumeOperations } from "./volume_operations.ts";
 
-/**
- * A part of the process' own threads, so that the driver's own paths always have some: for operations that have just begun,
- * and for those that are blocked.
- */
+/** How many of the process's own threads volumes may use for operations that have just begun. The driver needs the rest. */
 const ownThreads = 12;
+/** And how many of them may be blocked. */
 const mostBlocked = 8;
 const workerThreads = 28;
 const mostWorkers = 8;
-/** After how long an operation counts as blocked: healthy storage answers faster. */
+/** After this time an operation counts as blocked: healthy storage answers faster. */
 const blockedMs = 250;
-/** How long a worker is kept that has nothing to do. */
+/** How long an idle worker is kept. */
 const idleMs = 60_000;
 
 type Name = keyof VolumeOperations;
 type Arguments<N extends Name> = Parameters<VolumeOperations[N]>;
 type Result<N extends Name> = Awaited<ReturnType<VolumeOperations[N]>>;
 
-/** Runs operations on volumes; see the head of this file. */
+/** Runs operations on volumes. */
 export class VolumeThreads {
-  /** When the operations on the process' own threads began, in ms. */
+  /** When the operations on the process's own threads began, in ms. */
   readonly #own = new Map<symbol, number>();
   readonly #waiting: Array<() => void> = [];
   readonly #workers: OperationWorker[] = [];
@@ -38,8 +36,9 @@ export class VolumeThreads {
   }
 
   /**
-   * @throws what the operation throws; StatusError UNAVAILABLE when so many operations are blocked that no other may be
-   *   begun
+   * Runs one operation.
+   *
+   * @throws what the operation throws; StatusError UNAVAILABLE when so many operations are blocked that no thread is left
    */
   async perform<N extends Name>(name: N, ...args: Arguments<N>): Promise<Result<N>> {
     const thread = await this.#ownThread();
@@ -53,15 +52,15 @@ export class VolumeThreads {
     }
   }
 
-  /** Takes one of the process' own threads, now or in a moment; undefined: too many are blocked. */
+  /** Takes one of the process's own threads, now or in a moment; undefined: too many are blocked. */
   async #ownThread(): Promise<symbol | undefined> {
     for (;;) {
       const now = performance.now();
       const ages = [...this.#own.values()].map((began) => now - began);
-      const young = ages.filter((ms) => ms < blockedMs);
-      if (ages.length - young.length >= mostBlocked) return undefined;
-      if (young.length < ownThreads) break;
-      await this.#nextEnd(blockedMs - Math.max(...young));
+      const recent = ages.filter((ms) => ms < blockedMs);
+      if (ages.length - recent.length >= mostBlocked) return undefined;
+      if (recent.length < ownThreads) break;
+      await this.#nextEnd(blockedMs - Math.max(...recent));
     }
     const thread = Symbol();
     this.#own.set(thread, performance.now());
@@ -107,12 +106,12 @@ async function call<N extends Name>(operations: VolumeOperations, name: N, args:
   return await operation(...args);
 }
 
-/** What a worker answers to the operation with this number. */
+/** The answer of a worker to the operation with this number. */
 type Answer =
   | { readonly id: number; readonly value: unknown }
   | { readonly id: number; readonly message: string; readonly code: unknown };
 
-/** A worker that runs operations, several at once. Ends by itself when it has had nothing to do for a while. */
+/** A worker that runs operations, several at a time. Ends by itself when it has been idle for a while. */
 class OperationWorker {
   readonly #worker: Worker;
   readonly #open = new Map<number, PromiseWithResolvers<unknown>>();
@@ -168,7 +167,7 @@ class OperationWorker {
   }
 }
 
-/** The program of a worker. Its text is sent there, so it refers to nothing outside of itself. */
+/** The program of a worker. Its source text is sent there, so it must not refer to anything outside of itself. */
 function serve(makeOperations: () => Promise<VolumeOperations>): void {
   const scope = globalThis as unknown as {
     onmessage: (

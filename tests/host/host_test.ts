@@ -354,7 +354,7 @@ Deno.test("a program that cannot be started for want of descriptors is UNAVAILAB
     const url = (path: string) => JSON.stringify(new URL(path, import.meta.url).href);
     await Deno.writeTextFile(
       script,
-      `import { createLinuxHost } from ${url("../../lib/host/host.ts")};
+      `import { createLinuxHost } from ${url("../../lib/host/linux_host.ts")};
       import { createLogger } from ${url("../../lib/context.ts")};
       const host = createLinuxHost({ log: createLogger("error") });
       const run = () => host.run("touch", [Deno.args[0] ?? ""], { signal: AbortSignal.timeout(20_000), onAbort: "finish" })

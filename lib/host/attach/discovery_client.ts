@@ -1,5 +1,5 @@
-/** Connections by LightOS' Discovery-Client: this side writes one file per namespace into its directory. */
-import { messageOf, StatusError } from "../../error.ts";
+/** Attaches namespaces through LightOS' Discovery-Client, by one file per namespace in its directory. */
+import { messageOf } from "../../error.ts";
 import { formatAddress, type RemoteNamespace, type TransportAddress } from "../../namespace.ts";
 import { type Host, kindBehind } from "../host.ts";
 import type { Attacher } from "./attacher.ts";
@@ -12,16 +12,16 @@ export interface DiscoveryClientOptions {
 }
 
 /**
- * The name of a temporary file in the watched directory begins with this, and the daemon looks away, except when it starts
- * (docs/reference/lightos-api.md 12.3). So there is one for each namespace, which detach finds when a killed driver has left it.
+ * Prefix of temporary files in the watched directory: the daemon ignores them, except when it starts
+ * (docs/reference/lightos-api.md 12.3). There is one name for each namespace, so that detach finds what a killed driver left.
  */
 export const temporaryPrefix = "tmp.dc.";
 
 /**
- * Attaches through LightOS' Discovery-Client: one file per namespace UUID in its directory (docs/reference/lightos-api.md 10.2, 12.3).
+ * An attacher that writes one file per namespace UUID (docs/reference/lightos-api.md 10.2, 12.3).
  *
- * The daemon takes up a file when it appears and ignores its removal until it starts again; connections stay. A file
- * that is right already is not written again, for every write makes the daemon read the directory anew.
+ * The daemon reads a file when it appears and ignores its removal until it starts again; connections stay. A file that is
+ * right already is not written again, because each write makes the daemon read the whole directory.
  */
 export function createDiscoveryClientAttacher({ host, directory, hostNqn }: DiscoveryClientOptions): Attacher {
   const fileOf = (uuid: string) => `${directory}/${uuid.toLowerCase()}`;
@@ -30,17 +30,17 @@ export function createDiscoveryClientAttacher({ host, directory, hostNqn }: Disc
     hint: `see that the Discovery-Client runs on this node, watches ${directory}, and reaches the cluster`,
     takesKeys: false,
 
-    async attach(ctx, namespace) {
-      const refuse = (problem: string, cause?: unknown) =>
-        new StatusError("FAILED_PRECONDITION", `Cannot attach namespace ${namespace.uuid}: ${problem}`, { cause });
+    async attach(outer, namespace) {
+      const ctx = outer.doing(`attach namespace ${namespace.uuid}`);
+      const attachError = (problem: string, cause?: unknown) => ctx.error("FAILED_PRECONDITION", problem, { cause });
       if (namespace.discovery.length === 0) {
-        throw refuse(`the publish context names no discovery controller of ${namespace.subsystemNqn}`);
+        throw attachError(`the publish context names no discovery controller of ${namespace.subsystemNqn}`);
       }
       const path = fileOf(namespace.uuid);
       const text = discoveryFile(namespace, hostNqn);
       const kind = await kindBehind(host, directory);
       if (kind !== "directory") {
-        throw refuse(
+        throw attachError(
           `${directory} is ${kind === "absent" ? "missing" : "not a directory"}, ` +
             `the LightOS Discovery-Client has to be installed on this node and share its directory with the driver`,
         );
@@ -49,25 +49,22 @@ export function createDiscoveryClientAttacher({ host, directory, hostNqn }: Disc
         if (await host.readText(path) === text) return;
         await host.replaceText(path, text, temporaryOf(namespace.uuid));
       } catch (error) {
-        throw refuse(`${path} cannot be written (${messageOf(error)})`, error);
+        throw attachError(`${path} cannot be written (${messageOf(error)})`, error);
       }
-      ctx.log.info("told the Discovery-Client", { path, subsystem: namespace.subsystemNqn });
+      ctx.log.info("wrote the file for the Discovery-Client", { path, subsystem: namespace.subsystemNqn });
     },
 
-    async detach(ctx, uuid) {
+    async detach(outer, uuid) {
+      const ctx = outer.doing(`detach namespace ${uuid}`);
       const path = fileOf(uuid);
       try {
         await host.remove(temporaryOf(uuid));
         if (await host.readText(path) === undefined) return;
         await host.remove(path);
       } catch (error) {
-        throw new StatusError(
-          "UNAVAILABLE",
-          `Cannot detach namespace ${uuid}: ${path} cannot be removed (${messageOf(error)})`,
-          { cause: error },
-        );
+        throw ctx.error("UNAVAILABLE", `${path} cannot be removed (${messageOf(error)})`, { cause: error });
       }
-      ctx.log.info("untold the Discovery-Client", { path });
+      ctx.log.info("removed the file for the Discovery-Client", { path });
     },
   };
 }
@@ -75,8 +72,7 @@ export function createDiscoveryClientAttacher({ host, directory, hostNqn }: Disc
 /** The Discovery-Client's input for one namespace: one line per discovery controller, in the order of their text. */
 export function discoveryFile(namespace: RemoteNamespace, hostNqn: string): string {
   const byText = new Map(namespace.discovery.map((address) => [formatAddress(address), address]));
-  const texts = [...byText.keys()].sort();
-  return texts.map((text) => {
+  return [...byText.keys()].sort().map((text) => {
     const address = byText.get(text) as TransportAddress;
     return `-t tcp -a ${address.traddr} -s ${address.trsvcid} -q ${hostNqn} -n ${namespace.subsystemNqn}\n`;
   }).join("");

@@ -1,3 +1,4 @@
+/** Reads fields out of bytes. */
 import { Buffer } from "node:buffer";
 
 /** `length` bytes as text, one character each. */
@@ -11,17 +12,12 @@ export function uuidAt(bytes: Uint8Array, at: number): string {
   return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
-export function view(bytes: Uint8Array): DataView {
-  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-}
-
-export function viewOf(bytes: Uint8Array, at: number): DataView {
+/** The bytes from `at` on, to read numbers from. */
+export function viewOf(bytes: Uint8Array, at = 0): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset + at, bytes.byteLength - at);
 }
 
-const zeros = Buffer.alloc(256 << 10);
-
-/** Where the first byte is that is not zero; undefined: nowhere. */
+/** The index of the first byte that is not zero; undefined: all are zero. */
 export function firstNonZero(bytes: Uint8Array): number | undefined {
   for (let from = 0; from < bytes.length; from += zeros.length) {
     const part = bytes.subarray(from, from + zeros.length);
@@ -31,3 +27,5 @@ export function firstNonZero(bytes: Uint8Array): number | undefined {
   }
   return undefined;
 }
+
+const zeros = Buffer.alloc(256 << 10);

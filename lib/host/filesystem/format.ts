@@ -1,85 +1,108 @@
-/** Makes file systems. What proves that a device may be formatted is in content.ts and unfinished.ts. */
+/**
+ * Makes file systems, on devices that content.ts has proved blank or unfinished.
+ *
+ * A mkfs that was killed leaves a device which is neither blank nor a file system. The driver marks a device while mkfs runs
+ * (unfinished.ts), so it recognises its own work and begins again. mkfs never gets a force flag: without a terminal,
+ * mkfs.ext4 overwrites anything without asking (e2fsprogs 1.47.0).
+ */
 import type { RequestContext } from "../../context.ts";
-import { messageOf, StatusError } from "../../error.ts";
+import { messageOf } from "../../error.ts";
 import type { Host } from "../host.ts";
 import { markUsed } from "../luks_label.ts";
 import { mountTable } from "../mount_table.ts";
 import type { BlockDevice } from "../nvme/devices.ts";
 import { recheckDevice } from "../nvme/recheck.ts";
-import { processesAt } from "../users.ts";
+import { processesAt } from "../processes.ts";
 import { mountsOf } from "../volume_mounts.ts";
 import { viewOf } from "./bytes.ts";
-import { runTool, toolError } from "./run_tool.ts";
-import { contentOf } from "./content.ts";
+import { contentOf, encryptedError } from "./content.ts";
 import { createDeviceReader, type DeviceReader } from "./device_reader.ts";
-import { type FsType, fsTypes } from "./fs_type.ts";
+import type { FsType } from "./fs_type.ts";
 import { fileSystemUuid } from "./fs_uuid.ts";
 import { featureOptions } from "./kernel_features.ts";
 import { parseMkfsOptions } from "./mkfs_options.ts";
-import type { MountOptions } from "./mount.ts";
-import { proveBlank } from "./samples.ts";
+import { runTool, toolError } from "./run_tool.ts";
+import { firstDataOffset } from "./samples.ts";
 import { eraseMark, markOffset, writeMark } from "./unfinished.ts";
 
+/** Which file system a blank device gets. */
+export interface FormatOptions {
+  /** Undefined: `defaultFsType` for a blank device, any of `fsTypes` otherwise. */
+  readonly fsType: FsType | undefined;
+  readonly defaultFsType: FsType;
+  /** Text of the StorageClass parameter `mkfs-options`. */
+  readonly mkfsOptions: string;
+}
+
 /**
- * Makes a file system on a blank device without mounting it; does nothing on a device that has one. For a volume that is
- * new and will be mounted read-only. Repeat it after any failure.
+ * Makes a file system on a blank device without mounting it; does nothing on a device that has one. For a new volume that
+ * will be mounted read-only. Repeat it after any failure.
  *
- * @throws StatusError as mountVolume does for a device that is not blank and holds none
+ * @throws StatusError as mountVolume does for a device that is not blank and has no file system
  */
 export async function ensureFilesystem(
   host: Host,
   outer: RequestContext,
   device: BlockDevice,
-  wish: Pick<MountOptions, "fsType" | "defaultFsType" | "mkfsOptions">,
+  options: FormatOptions,
 ): Promise<void> {
   const ctx = outer.doing(`make a file system on namespace ${device.uuid}`);
   const found = await contentOf(host, ctx, device);
   if (found.kind === "filesystem") return;
   if (found.kind === "luks") throw encryptedError(ctx, device);
-  const fsType = wish.fsType ?? wish.defaultFsType;
-  await format(host, ctx, device, fsType, wish.mkfsOptions, found.kind === "unfinished");
+  const fsType = options.fsType ?? options.defaultFsType;
+  const { mkfsOptions } = options;
+  await format(host, ctx, device, { fsType, mkfsOptions, isUnfinished: found.kind === "unfinished" });
 }
 
+/**
+ * Makes a file system. The caller has proved that the device is blank or unfinished (contentOf).
+ *
+ * @throws StatusError INVALID_ARGUMENT for bad options; FAILED_PRECONDITION when the device is mounted or a tool fails;
+ *   UNAVAILABLE when the device is in use or has changed
+ */
 export async function format(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  fsType: FsType,
-  mkfsOptions: string,
-  unfinished: boolean,
+  { fsType, mkfsOptions, isUnfinished }: {
+    readonly fsType: FsType;
+    readonly mkfsOptions: string;
+    readonly isUnfinished: boolean;
+  },
 ): Promise<void> {
-  const wanted = parseMkfsOptions(fsType, mkfsOptions);
+  const userOptions = parseMkfsOptions(fsType, mkfsOptions);
   const mounted = await mountsOf(host, await mountTable(host), device);
   if (mounted[0] !== undefined) {
     throw ctx.error("FAILED_PRECONDITION", `it is mounted at "${mounted[0].path}"`);
   }
-  // A mkfs that outlived the driver which started it may still be at work. Those of ext4 and xfs hold the device for
-  // themselves all the time, that of btrfs (6.2) does not.
-  if (unfinished || fsType === "btrfs") {
+  // A mkfs that outlived the driver which started it may still be running. mkfs.ext4 and mkfs.xfs hold the device
+  // exclusively all the time, mkfs.btrfs (6.2) does not.
+  if (isUnfinished || fsType === "btrfs") {
     const users = await processesAt(host, (place) => place === device.path);
     if (users.length > 0) {
       throw ctx.error("UNAVAILABLE", `${device.path} is in use by ${users.join(", ")}`);
     }
   }
-  // What was found there was read by a name, and may be of a device that has gone since.
+  // The content was read through a name, which may belong to another device by now.
   await recheckDevice(host, ctx, device);
-  if (unfinished) {
+  if (isUnfinished) {
     if (device.encrypts === undefined) {
       ctx.log.warning("makes a file system again that was never finished", { device: device.path });
     }
-    // mkfs.xfs refuses to write over the magic of its own half-made work, and is never forced. Within a new encryption
-    // there may be more than that: a whole file system of which the mark was not told any more.
+    // mkfs.xfs does not write over the magic of an unfinished xfs, and is never forced. Inside a new encryption there may be
+    // a whole file system, whose label was not written before the driver was killed.
     const types = device.encrypts === undefined ? ["--types", "xfs"] : [];
     const wiped = await runTool(host, ctx, "wipefs", ["--quiet", "--all", ...types, device.path]);
     if (wiped.code !== 0) throw toolError(ctx, "wipefs", wiped);
     await recheckDevice(host, ctx, device);
   }
-  const options = [...await featureOptions(host, ctx, fsType, wanted), ...wanted];
+  const options = [...await featureOptions(host, ctx, fsType, userOptions), ...userOptions];
   await writeMark(host, ctx, device);
   const args = mkfsArguments(fsType, device, options);
   const made = await runTool(host, ctx, `mkfs.${fsType}`, args);
   if (made.code !== 0) {
-    await takeBackMark(host, ctx, device);
+    await eraseMarkIfBlank(host, ctx, device);
     throw toolError(ctx, `mkfs.${fsType}`, made);
   }
   await eraseMark(host, ctx, device);
@@ -89,24 +112,24 @@ export async function format(
 function mkfsArguments(fsType: FsType, { path, uuid }: BlockDevice, options: readonly string[]): readonly string[] {
   switch (fsType) {
     case "ext4":
-      // No reserved blocks: the volume has one user. A new namespace has nothing to discard. Zeros for the journal are most
-      // of what mkfs writes, and no block of it can be taken for one of a journal: what is there is zero, or noise.
+      // No reserved blocks: the volume has one user. A new namespace has nothing to discard. Zeroing the journal would be most
+      // of what mkfs writes, and is not needed: no block there can be mistaken for one of a journal, all are zero or noise.
       return [
         ...["-q", "-m", "0", "-U", fileSystemUuid(uuid)],
-        ...joined(joined(["-E", "nodiscard,lazy_journal_init=1", ...options], "-E"), "-O"),
+        ...joinOption(joinOption(["-E", "nodiscard,lazy_journal_init=1", ...options], "-E"), "-O"),
         path,
       ];
     case "xfs":
       return ["-q", "-K", "-m", `uuid=${fileSystemUuid(uuid)}`, ...options, path];
     case "btrfs":
-      // Without -U: to see that a UUID is unique, mkfs.btrfs reads every block device of the machine, and one that does not
-      // answer holds it up.
+      // Without -U: to check that a UUID is unique, mkfs.btrfs reads every block device of the machine, and hangs when one
+      // of them does not answer.
       return ["-q", "-K", ...options, path];
   }
 }
 
-/** `args` with all values of `option` in one comma list, in their order: mke2fs takes the last such option only. */
-function joined(args: readonly string[], option: string): readonly string[] {
+/** `args` with all values of `option` in one comma list, in their order: mke2fs uses only the last such option. */
+function joinOption(args: readonly string[], option: string): readonly string[] {
   const values: string[] = [];
   const rest: string[] = [];
   for (let at = 0; at < args.length; at += 2) {
@@ -117,8 +140,8 @@ function joined(args: readonly string[], option: string): readonly string[] {
   return values.length === 0 ? rest : [option, values.join(","), ...rest];
 }
 
-/** After a mkfs that refused: leaves the device as blank as it was, if it is. */
-async function takeBackMark(
+/** After a mkfs that failed: erases the mark again if the device is still blank otherwise. */
+async function eraseMarkIfBlank(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
@@ -127,20 +150,24 @@ async function takeBackMark(
   if (offset === undefined) return;
   const read = createDeviceReader(host, ctx, device);
   try {
-    // What follows the mark is never written without something before it.
-    await proveBlank(read, { ...device, sizeBytes: offset }, (problem) => new StatusError("UNAVAILABLE", problem));
-    await eraseMark(host, ctx, device);
+    // mkfs writes nothing behind the mark without writing before it.
+    const at = await firstDataOffset(read, offset);
+    if (at === undefined) return await eraseMark(host, ctx, device);
+    ctx.log.debug("leaves a device marked as unfinished", {
+      device: device.path,
+      error: `there is data at byte ${at}`,
+    });
   } catch (error) {
-    // What mkfs said matters more. The mark stays, and the next attempt begins again.
+    // The error of mkfs matters more. The mark stays, and the next attempt begins again.
     ctx.signal.throwIfAborted();
     ctx.log.debug("leaves a device marked as unfinished", { device: device.path, error: messageOf(error) });
   }
 }
 
 /**
- * Erases the mark in a file system whose mkfs has ended, when the driver was killed before it could. Only in one that was never
- * mounted, or hardly: in any other, what looks like the mark is a tenant's. Left in a free block, it would make a volume that
- * lost its super block look like one that was never finished.
+ * Erases the mark in a file system whose mkfs has ended, when the driver was killed before it erased the mark. Only in one
+ * that was hardly ever mounted: in any other, a block that looks like the mark is a tenant's. A mark that stayed in a free
+ * block would make a volume that lost its super block look unfinished.
  */
 export async function eraseStaleMark(
   host: Host,
@@ -151,7 +178,7 @@ export async function eraseStaleMark(
   if (await isFresh(createDeviceReader(host, ctx, device), fsType)) await eraseMark(host, ctx, device);
 }
 
-/** Whether a file system is as its mkfs left it, or was used for next to nothing. */
+/** Whether a file system is as its mkfs left it, or hardly used. */
 async function isFresh(read: DeviceReader, fsType: FsType): Promise<boolean> {
   switch (fsType) {
     case "ext4": {
@@ -166,11 +193,4 @@ async function isFresh(read: DeviceReader, fsType: FsType): Promise<boolean> {
       // The generation of the super block: mkfs.btrfs leaves it below ten, and each commit adds one.
       return viewOf(await read(65536n, 4096), 0).getBigUint64(0x48, true) <= 10n;
   }
-}
-
-export function encryptedError(ctx: RequestContext, device: BlockDevice): StatusError {
-  return ctx.error(
-    "FAILED_PRECONDITION",
-    `${device.path} holds crypto_LUKS, which is none of ${fsTypes.join(", ")}; it is left alone`,
-  );
 }

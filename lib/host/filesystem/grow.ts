@@ -1,4 +1,4 @@
-/** Sizes of file systems, and making one fill its device. */
+/** Grows mounted file systems to the size of their devices. */
 import type { RequestContext } from "../../context.ts";
 import type { Host } from "../host.ts";
 import { describeMount, mountsAt, mountTable } from "../mount_table.ts";
@@ -8,16 +8,9 @@ import { relationOf } from "../volume_mounts.ts";
 import { runTool, toolError } from "./run_tool.ts";
 import { measureFileSystem, type MountedFileSystem } from "./size.ts";
 
-/** The kernel lets only holders of CAP_SYS_RESOURCE (24) grow a mounted ext4, root or not. */
-export async function canGrowMountedExt4(host: Host): Promise<boolean> {
-  const status = await host.readText(`${host.roots.proc}/self/status`);
-  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(status ?? "")?.[1];
-  return effective !== undefined && (BigInt(`0x${effective}`) & (1n << 24n)) !== 0n;
-}
-
 /**
- * Grows the mounted file system to the size of its device if it is smaller, and measures it afterwards; never shrinks.
- * Answers the size of the file system in bytes. Large enough: done, without a command.
+ * Grows a mounted file system to the size of its device if it is smaller, and returns its size in bytes as measured
+ * afterwards. Never shrinks it; runs no command when it is large enough.
  *
  * @throws StatusError FAILED_PRECONDITION when the mount is read-only or the tool fails; UNAVAILABLE when the file system
  *   has not grown although the tool says so
@@ -33,7 +26,7 @@ export async function ensureGrown(
   const before = await measureFileSystem(host, ctx, now, { path, fsType });
   if (now.sizeBytes - before.fsBytes < before.stepBytes) return before.fsBytes;
   const mount = mountsAt(await mountTable(host), path).at(-1);
-  // Some of the tools are told the path alone, and grow what they find on top there.
+  // Some of the tools get the path alone, and grow what is mounted on top there.
   if (mount === undefined || await relationOf(host, mount, now) !== "ours") {
     throw ctx.error(
       "FAILED_PRECONDITION",
@@ -66,4 +59,11 @@ export async function ensureGrown(
     );
   }
   return after.fsBytes;
+}
+
+/** Whether this process may grow a mounted ext4: that takes CAP_SYS_RESOURCE (24), also as root. */
+export async function canGrowMountedExt4(host: Host): Promise<boolean> {
+  const status = await host.readText(`${host.roots.proc}/self/status`);
+  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(status ?? "")?.[1];
+  return effective !== undefined && (BigInt(`0x${effective}`) & (1n << 24n)) !== 0n;
 }

@@ -7,9 +7,11 @@ import type { BlockDevice } from "../nvme/devices.ts";
 import { volumeQuestioner } from "./device_reader.ts";
 
 /**
- * What is wrong with a mount of `device`, or undefined: the file system must look up a name in its root, the device must
- * answer a read, and a mount for writing must take writes (the kernel makes a damaged file system read-only without a word in the
- * mount table).
+ * What is wrong with a mount of `device`, or undefined. The file system must look up a name in its root, the device must
+ * answer a read, and a mount for writing must take writes: the kernel makes a damaged file system read-only, which the mount
+ * table does not always show.
+ *
+ * @throws as checkReadable
  */
 export async function checkMount(
   host: Host,
@@ -22,10 +24,10 @@ export async function checkMount(
 }
 
 /**
- * Why a mount of `device` cannot be read, or undefined. A volume that does not answer is not looked at as broken, for a
+ * Why a mount of `device` cannot be read, or undefined. A volume that does not answer does not count as broken, because a
  * mount that hangs must be left alone.
  *
- * @throws the reason of `ctx.signal`; StatusError UNAVAILABLE while the volume owes an answer
+ * @throws the reason of `ctx.signal`; StatusError UNAVAILABLE while the volume owes an answer (pending.ts)
  */
 export async function checkReadable(
   host: Host,
@@ -34,14 +36,14 @@ export async function checkReadable(
   mount: Mount,
 ): Promise<string | undefined> {
   const quote = `${describeMount(mount)} at "${mount.path}"`;
-  const answer = volumeQuestioner(host, ctx.doing(`use ${quote}`), device);
+  const ask = volumeQuestioner(host, ctx.doing(`use ${quote}`), device);
   try {
-    await answer(`a look at "${mount.path}"`, () => host.lookUp(mount.path));
-    // Somewhere, so that the answer does not come from a cache.
+    await ask(`a look at "${mount.path}"`, () => host.lookUp(mount.path));
+    // At a random place, so that the answer does not come from a cache.
     const blocks = device.sizeBytes / 4096n;
     if (blocks === 0n) return `${device.path} has no size`;
     const block = BigInt(Math.floor(Math.random() * Number(blocks)));
-    await answer(`a read of ${device.path}`, () => host.readBytes(device.path, block * 4096n, 4096));
+    await ask(`a read of ${device.path}`, () => host.readBytes(device.path, block * 4096n, 4096));
   } catch (error) {
     if (error instanceof StatusError) throw error;
     ctx.signal.throwIfAborted();
@@ -50,7 +52,7 @@ export async function checkReadable(
   return undefined;
 }
 
-/** Why a mount for writing takes no writes, or undefined. Throws as readTroubleOf does. */
+/** Why a mount for writing takes no writes, or undefined. Throws as checkReadable does. */
 export async function checkWritable(
   host: Host,
   ctx: RequestContext,
@@ -64,12 +66,12 @@ export async function checkWritable(
   }
   if (mount.options.includes("ro")) return undefined;
   try {
-    const answer = volumeQuestioner(host, ctx.doing(`use ${quote}`), device);
-    await answer(`a write at "${mount.path}"`, () => host.tryWrite(mount.path));
+    const ask = volumeQuestioner(host, ctx.doing(`use ${quote}`), device);
+    await ask(`a write at "${mount.path}"`, () => host.tryWrite(mount.path));
   } catch (error) {
     if (error instanceof StatusError) throw error;
     ctx.signal.throwIfAborted();
-    // A full file system, or one without unnamed files, is not a broken one.
+    // A full file system, or one that does not support unnamed files, is not broken.
     if (/EROFS|EIO|ESHUTDOWN|EUCLEAN|ENODEV|ENXIO/.test(codeOf(error))) {
       return `${quote} takes no writes (${messageOf(error)})`;
     }

@@ -1,9 +1,9 @@
 /**
- * Features of file systems that kernels do not know before some version: which of them mkfs has to leave out on this node,
- * and which of them keep a node from mounting what is there.
+ * Features of file systems that older kernels do not support: which of them mkfs has to leave out on this node, and which of
+ * them keep this node from mounting an existing file system.
  *
- * The tools in the image can be newer than the node's kernel: xfsprogs 6.1 makes bigtime, which Linux before 5.10 refuses
- * to mount. The versions are those in which Linux and the tools got a feature; bits and places of fields are those of
+ * The tools in the image can be newer than the node's kernel: xfsprogs 6.1 makes bigtime, which Linux before 5.10 cannot
+ * mount. The versions are those in which Linux and the tools got a feature; bits and places of fields are those of
  * fs/xfs/libxfs/xfs_format.h, fs/ext4/ext4.h and include/uapi/linux/btrfs.h.
  */
 import type { RequestContext } from "../../context.ts";
@@ -12,125 +12,20 @@ import type { Host } from "../host.ts";
 import type { DeviceReader } from "./device_reader.ts";
 import type { FsType } from "./fs_type.ts";
 
-/** Major and minor number of a kernel or a tool. */
-type Version = readonly [major: number, minor: number];
-/** Which field of the super block has the bit: it keeps kernels that do not know it from mounting, or from writing. */
-type Field = "incompatible" | "read-only compatible";
-
-interface Feature {
-  readonly name: string;
-  readonly field: Field;
-  readonly bit: number;
-  /** The first Linux that has it. */
-  readonly kernel: Version;
-  /** How mkfs leaves it out, and the first mkfs that knows that; absent: no mkfs has it by default. */
-  readonly without?: { readonly option: string; readonly key: string; readonly since: Version };
-}
-
-const incompatible = "incompatible";
-const readOnlyCompatible = "read-only compatible";
-
-/** A feature of xfs, `-m bigtime=0`. */
-function xfs(name: string, field: Field, bit: number, kernel: Version, option: string): Feature {
-  return { name, field, bit, kernel, without: { option, key: name, since: kernel } };
-}
-
-const features: Readonly<Record<FsType, readonly Feature[]>> = {
-  xfs: [
-    xfs("finobt", readOnlyCompatible, 0x1, [3, 16], "-m"),
-    xfs("sparse", incompatible, 0x2, [4, 2], "-i"),
-    xfs("rmapbt", readOnlyCompatible, 0x2, [4, 8], "-m"),
-    xfs("reflink", readOnlyCompatible, 0x4, [4, 9], "-m"),
-    xfs("inobtcount", readOnlyCompatible, 0x8, [5, 10], "-m"),
-    xfs("bigtime", incompatible, 0x8, [5, 10], "-m"),
-    xfs("nrext64", incompatible, 0x20, [5, 19], "-i"),
-    xfs("exchange", incompatible, 0x40, [6, 10], "-i"),
-    xfs("parent", incompatible, 0x80, [6, 10], "-n"),
-    xfs("metadir", incompatible, 0x100, [6, 13], "-m"),
-    { name: "meta_uuid", field: incompatible, bit: 0x4, kernel: [4, 3] },
-    { name: "zoned", field: incompatible, bit: 0x200, kernel: [6, 15] },
-  ],
-  ext4: [
-    {
-      name: "metadata_csum_seed",
-      field: incompatible,
-      bit: 0x2000,
-      kernel: [4, 4],
-      without: { option: "-O", key: "metadata_csum_seed", since: [1, 43] },
-    },
-    {
-      // The file is no obstacle, files in it that were deleted while open are.
-      name: "orphan_file",
-      field: readOnlyCompatible,
-      bit: 0x10000,
-      kernel: [5, 15],
-      without: { option: "-O", key: "orphan_file", since: [1, 47] },
-    },
-    { name: "metadata_csum", field: readOnlyCompatible, bit: 0x400, kernel: [3, 6] },
-    { name: "project", field: readOnlyCompatible, bit: 0x2000, kernel: [4, 5] },
-    { name: "verity", field: readOnlyCompatible, bit: 0x8000, kernel: [5, 4] },
-    { name: "ea_inode", field: incompatible, bit: 0x400, kernel: [4, 13] },
-    { name: "large_dir", field: incompatible, bit: 0x4000, kernel: [4, 13] },
-    { name: "inline_data", field: incompatible, bit: 0x8000, kernel: [3, 8] },
-    { name: "encrypt", field: incompatible, bit: 0x10000, kernel: [4, 1] },
-    { name: "casefold", field: incompatible, bit: 0x20000, kernel: [5, 2] },
-  ],
-  btrfs: [
-    {
-      name: "block-group-tree",
-      field: readOnlyCompatible,
-      bit: 0x8,
-      kernel: [6, 1],
-      without: { option: "-O", key: "block-group-tree", since: [6, 0] },
-    },
-    {
-      name: "no-holes",
-      field: incompatible,
-      bit: 0x200,
-      kernel: [3, 14],
-      without: { option: "-O", key: "no-holes", since: [3, 14] },
-    },
-    { name: "free-space-tree", field: readOnlyCompatible, bit: 0x1, kernel: [4, 5] },
-    { name: "verity", field: readOnlyCompatible, bit: 0x4, kernel: [5, 15] },
-    { name: "zstd", field: incompatible, bit: 0x10, kernel: [4, 14] },
-    { name: "metadata-uuid", field: incompatible, bit: 0x400, kernel: [5, 0] },
-    { name: "raid1c34", field: incompatible, bit: 0x800, kernel: [5, 5] },
-    { name: "zoned", field: incompatible, bit: 0x1000, kernel: [5, 12] },
-    { name: "raid-stripe-tree", field: incompatible, bit: 0x4000, kernel: [6, 7] },
-    { name: "squota", field: incompatible, bit: 0x10000, kernel: [6, 7] },
-  ],
-};
-
-/** Bits that each kernel with NVMe/TCP (5.0, some distributions' 4.18) knows, and that need no name. */
-const oldBits: Readonly<Record<FsType, Readonly<Record<Field, number>>>> = {
-  // ftype, needsrepair.
-  xfs: { [incompatible]: 0x11, [readOnlyCompatible]: 0 },
-  // filetype to flex_bg; sparse_super to bigalloc, and read-only.
-  ext4: { [incompatible]: 0x3d6, [readOnlyCompatible]: 0x137f },
-  btrfs: { [incompatible]: 0x1ef, [readOnlyCompatible]: 0x2 },
-};
-
-/** Where the two fields are: bytes from the beginning of the device, and their order of bytes. */
-const fields: Readonly<Record<FsType, Readonly<Record<Field, bigint>> & { readonly isLittleEndian: boolean }>> = {
-  xfs: { [incompatible]: 216n, [readOnlyCompatible]: 212n, isLittleEndian: false },
-  ext4: { [incompatible]: 1024n + 0x60n, [readOnlyCompatible]: 1024n + 0x64n, isLittleEndian: true },
-  btrfs: { [incompatible]: 65536n + 0xbcn, [readOnlyCompatible]: 65536n + 0xb4n, isLittleEndian: true },
-};
-
 /**
- * Options for mkfs that leave out what this node's kernel does not know. None when the kernel is new enough or its version
- * cannot be read, when the installed mkfs does not know a feature, and for what `wanted` (the user's options) names: the
- * user's choice counts.
+ * Options for mkfs that leave out what this node's kernel does not support. None when the kernel is new enough or its version
+ * cannot be read, for features that the installed mkfs does not know, and for those that the user's options name: the user's
+ * choice counts.
  */
 export async function featureOptions(
   host: Host,
   ctx: RequestContext,
   fsType: FsType,
-  wanted: readonly string[],
+  userOptions: readonly string[],
 ): Promise<readonly string[]> {
   const kernel = await kernelVersion(host);
   if (kernel === undefined) return [];
-  const named = namedKeys(wanted);
+  const named = namedKeys(userOptions);
   const tooNew = features[fsType].flatMap(({ kernel: needed, without }) =>
     without !== undefined && isBefore(kernel.version, needed) && !named.has(`${without.option} ${without.key}`)
       ? [without]
@@ -155,6 +50,7 @@ function namedKeys(args: readonly string[]): ReadonlySet<string> {
   return named;
 }
 
+/** Which features the installed mkfs can leave out. */
 async function knownByMkfs(
   host: Host,
   ctx: RequestContext,
@@ -162,7 +58,7 @@ async function knownByMkfs(
 ): Promise<(feature: { readonly key: string; readonly since: Version }) => boolean> {
   const probe = { signal: ctx.signal, onAbort: "kill", log: ctx.log } as const;
   if (fsType === "btrfs") {
-    // What it has depends on how it was built, and it has a list.
+    // Its features depend on how it was built, and it prints a list.
     const { stdout, stderr } = await host.run("mkfs.btrfs", ["-O", "list-all"], probe);
     const names = new Set([...`${stdout}\n${stderr}`.matchAll(/^([a-z0-9-]+) /gm)].map(([, name]) => name));
     return ({ key }) => names.has(key);
@@ -173,8 +69,8 @@ async function knownByMkfs(
 }
 
 /**
- * Why a kernel may refuse to mount a file system, as the end of an error message; undefined: its features are no reason, or
- * it cannot be read.
+ * Why this kernel may not be able to mount a file system, as the end of an error message; undefined: its features are no
+ * reason, or cannot be read.
  */
 export async function featureProblem(
   host: Host,
@@ -229,3 +125,84 @@ function parseVersion(text: string): Version | undefined {
 function isBefore([major, minor]: Version, [otherMajor, otherMinor]: Version): boolean {
   return major < otherMajor || (major === otherMajor && minor < otherMinor);
 }
+
+/** Major and minor number of a kernel or a tool. */
+type Version = readonly [major: number, minor: number];
+/** Which field of the super block has the bit: kernels that do not know the bit cannot mount, or cannot write. */
+type Field = "incompatible" | "read-only compatible";
+
+interface Feature {
+  readonly name: string;
+  readonly field: Field;
+  readonly bit: number;
+  /** The first Linux that has it. */
+  readonly kernel: Version;
+  /** How mkfs leaves it out, and the first mkfs that supports this; absent: no mkfs makes it by default. */
+  readonly without?: { readonly option: string; readonly key: string; readonly since: Version };
+}
+
+const incompatible = "incompatible";
+const readOnlyCompatible = "read-only compatible";
+
+/** A feature that mkfs leaves out with `-m bigtime=0` (xfs) or `-O ^orphan_file`, from version `since` of mkfs on. */
+function optional(option: string, feature: Omit<Feature, "without">, since: Version = feature.kernel): Feature {
+  return { ...feature, without: { option, key: feature.name, since } };
+}
+
+const features: Readonly<Record<FsType, readonly Feature[]>> = {
+  xfs: [
+    optional("-m", { name: "finobt", field: readOnlyCompatible, bit: 0x1, kernel: [3, 16] }),
+    optional("-i", { name: "sparse", field: incompatible, bit: 0x2, kernel: [4, 2] }),
+    optional("-m", { name: "rmapbt", field: readOnlyCompatible, bit: 0x2, kernel: [4, 8] }),
+    optional("-m", { name: "reflink", field: readOnlyCompatible, bit: 0x4, kernel: [4, 9] }),
+    optional("-m", { name: "inobtcount", field: readOnlyCompatible, bit: 0x8, kernel: [5, 10] }),
+    optional("-m", { name: "bigtime", field: incompatible, bit: 0x8, kernel: [5, 10] }),
+    optional("-i", { name: "nrext64", field: incompatible, bit: 0x20, kernel: [5, 19] }),
+    optional("-i", { name: "exchange", field: incompatible, bit: 0x40, kernel: [6, 10] }),
+    optional("-n", { name: "parent", field: incompatible, bit: 0x80, kernel: [6, 10] }),
+    optional("-m", { name: "metadir", field: incompatible, bit: 0x100, kernel: [6, 13] }),
+    { name: "meta_uuid", field: incompatible, bit: 0x4, kernel: [4, 3] },
+    { name: "zoned", field: incompatible, bit: 0x200, kernel: [6, 15] },
+  ],
+  ext4: [
+    optional("-O", { name: "metadata_csum_seed", field: incompatible, bit: 0x2000, kernel: [4, 4] }, [1, 43]),
+    // The file itself is harmless; entries for files that were deleted while open are not.
+    optional("-O", { name: "orphan_file", field: readOnlyCompatible, bit: 0x10000, kernel: [5, 15] }, [1, 47]),
+    { name: "metadata_csum", field: readOnlyCompatible, bit: 0x400, kernel: [3, 6] },
+    { name: "project", field: readOnlyCompatible, bit: 0x2000, kernel: [4, 5] },
+    { name: "verity", field: readOnlyCompatible, bit: 0x8000, kernel: [5, 4] },
+    { name: "ea_inode", field: incompatible, bit: 0x400, kernel: [4, 13] },
+    { name: "large_dir", field: incompatible, bit: 0x4000, kernel: [4, 13] },
+    { name: "inline_data", field: incompatible, bit: 0x8000, kernel: [3, 8] },
+    { name: "encrypt", field: incompatible, bit: 0x10000, kernel: [4, 1] },
+    { name: "casefold", field: incompatible, bit: 0x20000, kernel: [5, 2] },
+  ],
+  btrfs: [
+    optional("-O", { name: "block-group-tree", field: readOnlyCompatible, bit: 0x8, kernel: [6, 1] }, [6, 0]),
+    optional("-O", { name: "no-holes", field: incompatible, bit: 0x200, kernel: [3, 14] }, [3, 14]),
+    { name: "free-space-tree", field: readOnlyCompatible, bit: 0x1, kernel: [4, 5] },
+    { name: "verity", field: readOnlyCompatible, bit: 0x4, kernel: [5, 15] },
+    { name: "zstd", field: incompatible, bit: 0x10, kernel: [4, 14] },
+    { name: "metadata-uuid", field: incompatible, bit: 0x400, kernel: [5, 0] },
+    { name: "raid1c34", field: incompatible, bit: 0x800, kernel: [5, 5] },
+    { name: "zoned", field: incompatible, bit: 0x1000, kernel: [5, 12] },
+    { name: "raid-stripe-tree", field: incompatible, bit: 0x4000, kernel: [6, 7] },
+    { name: "squota", field: incompatible, bit: 0x10000, kernel: [6, 7] },
+  ],
+};
+
+/** Bits that every kernel with NVMe/TCP (5.0; 4.18 of some distributions) knows, so that they need no name. */
+const oldBits: Readonly<Record<FsType, Readonly<Record<Field, number>>>> = {
+  // ftype, needsrepair.
+  xfs: { [incompatible]: 0x11, [readOnlyCompatible]: 0 },
+  // filetype to flex_bg; sparse_super to bigalloc, and read-only.
+  ext4: { [incompatible]: 0x3d6, [readOnlyCompatible]: 0x137f },
+  btrfs: { [incompatible]: 0x1ef, [readOnlyCompatible]: 0x2 },
+};
+
+/** The offsets of the two fields on the device, and their byte order. */
+const fields: Readonly<Record<FsType, Readonly<Record<Field, bigint>> & { readonly isLittleEndian: boolean }>> = {
+  xfs: { [incompatible]: 216n, [readOnlyCompatible]: 212n, isLittleEndian: false },
+  ext4: { [incompatible]: 1024n + 0x60n, [readOnlyCompatible]: 1024n + 0x64n, isLittleEndian: true },
+  btrfs: { [incompatible]: 65536n + 0xbcn, [readOnlyCompatible]: 65536n + 0xb4n, isLittleEndian: true },
+};

@@ -1,6 +1,4 @@
-/** Which parts of a device are read to see whether it is blank: its head, its tail, and samples in between. */
-import { StatusError } from "../../error.ts";
-import type { BlockDevice } from "../nvme/devices.ts";
+/** The parts of a device that are read to see whether it is blank: its head, its tail, and samples in between. */
 import { firstNonZero } from "./bytes.ts";
 import type { DeviceReader } from "./device_reader.ts";
 
@@ -9,13 +7,6 @@ export interface Sample {
   readonly offsetBytes: bigint;
   readonly lengthBytes: number;
 }
-
-const edgeBytes = 2n << 20n;
-const sampleBytes = 64 << 10;
-const evenSamples = 62n;
-// Where known formats keep copies of what identifies them, should the head be lost: ext4's backup super blocks with
-// blocks of 1, 2 and 4 KiB, and btrfs' mirrors.
-const copies = [8193n << 10n, 16384n << 11n, 32768n << 12n, 64n << 20n, 256n << 30n];
 
 /** The parts of a device of this size in bytes; the whole of a small one. */
 export function samplesOf(sizeBytes: bigint): readonly Sample[] {
@@ -33,20 +24,18 @@ export function samplesOf(sizeBytes: bigint): readonly Sample[] {
   ];
 }
 
-/** Reads head, tail, and samples in between; throws `refuse` at the first byte that is not zero. */
-export async function proveBlank(
-  read: DeviceReader,
-  device: BlockDevice,
-  refuse: (problem: string) => StatusError,
-): Promise<void> {
-  for (const { offsetBytes, lengthBytes } of samplesOf(device.sizeBytes)) {
+/** The offset in bytes of the first byte that is not zero in the samples of a device; undefined: all are zero. */
+export async function firstDataOffset(read: DeviceReader, sizeBytes: bigint): Promise<bigint | undefined> {
+  for (const { offsetBytes, lengthBytes } of samplesOf(sizeBytes)) {
     const at = firstNonZero(await read(offsetBytes, lengthBytes));
-    if (at === undefined) continue;
-    throw refuse(
-      `${device.path} is not blank and holds no file system: there is data at byte ${
-        offsetBytes + BigInt(at)
-      }; it is left ` +
-        `alone. If nothing on it is needed, delete the volume and make it anew`,
-    );
+    if (at !== undefined) return offsetBytes + BigInt(at);
   }
+  return undefined;
 }
+
+const edgeBytes = 2n << 20n;
+const sampleBytes = 64 << 10;
+const evenSamples = 62n;
+// Where known formats keep copies of their super block, in case the head is lost: those of ext4 with blocks of 1, 2 and
+// 4 KiB, and those of btrfs.
+const copies = [8193n << 10n, 16384n << 11n, 32768n << 12n, 64n << 20n, 256n << 30n];

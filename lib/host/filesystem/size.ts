@@ -1,3 +1,4 @@
+/** Sizes of file systems. */
 import type { RequestContext } from "../../context.ts";
 import type { Host } from "../host.ts";
 import type { BlockDevice } from "../nvme/devices.ts";
@@ -11,7 +12,8 @@ export interface MountedFileSystem {
   readonly fsType: FsType;
 }
 
-interface FsSize {
+/** The size of a file system. */
+export interface FileSystemSize {
   readonly fsBytes: bigint;
   /** The least that it can grow by, in bytes. */
   readonly stepBytes: bigint;
@@ -19,31 +21,36 @@ interface FsSize {
   readonly unusableBytes: bigint;
 }
 
+/**
+ * The size of a mounted file system now.
+ *
+ * @throws StatusError UNAVAILABLE when the device has no super block of that type, cannot be read, or owes an answer
+ */
 export async function measureFileSystem(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
   { path, fsType }: MountedFileSystem,
-): Promise<FsSize> {
+): Promise<FileSystemSize> {
   const read = createDeviceReader(host, ctx, device);
   const onDisk = await sizeFromSuperBlock(read, fsType);
   if (onDisk === undefined) {
     throw ctx.error("UNAVAILABLE", `${device.path} has no super block of ${fsType}`);
   }
-  // ext4 keeps its super block where we read it. The others write theirs now and then, and statfs knows more.
+  // ext4 keeps its super block up to date on the device. The others write theirs from time to time, and statfs is exact.
   if (fsType === "ext4") return onDisk;
-  const answer = volumeQuestioner(host, ctx, device);
-  const usage = await answer(`statfs of "${path}"`, () => host.usage(path));
+  const ask = volumeQuestioner(host, ctx, device);
+  const usage = await ask(`statfs of "${path}"`, () => host.usage(path));
   // statfs of xfs leaves out the journal, whose size never changes.
   const mounted = usage.totalBytes + (onDisk.journalBytes ?? 0n);
   return { ...onDisk, fsBytes: mounted > onDisk.fsBytes ? mounted : onDisk.fsBytes };
 }
 
-/** Reads the size that a super block tells; undefined when there is none of this type. */
+/** The size in a super block; undefined when there is none of this type. */
 export async function sizeFromSuperBlock(
   read: DeviceReader,
   fsType: FsType,
-): Promise<(FsSize & { readonly journalBytes?: bigint }) | undefined> {
+): Promise<(FileSystemSize & { readonly journalBytes?: bigint }) | undefined> {
   switch (fsType) {
     case "ext4": {
       // ext4's disk layout: little endian, at byte 1024.

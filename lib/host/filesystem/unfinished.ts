@@ -1,19 +1,20 @@
 /**
- * Marks a device while mkfs runs, so that a mkfs that was killed half-way is recognised and run again.
+ * Marks a device while mkfs runs, so that the driver recognises a file system whose mkfs was killed, and runs mkfs again.
  *
- * Such a mkfs leaves a device that is neither blank nor a file system. ext4 writes its super block last, and nothing in the
- * blocks before it tells whose they are. xfs and btrfs say from the start that they are unfinished, but a second attempt
- * erases that first. So the driver writes a mark before mkfs, on a device that is proved blank. It erases the mark after
- * mkfs, before anything else can write to the device: before the first mount, and before a pod gets the device itself.
+ * Such a device is neither blank nor a file system. ext4 writes its super block last, and the blocks before it do not show
+ * whose they are. xfs and btrfs mark themselves as unfinished from the start, but a second attempt erases that first. So the
+ * driver writes a mark before mkfs, on a device that is proved blank. It erases the mark after mkfs, before anything else can
+ * write to the device: before the first mount, and before a pod gets the device itself.
  *
  * The mark is a block of 4 KiB about 2 MiB before the end of the device. No mkfs writes there (seen with e2fsprogs 1.47,
  * xfsprogs 6.1 and btrfs-progs 6.2): each zeroes the head, and at the end btrfs zeroes 2 MiB, xfs and ext4 up to 128 KiB;
- * their own blocks are at the beginnings of groups and chunks. If an unusual layout overwrites the mark, a half-made file
- * system is refused, like everything that is not provably blank.
+ * their own blocks are at the beginnings of groups and chunks. If an unusual layout overwrites the mark, the unfinished file
+ * system is left alone, like everything that is not provably blank.
  *
- * The mark holds the namespace UUID and the size, so that a clone or snapshot of a half-made volume is not taken for one of
- * ours. It counts only where no file system is found, the head is as each mkfs leaves it until the end, and no sample of the
- * device has what no mkfs writes. A block of a tenant's file that looks like the mark lies in a file system that is found.
+ * The mark contains the namespace UUID and the size, so that a clone or snapshot of an unfinished volume does not count as
+ * ours. It counts only where no file system is found, the head is as every mkfs leaves it until the end, and no sample of the
+ * device has content that no mkfs writes. A block of a tenant's file that looks like the mark lies in a file system, which is
+ * found.
  */
 import type { RequestContext } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
@@ -30,14 +31,14 @@ const markBytes = 4096;
 const alignmentBytes = 64n << 10n;
 /** What mkfs.btrfs zeroes at the end of a device. */
 const tailBytes = 2n << 20n;
-/** On a smaller device there is no place that surely is in nobody's way. */
+/** On a smaller device, every place may be written by some mkfs. */
 const leastBytes = 16n << 20n;
 /** Where btrfs keeps copies of its super block, which mkfs.btrfs completes last. */
 const btrfsCopies = [64n << 20n, 256n << 30n];
 
 /**
- * Where the mark of a device is, in bytes. Undefined where there is none: on an encrypted device, whose LUKS header has the
- * mark (see luks.ts), and on a very small one.
+ * The offset of the mark on a device, in bytes. Undefined where there is none: on an encrypted device, whose LUKS header has a
+ * label instead (luks_label.ts), and on a very small one.
  */
 export function markOffset({ encrypts, sizeBytes }: BlockDevice): bigint | undefined {
   if (encrypts !== undefined || sizeBytes < leastBytes) return undefined;
@@ -60,10 +61,10 @@ export async function isMarked(read: DeviceReader, device: BlockDevice): Promise
   return (await read(offset, markBytes)).every((byte, at) => byte === expected[at]);
 }
 
-/** Whether a mkfs of ours has begun on this device and not ended. Ask only where no file system is found. */
+/** Whether a mkfs of ours has begun on this device and not ended, by the mark. Call it only where no file system is found. */
 export async function isUnfinished(read: DeviceReader, device: BlockDevice): Promise<boolean> {
   if (!await isMarked(read, device)) return false;
-  // Each mkfs zeroes the boot block first. Who uses a device as it is writes there, and a used xfs has a header there.
+  // Every mkfs zeroes the boot block first. A pod that uses the raw device writes there, and a used xfs has a header there.
   if (!(await read(0n, 4096)).subarray(0, 1024).every((byte) => byte === 0)) return false;
   for (const offset of btrfsCopies) {
     if (offset + 4096n <= device.sizeBytes && textAt(await read(offset, 4096), 64, 8) === "_BHRfS_M") return false;
@@ -72,12 +73,12 @@ export async function isUnfinished(read: DeviceReader, device: BlockDevice): Pro
 }
 
 const gib = 1n << 30n;
-/** So many sizes are tried, each of which takes a read of 4 KiB. */
+/** How many sizes are tried; each takes a read of 4 KiB. */
 const mostSizes = 1024n;
 
 /**
- * Whether a mkfs of ours began on this device when it was smaller: it was enlarged before the repeat. Sizes of whole GiB are
- * tried, which is what volumes have. Ask only where the device would be refused otherwise.
+ * Whether a mkfs of ours began on this device when it was smaller, before the volume was expanded. Tries sizes of whole GiB,
+ * as volumes have. Call it only where the device would be left alone otherwise.
  */
 export async function wasUnfinishedWhenSmaller(read: DeviceReader, device: BlockDevice): Promise<boolean> {
   const largest = (device.sizeBytes - 1n) / gib;
@@ -85,7 +86,7 @@ export async function wasUnfinishedWhenSmaller(read: DeviceReader, device: Block
     const smaller = { ...device, sizeBytes: size * gib };
     if (!await isMarked(read, smaller)) continue;
     for (const { offsetBytes, lengthBytes } of samplesOf(device.sizeBytes)) {
-      // What was added is blank.
+      // The part that was added is blank.
       if (offsetBytes < smaller.sizeBytes) continue;
       if (firstNonZero(await read(offsetBytes, lengthBytes)) !== undefined) return false;
     }
@@ -95,9 +96,8 @@ export async function wasUnfinishedWhenSmaller(read: DeviceReader, device: Block
 }
 
 /**
- * Whether a device with a half-made file system has, where it is looked at, what no mkfs writes: text, or blocks without
- * gaps, as compressed, encrypted and random data are. For a device that was used as it is and whose content imitates a
- * half-made file system.
+ * Whether the samples of a device with an unfinished file system contain what no mkfs writes: text, or blocks without zeros as
+ * in compressed, encrypted and random data. Detects a raw device that was used and whose content looks unfinished.
  */
 export async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boolean> {
   const own = markOffset(device);
@@ -133,9 +133,9 @@ const pieceBytes = 1n << 20n;
 const unitBytes = 1024;
 const longestWord = 12;
 
-/** Metadata of ext4, xfs and btrfs is full of zeros, or a bitmap; of text it has short names, and labels in super blocks. */
+/** Metadata of ext4, xfs and btrfs is mostly zeros, or a bitmap; its only text is short names, and labels in super blocks. */
 function isData(unit: Uint8Array): boolean {
-  if (isNamed(unit)) return false;
+  if (hasNames(unit)) return false;
   const values = new Set<number>();
   let nonZero = 0;
   let printable = 0;
@@ -148,15 +148,15 @@ function isData(unit: Uint8Array): boolean {
   return nonZero > unit.length * 15 / 16 && values.size > 32;
 }
 
-/** Blocks that have labels and names. */
-function isNamed(unit: Uint8Array): boolean {
+/** Whether a block is of a kind that contains labels and names. */
+function hasNames(unit: Uint8Array): boolean {
   const isExt4 = unit[0x38] === 0x53 && unit[0x39] === 0xef;
-  // ext4's block against double mounts (mmp) has the names of machine and device.
+  // The block of ext4 that protects against double mounts (mmp) has the names of machine and device.
   return isExt4 || ["XFSB", "PMM\0"].includes(textAt(unit, 0, 4)) ||
     /^(?:_BHRfS_M|!BHRfS_M)$/.test(textAt(unit, 64, 8));
 }
 
-/** Writes the mark, to the disk, on a device that is proved blank or unfinished. Throws UNAVAILABLE when it cannot. */
+/** Writes the mark on a device that is proved blank or unfinished, and waits until it is on the disk; else UNAVAILABLE. */
 export async function writeMark(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const offset = markOffset(device);
   if (offset === undefined) return;
@@ -169,8 +169,8 @@ export async function writeMark(host: Host, ctx: RequestContext, device: BlockDe
 }
 
 /**
- * Erases the mark where there is one; none: done. Only the exact mark is erased. The caller has seen that nobody has used
- * the device since the mark was written.
+ * Erases the mark; does nothing where there is none. Erases the exact mark only. The caller has made sure that nothing has
+ * used the device since the mark was written.
  *
  * @throws StatusError UNAVAILABLE when the device cannot be read or written
  */
@@ -193,8 +193,8 @@ export async function eraseMark(
 }
 
 /**
- * Erases the mark of a half-made file system, on a device that a pod is to get as it is. Nothing half-made, or a device that
- * cannot be read, which is the pod's to notice: done.
+ * Erases the mark of an unfinished file system on a raw device before a pod gets it. Does nothing where nothing is unfinished,
+ * or the device cannot be read, which the pod will notice.
  *
  * @throws StatusError UNAVAILABLE when there is a mark that cannot be erased
  */
@@ -234,21 +234,21 @@ function markError(ctx: RequestContext, device: BlockDevice, error: unknown): St
   );
 }
 
-/** Whether a mkfs of ours began on the device and did not end, by what xfs says itself and earlier versions had btrfs say. */
+/** Whether a mkfs of ours began on the device and did not end, by what xfs says, and btrfs as earlier versions made it. */
 export async function isHalfMade(
   read: DeviceReader,
   device: BlockDevice,
   mountable: FsType | "crypto_LUKS" | undefined,
 ): Promise<boolean> {
-  // Whatever else is left there, a file system that is whole is not half-made. xfs is whole when it says so.
+  // A file system that is complete is not half-made, whatever else is left there. An xfs says so itself.
   if (mountable !== undefined && mountable !== "xfs") return false;
   if (device.sizeBytes < 1n << 20n) return false;
   const ours = fileSystemUuid(device.uuid);
-  // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.
+  // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.ts.
   const xfs = await read(0n, 4096);
   const isXfs = ["XFSB", "\0\0\0\0"].includes(textAt(xfs, 0, 4)) && uuidAt(xfs, 32) === ours && xfs[126] === 1;
   if (isXfs || mountable === "xfs") return isXfs && !await holdsData(read, device);
-  // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes "!BHRfS_M" turned round until all is in place; fsid at
+  // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes the magic in this order until everything is in place; fsid at
   // 32, magic at 64 of the super block.
   const btrfs = await read(65536n, 4096);
   if (uuidAt(btrfs, 32) !== ours || textAt(btrfs, 64, 8) !== "!BHRfS_M") return false;

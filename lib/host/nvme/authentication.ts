@@ -212,7 +212,7 @@ export async function dropOutdated(
     if (left.length === 0) return;
     if (performance.now() >= giveUpAt) {
       const names = left.map(({ name }) => name).join(", ");
-      ctx.log.warning("left connections that have other keys, for nothing else leads to their namespaces", {
+      ctx.log.warning("left connections that have other keys, because nothing else leads to their namespaces", {
         subsystem: subsystemNqn,
         name: names,
       });
@@ -246,7 +246,7 @@ export async function assertAuthenticated(
     throw ctx.error(
       "FAILED_PRECONDITION",
       `in-band-auth is "${kind}", and the connection ${controller.name} of host ${controller.hostNqn} to ` +
-        `${subsystemNqn} ${missing}; whoever makes the connections needs the keys (with a Discovery-Client, in its own ` +
+        `${subsystemNqn} ${missing}; the program that makes the connections needs the keys (with a Discovery-Client, in its own ` +
         `settings), and this one has to be disconnected first`,
     );
   }

@@ -48,7 +48,7 @@ export async function findDevice(host: Host, uuid: string, subsystemNqn?: string
       "FAILED_PRECONDITION",
       obstacle === undefined
         ? `Cannot tell which block device is namespace ${uuid}: ${devices} both claim it, one subsystem has to be disconnected`
-        : `Cannot tell which block device is namespace ${uuid}: ${devices} both claim it, for each path is a device of its ` +
+        : `Cannot tell which block device is namespace ${uuid}: ${devices} both claim it, because each path is a device of its ` +
           `own here: ${obstacle.found}, ${obstacle.needed} is needed`,
     );
   }

@@ -350,7 +350,7 @@ Deno.test("direct.attach keeps a connection with other keys that is the only way
   await attacher.attach(call(), place, second);
 
   assert.deepEqual(connected().map(([, keys]) => keys), [first, first, second, second].map(texts));
-  assert.match(lines.join(""), /left connections that have other keys, for nothing else leads to their namespaces/);
+  assert.match(lines.join(""), /left connections that have other keys, because nothing else leads to their namespaces/);
   for (const controller of host.controllers) controller.state = "live";
   await attacher.attach(call(), place, second);
   assert.deepEqual(connected().map(([, keys]) => keys), [texts(second), texts(second)]);
@@ -568,7 +568,7 @@ Deno.test("NodeStageVolume refuses a connection without keys that another progra
   await rejects(
     stage({ "dhchap-key": keys.host.reveal() }),
     "FAILED_PRECONDITION",
-    /in-band-auth is "unidirectional", and the connection nvme0 of host nqn.theirs to nqn.* has no key; whoever/,
+    /in-band-auth is "unidirectional", and the connection nvme0 of host nqn.theirs to nqn.* has no key; the program/,
   );
   assert.deepEqual(host.mounts, []);
 });
@@ -579,13 +579,13 @@ Deno.test("NodeStageVolume with a Discovery-Client that has no keys refuses what
   await rejects(
     stage(),
     "FAILED_PRECONDITION",
-    /nvme0 .* has no key; whoever makes the connections needs the keys \(with a/,
+    /nvme0 .* has no key; the program that makes the connections needs the keys \(with a/,
   );
   assert.deepEqual(host.mounts, []);
   const [controller] = host.controllers.splice(0);
   assert(controller);
   host.controllers.push({ ...controller, keys: texts(newKeys()) });
-  await rejects(stage(), "FAILED_PRECONDITION", /has no key to authenticate the controller with; whoever/);
+  await rejects(stage(), "FAILED_PRECONDITION", /has no key to authenticate the controller with; the program/);
   host.controllers.splice(0);
   host.controllers.push({ ...controller, keys: texts(newKeys("bidirectional")) });
   await stage();
