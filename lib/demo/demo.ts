@@ -21,6 +21,7 @@ import { formatBytes, Terminal } from "./terminal.ts";
 import { type Backend, programOf, Testbed } from "./testbed.ts";
 import {
   create,
+  type DemoVolume,
   nodeId,
   nodePublish,
   nodeUnpublish,
@@ -205,24 +206,7 @@ async function fileSystemVolume(scenario: Scenario, fsType: DemoFsType, thorough
       `${found.files} files, SHA-256 ${found.sum}`,
     );
   };
-  const stats = await scenario.call(testbed.node, Node.method.nodeGetVolumeStats, {
-    volumeId: volume.id,
-    volumePath: volume.target,
-  }, { unchanged: true, free: true });
-  const bytes = stats.usage.find(({ unit }) => unit === Unit.BYTES);
-  const inodes = stats.usage.find(({ unit }) => unit === Unit.INODES);
-  terminal.detail("answer", [
-    `${formatBytes(bytes?.used ?? 0n)} of ${formatBytes(bytes?.total ?? 0n)} used`,
-    inodes === undefined || inodes.total === 0n
-      ? "no fixed number of inodes"
-      : `${inodes.used} of ${inodes.total} inodes`,
-  ]);
-  scenario.verify(
-    "the statistics hold the written bytes and not more than the volume",
-    bytes !== undefined && bytes.used >= BigInt(written.bytes) && bytes.total <= usedSize &&
-      bytes.total > usedSize / 2n,
-    `used ${bytes?.used}, total ${bytes?.total}`,
-  );
+  await checkStats(scenario, volume, { writtenBytes: written.bytes, sizeBytes: usedSize });
 
   if (thorough) {
     await scenario.crash("node", () => testbed.startNode(nodeId, signal));
@@ -256,6 +240,32 @@ async function fileSystemVolume(scenario: Scenario, fsType: DemoFsType, thorough
   await unpublish(scenario, volume);
   await remove(scenario, volume);
   if (thorough) await remove(scenario, volume, "again");
+}
+
+/** Asks for the statistics of a mounted volume, prints and checks them. */
+async function checkStats(
+  scenario: Scenario,
+  volume: DemoVolume,
+  { writtenBytes, sizeBytes }: { readonly writtenBytes: number; readonly sizeBytes: bigint },
+): Promise<void> {
+  const stats = await scenario.call(scenario.testbed.node, Node.method.nodeGetVolumeStats, {
+    volumeId: volume.id,
+    volumePath: volume.target,
+  }, { unchanged: true, free: true });
+  const bytes = stats.usage.find(({ unit }) => unit === Unit.BYTES);
+  const inodes = stats.usage.find(({ unit }) => unit === Unit.INODES);
+  scenario.terminal.detail("answer", [
+    `${formatBytes(bytes?.used ?? 0n)} of ${formatBytes(bytes?.total ?? 0n)} used`,
+    inodes === undefined || inodes.total === 0n
+      ? "no fixed number of inodes"
+      : `${inodes.used} of ${inodes.total} inodes`,
+  ]);
+  scenario.verify(
+    "the statistics hold the written bytes and not more than the volume",
+    bytes !== undefined && bytes.used >= BigInt(writtenBytes) && bytes.total <= sizeBytes &&
+      bytes.total > sizeBytes / 2n,
+    `used ${bytes?.used}, total ${bytes?.total}`,
+  );
 }
 
 async function blockVolume(scenario: Scenario): Promise<void> {

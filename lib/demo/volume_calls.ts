@@ -16,7 +16,7 @@ const gib = 1n << 30n;
 type Capability = MessageInitShape<typeof Node.method.nodeStageVolume.input>["volumeCapability"];
 
 /** A volume of the demo, with everything that an orchestrator remembers about it. */
-interface DemoVolume {
+export interface DemoVolume {
   readonly name: string;
   readonly capability: NonNullable<Capability>;
   readonly staging: string;

@@ -6,13 +6,13 @@
  * A controller is killed while its k-th call of the management API waits in the simulator, before the call's effect and
  * after it (the answer is never sent). A node is killed while its k-th tool waits: before it starts (it dies with the
  * node), before it starts but goes on alone while the repeat runs (as mkfs does when only the driver is killed), and after
- * it has ended. Either is also killed after its last step, so that nobody hears the answer. Then the process is started
+ * it has ended. Either is also killed after its last step, so that its answer is lost. Then the process is started
  * again, and
  *
  * - `retry`: the call is repeated until it answers OK, as the orchestrator does;
- * - `undo`: the orchestrator has changed its mind and sends the opposite call until that answers OK.
+ * - `undo`: the orchestrator changes its mind and repeats the opposite call until that answers OK.
  *
- * The volume's life goes on from there to its deletion; data written before is read back, and at the end nothing may be
+ * The volume's life continues from there to its deletion; data written before is read back, and at the end nothing may be
  * left on the cluster (volumes, snapshots, access list entries, devices) or the machine (mounts, loop devices, entries of
  * the Discovery-Client, files, processes).
  *
@@ -269,7 +269,7 @@ const flows: readonly Flow[] = [
     before: [...upTo.published, "grow"],
     cut: "grow node",
     then: lifeAfter.published,
-    // Growth cannot be taken back; the volume is staged anew, and must have its size then.
+    // Growth cannot be undone; the volume is staged again, and must have its new size then.
     undo: ["unpublish", "unstage", ...lifeAfter.attached],
   },
   ...(["ext4", "block"] as const).map((kind): Flow => ({
@@ -301,7 +301,7 @@ const flows: readonly Flow[] = [
   },
 ];
 
-// ----------------------------------------------------------------------------------------------------------- the stage
+// ----------------------------------------------------------------------------------------------------------- the place
 
 /** A simulator, a controller and a node that can be killed anywhere. */
 interface Place extends AsyncDisposable {
@@ -312,12 +312,12 @@ interface Place extends AsyncDisposable {
 }
 
 const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
-/** Aborts when somebody ends the play; every worker then cleans up. */
+/** Aborts when a user ends the run; every worker then cleans up. */
 const interruption = new AbortController();
 const patience = AbortSignal.any([AbortSignal.timeout(15 * 60_000), interruption.signal]);
 
 async function openPlace(keep: boolean, report: (condition: string) => void): Promise<Place> {
-  // The kernel's tables have paths without symbolic links.
+  // The kernel's mount table shows paths without symbolic links.
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-faults-" }));
   const testbed = new Testbed(home, program, { backend });
   const dispose = async () => {
@@ -328,7 +328,7 @@ async function openPlace(keep: boolean, report: (condition: string) => void): Pr
   try {
     await testbed.startSimulator("loop", patience);
     const shims = await toolShims(home, backend === "poseidon" ? testbed.addresses.programs : undefined);
-    // Long enough for states in between to be met, short enough not to be waited for.
+    // Long enough that calls meet the states in between, short enough not to delay the run.
     const times = backend === "poseidon" ? { callMs: 5 } : { creationMs: 20, deletionMs: 150, updateMs: 50 };
     await testbed.ask("PATCH", "/behaviour", times);
     const startNode = async () => void await testbed.startNode(nodeId, patience, { PATH: shims.path });
@@ -341,7 +341,7 @@ async function openPlace(keep: boolean, report: (condition: string) => void): Pr
   }
 }
 
-/** One volume, with everything that an orchestrator remembers of it. */
+/** One volume, with everything that an orchestrator remembers about it. */
 interface Volume {
   readonly name: string;
   readonly kind: Kind;
@@ -354,7 +354,7 @@ interface Volume {
   publishContext: Record<string, string>;
   volumeContext: Record<string, string>;
   snapshotId: string;
-  /** What was made of it, or is being made. */
+  /** The volume that was made from it, or is being made. */
   copy: Volume | undefined;
   hasData: boolean;
   /** Bytes that it has on the cluster. */
@@ -367,7 +367,7 @@ async function newVolume({ testbed }: Place, kind: Kind): Promise<Volume> {
   const name = `faults-${crypto.randomUUID()}`;
   const staging = join(testbed.home, "staging", name);
   const pod = join(testbed.home, "pods", name);
-  // The orchestrator makes the staging directory and the parent of the target, the driver makes the target.
+  // The orchestrator makes the staging directory and the parent of the target path; the driver makes the target path.
   for (const directory of [staging, pod]) await Deno.mkdir(directory, { recursive: true });
   return {
     name,
@@ -399,126 +399,131 @@ async function call<I extends DescMessage, O extends DescMessage>(
   return await channel.call(method, request, { signal: patience, deadline: new Date(Date.now() + 30_000) });
 }
 
-/** Takes one step of the volume's life; rejects with CallError when the driver refuses. */
+/** Takes one step of the volume's life; rejects with CallError when the driver answers with an error. */
 async function take(step: Step, place: Place, volume: Volume): Promise<void> {
-  const { testbed } = place;
-  const { secrets } = testbed;
-  const { id: volumeId, capability: volumeCapability, staging: stagingTargetPath, target: targetPath } = volume;
-  const { publishContext, volumeContext } = volume;
-  switch (step) {
-    case "create": {
-      // A volume of PoseidonOS that is made again has the same UUID, and none of its data.
-      const isThere = (await testbed.observe()).volumes.some(({ uuid }) => volume.id.includes(uuid));
-      const before = volume.id;
-      await create(testbed, volume);
-      if (volume.id !== before || !isThere) volume.hasData = false;
-      return;
-    }
-    case "restore":
-    case "clone": {
-      const copy = volume.copy ??= {
-        ...await newVolume(place, volume.kind),
-        pattern: volume.pattern,
-        hasData: true,
-        clusterBytes: step === "clone" ? 2n * gib : gib,
-      };
-      await create(
-        testbed,
-        copy,
-        step === "clone"
-          ? { type: { case: "volume", value: { volumeId } } }
-          : { type: { case: "snapshot", value: { snapshotId: volume.snapshotId } } },
-      );
-      return;
-    }
-    case "life of the copy": {
-      const { copy } = volume;
-      assert(copy !== undefined);
-      for (const directory of [copy.staging, copy.pod]) await Deno.mkdir(directory, { recursive: true });
-      for (const next of lifeAfter.created) await take(next, place, copy);
-      for (const directory of [copy.staging, copy.pod]) await Deno.remove(directory);
-      volume.copy = undefined;
-      return;
-    }
-    case "delete the copy": {
-      const { copy } = volume;
-      assert(copy !== undefined);
-      await take("delete", place, copy);
-      for (const directory of [copy.staging, copy.pod]) await Deno.remove(directory).catch(() => {});
-      return;
-    }
-    case "snapshot": {
-      const request = { name: `${volume.name}-snapshot`, sourceVolumeId: volumeId, secrets };
-      const { snapshot } = await call(testbed.controller, Controller.method.createSnapshot, request);
-      assert(snapshot !== undefined && snapshot.sizeBytes === gib && snapshot.readyToUse);
-      volume.snapshotId = snapshot.snapshotId;
-      return;
-    }
-    case "delete snapshot":
-      await call(testbed.controller, Controller.method.deleteSnapshot, { snapshotId: volume.snapshotId, secrets });
-      return;
-    case "attach": {
-      const request = { volumeId, nodeId, volumeCapability, volumeContext, secrets };
-      volume.publishContext =
-        (await call(testbed.controller, Controller.method.controllerPublishVolume, request)).publishContext;
-      return;
-    }
-    case "stage": {
-      const request = { volumeId, publishContext, volumeContext, stagingTargetPath, volumeCapability };
-      await call(testbed.node, Node.method.nodeStageVolume, request);
-      volume.sizeBytes = volume.clusterBytes;
-      return;
-    }
-    case "publish":
-    case "publish read-only": {
-      const readonly = step === "publish read-only";
-      const request = {
-        volumeId,
-        publishContext,
-        volumeContext,
-        stagingTargetPath,
-        targetPath,
-        volumeCapability,
-        readonly,
-      };
-      await call(testbed.node, Node.method.nodePublishVolume, request);
-      if (readonly) {
-        await assert.rejects(writeAt(targetPath, 0n, new Uint8Array(4096)), "a read-only volume was written");
-      }
-      return;
-    }
-    case "data":
-      return await data(testbed, volume);
-    case "grow": {
-      const request = { volumeId, capacityRange: { requiredBytes: 2n * gib }, volumeCapability, secrets };
-      const grown = await call(testbed.controller, Controller.method.controllerExpandVolume, request);
-      assert.equal(grown.capacityBytes, 2n * gib);
-      volume.clusterBytes = 2n * gib;
-      return;
-    }
-    case "grow node": {
-      const capacityRange = { requiredBytes: volume.clusterBytes };
-      const request = { volumeId, volumePath: targetPath, stagingTargetPath, capacityRange, volumeCapability };
-      const grown = await call(testbed.node, Node.method.nodeExpandVolume, request);
-      assert.equal(grown.capacityBytes, volume.clusterBytes);
-      volume.sizeBytes = volume.clusterBytes;
-      return;
-    }
-    case "unpublish":
-      await call(testbed.node, Node.method.nodeUnpublishVolume, { volumeId, targetPath });
-      await assert.rejects(Deno.lstat(targetPath), Deno.errors.NotFound, "the target path is left");
-      return;
-    case "unstage":
-      await call(testbed.node, Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath });
-      return;
-    case "detach":
-      await call(testbed.controller, Controller.method.controllerUnpublishVolume, { volumeId, nodeId, secrets });
-      return;
-    case "delete":
-      await call(testbed.controller, Controller.method.deleteVolume, { volumeId, secrets });
-      return;
-  }
+  await actions[step](place, volume);
 }
+
+type Action = (place: Place, volume: Volume) => Promise<void>;
+
+const actions: Readonly<Record<Step, Action>> = {
+  create: createAgain,
+  restore: (place, volume) => copy(place, volume, gib, { case: "snapshot", value: { snapshotId: volume.snapshotId } }),
+  clone: (place, volume) => copy(place, volume, 2n * gib, { case: "volume", value: { volumeId: volume.id } }),
+  "life of the copy": lifeOfCopy,
+  "delete the copy": deleteCopy,
+  snapshot: takeSnapshot,
+  "delete snapshot": async ({ testbed: { controller, secrets } }, { snapshotId }) => {
+    await call(controller, Controller.method.deleteSnapshot, { snapshotId, secrets });
+  },
+  attach: async ({ testbed: { controller, secrets } }, volume) => {
+    const { id: volumeId, capability: volumeCapability, volumeContext } = volume;
+    const request = { volumeId, nodeId, volumeCapability, volumeContext, secrets };
+    const answer = await call(controller, Controller.method.controllerPublishVolume, request);
+    volume.publishContext = answer.publishContext;
+  },
+  stage: async ({ testbed: { node } }, volume) => {
+    const { id: volumeId, publishContext, volumeContext, staging: stagingTargetPath } = volume;
+    const request = { volumeId, publishContext, volumeContext, stagingTargetPath, volumeCapability: volume.capability };
+    await call(node, Node.method.nodeStageVolume, request);
+    volume.sizeBytes = volume.clusterBytes;
+  },
+  publish: (place, volume) => publish(place, volume, false),
+  "publish read-only": async (place, volume) => {
+    await publish(place, volume, true);
+    await assert.rejects(writeAt(volume.target, 0n, new Uint8Array(4096)), "a read-only volume was written");
+  },
+  data: ({ testbed }, volume) => data(testbed, volume),
+  grow: async ({ testbed: { controller, secrets } }, volume) => {
+    const capacityRange = { requiredBytes: 2n * gib };
+    const request = { volumeId: volume.id, capacityRange, volumeCapability: volume.capability, secrets };
+    const grown = await call(controller, Controller.method.controllerExpandVolume, request);
+    assert.equal(grown.capacityBytes, 2n * gib);
+    volume.clusterBytes = 2n * gib;
+  },
+  "grow node": growNode,
+  unpublish: async ({ testbed: { node } }, { id: volumeId, target: targetPath }) => {
+    await call(node, Node.method.nodeUnpublishVolume, { volumeId, targetPath });
+    await assert.rejects(Deno.lstat(targetPath), Deno.errors.NotFound, "the target path is left");
+  },
+  unstage: async ({ testbed: { node } }, { id: volumeId, staging: stagingTargetPath }) => {
+    await call(node, Node.method.nodeUnstageVolume, { volumeId, stagingTargetPath });
+  },
+  detach: async ({ testbed: { controller, secrets } }, { id: volumeId }) => {
+    await call(controller, Controller.method.controllerUnpublishVolume, { volumeId, nodeId, secrets });
+  },
+  delete: async ({ testbed: { controller, secrets } }, { id: volumeId }) => {
+    await call(controller, Controller.method.deleteVolume, { volumeId, secrets });
+  },
+};
+
+async function createAgain({ testbed }: Place, volume: Volume): Promise<void> {
+  // A volume of PoseidonOS that is created again has the same UUID, but none of its data.
+  const exists = (await testbed.observe()).volumes.some(({ uuid }) => volume.id.includes(uuid));
+  const before = volume.id;
+  await create(testbed, volume);
+  if (volume.id !== before || !exists) volume.hasData = false;
+}
+
+/** Creates a volume from a snapshot or another volume. */
+async function copy(place: Place, volume: Volume, clusterBytes: bigint, type: ContentSource): Promise<void> {
+  const made = volume.copy ??= {
+    ...await newVolume(place, volume.kind),
+    pattern: volume.pattern,
+    hasData: true,
+    clusterBytes,
+  };
+  await create(place.testbed, made, { type });
+}
+
+async function lifeOfCopy(place: Place, volume: Volume): Promise<void> {
+  const { copy } = volume;
+  assert(copy !== undefined);
+  for (const directory of [copy.staging, copy.pod]) await Deno.mkdir(directory, { recursive: true });
+  for (const next of lifeAfter.created) await take(next, place, copy);
+  for (const directory of [copy.staging, copy.pod]) await Deno.remove(directory);
+  volume.copy = undefined;
+}
+
+async function deleteCopy(place: Place, { copy }: Volume): Promise<void> {
+  assert(copy !== undefined);
+  await take("delete", place, copy);
+  for (const directory of [copy.staging, copy.pod]) await Deno.remove(directory).catch(() => {});
+}
+
+async function takeSnapshot({ testbed: { controller, secrets } }: Place, volume: Volume): Promise<void> {
+  const request = { name: `${volume.name}-snapshot`, sourceVolumeId: volume.id, secrets };
+  const { snapshot } = await call(controller, Controller.method.createSnapshot, request);
+  assert(snapshot !== undefined && snapshot.sizeBytes === gib && snapshot.readyToUse);
+  volume.snapshotId = snapshot.snapshotId;
+}
+
+async function publish({ testbed: { node } }: Place, volume: Volume, readonly: boolean): Promise<void> {
+  const { publishContext, volumeContext, capability: volumeCapability } = volume;
+  await call(node, Node.method.nodePublishVolume, {
+    volumeId: volume.id,
+    publishContext,
+    volumeContext,
+    stagingTargetPath: volume.staging,
+    targetPath: volume.target,
+    volumeCapability,
+    readonly,
+  });
+}
+
+async function growNode({ testbed: { node } }: Place, volume: Volume): Promise<void> {
+  const grown = await call(node, Node.method.nodeExpandVolume, {
+    volumeId: volume.id,
+    volumePath: volume.target,
+    stagingTargetPath: volume.staging,
+    capacityRange: { requiredBytes: volume.clusterBytes },
+    volumeCapability: volume.capability,
+  });
+  assert.equal(grown.capacityBytes, volume.clusterBytes);
+  volume.sizeBytes = volume.clusterBytes;
+}
+
+type ContentSource = Required<MessageInitShape<typeof VolumeContentSourceSchema>>["type"];
 
 async function create(
   testbed: Testbed,
@@ -574,14 +579,20 @@ interface Cut {
   readonly at: string;
   /** Whether the call ended without reaching the place: there is none further on. */
   readonly isLast: boolean;
-  /** Lets a tool go on that outlived its node. */
-  readonly letGo: (() => Promise<void>) | undefined;
+  /** Lets a tool continue that outlived its node. */
+  readonly resumeTool: (() => Promise<void>) | undefined;
 }
 
 const heldSchema = z.array(z.object({ rpc: z.string() }));
 
-/** Makes the call and kills the driver at its k-th step; the driver is not started again. */
-async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: Way): Promise<Cut> {
+/** Where a flow is cut: at its k-th step, and how. */
+interface CutPoint {
+  readonly k: number;
+  readonly way: Way;
+}
+
+/** Makes the call and kills the driver at a step; the driver is not started again. */
+async function cutOff(flow: Flow, place: Place, volume: Volume, { k, way }: CutPoint): Promise<Cut> {
   const { testbed, shims } = place;
   const outcome: { error?: unknown; done: boolean } = { done: false };
   const onNode = flow.on === "node";
@@ -591,7 +602,7 @@ async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: 
     const { code } = await killedAtRename(node.pid, () => take(flow.cut, place, volume));
     assert.equal(code, "UNAVAILABLE");
     await node.end("SIGKILL", 5000);
-    return { at: "0, within the discovery entry", isLast: false, letGo: undefined };
+    return { at: "0, within the discovery entry", isLast: false, resumeTool: undefined };
   }
   const when = way === "after" ? "after" : "before";
   if (onNode) await shims.arm(k, when);
@@ -619,10 +630,10 @@ async function cutOff(flow: Flow, place: Place, volume: Volume, k: number, way: 
     await shims.disarm();
     if (way !== "alone") await shims.kill();
   }
-  if (isLast) return { at: `after all, answer lost`, isLast, letGo: undefined };
+  if (isLast) return { at: `after all, answer lost`, isLast, resumeTool: undefined };
   assert(outcome.error instanceof CallError, `${flow.cut} ended well although it was killed`);
   const word = way === "alone" ? "within" : way;
-  return { at: `${k}, ${word} ${held}`, isLast, letGo: way === "alone" ? shims.release : undefined };
+  return { at: `${k}, ${word} ${held}`, isLast, resumeTool: way === "alone" ? shims.release : undefined };
 }
 
 /** Makes a call while the process is killed as soon as it renames a file; answers the error of the call. */
@@ -646,13 +657,13 @@ async function killedAtRename(pid: number, act: () => Promise<void>): Promise<Ca
     assert(error instanceof CallError, `the node did not end at its rename: ${error}`);
     return error;
   } finally {
-    // It ends with what it watches.
+    // strace ends with the process.
     await eventually("the node has ended", () => Deno.stat(`/proc/${pid}/exe`).then(() => false, () => true));
     await strace.status;
   }
 }
 
-/** Repeats a call until it answers OK, and tells all answers. */
+/** Repeats a call until it answers OK; resolves with all answers. */
 async function untilOk(step: Step, place: Place, volume: Volume): Promise<string> {
   const answers = new Map<string, number>();
   const giveUpAt = Date.now() + convergeMs;
@@ -717,7 +728,7 @@ interface Result {
   readonly rows: readonly Row[];
 }
 
-/** Cuts one flow at each place, in one direction, with a place of its own that is made anew after a failure. */
+/** Cuts one flow at each step, in one direction, in a place of its own that is made again after a failure. */
 async function playFlow(
   flow: Flow,
   direction: "retry" | "undo",
@@ -726,7 +737,7 @@ async function playFlow(
 ): Promise<readonly Row[]> {
   const rows: Row[] = [];
   const steps = direction === "retry" ? [flow.cut, ...flow.then] : flow.undo;
-  // A tool that goes on alone after its opposite was answered is nobody's to undo.
+  // No call undoes what a tool does that continues alone after the opposite call was answered.
   const ways: readonly Way[] = flow.on === "node" && direction === "retry"
     ? ["before", "alone", "after"]
     : ["before", "after"];
@@ -741,16 +752,16 @@ async function playFlow(
         const volume = await newVolume(here, flow.kind);
         for (const step of flow.before) await take(step, here, volume);
         if (flow.on === "controller") {
-          // One that knows the cluster already calls it less often.
+          // A controller that knows the cluster already calls it less often.
           await here.testbed.running("controller")?.end("SIGTERM", 10_000);
           await here.startController();
         }
-        const cut = await cutOff(flow, here, volume, k, way);
+        const cut = await cutOff(flow, here, volume, { k, way });
         at = cut.at;
         isLast = cut.isLast;
         await (flow.on === "node" ? here.startNode() : here.startController());
         const [first, ...rest] = steps;
-        const alone = cut.letGo?.();
+        const alone = cut.resumeTool?.();
         if (first !== undefined) answers = await untilOk(first, here, volume);
         await alone;
         for (const step of rest) await take(step, here, volume);

@@ -1,6 +1,6 @@
 /**
- * What CSI calls cost: calls of the management API, as the simulator counts them, and programs started on the node, as
- * wrappers count them that stand in the place of every program on PATH. Neither figure is the driver's own word.
+ * What CSI calls cost: calls of the management API, counted by the simulator, and programs started on the node, counted by
+ * wrappers around every program on PATH. Neither number comes from the driver.
  */
 import { basename, join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
@@ -19,14 +19,14 @@ export interface Cost {
   readonly managementCalls: readonly string[];
   /** Programs that were started, in their order. */
   readonly programs: readonly string[];
-  /** The same, as the node's log has it. */
+  /** The same programs from the node's log. */
   readonly logged: readonly string[];
 }
 
-/** The label of the volume whose calls find no connection yet. */
+/** The label of the volume whose calls must connect first. */
 export const firstVolume = "first volume";
 
-/** What a call on a warm connection may cost at most, by its RPC. Programs are counted on the node only. */
+/** The highest cost of a call over an open connection, by its RPC. Programs are counted on the node only. */
 export const bounds: Readonly<
   Record<string, { readonly managementCalls: number; readonly programs: number | undefined }>
 > = {
@@ -94,9 +94,9 @@ async function runLives(testbed: Testbed, fsTypes: readonly FsType[], signal: Ab
   };
 
   // The first calls make the connection, check the API version and ask for the cluster information, kept for a minute.
-  await runLife(testbed, meter, { label: firstVolume, type: "mount" });
-  await runLife(testbed, meter, { label: "volume", type: "mount" });
-  for (const fsType of fsTypes) await runLife(testbed, meter, { label: `${fsType} volume`, type: "mount", fsType });
+  await runLife(testbed, meter, { label: firstVolume });
+  await runLife(testbed, meter, { label: "volume" });
+  for (const fsType of fsTypes) await runLife(testbed, meter, { label: `${fsType} volume`, fsType });
   if (withNode) await runLife(testbed, meter, { label: "block volume", type: "block" });
   return costs;
 }
@@ -108,11 +108,20 @@ type Meter = <I extends DescMessage, O extends DescMessage>(
   request: MessageInitShape<I>,
 ) => Promise<MessageShape<O>>;
 
-/** One volume from creation to deletion; on the node too when a file system is given or it is a block volume. */
+/** A volume to measure. */
+interface MeasuredVolume {
+  readonly label: string;
+  /** Default `mount`. */
+  readonly type?: "mount" | "block";
+  /** Undefined: the volume is not used on the node, unless it is a block volume. */
+  readonly fsType?: FsType;
+}
+
+/** Takes a volume from creation to deletion. */
 async function runLife(
   testbed: Testbed,
   meter: Meter,
-  { label, type, fsType }: { readonly label: string; readonly type: "mount" | "block"; readonly fsType?: FsType },
+  { label, type = "mount", fsType }: MeasuredVolume,
 ): Promise<void> {
   const { addresses, controller } = testbed;
   const secrets = { jwt: addresses.jwt };
@@ -170,9 +179,7 @@ async function runLife(
   await meter(label, controller, Controller.method.deleteVolume, { volumeId, secrets });
 }
 
-/**
- * A directory that has, under the name of every program on PATH, a wrapper that notes the name and runs the program.
- */
+/** A directory with a wrapper for every program on PATH, which records the program's name and runs it. */
 async function wrapPrograms(
   home: string,
 ): Promise<{ readonly directory: string; started(): Promise<readonly string[]> }> {

@@ -161,7 +161,15 @@ export function capabilityOf(
   return { accessMode: { mode }, accessType: { case: "mount", value: { fsType: use, mountFlags: [...mountFlags] } } };
 }
 
-/** A volume and the calls that an orchestrator makes for it. Each may be made again. */
+/** What an orchestrator knows of a new volume. */
+export interface VolumeFacts {
+  readonly id: string;
+  readonly context: Record<string, string>;
+  readonly directory: string;
+  readonly capability: Capability;
+}
+
+/** A volume and the calls that an orchestrator makes for it. Each may be repeated. */
 export class Volume {
   readonly testbed: GuestTestbed;
   readonly id: string;
@@ -181,13 +189,7 @@ export class Volume {
   /** For NodePublishVolume: what mends the volume when its device was lost. */
   nodePublishSecrets: Record<string, string> = {};
 
-  constructor(
-    testbed: GuestTestbed,
-    id: string,
-    context: Record<string, string>,
-    directory: string,
-    capability: Capability,
-  ) {
+  constructor(testbed: GuestTestbed, { id, context, directory, capability }: VolumeFacts) {
     this.testbed = testbed;
     this.id = id;
     this.uuid = uuidInId(id) ?? "";
@@ -422,8 +424,8 @@ export class GuestTestbed {
   }
 
   /** CreateVolume and, unless told otherwise, ControllerPublishVolume. */
-  async volume(wish: VmVolumeRequest = {}, grant = true): Promise<Volume> {
-    const { use = "ext4", sizeBytes = 1n << 30n, mode = Mode.SINGLE_NODE_WRITER, mountFlags = [] } = wish;
+  async volume(request: VmVolumeRequest = {}, grant = true): Promise<Volume> {
+    const { use = "ext4", sizeBytes = 1n << 30n, mode = Mode.SINGLE_NODE_WRITER, mountFlags = [] } = request;
     const capability = capabilityOf(use, mode, mountFlags);
     const name = `volume-${++this.#volumes}-${crypto.randomUUID().slice(0, 8)}`;
     const { backend, addresses, parameters } = this.processes;
@@ -433,13 +435,13 @@ export class GuestTestbed {
       name,
       capacityRange: { requiredBytes: sizeBytes },
       volumeCapabilities: [capability],
-      parameters: { ...parameters, ...(backend === "lightos" ? plain : {}), ...wish.parameters },
-      ...(wish.source === undefined ? {} : { volumeContentSource: { type: wish.source } }),
+      parameters: { ...parameters, ...(backend === "lightos" ? plain : {}), ...request.parameters },
+      ...(request.source === undefined ? {} : { volumeContentSource: { type: request.source } }),
       secrets: this.secrets,
     });
     const { volumeId = "", volumeContext = {} } = volume ?? {};
     const directory = join(this.#options?.onDisk ? "/disk/volumes" : this.home, name);
-    const made = new Volume(this, volumeId, volumeContext, directory, capability);
+    const made = new Volume(this, { id: volumeId, context: volumeContext, directory, capability });
     this.#alive.add(made);
     if (grant) await made.grant();
     return made;

@@ -31,7 +31,7 @@ function load(): readonly Saved[] {
 }
 
 function volumeOf(testbed: GuestTestbed, { id, context, directory, use, publishContext }: Saved): Volume {
-  const volume = new Volume(testbed, id, context, directory, capabilityOf(use));
+  const volume = new Volume(testbed, { id, context, directory, capability: capabilityOf(use) });
   volume.publishContext = publishContext;
   return volume;
 }
