@@ -259,7 +259,7 @@ async function measureMemory(variant: Variant, { memoryCalls }: Effort): Promise
     await withRig(variant, async (testbed, signal) => {
       const running = await start(testbed, role, signal);
       const channel = testbed.channel(role);
-      await settled(running);
+      await waitUntilIdle(running);
       rows.push({ variant: variant.name, role, when: "idle", ...memoryOf(running) });
       const calls: readonly (() => Promise<unknown>)[] = [
         () => channel.call(Identity.method.probe, {}, { signal }),
@@ -444,7 +444,7 @@ function folded(counts: readonly Count[]): readonly (Count & { readonly rpc: str
 // ----------------------------------------------------------------------------------------------------------- the process
 
 /** Waits until a process has used no CPU time for half a second, for 10 s at most. */
-async function settled(running: ServiceProcess): Promise<void> {
+async function waitUntilIdle(running: ServiceProcess): Promise<void> {
   let used = -1;
   for (let round = 0; round < 20; round++) {
     const now = cpuTicks(running.pid);

@@ -96,8 +96,8 @@ async function lookAt(kind: ImageKind, image: string, entered: Entered): Promise
   const programs = all.filter((path) => /^\/usr\/s?bin\//.test(path));
 
   await check(`${kind}: only the tools of the list are programs, none a shell or an interpreter`, () => {
-    const wanted = kind === "node" ? [...Object.values(nodeTools).flat(), "mke2fs"] : [];
-    assert.deepEqual(programs.map((path) => path.replace(/.*\//, "")).toSorted(), wanted.toSorted());
+    const expected = kind === "node" ? [...Object.values(nodeTools).flat(), "mke2fs"] : [];
+    assert.deepEqual(programs.map((path) => path.replace(/.*\//, "")).toSorted(), expected.toSorted());
     const scripts = all.filter((path) => {
       const { isFile, mode } = Deno.lstatSync(join(image, path));
       return isFile && ((mode ?? 0) & 0o111) !== 0 && !isElf(join(image, path));

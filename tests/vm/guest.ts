@@ -80,7 +80,7 @@ export async function boot(options: BootOptions): Promise<Ended> {
     "-append",
     "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off random.trust_cpu=on net.ifnames=0",
     ...["-chardev", `file,id=console,path=${console}`, "-serial", "chardev:console"],
-    // stdin is a pipe that stays open: at its end QEMU would tell the guest that nobody listens any more.
+    // stdin is a pipe that stays open: at its end QEMU would report to the guest that its console is closed.
     ...["-chardev", "stdio,id=output,signal=off", "-device", "virtio-serial-pci"],
     ...["-device", "virtserialport,chardev=output,name=output", "-device", "virtio-rng-pci"],
     // What a run writes to its root disk is in a file that QEMU makes in TMPDIR and forgets.
@@ -95,7 +95,7 @@ export async function boot(options: BootOptions): Promise<Ended> {
     stdin: "piped",
     stdout: "piped",
     stderr: "piped",
-    // Ctrl-C is for us, who switch it off.
+    // Ctrl-C must reach this process only, which switches the guest off.
     detached: true,
   }).spawn();
   const off = () => {
@@ -128,7 +128,7 @@ export async function boot(options: BootOptions): Promise<Ended> {
 }
 
 /** The end of the kernel's messages of a boot. */
-export async function lastWords(runDir: string, lines: number): Promise<string> {
+export async function kernelMessages(runDir: string, lines: number): Promise<string> {
   const text = await Deno.readTextFile(join(runDir, "console.log")).catch(() => "");
   return text.replaceAll("\r", "").trimEnd().split("\n").slice(-lines).join("\n");
 }

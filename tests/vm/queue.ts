@@ -23,7 +23,7 @@ export async function lay(directory: string, items: readonly Item[]): Promise<vo
   }
 }
 
-/** What nobody has begun. */
+/** The checks that no guest has begun. */
 export async function remaining(directory: string): Promise<readonly Item[]> {
   const names = list(join(directory, "open"));
   return await Promise.all(

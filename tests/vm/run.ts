@@ -20,7 +20,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { Testbed } from "../../lib/demo/testbed.ts";
 import { type Code, codeAt } from "./code.ts";
-import { boot, lastWords } from "./guest.ts";
+import { boot, kernelMessages } from "./guest.ts";
 import { type Item, lay, remaining } from "./queue.ts";
 import { type Check, type Report, reportMark, type Scenario } from "./scenario.ts";
 
@@ -291,7 +291,7 @@ async function bootFor(work: Work, run: Run): Promise<Outcome & { readonly begun
   const { begun, passed, failed } = guest.finish();
   if (failed.length > 0 || begun === 0) {
     console.log(`--- the guest's output:\n${guest.otherLines.slice(-40).join("\n")}`);
-    console.log(`--- the last messages of its kernel:\n${await lastWords(runDir, 25)}`);
+    console.log(`--- the last messages of its kernel:\n${await kernelMessages(runDir, 25)}`);
   }
   return { begun, passed, failed };
 }

@@ -33,12 +33,12 @@ export const impatient: StartOptions = {
 /** And with encryption that takes little time; the image's checks have its default. */
 const quick: StartOptions = { node: [...impatient.node ?? [], "--luks-pbkdf", "pbkdf2", "--luks-iter-time", "50"] };
 
-/** A scenario of one boot, with cluster, controller and a quick node unless told otherwise. */
+/** A scenario of one boot. Default: with cluster, controller and a quick node. */
 export function scenario(checks: readonly Check[], start: StartOptions | undefined = quick): Scenario {
   return { boots: [checks], start };
 }
 
-/** What the guest tells the host, a line of JSON each; other lines are for people. */
+/** What the guest reports to the host, one line of JSON each; other lines are for people. */
 export type Report =
   | { readonly event: "begins"; readonly name: string }
   | { readonly event: "passed"; readonly name: string; readonly ms: number }

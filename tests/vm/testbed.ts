@@ -59,7 +59,7 @@ export async function until<T>(
     const found = await look();
     if (found !== undefined && found !== false) return found;
     if (passedMs > seconds * 1000) throw new Error(`not within ${seconds} s: ${what}`);
-    // Looking takes time from those who are waited for.
+    // Polling takes CPU time from the processes that are waited for.
     await new Promise((resolve) => setTimeout(resolve, Math.min(250, Math.max(10, passedMs / 20))));
   }
 }
@@ -215,7 +215,7 @@ export class Volume {
       secrets: { ...this.testbed.secrets, ...this.publishSecrets },
     });
     this.publishContext = publishContext;
-    // The simulator answers before its target has changed, and a first connection is refused meanwhile.
+    // The simulator answers before its target has changed, and rejects a first connection meanwhile.
     await this.testbed.processes.ask("GET", "/settled");
   }
 
@@ -296,7 +296,7 @@ export class Volume {
   }
 }
 
-/** Asserts that a call is refused by the driver with this code and words. */
+/** Asserts that the driver answers a call with this code and message. */
 export async function assertCallFails(call: Promise<unknown>, code: CallError["code"], message: RegExp): Promise<void> {
   await assert.rejects(call, (error) => {
     assert(error instanceof CallError, `not an answer: ${error}`);
@@ -423,7 +423,7 @@ export class GuestTestbed {
     return await call(this.processes.controller, method, request, seconds);
   }
 
-  /** CreateVolume and, unless told otherwise, ControllerPublishVolume. */
+  /** CreateVolume and, unless `grant` is false, ControllerPublishVolume. */
   async volume(request: VmVolumeRequest = {}, grant = true): Promise<Volume> {
     const { use = "ext4", sizeBytes = 1n << 30n, mode = Mode.SINGLE_NODE_WRITER, mountFlags = [] } = request;
     const capability = capabilityOf(use, mode, mountFlags);

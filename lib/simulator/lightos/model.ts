@@ -22,23 +22,17 @@ export const snapshotStates = ["Creating", "Available", "Deleting", "Failed"] as
 
 const labelSchema = z.object({ key: z.string(), value: z.string() });
 
-const volumeSchema = z.object({
+/** What volumes and snapshots have in common. */
+const objectFields = {
   uuid: z.string(),
   name: z.string(),
   project: z.string(),
-  state: z.enum(volumeStates),
-  protection: z.enum(protections),
   replicaCount: z.number(),
   sizeBytes: z.coerce.bigint(),
-  acl: z.array(z.string()),
-  ipAcl: z.array(z.string()),
   compression: z.boolean(),
   etag: z.string(),
   nsid: z.number(),
   sectorSizeBytes: z.number(),
-  sourceSnapshotUuid: z.string().optional(),
-  sourceSnapshotName: z.string().optional(),
-  qosPolicyUuid: z.string().optional(),
   labels: z.array(labelSchema),
   nodeUuids: z.array(z.string()),
   createdAtMs: z.number(),
@@ -48,6 +42,17 @@ const volumeSchema = z.object({
   doomed: z.boolean().optional(),
   /** The creation waits until it is released. */
   held: z.boolean().optional(),
+};
+
+const volumeSchema = z.object({
+  ...objectFields,
+  state: z.enum(volumeStates),
+  protection: z.enum(protections),
+  acl: z.array(z.string()),
+  ipAcl: z.array(z.string()),
+  sourceSnapshotUuid: z.string().optional(),
+  sourceSnapshotName: z.string().optional(),
+  qosPolicyUuid: z.string().optional(),
   /** UUID of the snapshot that a rollback restores. */
   rollbackTo: z.string().optional(),
 });
@@ -55,25 +60,11 @@ const volumeSchema = z.object({
 export type SimVolume = z.infer<typeof volumeSchema>;
 
 const snapshotSchema = z.object({
-  uuid: z.string(),
-  name: z.string(),
-  project: z.string(),
+  ...objectFields,
   state: z.enum(snapshotStates),
   description: z.string(),
   sourceVolumeUuid: z.string(),
   sourceVolumeName: z.string(),
-  replicaCount: z.number(),
-  sizeBytes: z.coerce.bigint(),
-  compression: z.boolean(),
-  sectorSizeBytes: z.number(),
-  etag: z.string(),
-  nsid: z.number(),
-  labels: z.array(labelSchema),
-  nodeUuids: z.array(z.string()),
-  createdAtMs: z.number(),
-  dueAtMs: z.number().optional(),
-  doomed: z.boolean().optional(),
-  held: z.boolean().optional(),
   /** When the snapshot deletes itself. */
   expiresAtMs: z.number().optional(),
 });

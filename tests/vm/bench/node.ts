@@ -23,7 +23,7 @@ function commandsOf(testbed: GuestTestbed, volume: Volume): string {
   );
 }
 
-function staging(what: string, wish: VmVolumeRequest, known: boolean): Check {
+function staging(what: string, request: VmVolumeRequest, known: boolean): Check {
   return {
     name: `NodeStageVolume, ${what}, connections there`,
     limitSeconds: 300,
@@ -33,7 +33,7 @@ function staging(what: string, wish: VmVolumeRequest, known: boolean): Check {
       const times: number[] = [];
       let commands = "";
       for (let round = 0; round < rounds; round++) {
-        const volume = await testbed.volume(wish);
+        const volume = await testbed.volume(request);
         await until("the device", () => devicesWith(volume.uuid).length === 1);
         if (known) {
           await volume.stage();

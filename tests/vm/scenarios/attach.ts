@@ -41,17 +41,17 @@ export const scenario = of([
       await Deno.mkdir(mnt, { recursive: true });
       const token = join(testbed.home, "token");
       await Deno.writeTextFile(token, `${testbed.secrets["jwt"]}\n`, { mode: 0o600 });
-      const who = [volume.id, "--node-id", "rescue.node", "--jwt-path", token];
+      const args = [volume.id, "--node-id", "rescue.node", "--jwt-path", token];
       const owner = async () =>
         (await testbed.processes.observe()).volumes.find(({ uuid }) => uuid === volume.uuid)?.acl;
 
-      const attached = await lbcsi("attach", ...who, "--mount", mnt, "--format");
+      const attached = await lbcsi("attach", ...args, "--mount", mnt, "--format");
 
       assert.deepEqual(attached, { code: 0, stdout: `${deviceOf(volume.uuid)} ${mnt}`, stderr: "" });
       assert.deepEqual(await owner(), [hostNqn("rescue.node")]);
       assert.equal(controllers().length, 2);
       await Deno.writeTextFile(join(mnt, "file"), "precious");
-      const detached = await lbcsi("detach", ...who, "--mount", mnt);
+      const detached = await lbcsi("detach", ...args, "--mount", mnt);
       assert.deepEqual(detached, { code: 0, stdout: "", stderr: "" });
       assert.deepEqual([controllers(), mountsBelow(mnt), devicesWith(volume.uuid)], [[], [], []]);
       assert.notDeepEqual(await owner(), [hostNqn("rescue.node")]);
@@ -59,7 +59,7 @@ export const scenario = of([
       await volume.grant();
       await volume.stage();
       assert.equal(await Deno.readTextFile(join(volume.staging, "file")), "precious");
-      const taken = await lbcsi("attach", ...who);
+      const taken = await lbcsi("attach", ...args);
       assert.equal(taken.code, 1);
       assert.match(taken.stderr, /guest\.node/);
       await volume.end();

@@ -22,10 +22,10 @@ function states(): readonly string[] {
   }).sort();
 }
 
-async function statesAre(...wanted: readonly string[]): Promise<void> {
+async function statesAre(...expected: readonly string[]): Promise<void> {
   let seen: readonly string[] = [];
-  const isSo = () => (seen = states()).join() === wanted.join();
-  await until(`connections ${wanted.join(", ")}`, isSo, patience).catch((error) => {
+  const isSo = () => (seen = states()).join() === expected.join();
+  await until(`connections ${expected.join(", ")}`, isSo, patience).catch((error) => {
     throw new Error(`${error.message}; there are ${seen.join(", ")}`);
   });
 }
@@ -67,13 +67,13 @@ class Daemon implements AsyncDisposable {
   }
 
   /** Written elsewhere and renamed, as the documentation wants it. */
-  async told(name: string, ...lines: readonly string[]): Promise<void> {
+  async writeFile(name: string, ...lines: readonly string[]): Promise<void> {
     const temporary = join(this.directory, `tmp.dc.${name}`);
     await Deno.writeTextFile(temporary, lines.map((line) => `${line}\n`).join(""));
     await Deno.rename(temporary, join(this.directory, name));
   }
 
-  untold(name: string): Promise<void> {
+  removeFile(name: string): Promise<void> {
     return Deno.remove(join(this.directory, name));
   }
 
@@ -98,7 +98,7 @@ const checks: readonly Check[] = [
       assert.deepEqual(states(), []);
 
       let begin = performance.now();
-      await daemon.told("volume", "# as documented", line(target), `${line(target)} # twice`);
+      await daemon.writeFile("volume", "# as documented", line(target), `${line(target)} # twice`);
       await statesAre("4421 live", "discovery 4421 live");
       testbed.measured("from the file to a device", `${Math.round(performance.now() - begin)} ms`);
       await until("its device", () => devicesWith(target.uuid).length === 1, patience);
@@ -115,7 +115,7 @@ const checks: readonly Check[] = [
       assert.equal(states().length, 6);
 
       await daemon.start();
-      await daemon.untold("volume");
+      await daemon.removeFile("volume");
       await statesAre();
       assert.deepEqual(devicesWith(target.uuid), []);
     },
@@ -128,7 +128,7 @@ const checks: readonly Check[] = [
       await using daemon = new Daemon(testbed);
       target.offer(1);
       await daemon.start();
-      await daemon.told("volume", line(target));
+      await daemon.writeFile("volume", line(target));
       await statesAre("4421 live", "discovery 4421 live");
       await until("its device", () => devicesWith(target.uuid).length === 1, patience);
       const device = deviceOf(target.uuid);
@@ -149,7 +149,7 @@ const checks: readonly Check[] = [
       }).spawn();
       await hidden.stdout.getReader().read();
 
-      await daemon.untold("volume");
+      await daemon.removeFile("volume");
       await until(
         "it says why",
         () => daemon.said().includes(`is in use by the mount at \\"${place}\\" of process`),
@@ -171,8 +171,8 @@ const checks: readonly Check[] = [
       target.offer(1);
       target.offer(2);
       await daemon.start();
-      await daemon.told("one", line(target, 4421));
-      await daemon.told("two", line(target, 4422));
+      await daemon.writeFile("one", line(target, 4421));
+      await daemon.writeFile("two", line(target, 4422));
       const all = ["4421 live", "4422 live", "discovery 4421 live", "discovery 4422 live"];
       await statesAre(...all);
       await until("its device", () => devicesWith(target.uuid).length === 1, patience);
@@ -225,9 +225,9 @@ const checks: readonly Check[] = [
       const path = join(daemon.directory, "half");
       const text = line(target);
       await Deno.writeTextFile(path, text.slice(0, -4));
-      await daemon.told("bad", "-t rdma -x");
-      await daemon.told("empty");
-      await daemon.told("refused", `-t tcp -a 127.0.0.1 -s 4499 -q ${us} -n ${target.nqn}`);
+      await daemon.writeFile("bad", "-t rdma -x");
+      await daemon.writeFile("empty");
+      await daemon.writeFile("refused", `-t tcp -a 127.0.0.1 -s 4499 -q ${us} -n ${target.nqn}`);
       await until("all is said", () => {
         const log = daemon.said();
         return log.includes('"refused a file"') && log.includes("refused, nothing listens there");
@@ -236,7 +236,7 @@ const checks: readonly Check[] = [
 
       await statesAre("4421 live", "discovery 4421 live");
       // nvme-cli 2.3 makes one discovery connection to an address, whatever the host NQN; 2.13 one for each host NQN.
-      await daemon.told("stranger", `-t tcp -a 127.0.0.1 -s 4421 -q ${us}x -n ${target.nqn}`);
+      await daemon.writeFile("stranger", `-t tcp -a 127.0.0.1 -s 4421 -q ${us}x -n ${target.nqn}`);
       const words = `is connected there as host ${us}, disconnect it first`;
       const theirs = () => controllers().filter((controller) => controller.hostNqn === `${us}x`);
       await until(

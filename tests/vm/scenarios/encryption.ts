@@ -22,8 +22,11 @@ const marker = "plain text that nobody on the storage cluster may read ";
 const passphrase = "correct 'horse' \"battery\" ü";
 
 /** An encrypted volume whose class has one passphrase for all. */
-async function encrypted(testbed: GuestTestbed, wish: VmVolumeRequest = {}): Promise<Volume> {
-  const volume = await testbed.volume({ ...wish, parameters: { "host-encryption": "enabled", ...wish.parameters } });
+async function encrypted(testbed: GuestTestbed, request: VmVolumeRequest = {}): Promise<Volume> {
+  const volume = await testbed.volume({
+    ...request,
+    parameters: { "host-encryption": "enabled", ...request.parameters },
+  });
   volume.stageSecrets = { "host-encryption-passphrase": passphrase };
   return volume;
 }

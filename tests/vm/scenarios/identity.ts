@@ -15,8 +15,8 @@ import {
 
 async function enable(testbed: GuestTestbed, volume: Volume, enabled: boolean): Promise<void> {
   await Deno.writeTextFile(`${testbed.targetOf(volume.uuid)}/enable`, enabled ? "1" : "0");
-  const wanted = enabled ? 1 : 0;
-  await until(`namespace ${volume.uuid} has ${wanted} devices`, () => devicesWith(volume.uuid).length === wanted);
+  const count = enabled ? 1 : 0;
+  await until(`namespace ${volume.uuid} has ${count} devices`, () => devicesWith(volume.uuid).length === count);
 }
 
 async function firstBytes(path: string): Promise<string> {
