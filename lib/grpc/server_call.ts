@@ -1,4 +1,5 @@
 /** One incoming call on the server: its context, its deadline, its answer and its log line. */
+import "./goaway.ts";
 import type { EventEmitter } from "node:events";
 import type { DescMethod, Message } from "@bufbuild/protobuf";
 import grpc from "@grpc/grpc-js";
