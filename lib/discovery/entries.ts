@@ -59,7 +59,8 @@ export function parseInput(text: string): { readonly entries: readonly Entry[]; 
   const entries = new Map<string, Entry>();
   const skipped: string[] = [];
   for (const [at, line] of text.split("\n").entries()) {
-    const failure = (problem: string) => new StatusError("INVALID_ARGUMENT", `Cannot read line ${at + 1}: ${problem}`);
+    const lineError = (problem: string) =>
+      new StatusError("INVALID_ARGUMENT", `Cannot read line ${at + 1}: ${problem}`);
     const words = line.replace(/#.*$/, "").split(/[\s=]+/).filter((word) => word !== "");
     if (words.length === 0) continue;
     const given: Record<string, string> = {};
@@ -67,9 +68,9 @@ export function parseInput(text: string): { readonly entries: readonly Entry[]; 
       const word = words.shift() ?? "";
       if (word === "-p" || word === "--persistent") continue;
       const field = Object.hasOwn(fieldOf, word) ? fieldOf[word] : undefined;
-      if (field === undefined) throw failure(`${quoted(word)} is not an option`);
+      if (field === undefined) throw lineError(`${quoted(word)} is not an option`);
       const value = words.shift();
-      if (value === undefined) throw failure(`${word} has no value`);
+      if (value === undefined) throw lineError(`${word} has no value`);
       given[field] = value;
     }
     const missing = mandatory.filter((field) => given[field] === undefined);
@@ -82,7 +83,7 @@ export function parseInput(text: string): { readonly entries: readonly Entry[]; 
       const problems = parsed.error.issues.map(({ path, message }) =>
         `${path.join(".")} ${quoted(given[String(path[0])])} ${message}`
       );
-      throw failure(problems.join("; "));
+      throw lineError(problems.join("; "));
     }
     const { traddr, trsvcid, hostnqn, subsysnqn, hostid, "ctrl-loss-tmo": controllerLossSeconds } = parsed.data;
     const key = [traddr, trsvcid, hostnqn, subsysnqn].join(" ");

@@ -40,7 +40,7 @@ export async function startListener(
   log: Logger,
   accept: (connection: Duplex) => void,
 ): Promise<Listener> {
-  const failure = (error: Error) => {
+  const listenError = (error: Error) => {
     const where = "path" in listen ? listen.path : `${listen.host}:${listen.port}`;
     return new StatusError("FAILED_PRECONDITION", `Cannot listen on ${where}: ${error.message}`, { cause: error });
   };
@@ -54,7 +54,7 @@ export async function startListener(
         (error) => log.error("could not accept connections, tries again", { path: listen.path, error: error.message }),
       );
     } catch (error) {
-      throw failure(error as Error);
+      throw listenError(error as Error);
     }
     // A client that connects controls volumes: so only the driver's user, and its group for sidecars with another user.
     chmodSync(listen.path, 0o660);
@@ -66,7 +66,7 @@ export async function startListener(
     : tls.createServer({ ...identity, ALPNProtocols: ["h2"] }, accept)
       .on("tlsClientError", (error) => log.debug("refused a TLS connection", { error: error.message }));
   await new Promise<void>((resolve, reject) => {
-    listener.once("error", (error) => reject(failure(error)));
+    listener.once("error", (error) => reject(listenError(error)));
     listener.listen(port, host, resolve);
   });
   const address = listener.address();
@@ -81,9 +81,9 @@ const longestSocketPath = 107;
 
 /** Removes a socket file on which no process listens; throws FAILED_PRECONDITION when the path cannot be used. */
 async function clearSocketPath(path: string): Promise<void> {
-  const failure = (problem: string, cause?: unknown) =>
+  const pathError = (problem: string, cause?: unknown) =>
     new StatusError("FAILED_PRECONDITION", `Cannot listen on ${path}: ${problem}`, { cause });
-  if (Buffer.byteLength(path) > longestSocketPath) throw failure(`the path has more than ${longestSocketPath} bytes`);
+  if (Buffer.byteLength(path) > longestSocketPath) throw pathError(`the path has more than ${longestSocketPath} bytes`);
   try {
     // An emptyDir of Kubernetes is writable for every user of the pod; a directory in it is not.
     mkdirSync(dirname(path), { mode: 0o750 });
@@ -91,15 +91,17 @@ async function clearSocketPath(path: string): Promise<void> {
     // It exists, as usual, or the next check names the problem.
   }
   const directory = statIfThere(dirname(path));
-  if (!directory?.isDirectory()) throw failure(`its directory is missing, create ${dirname(path)} first`);
+  if (!directory?.isDirectory()) throw pathError(`its directory is missing, create ${dirname(path)} first`);
   // With the sticky bit, as in /tmp, other users cannot replace the socket.
   if ((directory.mode & 0o1002) === 0o002) {
-    throw failure(`every user of the machine may replace files in ${dirname(path)}, take that right away (chmod o-w)`);
+    throw pathError(
+      `every user of the machine may replace files in ${dirname(path)}, take that right away (chmod o-w)`,
+    );
   }
   const found = lstatSync(path, { throwIfNoEntry: false });
   if (found === undefined) return;
-  if (!found.isSocket()) throw failure("something that is not a socket is there");
-  if (await isListening(path)) throw failure("another process is listening there");
+  if (!found.isSocket()) throw pathError("something that is not a socket is there");
+  if (await isListening(path)) throw pathError("another process is listening there");
   unlinkSync(path);
 }
 

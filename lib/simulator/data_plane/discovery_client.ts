@@ -61,7 +61,7 @@ export function parseDiscoveryFile(text: string): { readonly entries: DiscoveryE
   const entries = new Map<string, DiscoveryEntry>();
   const skipped: string[] = [];
   for (const [at, line] of text.split("\n").entries()) {
-    const failure = (problem: string) =>
+    const lineError = (problem: string) =>
       new StatusError("INVALID_ARGUMENT", `Cannot use line ${at + 1} "${line.trim()}": ${problem}`);
     const words = line.replace(/#.*$/, "").split(/[\s=]+/).filter((word) => word !== "");
     if (words.length === 0) continue;
@@ -70,9 +70,9 @@ export function parseDiscoveryFile(text: string): { readonly entries: DiscoveryE
       const word = words[next] ?? "";
       if (word === "-p" || word === "--persistent") continue;
       const name = optionNames[word];
-      if (name === undefined) throw failure(`"${word}" is not an option`);
+      if (name === undefined) throw lineError(`"${word}" is not an option`);
       const value = words[++next];
-      if (value === undefined) throw failure(`${word} has no value`);
+      if (value === undefined) throw lineError(`${word} has no value`);
       options[name] = value;
     }
     const missing = mandatory.filter((name) => options[name] === undefined);
@@ -81,7 +81,7 @@ export function parseDiscoveryFile(text: string): { readonly entries: DiscoveryE
       continue;
     }
     const parsed = lineSchema.safeParse(options);
-    if (!parsed.success) throw failure(`bad ${parsed.error.issues.map(({ path }) => path.join(".")).join(", ")}`);
+    if (!parsed.success) throw lineError(`bad ${parsed.error.issues.map(({ path }) => path.join(".")).join(", ")}`);
     const { traddr, trsvcid, hostnqn, subsysnqn, hostid } = parsed.data;
     const key = [traddr, trsvcid, hostnqn, subsysnqn].join(" ");
     if (entries.has(key)) continue;

@@ -31,17 +31,17 @@ export const marker = ".lbcsi-simulator";
  * @throws StatusError FAILED_PRECONDITION that names what is missing, or a directory that holds something else
  */
 export async function prepareMachine(options: LoopOptions, held: AsyncDisposableStack): Promise<void> {
-  const failure = (problem: string, cause?: unknown) =>
+  const machineError = (problem: string, cause?: unknown) =>
     new StatusError("FAILED_PRECONDITION", `Cannot use data plane "loop": ${problem}`, { cause });
-  if (Deno.build.os !== "linux") throw failure("loop devices need Linux");
-  if (Deno.uid() !== 0) throw failure("it needs root, this process has user ID " + Deno.uid());
-  if (!exists("/dev/loop-control")) throw failure("/dev/loop-control is missing, load the module loop");
+  if (Deno.build.os !== "linux") throw machineError("loop devices need Linux");
+  if (Deno.uid() !== 0) throw machineError("it needs root, this process has user ID " + Deno.uid());
+  if (!exists("/dev/loop-control")) throw machineError("/dev/loop-control is missing, load the module loop");
   await Contents.open(options.contentDir);
   for (const root of [options.devRoot, options.sysfsRoot]) {
     await Deno.mkdir(root, { recursive: true });
     const names = [...Deno.readDirSync(root)].map(({ name }) => name);
     if (names.length > 0 && !names.includes(marker)) {
-      throw failure(`directory ${root} holds ${names[0]}, an empty one or one of its own is needed`);
+      throw machineError(`directory ${root} holds ${names[0]}, an empty one or one of its own is needed`);
     }
     held.use(await lockFile(join(root, marker), root));
   }
@@ -52,16 +52,16 @@ export async function prepareMachine(options: LoopOptions, held: AsyncDisposable
   try {
     await Deno.writeFile(file, new Uint8Array(4096));
     loop = await output("losetup", "-f", "--show", file).catch((cause) => {
-      throw failure(`no loop device can be set up (${messageOf(cause)})`, cause);
+      throw machineError(`no loop device can be set up (${messageOf(cause)})`, cause);
     });
     const [major = "", minor = ""] = deviceNumber(loop).split(":");
     await output("mknod", node, "b", major, minor).catch((cause) => {
-      throw failure(`no device node can be made in ${options.devRoot} (${messageOf(cause)})`, cause);
+      throw machineError(`no device node can be made in ${options.devRoot} (${messageOf(cause)})`, cause);
     });
     try {
       (await Deno.open(node)).close();
     } catch (cause) {
-      throw failure(`device nodes in ${options.devRoot} cannot be opened, it must not be mounted "nodev"`, cause);
+      throw machineError(`device nodes in ${options.devRoot} cannot be opened, it must not be mounted "nodev"`, cause);
     }
   } finally {
     if (loop !== undefined) await run("losetup", "-d", loop);

@@ -475,15 +475,15 @@ function isConnected({ traddr, trsvcid }: Port): boolean {
 }
 
 async function checkMachine(): Promise<void> {
-  const failure = (problem: string) =>
+  const machineError = (problem: string) =>
     new StatusError("FAILED_PRECONDITION", `Cannot use data plane "nvmet": ${problem}`);
-  if (Deno.build.os !== "linux") throw failure("it is part of Linux");
-  if (Deno.uid() !== 0) throw failure("it needs root, this process has user ID " + Deno.uid());
-  if (!exists("/dev/loop-control")) throw failure("/dev/loop-control is missing, load the module loop");
+  if (Deno.build.os !== "linux") throw machineError("it is part of Linux");
+  if (Deno.uid() !== 0) throw machineError("it needs root, this process has user ID " + Deno.uid());
+  if (!exists("/dev/loop-control")) throw machineError("/dev/loop-control is missing, load the module loop");
   if (exists(nvmetRoot)) return;
   await run("modprobe", "-a", "nvmet", "nvmet-tcp");
   if (exists(nvmetRoot)) return;
-  throw failure(
+  throw machineError(
     `${nvmetRoot} is missing, load the modules nvmet and nvmet-tcp and mount configfs at /sys/kernel/config`,
   );
 }

@@ -223,11 +223,12 @@ async function acceptAndIgnore(host: string, port: number): Promise<AsyncDisposa
 /** The caller that a token names; throws UNAUTHENTICATED. */
 function authenticate(tokens: Tokens, call: CallContext): Caller {
   const header = call.header("authorization");
-  const failure = (problem: string) => new StatusError("UNAUTHENTICATED", `Cannot authenticate the call: ${problem}`);
-  if (header === undefined) throw failure("there is no authorization header");
+  const tokenError = (problem: string) =>
+    new StatusError("UNAUTHENTICATED", `Cannot authenticate the call: ${problem}`);
+  if (header === undefined) throw tokenError("there is no authorization header");
   const match = /^Bearer +(\S+)$/.exec(header);
-  if (match === null) throw failure(`the authorization header is not "Bearer <token>"`);
+  if (match === null) throw tokenError(`the authorization header is not "Bearer <token>"`);
   const caller = tokens.check(match[1] ?? "");
-  if (typeof caller === "string") throw failure(`the token is not accepted, ${caller}`);
+  if (typeof caller === "string") throw tokenError(`the token is not accepted, ${caller}`);
   return caller;
 }
