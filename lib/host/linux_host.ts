@@ -8,6 +8,7 @@ import { runCommand } from "./run_command.ts";
 import { SharedWatcher } from "./shared_watcher.ts";
 import { VolumeThreads } from "./volume_threads.ts";
 
+/** Where the machine's directories are, and what receives log lines and metrics. */
 export interface LinuxHostOptions {
   readonly log: Logger;
   readonly metrics?: Metrics | undefined;

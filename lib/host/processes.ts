@@ -3,6 +3,7 @@ import type { Host } from "./host.ts";
 import { parseMountTable } from "./mount_table.ts";
 import type { BlockDevice } from "./nvme/devices.ts";
 
+/** How many processes or mounts are listed in one message at most. */
 export const mostListed = 5;
 
 /**

@@ -60,7 +60,7 @@ async function ended(pid: number): Promise<void> {
   assert.equal(lives(pid), false, `process ${pid} still runs`);
 }
 
-Deno.test("Host.run answers exit status, both outputs and what was given as input, in the C locale", async () => {
+Deno.test("Host.run returns exit status, both outputs and the given input, in the C locale", async () => {
   const result = await quietHost().run("sh", ["-c", 'cat; echo "$LC_ALL" >&2; exit 3'], {
     signal: new AbortController().signal,
     onAbort: "kill",
@@ -235,7 +235,7 @@ Deno.test("Host.run logs a command that changes the machine at info, and a probe
   assert(!JSON.stringify(lines).includes("not for the log"));
 });
 
-Deno.test("Host.removeEmpty removes what is empty, once and again, and refuses all else", async () => {
+Deno.test("Host.removeEmpty removes what is empty, also a second time, and nothing else", async () => {
   await inDirectory(async (directory) => {
     const host = quietHost();
     const path = (name: string) => join(directory, name);
@@ -260,7 +260,7 @@ Deno.test("Host.removeEmpty removes what is empty, once and again, and refuses a
   });
 });
 
-Deno.test("Host.kindOf tells what a path is without following a link", async () => {
+Deno.test("Host.kindOf returns what is at a path without following a link", async () => {
   await inDirectory(async (directory) => {
     const host = quietHost();
     await Deno.symlink("/", join(directory, "link"));
@@ -314,7 +314,7 @@ Deno.test("Host.replaceText leaves one file with the whole text and no temporary
   });
 });
 
-Deno.test("Host.readBytes answers exactly the bytes asked for, or throws", async () => {
+Deno.test("Host.readBytes returns exactly the requested bytes, or throws", async () => {
   await inDirectory(async (directory) => {
     const path = join(directory, "bytes");
     await Deno.writeFile(path, new Uint8Array([1, 2, 3, 4]));
@@ -324,7 +324,7 @@ Deno.test("Host.readBytes answers exactly the bytes asked for, or throws", async
   });
 });
 
-Deno.test("Host.watch hears of new entries, also right after an earlier watch ended", async () => {
+Deno.test("Host.watch reports new entries, also right after an earlier watch ended", async () => {
   await inDirectory(async (directory) => {
     const host = quietHost();
     for (const name of ["a", "b"]) {
@@ -348,7 +348,7 @@ Deno.test("formatDeviceNumber reads glibc's encoding", () => {
   assert.deepEqual(numbers, ["7:0", "259:5", "259:300", "5000:70000"]);
 });
 
-Deno.test("a program that cannot be started for want of descriptors is UNAVAILABLE, and runs when there are some again", async () => {
+Deno.test("a program that cannot be started for lack of file descriptors is UNAVAILABLE, and runs when there are some again", async () => {
   await inDirectory(async (directory) => {
     const script = join(directory, "short.ts");
     const url = (path: string) => JSON.stringify(new URL(path, import.meta.url).href);
@@ -390,4 +390,21 @@ Deno.test("a program that cannot be started for want of descriptors is UNAVAILAB
       after: true,
     });
   });
+});
+
+Deno.test("Host.exchange writes in one piece and returns what is then read", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lbcsi-authentication-" });
+  try {
+    const host = createLinuxHost({ log: createLogger("error") });
+    const path = join(directory, "device");
+    await Deno.writeTextFile(path, "________instance=3,cntlid=1\n");
+
+    assert.equal(await host.exchange(path, "nqn=nqn."), "instance=3,cntlid=1\n");
+
+    assert.equal(await Deno.readTextFile(path), "nqn=nqn.instance=3,cntlid=1\n");
+    await assert.rejects(host.exchange("/dev/full", "x"), /No space left on device \(os error 28\)/);
+    await assert.rejects(host.exchange(join(directory, "absent"), "x"), Deno.errors.NotFound);
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
 });

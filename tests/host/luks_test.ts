@@ -1,4 +1,4 @@
-/** Host encryption on a make-believe machine: what is run, in which order, and what is refused. */
+/** Host encryption on a fake machine: what is run, in which order, and what is refused. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createLogger, requestContext } from "../../lib/context.ts";
@@ -280,7 +280,7 @@ Deno.test("promise 4: NodeUnstageVolume takes a closed mapper, and one whose dev
   assert.deepEqual([n.host.leftovers(), n.host.mappers], [[], []]);
 });
 
-Deno.test("promise 2: NodeStageVolume opens anew what is left of a device that has come back under another name", async () => {
+Deno.test("promise 2: NodeStageVolume opens again what is left of a device that has come back under another name", async () => {
   const n = node();
   await n.stage();
   const [old] = n.host.devices.splice(0);
@@ -311,7 +311,7 @@ Deno.test("the mapper has the incumbent driver's name", async () => {
   assert.deepEqual(n.host.mappers.map(({ mapperName }) => mapperName), [mapper]);
 });
 
-Deno.test("promise 8: NodeStageVolume begins an encryption anew that was killed before it had a key", async () => {
+Deno.test("promise 8: NodeStageVolume begins an encryption again that was killed before it had a key", async () => {
   const n = node();
   await n.stage();
   await n.unstage();
@@ -333,7 +333,7 @@ Deno.test("promise 8: NodeStageVolume begins an encryption anew that was killed 
   assert.deepEqual(n.host.mounts.map(({ path }) => path), ["/staging"]);
 });
 
-Deno.test("promise 1: an encryption that nobody has used is opened as it is while it has a key", async () => {
+Deno.test("promise 1: an encryption that was never used is opened as it is while it has a key", async () => {
   const n = node();
   n.host.answers.set("wipefs", { code: 1, stderr: "cut off here" });
   await rejects(n.stage(), "FAILED_PRECONDITION", /cut off here/);

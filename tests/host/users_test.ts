@@ -6,7 +6,7 @@ import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { loopDevicesOn } from "../../lib/host/loop_devices.ts";
 import { mountTable } from "../../lib/host/mount_table.ts";
 import { findDevice } from "../../lib/host/nvme/devices.ts";
-import { holdersOfDevice, usersOf } from "../../lib/host/users.ts";
+import { allUsersOf, holdersOfDevice, usersOf } from "../../lib/host/users.ts";
 import { loopMachine } from "../support/loop_machine.ts";
 import { needs } from "../support/needs.ts";
 
@@ -126,4 +126,47 @@ Deno.test("loopDevicesOn knows a backing file whose node is gone, and takes no s
     assert.deepEqual(await loopDevicesOn(host, await mountTable(host), "/pods/a b/dev"), ["loop9", "loop10"]);
     assert.deepEqual(await loopDevicesOn(host, await mountTable(host), "/pods/c"), []);
   });
+});
+
+Deno.test({
+  name: "promise 3: allUsersOf sees a mount in another mount namespace or container, and who has the device open",
+  ignore: !needs("root", "loop", "mkfs.ext4", "unshare"),
+  async fn() {
+    await using machine = await loopMachine();
+    const { path } = await machine.addNamespace(uuid, 16 << 20);
+    await machine.tool("mkfs.ext4", "-q", path);
+    const device = await findDevice(machine.host, uuid);
+    assert.ok(device);
+    const place = join(machine.directory, "there");
+    await Deno.mkdir(place);
+    assert.deepEqual(await allUsersOf(machine.host, device), []);
+    const script = `mount "$1" "$2" && touch "$2/mounted" && exec 3<"$1" && echo ready && read -r line`;
+    const user = new Deno.Command("unshare", {
+      args: ["--mount", "--propagation", "private", "sh", "-c", script, "sh", path, place],
+      stdin: "piped",
+      stdout: "piped",
+      stderr: "inherit",
+    }).spawn();
+    try {
+      const { value } = await user.stdout.getReader().read();
+      assert.equal(new TextDecoder().decode(value), "ready\n");
+
+      const users = await allUsersOf(machine.host, device);
+
+      assert.deepEqual(users, [
+        `the mount at "${place}" of process ${user.pid} (sh)`,
+        `process ${user.pid} (sh) with "${path}"`,
+      ]);
+      assert.deepEqual(await usersOf(machine.host, device), []);
+    } finally {
+      await user.stdin.close();
+      await user.status;
+    }
+    // Where the kernel lists a mounted file system; this machine's sysfs does not follow it.
+    const listed = join(machine.host.roots.sysfs, "fs/ext4", device.name);
+    await Deno.mkdir(listed, { recursive: true });
+    assert.deepEqual(await allUsersOf(machine.host, device), [
+      "its ext4, which is mounted where this process cannot see it",
+    ]);
+  },
 });

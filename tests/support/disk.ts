@@ -1,4 +1,4 @@
-/** One volume on a loop device of its own, to mount with filesystem.ts and to look at from outside. */
+/** One volume on a loop device of its own, to mount with mount.ts and to inspect from outside. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { type MountOptions, mountVolume } from "../../lib/host/filesystem/mount.ts";
@@ -27,10 +27,10 @@ export interface Disk {
   readonly namespace: LoopNamespace;
   readonly path: string;
   readonly device: () => Promise<BlockDevice>;
-  readonly mount: (wish: DiskMountOptions) => Promise<unknown>;
+  readonly mount: (options: DiskMountOptions) => Promise<unknown>;
 }
 
-/** Runs `act` with a blank volume of this size, and takes everything down afterwards. Needs root and loop devices. */
+/** Runs `act` with a blank volume of this size, and removes it afterwards. Needs root and loop devices. */
 export async function withDisk(sizeMib: number, act: (disk: Disk) => Promise<void>): Promise<void> {
   await using machine = await loopMachine();
   const namespace = await machine.addNamespace(uuid, sizeMib * mib);
@@ -41,8 +41,8 @@ export async function withDisk(sizeMib: number, act: (disk: Disk) => Promise<voi
     assert(found);
     return found;
   };
-  const mount = async (wish: DiskMountOptions) =>
-    mountVolume(machine.host, callContext(), await device(), { ...wish, path });
+  const mount = async (options: DiskMountOptions) =>
+    mountVolume(machine.host, callContext(), await device(), { ...options, path });
   await act({ machine, namespace, path, device, mount });
 }
 

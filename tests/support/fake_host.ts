@@ -1,6 +1,6 @@
 /**
  * A small Linux in memory that stands in for the machine under the node service: a mount table, sysfs, files, block
- * devices with file systems, the tools that the driver runs, and a Discovery-Client that connects as soon as it is told.
+ * devices with file systems, the tools that the driver runs, and a Discovery-Client that connects as soon as it finds a file.
  * It can be cut off at any single call, before or after that call has taken effect, to see whether a repeat converges.
  *
  * Exit codes and texts of the tools are those of util-linux 2.38.1, e2fsprogs 1.47.0, xfsprogs 6.1.0 and nvme-cli 2.3.
@@ -61,7 +61,7 @@ export interface FakeKeys {
   readonly controller: string | undefined;
 }
 
-/** What a discovery controller tells. */
+/** What a discovery controller reports. */
 export interface FakeLogPage {
   generation: number;
   /** As `traddr:trsvcid`, with the subsystem NQN of an I/O controller; without one it is a referral. */
@@ -82,7 +82,7 @@ export class FakeHost implements Host {
   calls = 0;
   /**
    * The call, counted from 1, at which to throw CutOff, as does each one after it; `after` lets it take effect first. Take
-   * it away to start anew.
+   * it away to start again.
    */
   cut: { at: number; when: "before" | "after" } | undefined;
   /** Answers instead of a tool, by the beginning of the command. */
@@ -110,7 +110,7 @@ export class FakeHost implements Host {
   readonly hidden = new Map<string, "lost" | "withdrawn">();
   /** What a reset does to a connection, besides keeping its name. */
   onReset: (controller: Controller) => void = () => {};
-  /** Whether nvme-cli tells hosts apart before it asks the kernel, as since 2.8. */
+  /** Whether nvme-cli compares hosts before it asks the kernel, as since 2.8. */
   nvmeCliComparesHosts = false;
   /** Whether a Discovery-Client connects what its directory asks for. */
   playsDiscoveryClient = true;
@@ -120,7 +120,7 @@ export class FakeHost implements Host {
   readonly logPages = new Map<string, FakeLogPage>();
   readonly #directories = new Set(["/", "/staging", "/pods", "/etc/discovery-client/discovery.d", "/sys/class/nvme"]);
   readonly #files = new Map<string, string>();
-  /** Names of devices that were made to refuse writes. */
+  /** Names of devices that are write-protected. */
   readonly #readOnly = new Set<string>();
   #numbers = 0;
 
@@ -370,29 +370,29 @@ export class FakeHost implements Host {
       );
       const value = (name: string) => options.get(name) ?? "";
       this.commands.push(`${path}: ${text.replace(/DHHC-1:[^,]*/g, "KEY")}`);
-      const refuse = (words: string, number: number) => {
+      const fail = (words: string, number: number) => {
         throw new Error(`${words} (os error ${number})`);
       };
-      if (!this.authenticates && options.has("dhchap_secret")) refuse("Invalid argument", 22);
+      if (!this.authenticates && options.has("dhchap_secret")) fail("Invalid argument", 22);
       const [nqn, traddr, trsvcid] = [value("nqn"), value("traddr"), value("trsvcid")];
       const there = this.controllers.some((controller) =>
         controller.subsystemNqn === nqn && controller.traddr === traddr && controller.trsvcid === trsvcid &&
         controller.hostNqn === value("hostnqn") && !/^(deleting|dead)/.test(controller.state)
       );
-      if (there && !options.has("duplicate_connect")) refuse("Operation already in progress", 114);
+      if (there && !options.has("duplicate_connect")) fail("Operation already in progress", 114);
       const answer = this.answers.get(`connect ${traddr}`)?.stderr;
       if (answer !== undefined) throw new Error(answer);
       if (nqn !== discoveryNqn && !this.remote.some((namespace) => namespace.subsystemNqn === nqn)) {
-        refuse("Input/output error", 5);
+        fail("Input/output error", 5);
       }
-      if (nqn === discoveryNqn && !this.logPages.has(`${traddr}:${trsvcid}`)) refuse("Connection refused", 111);
+      if (nqn === discoveryNqn && !this.logPages.has(`${traddr}:${trsvcid}`)) fail("Connection refused", 111);
       const keys = { host: value("dhchap_secret"), controller: options.get("dhchap_ctrl_secret") };
       const demanded = this.demands.get(nqn);
-      if (demanded !== undefined && keys.host === "") refuse("Required key not available", 126);
-      if (demanded !== undefined && demanded.host !== keys.host) refuse("Key was rejected by service", 129);
+      if (demanded !== undefined && keys.host === "") fail("Required key not available", 126);
+      if (demanded !== undefined && demanded.host !== keys.host) fail("Key was rejected by service", 129);
       // The controller proves itself only where it demands a key.
       if (demanded !== undefined && keys.controller !== undefined && demanded.controller !== keys.controller) {
-        refuse("Key was rejected by service", 129);
+        fail("Key was rejected by service", 129);
       }
       const [hostNqn, hostId] = [value("hostnqn"), value("hostid")];
       const used = keys.host === "" ? {} : { keys };

@@ -1,7 +1,7 @@
 /**
  * A machine for node tests: real loop devices, real tools and mounts, behind a sysfs-shaped tree and a directory of device
- * nodes in a temporary directory of its own. Dispose it, with `await using`: whatever the test left mounted or attached
- * there is taken down.
+ * nodes in a temporary directory of its own. Dispose it, with `await using`: what the test left mounted or attached
+ * there is unmounted and detached.
  */
 import { join } from "node:path";
 import { createLogger } from "../../lib/context.ts";
@@ -30,7 +30,7 @@ export interface LoopMachine extends AsyncDisposable {
   readonly commands: string[];
   /** Makes a loop device and shows it as a namespace. */
   addNamespace(uuid: string, sizeBytes: number, options?: NamespaceOptions): Promise<LoopNamespace>;
-  /** Shows a device under another name, or anew after `hide`. */
+  /** Shows a device under another name, or again after `hide`. */
   show(namespace: LoopNamespace, options?: NamespaceOptions): Promise<LoopNamespace>;
   /** Takes node and sysfs entry away, as the kernel does when a namespace goes; what is mounted stays mounted. */
   hide(namespace: LoopNamespace): Promise<void>;
@@ -45,7 +45,7 @@ export interface LoopMachine extends AsyncDisposable {
 export interface NamespaceOptions {
   readonly name?: string;
   readonly subsystemNqn?: string;
-  /** Size that sysfs tells, when it shall not be the device's. */
+  /** Size that sysfs shows, when it shall not be the device's. */
   readonly sysfsSizeBytes?: number;
   readonly readOnly?: boolean;
 }

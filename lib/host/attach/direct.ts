@@ -28,6 +28,7 @@ import type { Attacher } from "./attacher.ts";
 /** Time between two calls of `reconcile`, in milliseconds. */
 export const reconcileEveryMs = 10_000;
 
+/** What the direct attacher works with. */
 export interface DirectOptions {
   readonly host: Host;
   readonly hostNqn: string;

@@ -4,6 +4,7 @@ import { formatAddress, type RemoteNamespace, type TransportAddress } from "../.
 import { type Host, kindBehind } from "../host.ts";
 import type { Attacher } from "./attacher.ts";
 
+/** Where the Discovery-Client looks, and under which name it is to connect. */
 export interface DiscoveryClientOptions {
   readonly host: Host;
   /** The directory that the Discovery-Client watches (its setting `clientConfigDir`). */

@@ -27,15 +27,6 @@ import type { FsType } from "./fs_type.ts";
 import { fileSystemUuid } from "./fs_uuid.ts";
 import { type Sample, samplesOf } from "./samples.ts";
 
-const markBytes = 4096;
-const alignmentBytes = 64n << 10n;
-/** What mkfs.btrfs zeroes at the end of a device. */
-const tailBytes = 2n << 20n;
-/** On a smaller device, every place may be written by some mkfs. */
-const leastBytes = 16n << 20n;
-/** Where btrfs keeps copies of its super block, which mkfs.btrfs completes last. */
-const btrfsCopies = [64n << 20n, 256n << 30n];
-
 /**
  * The offset of the mark on a device, in bytes. Undefined where there is none: on an encrypted device, whose LUKS header has a
  * label instead (luks_label.ts), and on a very small one.
@@ -54,7 +45,7 @@ function markOf({ uuid, sizeBytes }: BlockDevice): Uint8Array {
 }
 
 /** Whether the mark of this very namespace is on the device. */
-export async function isMarked(read: DeviceReader, device: BlockDevice): Promise<boolean> {
+async function isMarked(read: DeviceReader, device: BlockDevice): Promise<boolean> {
   const offset = markOffset(device);
   if (offset === undefined) return false;
   const expected = markOf(device);
@@ -71,10 +62,6 @@ export async function isUnfinished(read: DeviceReader, device: BlockDevice): Pro
   }
   return !await holdsData(read, device);
 }
-
-const gib = 1n << 30n;
-/** How many sizes are tried; each takes a read of 4 KiB. */
-const mostSizes = 1024n;
 
 /**
  * Whether a mkfs of ours began on this device when it was smaller, before the volume was expanded. Tries sizes of whole GiB,
@@ -95,65 +82,25 @@ export async function wasUnfinishedWhenSmaller(read: DeviceReader, device: Block
   return false;
 }
 
-/**
- * Whether the samples of a device with an unfinished file system contain what no mkfs writes: text, or blocks without zeros as
- * in compressed, encrypted and random data. Detects a raw device that was used and whose content looks unfinished.
- */
-export async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boolean> {
-  const own = markOffset(device);
-  for (const { offsetBytes, lengthBytes } of partsOf(device.sizeBytes)) {
-    const bytes = await read(offsetBytes, lengthBytes);
-    const first = firstNonZero(bytes);
-    if (first === undefined) continue;
-    for (let at = first - first % unitBytes; at < bytes.length; at += unitBytes) {
-      const place = offsetBytes + BigInt(at);
-      if (own !== undefined && place >= own && place < own + BigInt(markBytes)) continue;
-      const unit = bytes.subarray(at, at + unitBytes);
-      if (firstNonZero(unit) !== undefined && isData(unit)) return true;
-    }
-  }
-  return false;
-}
-
-/** A small device from end to end, samples of a large one. */
-function partsOf(sizeBytes: bigint): readonly Sample[] {
-  if (sizeBytes > wholeBytes) return samplesOf(sizeBytes);
-  const parts: Sample[] = [];
-  for (let at = 0n; at < sizeBytes; at += pieceBytes) {
-    const left = sizeBytes - at;
-    parts.push({ offsetBytes: at, lengthBytes: Number(left < pieceBytes ? left : pieceBytes) });
-  }
-  return parts;
-}
-
-const wholeBytes = 256n << 20n;
-const pieceBytes = 1n << 20n;
-// Measured on 150 new file systems of many sizes and options: at most 795 bytes of 1024 are not zero where they have more
-// than 32 values, and the longest text outside of super blocks is "lost+found".
-const unitBytes = 1024;
-const longestWord = 12;
-
-/** Metadata of ext4, xfs and btrfs is mostly zeros, or a bitmap; its only text is short names, and labels in super blocks. */
-function isData(unit: Uint8Array): boolean {
-  if (hasNames(unit)) return false;
-  const values = new Set<number>();
-  let nonZero = 0;
-  let printable = 0;
-  for (const byte of unit) {
-    values.add(byte);
-    if (byte !== 0) nonZero++;
-    printable = byte >= 0x20 && byte < 0x7f ? printable + 1 : 0;
-    if (printable > longestWord) return true;
-  }
-  return nonZero > unit.length * 15 / 16 && values.size > 32;
-}
-
-/** Whether a block is of a kind that contains labels and names. */
-function hasNames(unit: Uint8Array): boolean {
-  const isExt4 = unit[0x38] === 0x53 && unit[0x39] === 0xef;
-  // The block of ext4 that protects against double mounts (mmp) has the names of machine and device.
-  return isExt4 || ["XFSB", "PMM\0"].includes(textAt(unit, 0, 4)) ||
-    /^(?:_BHRfS_M|!BHRfS_M)$/.test(textAt(unit, 64, 8));
+/** Whether a mkfs of ours began on the device and did not end, by what xfs says, and btrfs as earlier versions made it. */
+export async function isHalfMade(
+  read: DeviceReader,
+  device: BlockDevice,
+  mountable: FsType | "crypto_LUKS" | undefined,
+): Promise<boolean> {
+  // A file system that is complete is not half-made, whatever else is left there. An xfs says so itself.
+  if (mountable !== undefined && mountable !== "xfs") return false;
+  if (device.sizeBytes < 1n << 20n) return false;
+  const ours = fileSystemUuid(device.uuid);
+  // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.ts.
+  const xfs = await read(0n, 4096);
+  const isXfs = ["XFSB", "\0\0\0\0"].includes(textAt(xfs, 0, 4)) && uuidAt(xfs, 32) === ours && xfs[126] === 1;
+  if (isXfs || mountable === "xfs") return isXfs && !await holdsData(read, device);
+  // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes the magic in this order until everything is in place; fsid at
+  // 32, magic at 64 of the super block.
+  const btrfs = await read(65536n, 4096);
+  if (uuidAt(btrfs, 32) !== ours || textAt(btrfs, 64, 8) !== "!BHRfS_M") return false;
+  return !await holdsData(read, device);
 }
 
 /** Writes the mark on a device that is proved blank or unfinished, and waits until it is on the disk; else UNAVAILABLE. */
@@ -234,23 +181,76 @@ function markError(ctx: RequestContext, device: BlockDevice, error: unknown): St
   );
 }
 
-/** Whether a mkfs of ours began on the device and did not end, by what xfs says, and btrfs as earlier versions made it. */
-export async function isHalfMade(
-  read: DeviceReader,
-  device: BlockDevice,
-  mountable: FsType | "crypto_LUKS" | undefined,
-): Promise<boolean> {
-  // A file system that is complete is not half-made, whatever else is left there. An xfs says so itself.
-  if (mountable !== undefined && mountable !== "xfs") return false;
-  if (device.sizeBytes < 1n << 20n) return false;
-  const ours = fileSystemUuid(device.uuid);
-  // xfs_format.h: sb_uuid at 32, sb_inprogress at 126. The magic may be wiped already, see format.ts.
-  const xfs = await read(0n, 4096);
-  const isXfs = ["XFSB", "\0\0\0\0"].includes(textAt(xfs, 0, 4)) && uuidAt(xfs, 32) === ours && xfs[126] === 1;
-  if (isXfs || mountable === "xfs") return isXfs && !await holdsData(read, device);
-  // Earlier versions gave btrfs a UUID of ours. btrfs-progs writes the magic in this order until everything is in place; fsid at
-  // 32, magic at 64 of the super block.
-  const btrfs = await read(65536n, 4096);
-  if (uuidAt(btrfs, 32) !== ours || textAt(btrfs, 64, 8) !== "!BHRfS_M") return false;
-  return !await holdsData(read, device);
+/**
+ * Whether the samples of a device with an unfinished file system contain what no mkfs writes: text, or blocks without zeros as
+ * in compressed, encrypted and random data. Detects a raw device that was used and whose content looks unfinished.
+ */
+async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boolean> {
+  const own = markOffset(device);
+  for (const { offsetBytes, lengthBytes } of partsOf(device.sizeBytes)) {
+    const bytes = await read(offsetBytes, lengthBytes);
+    const first = firstNonZero(bytes);
+    if (first === undefined) continue;
+    for (let at = first - first % unitBytes; at < bytes.length; at += unitBytes) {
+      const place = offsetBytes + BigInt(at);
+      if (own !== undefined && place >= own && place < own + BigInt(markBytes)) continue;
+      const unit = bytes.subarray(at, at + unitBytes);
+      if (firstNonZero(unit) !== undefined && isData(unit)) return true;
+    }
+  }
+  return false;
 }
+
+/** A small device from end to end, samples of a large one. */
+function partsOf(sizeBytes: bigint): readonly Sample[] {
+  if (sizeBytes > wholeBytes) return samplesOf(sizeBytes);
+  const parts: Sample[] = [];
+  for (let at = 0n; at < sizeBytes; at += pieceBytes) {
+    const left = sizeBytes - at;
+    parts.push({ offsetBytes: at, lengthBytes: Number(left < pieceBytes ? left : pieceBytes) });
+  }
+  return parts;
+}
+
+/** Metadata of ext4, xfs and btrfs is mostly zeros, or a bitmap; its only text is short names, and labels in super blocks. */
+function isData(unit: Uint8Array): boolean {
+  if (hasNames(unit)) return false;
+  const values = new Set<number>();
+  let nonZero = 0;
+  let printable = 0;
+  for (const byte of unit) {
+    values.add(byte);
+    if (byte !== 0) nonZero++;
+    printable = byte >= 0x20 && byte < 0x7f ? printable + 1 : 0;
+    if (printable > longestWord) return true;
+  }
+  return nonZero > unit.length * 15 / 16 && values.size > 32;
+}
+
+/** Whether a block is of a kind that contains labels and names. */
+function hasNames(unit: Uint8Array): boolean {
+  const isExt4 = unit[0x38] === 0x53 && unit[0x39] === 0xef;
+  // The block of ext4 that protects against double mounts (mmp) has the names of machine and device.
+  return isExt4 || ["XFSB", "PMM\0"].includes(textAt(unit, 0, 4)) ||
+    /^(?:_BHRfS_M|!BHRfS_M)$/.test(textAt(unit, 64, 8));
+}
+
+const markBytes = 4096;
+const alignmentBytes = 64n << 10n;
+/** What mkfs.btrfs zeroes at the end of a device. */
+const tailBytes = 2n << 20n;
+/** On a smaller device, every place may be written by some mkfs. */
+const leastBytes = 16n << 20n;
+/** Where btrfs keeps copies of its super block, which mkfs.btrfs completes last. */
+const btrfsCopies = [64n << 20n, 256n << 30n];
+
+const gib = 1n << 30n;
+/** How many sizes are tried; each takes a read of 4 KiB. */
+const mostSizes = 1024n;
+
+const wholeBytes = 256n << 20n;
+const pieceBytes = 1n << 20n;
+// Measured on 150 new file systems of many sizes and options: at most 795 bytes of 1024 are not zero where they have more
+// than 32 values, and the longest text outside of super blocks is "lost+found".
+const unitBytes = 1024;
+const longestWord = 12;

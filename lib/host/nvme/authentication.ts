@@ -67,6 +67,7 @@ export interface ConnectProblem {
   readonly isAboutKeys: boolean;
 }
 
+/** A connection with keys. */
 export interface AuthenticatedConnectOptions extends ConnectOptions {
   readonly keys: DhchapKeys;
   /** Whether another connection is made to an address that has one. */

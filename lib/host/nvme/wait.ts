@@ -12,6 +12,7 @@ const announcedMs = 2000;
 
 const rescanEveryMs = 15_000;
 
+/** How to wait for a device. */
 export interface WaitOptions {
   /** The namespace has to be one of this subsystem. */
   readonly subsystemNqn?: string | undefined;

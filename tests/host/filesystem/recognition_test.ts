@@ -180,7 +180,7 @@ async function btrfsSuperBlock({ machine }: Disk): Promise<Uint8Array> {
 for (const [fsType, places] of [["ext4", [0]], ["btrfs", [0, 1024, 32 << 10]]] as const) {
   for (const place of places) {
     Deno.test({
-      name: `promise 29: an intact ${fsType} before whose super block somebody wrote at byte ${place} is mounted`,
+      name: `promise 29: an intact ${fsType} with foreign bytes before its super block, at byte ${place} is mounted`,
       ignore,
       fn: () =>
         withDisk(320, async (disk) => {

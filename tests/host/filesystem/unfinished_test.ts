@@ -1,4 +1,4 @@
-/** A mkfs that is killed at any moment leaves a volume that the next stage finishes, and nobody else's data is taken for it. */
+/** A mkfs that is killed at any moment leaves a volume that the next stage finishes, and no other data is mistaken for its work. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
@@ -494,7 +494,7 @@ Deno.test({
 
         await mountVolume(host, callContext(), await disk.device(), { ...mountOptions, fsType, path: disk.path });
 
-        // A loop device that somebody else has mounted may be opened to see whose file it has, which waits for no read.
+        // A loop device that is mounted elsewhere may be opened to see whose file it has, which waits for no read.
         const read = [...(await Deno.readTextFile(log)).matchAll(/\(\d+<(\/[^>]*)>/g)].map(([, path = ""]) => path);
         assert.deepEqual([...new Set(read.filter(isBlockDevice))], [namespace.path]);
         await machine.tool("umount", disk.path);

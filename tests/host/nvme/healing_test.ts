@@ -120,7 +120,7 @@ function namesOf({ host }: Looked): readonly [string, string] {
 const events = (lines: readonly Line[]) =>
   lines.map(({ event, name }) => name === undefined ? event : `${name} ${event}`);
 
-for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", daemon]] as const) {
+for (const [who, machine] of [["reconcile", directAttacher], ["the daemon", daemon]] as const) {
   Deno.test(`${who} does nothing about connections on which all is well, whatever ANA says of some`, async () => {
     const looked = await machine([uuid, other]);
     const [first] = namesOf(looked);
@@ -302,7 +302,7 @@ for (const [who, machine] of [["direct.tend", directAttacher], ["the daemon", da
   });
 }
 
-Deno.test("direct.tend does nothing about a namespace that was detached, when the cluster takes it away", async () => {
+Deno.test("reconcile does nothing about a namespace that was detached, when the cluster takes it away", async () => {
   const { attacher, look, host } = await directAttacher([uuid, other]);
   await look(3);
   await attacher.detach(callContext(), other);
@@ -324,7 +324,7 @@ Deno.test("the daemon does nothing about a namespace whose file was removed, whe
   assert.deepEqual(await look(100), []);
 });
 
-Deno.test("direct.tend rescans and resets live connections that do not show what a volume waits for, and then lets it be", async () => {
+Deno.test("reconcile rescans and resets live connections that do not show what a volume waits for, and then lets it be", async () => {
   const { host, look, attacher } = await directAttacher([]);
   host.addNamespace(uuid, nqn);
   for (const name of ["nvme0", "nvme1"]) host.hidden.set(`${name} ${uuid}`, "withdrawn");
@@ -341,7 +341,7 @@ Deno.test("direct.tend rescans and resets live connections that do not show what
   assert.deepEqual(host.controllers, []);
 });
 
-Deno.test("direct.tend of a new process heals what it finds connected", async () => {
+Deno.test("reconcile of a new process heals what it finds connected", async () => {
   const { host } = await directAttacher();
   const attacher = createDirectAttacher({ host, hostNqn: us, hostId, locks: new KeyedLock() });
   for (const { name } of host.controllers) host.anaStates.set(name, "inaccessible");
@@ -353,7 +353,7 @@ Deno.test("direct.tend of a new process heals what it finds connected", async ()
   assert.deepEqual(host.commands, ["nvme reset /dev/nvme0"]);
 });
 
-Deno.test("promise 2: direct.tend drops no connection whose namespace the one beside it does not reach", async () => {
+Deno.test("promise 2: reconcile drops no connection whose namespace the one beside it does not lead to", async () => {
   const { host, look, controller } = await directAttacher();
   controller("nvme0").state = "connecting";
   controller("nvme1").state = "connecting";
@@ -370,7 +370,7 @@ Deno.test("promise 2: direct.tend drops no connection whose namespace the one be
   ]);
 });
 
-Deno.test("direct.tend does not connect beside what is being detached", async () => {
+Deno.test("reconcile does not connect beside what is being detached", async () => {
   const { host, attacher, look, controller, locks } = await directAttacher();
   controller("nvme1").state = "connecting";
   await look(12);
