@@ -1,5 +1,4 @@
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
-import { fileURLToPath } from "node:url";
 import config from "../deno.json" with { type: "json" };
 import { permissionsWith } from "../k8s/image/permissions.ts";
 import { Channel } from "../lib/grpc/client.ts";
@@ -10,42 +9,25 @@ import {
   NodeServiceCapability_RPC_Type as NodeRpc,
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../proto/gen/csi_pb.ts";
+import { lbcsiCommand, mainPath, runLbcsi } from "./support/lbcsi.ts";
 import { poseidonParameters, startPoseidon } from "./support/poseidon.ts";
 import { startSimulator } from "./support/simulator.ts";
 
-const mainPath = fileURLToPath(new URL("../main.ts", import.meta.url));
-
-function lbcsi(args: readonly string[], env: Record<string, string> = {}): Deno.Command {
-  return new Deno.Command(Deno.execPath(), {
-    args: ["run", "-A", "--no-check", mainPath, ...args],
-    env: { NO_COLOR: "1", ...env },
-    stdin: "null",
-    stdout: "piped",
-    stderr: "piped",
-  });
-}
-
-async function run(...args: string[]) {
-  const { code, stdout, stderr } = await lbcsi(args).output();
-  const decoder = new TextDecoder();
-  return { code, out: decoder.decode(stdout), err: decoder.decode(stderr) };
-}
-
 Deno.test("lbcsi version prints the version of deno.json", async () => {
-  const { code, out } = await run("version");
+  const { code, out } = await runLbcsi(["version"]);
 
   strictEqual(code, 0);
   ok(out.startsWith(`lbcsi ${config.version} (commit `) && out.includes(", CSI 1.12, Deno "), out);
 });
 
 Deno.test("lbcsi --help lists every command, and each of them explains its options", async () => {
-  const { code, out } = await run("--help");
+  const { code, out } = await runLbcsi(["--help"]);
   const names = [...out.matchAll(/^ {2}([a-z-]+) {2,}/gm)].flatMap(([, name]) => name === undefined ? [] : [name]);
 
   strictEqual(code, 0);
   ok(names.length >= 5, out);
   for (const name of names.filter((name) => name !== "version")) {
-    const help = await run(name, "--help");
+    const help = await runLbcsi([name, "--help"]);
     strictEqual(help.code, 0, name);
     match(help.out, new RegExp(`^lbcsi ${name}: `));
   }
@@ -80,7 +62,7 @@ for (
   ] as const
 ) {
   Deno.test(`lbcsi ${args.join(" ")} ends with status ${code} and says why`, async () => {
-    const result = await run(...args);
+    const result = await runLbcsi(args);
 
     strictEqual(result.code, code, result.err);
     match(result.err + result.out, message);
@@ -90,7 +72,7 @@ for (
 for (const [role, signal] of [["identity", "SIGHUP"], ["controller", "SIGINT"], ["node", "SIGTERM"]] as const) {
   Deno.test(`lbcsi ${role} serves Identity on its socket and ends with 0 on ${signal}`, async () => {
     const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
-    const process = lbcsi([role, ...(role === "node" ? ["--node-id", "a.node"] : [])], {
+    const process = lbcsiCommand([role, ...(role === "node" ? ["--node-id", "a.node"] : [])], {
       CSI_ENDPOINT: `unix://${directory}/csi.sock`,
     }).spawn();
     try {
@@ -112,7 +94,7 @@ for (const [role, signal] of [["identity", "SIGHUP"], ["controller", "SIGINT"], 
 for (const role of ["identity", "controller", "node"] as const) {
   Deno.test(`lbcsi ${role} --backend poseidon is csi.pos.io, and announces no growth`, async () => {
     const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
-    const process = lbcsi([role, "--backend", "poseidon", ...(role === "node" ? ["--node-id", "a.node"] : [])], {
+    const process = lbcsiCommand([role, "--backend", "poseidon", ...(role === "node" ? ["--node-id", "a.node"] : [])], {
       CSI_ENDPOINT: `unix://${directory}/csi.sock`,
     }).spawn();
     try {
@@ -192,7 +174,7 @@ Deno.test("lbcsi controller --backend poseidon calls DAgent and no proxy", async
   // Nothing listens there.
   const proxies = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"].map((name) => [name, "http://127.0.0.1:9"]);
   const args = ["controller", "--backend", "poseidon", "--endpoint", `unix://${directory}/csi.sock`];
-  const process = lbcsi(args, Object.fromEntries(proxies)).spawn();
+  const process = lbcsiCommand(args, Object.fromEntries(proxies)).spawn();
   try {
     using channel = new Channel({ address: `unix://${directory}/csi.sock` });
     await untilAnswered(channel);
@@ -223,7 +205,7 @@ Deno.test("lbcsi controller --backend poseidon calls DAgent and no proxy", async
 Deno.test("lbcsi controller lets a running call end after SIGTERM", async () => {
   await using simulator = await startSimulator();
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-main-" });
-  const process = lbcsi(["controller", "--endpoint", `unix://${directory}/csi.sock`]).spawn();
+  const process = lbcsiCommand(["controller", "--endpoint", `unix://${directory}/csi.sock`]).spawn();
   try {
     using channel = new Channel({ address: `unix://${directory}/csi.sock` });
     await untilAnswered(channel);

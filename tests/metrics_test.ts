@@ -1,17 +1,16 @@
 /** The metrics of processes, read over HTTP as a collector reads them. */
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { permissionsWith } from "../k8s/image/permissions.ts";
 import { Testbed } from "../lib/demo/testbed.ts";
 import { type CallError, Channel } from "../lib/grpc/client.ts";
 import { callObserver, countManagementCall, families, Metrics, metricsResponse } from "../lib/metrics.ts";
 import { hostNqn } from "../lib/namespace.ts";
 import { Controller, Identity, Node, VolumeCapability_AccessMode_Mode as Mode } from "../proto/gen/csi_pb.ts";
+import { mainPath } from "./support/lbcsi.ts";
 import { needs } from "./support/needs.ts";
 import { eventually } from "./support/simulator.ts";
 
-const mainPath = fileURLToPath(new URL("../main.ts", import.meta.url));
 const program = [Deno.execPath(), "run", "-A", "--no-check", mainPath];
 const gib = 1n << 30n;
 const toAnyPort = ["--metrics-address", "127.0.0.1:0"];

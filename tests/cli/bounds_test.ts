@@ -1,10 +1,10 @@
 /** What a CSI call may cost at most, on the happy path. Counts only: times are the benchmark's. */
 import assert from "node:assert/strict";
-import { fileURLToPath } from "node:url";
+import { mainPath } from "../support/lbcsi.ts";
 import { bounds, type Cost, firstVolume, type FsType, measureCalls } from "../support/measured_calls.ts";
 import { needs } from "../support/needs.ts";
 
-const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
+const program = [Deno.execPath(), "run", "-A", mainPath];
 const machine = needs("root", "loop", "mkfs.ext4");
 const fsTypes: readonly FsType[] = machine
   ? (["ext4", "xfs", "btrfs"] as const).filter((fsType) => needs(`mkfs.${fsType}`))

@@ -1,13 +1,11 @@
 /** The completion scripts, sourced by the shells that they are for. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import * as z from "zod";
 import { choicesOf } from "../../lib/cli/option_schemas.ts";
 import { completionScript, type Shell } from "../../lib/cli/completion_scripts.ts";
+import { mainPath } from "../support/lbcsi.ts";
 import { needs } from "../support/needs.ts";
-
-const mainPath = fileURLToPath(new URL("../../main.ts", import.meta.url));
 
 /** What a shell offers at the end of each line, by line. */
 async function offers(shell: Shell, lines: readonly string[]): Promise<readonly string[][]> {

@@ -1,15 +1,15 @@
 /** Which CAs a process takes that was given none: the machine's. */
 import { match, ok, rejects, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { permissionsWith } from "../../k8s/image/permissions.ts";
 import { Testbed } from "../../lib/demo/testbed.ts";
 import { CallError } from "../../lib/grpc/client.ts";
 import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import { mainPath } from "../support/lbcsi.ts";
 
 Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CERT_FILE, and not any other", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
-  const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
+  const program = [Deno.execPath(), "run", "-A", mainPath];
   const testbed = new Testbed(home, program);
   const patience = AbortSignal.timeout(60_000);
   try {
@@ -46,8 +46,7 @@ Deno.test("promise 11: without --mgmt-ca, a controller trusts the CAs in SSL_CER
 
 Deno.test("lbcsi-controller starts although it may not read the file in SSL_CERT_FILE, which some images set", async () => {
   const home = await Deno.realPath(await Deno.makeTempDir({ prefix: "lbcsi-ca-" }));
-  const main = fileURLToPath(new URL("../../main.ts", import.meta.url));
-  const program = [Deno.execPath(), "run", "--no-check", ...permissionsWith([home], [home]), main];
+  const program = [Deno.execPath(), "run", "--no-check", ...permissionsWith([home], [home]), mainPath];
   const testbed = new Testbed(home, program);
   try {
     const env = { SSL_CERT_FILE: "/usr/share/nowhere/ca.pem" };
@@ -67,7 +66,7 @@ Deno.test("lbcsi-controller starts although it may not read the file in SSL_CERT
 
 Deno.test("promise 27: a damaged certificate among those of the machine is skipped with a warning", async () => {
   const home = await Deno.makeTempDir({ prefix: "lbcsi-ca-" });
-  const program = [Deno.execPath(), "run", "-A", fileURLToPath(new URL("../../main.ts", import.meta.url))];
+  const program = [Deno.execPath(), "run", "-A", mainPath];
   const testbed = new Testbed(home, program);
   const patience = AbortSignal.timeout(60_000);
   try {
@@ -114,7 +113,7 @@ Deno.test("a controller does not start with a file in --mgmt-ca that has a damag
         args: [
           "run",
           "-A",
-          fileURLToPath(new URL("../../main.ts", import.meta.url)),
+          mainPath,
           "controller",
           "--endpoint",
           `unix://${directory}/csi.sock`,

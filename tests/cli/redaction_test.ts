@@ -4,16 +4,16 @@
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { DhchapKey } from "../../lib/auth_key.ts";
 import { Testbed } from "../../lib/demo/testbed.ts";
 import { CallError, type Channel } from "../../lib/grpc/client.ts";
 import { Controller, Node, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import { mainPath } from "../support/lbcsi.ts";
 import { needs } from "../support/needs.ts";
 
 const gib = 1n << 30n;
-const program = [Deno.execPath(), "run", "-A", "--no-check", fileURLToPath(new URL("../../main.ts", import.meta.url))];
+const program = [Deno.execPath(), "run", "-A", "--no-check", mainPath];
 const tools = ["blkid", "blockdev", "wipefs", "mount", "umount", "mkfs.ext4", "e2fsck", "resize2fs"];
 
 /** Makes programs that note how they and the process that started them were started, and become the real tools then. */

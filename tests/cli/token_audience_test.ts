@@ -1,7 +1,6 @@
 /** Which management endpoints receive the token of --jwt-path: a controller process, and servers that note what they receive. */
 import { deepStrictEqual, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { createLogger } from "../../lib/context.ts";
 import { Testbed } from "../../lib/demo/testbed.ts";
 import { StatusError } from "../../lib/error.ts";
@@ -10,6 +9,7 @@ import { serve, service } from "../../lib/grpc/server.ts";
 import { selfSigned } from "../../lib/simulator/certificate.ts";
 import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { DurosAPI } from "../../proto/gen/lightos_pb.ts";
+import { mainPath } from "../support/lbcsi.ts";
 
 const token = "the-controllers.own.token";
 const signed = selfSigned([]);
@@ -143,7 +143,7 @@ for (const { name, scheme, options, cluster, secrets = {}, withheld, arrives } o
       Deno.execPath(),
       "run",
       "-A",
-      fileURLToPath(new URL("../../main.ts", import.meta.url)),
+      mainPath,
     ]);
     const patience = AbortSignal.timeout(60_000);
     await using server = await startListener(scheme === "grpcs");

@@ -5,6 +5,7 @@ import { fileURLToPath } from "node:url";
 import { Testbed } from "../../lib/demo/testbed.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { Controller, Identity, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
+import { mainPath } from "../support/lbcsi.ts";
 import { eventually } from "../support/simulator.ts";
 
 function run(...args: readonly string[]) {
@@ -80,7 +81,7 @@ Deno.test("promise 27: a Secret with a damaged certificate fails its own calls, 
     Deno.execPath(),
     "run",
     "-A",
-    fileURLToPath(new URL("../../main.ts", import.meta.url)),
+    mainPath,
   ]);
   const patience = AbortSignal.timeout(120_000);
   try {

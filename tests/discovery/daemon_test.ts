@@ -549,7 +549,7 @@ for (const command of ["discovery-client", "node", "attach", "detach", "list"]) 
       const { code, err } = await run(given ?? "");
 
       assert.equal(code, 2, err);
-      const advice = command === "discovery-client" ? "make it (mkdir -p), or give" : "give";
+      const advice = command === "discovery-client" ? "create it (mkdir -p), or give" : "give";
       assert.ok(
         err.startsWith(`lbcsi ${command}: --discovery-dir "${given}": ${problem}, ${advice} the one that the `),
         err,

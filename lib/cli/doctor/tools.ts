@@ -73,7 +73,7 @@ export async function checkNvmeCli(ctx: RequestContext, { host, attach }: Machin
   return { ...finding, found: `${finding.found}; lbcsi discovery-client and growing volumes need it` };
 }
 
-// Older ones have no sector sizes, and do not distinguish a device that has gone from one that is in use.
+// Older versions have no sector sizes, and do not distinguish a device that has gone from one that is in use.
 const oldestCryptsetup = [2, 4] as const;
 
 /** Checks that volumes with host encryption can be opened. */

@@ -249,7 +249,7 @@ inlineTest(
         /^\S{36} {2}1073741824 bytes {2}cluster "rack1", project "default" {2}pod team-a\/pod2: connected to the node, left alone\n1 inline volumes of n1\.node, nothing was changed \(--delete\)\n$/,
       );
       assert.equal(failedSweep.code, 1);
-      assert.match(failedSweep.text, /refused: the node is connected to it \(--even-if-connected\)/);
+      assert.match(failedSweep.text, /not removed: the node is connected to it \(--even-if-connected\)/);
       assert.equal(kept, 1);
       assert.equal(removed.code, 0);
       assert.match(removed.text, /: connected to the node, removed\n/);

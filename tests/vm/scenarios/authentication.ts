@@ -165,7 +165,7 @@ const checks: readonly Check[] = [
       const open = join(testbed.home, "open-key");
       await Deno.writeTextFile(open, first.host.reveal(), { mode: 0o644 });
       const readable = await attach("--dhchap-key-file", open);
-      assert.deepEqual([readable.code, /others than its owner may use it \(mode 644\)/.test(readable.stderr)], [
+      assert.deepEqual([readable.code, /other users than its owner can access it \(mode 644\)/.test(readable.stderr)], [
         2,
         true,
       ]);
