@@ -1,4 +1,4 @@
-/** A server that speaks HTTP/2 and not gRPC: what proxies, load balancers and wrong ports answer in a server's place. */
+/** An HTTP/2 server without gRPC: it answers as proxies, load balancers and wrong ports do in a server's place. */
 import { create, type DescMessage, type MessageInitShape, toBinary } from "@bufbuild/protobuf";
 import http2 from "node:http2";
 import type { AddressInfo } from "node:net";

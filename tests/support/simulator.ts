@@ -16,8 +16,8 @@ const documented = Deno.env.get("SIMULATOR_AS_DOCUMENTED") === "true"
 /**
  * Starts a simulator on free ports, with delays of a few milliseconds and no output.
  *
- * With the environment variable SIMULATOR_AS_DOCUMENTED=true it answers as the REST documentation says, where LightOS' own
- * answers are known to differ: the driver passes its tests with both.
+ * With the environment variable SIMULATOR_AS_DOCUMENTED=true it answers as the REST documentation says, where LightOS is
+ * known to answer differently: the driver passes its tests with both.
  *
  * `sim.addresses` has the management endpoints (`grpc`, `grpcs`), `ca`, `jwt`, `adminJwt`, and with `data: "loop"` the
  * directories `discoveryDir`, `devRoot` and `sysfsRoot`; `sim.control` injects faults, counts calls and shows leftovers.
@@ -37,7 +37,7 @@ export function managementEndpoints(simulator: Simulator, scheme: "grpc" | "grpc
   return simulator.addresses[scheme].join(",");
 }
 
-/** Resolves when `condition` gives something else than false or undefined; rejects after `timeoutMs`. */
+/** Resolves when `condition` returns anything but false or undefined; rejects after `timeoutMs`. */
 export async function eventually<T>(
   what: string,
   condition: () => T | Promise<T>,

@@ -1,4 +1,4 @@
-/** The simulated DAgent, asked by plain HTTP: its habits, the bad ones above all (docs/reference/poseidonos-api.md section 5). */
+/** The simulated DAgent over plain HTTP: its behaviour, above all its faults (docs/reference/poseidonos-api.md section 5). */
 import { deepStrictEqual, match, rejects, strictEqual } from "node:assert/strict";
 import { startPoseidon, type TestPoseidon } from "../../support/poseidon.ts";
 import { eventually } from "../../support/simulator.ts";
