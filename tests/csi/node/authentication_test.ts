@@ -76,7 +76,7 @@ Deno.test("NodeStageVolume asks the cluster for the keys that its secret lacks, 
 
   await stage({ jwt: "token" });
 
-  assert.deepEqual(asked, [[Secrets, volumeId(uuid), nodeNqn, "unidirectional"]]);
+  assert.deepEqual(asked, [[Secrets, volumeId(uuid), { hostNqn: nodeNqn, kind: "unidirectional" }]]);
   assert.deepEqual(connected().map(([, used]) => used), [revealKeys(keys), revealKeys(keys)]);
 });
 
