@@ -36,11 +36,9 @@ function sources(directory: string): string[] {
 Deno.test("every program that the driver runs is among the tools of the image", () => {
   const tools = Object.values(nodeTools).flat();
   const run = ["lib/csi/", "lib/host/", "lib/cli/", "lib/discovery/"].flatMap(sources).flatMap((path) =>
-    [...read(path).matchAll(/(?:\.run|changing|probing)\(\s*(?:host, ctx, )?"([a-z][\w.]*)"/g)].map(([, name = ""]) =>
-      name
-    )
+    [...read(path).matchAll(/(?:\.run|runTool)\(\s*(?:host, ctx, )?"([a-z][\w.]*)"/g)].map(([, name = ""]) => name)
   );
-  const known = /const packages: [^{]*\{([^}]*)\}/.exec(read("lib/host/host.ts"))?.[1] ?? "";
+  const known = /const packages: [^{]*\{([^}]*)\}/.exec(read("lib/host/programs.ts"))?.[1] ?? "";
   const named = [...known.matchAll(/^ {2}"([^"]+)":/gm)].map(([, name = ""]) => name);
 
   assert(run.includes("nvme") && run.includes("mount") && run.includes("getent"), run.join());

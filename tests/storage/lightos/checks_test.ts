@@ -95,7 +95,7 @@ Deno.test("promise 11: doctor says plainly that a certificate is not verified, o
 
   const first = checkNamed(unverified.checks, `endpoint ${grpcs[0]}`);
   strictEqual(first.verdict, "warning");
-  match(first.found, /its certificate is NOT verified: whoever is in between can read the token$/);
+  match(first.found, /its certificate is NOT verified: anybody in between can read the token$/);
   const second = checkNamed(clear.checks, `endpoint ${grpc[0]}`);
   strictEqual(second.verdict, "warning");
   match(second.found, /in clear text: whoever is in between can read the token$/);
