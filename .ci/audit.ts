@@ -1,8 +1,8 @@
 /**
- * Compares the npm packages of deno.lock with the advisories of advisories.json: works offline, and is as good as that file.
+ * Compares the npm packages of deno.lock with the advisories of advisories.json. It works offline, and knows only that file.
  *
- * Ends with status 1 when a locked version has an advisory that is not accepted there with a reason. That the file has not
- * been looked through for long is a warning only: a build of an old commit must not fail by the calendar.
+ * Ends with status 1 when a locked version has an advisory that is not accepted there with a reason. A file that was not
+ * reviewed for a long time causes a warning only, because a build of an old commit must not fail by its date.
  */
 
 /** A known weakness of some versions of a package. */

@@ -40,7 +40,7 @@ export interface Fields {
 
 /** Writes one line per event to stderr: a constant verb phrase, with the facts in fields. */
 export interface Logger {
-  /** Whether debug lines are written: saves the making of costly ones. */
+  /** Whether debug lines are written: a caller need not build costly ones that are dropped. */
   readonly verbose: boolean;
   debug(event: string, fields?: Fields): void;
   info(event: string, fields?: Fields): void;
@@ -54,7 +54,7 @@ export interface Logger {
 /**
  * A Logger that writes JSON lines (or, for people, text lines) of `level` and above.
  *
- * @param write receives one line with its newline; stderr unless told otherwise
+ * @param write receives one line with its newline; default: stderr
  */
 export function createLogger(
   level: LogLevel,
@@ -150,7 +150,7 @@ export function backgroundContext(what: string, log: Logger, timeoutMs: number, 
 
 /**
  * A signal that aborts with `parent`, or with a TimeoutError after `ms`. Dispose it when the work is done: that ends the
- * timer and lets go of `parent`, which AbortSignal.any and AbortSignal.timeout would hold for longer.
+ * timer and releases `parent`, which AbortSignal.any and AbortSignal.timeout would hold for longer.
  */
 export function timeLimit(parent: AbortSignal, ms: number): Disposable & { readonly signal: AbortSignal } {
   const limit = new AbortController();
@@ -234,7 +234,7 @@ export class Secrets extends Unprintable {
 
   constructor(values: Readonly<Record<string, string>> = {}) {
     super("[secrets]");
-    // A value that was made with `echo` ends in a newline, which nobody sees.
+    // A value that was made with `echo` ends in a newline, which is easy to miss.
     this.#values = Object.fromEntries(
       Object.entries(values).map(([key, value]) => [key, isTakenAsItIs(key) ? value : value.replace(/[\r\n]+$/, "")]),
     );

@@ -39,7 +39,7 @@ export class StatusError extends Error {
   }
 }
 
-/** Whether a caller takes this for the last word: it may then forget what it asked for, and never ask to have it undone. */
+/** Whether a caller treats this as final: it may then forget what it asked for, and never ask to have it undone. */
 export function isFinal(error: unknown): boolean {
   return !hasCode(error, "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "UNAVAILABLE");
 }

@@ -8,7 +8,7 @@ interface Held {
 }
 
 /**
- * One holder per key. `take` refuses at once (volumes: the orchestrator retries), `wait` queues first come, first served
+ * One holder per key. `take` fails at once (volumes: the orchestrator retries), `wait` queues first come, first served
  * (subsystems: unrelated volumes share one). The holder keeps the key until the returned Disposable is disposed, which
  * belongs at the real end of the work, not at the caller's deadline.
  */
@@ -33,7 +33,7 @@ export class KeyedLock {
     return this.#hold(key, holder, []);
   }
 
-  /** Takes `key` as soon as all earlier callers have let go of it; rejects with `signal.reason` when that comes first. */
+  /** Takes `key` as soon as all earlier callers have released it; rejects with `signal.reason` when that comes first. */
   async wait(key: string, holder: string, signal: AbortSignal): Promise<Disposable> {
     signal.throwIfAborted();
     const held = this.#held.get(key);
@@ -44,7 +44,7 @@ export class KeyedLock {
         resolve();
       };
       const giveUp = () => {
-        // The queue travels from holder to holder, so the entry is looked for in whichever is current.
+        // The queue travels from holder to holder, so the entry is looked for in the current one.
         const queue = this.#held.get(key)?.queue ?? [];
         const at = queue.indexOf(turn);
         if (at >= 0) queue.splice(at, 1);
@@ -80,7 +80,7 @@ export class KeyedLock {
         if (released) return;
         released = true;
         const next = mine.queue.shift();
-        // The entry stays while the next in line wakes up, so that nobody slips in between.
+        // The entry stays while the next in line wakes up, so that no other caller slips in between.
         if (next === undefined) this.#held.delete(key);
         else next();
       },

@@ -31,7 +31,7 @@ export const families = {
   lbcsi_mgmt_calls_total: {
     type: "counter",
     labels: ["endpoint", "method", "code"],
-    help: "Calls to management APIs, each attempt at an endpoint by itself",
+    help: "Calls to management APIs, each attempt at an endpoint counted separately",
   },
   lbcsi_mgmt_call_duration_seconds: {
     type: "histogram",

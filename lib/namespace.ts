@@ -52,7 +52,7 @@ function isIpv6(text: string): boolean {
 /** StorageClass parameter, key of the volume context and of the publish context: how connections are authenticated. */
 export const inBandAuthKey = "in-band-auth";
 
-/** An NQN without what would part it in two on its way: in a Discovery-Client's file, or in the kernel's list of options. */
+/** An NQN without the characters that would split it in a Discovery-Client's file or in the kernel's list of options. */
 const nqnPattern = /^nqn\.[^\s,#=\p{Cc}]+$/u;
 const longestNqn = 223;
 
@@ -69,7 +69,7 @@ const publishContextSchema = z.object({
   "subsystem-nqn": z.string().max(longestNqn).regex(nqnPattern, "is not an NQN"),
   addresses: z.string(),
   discovery: z.string(),
-  // The kind alone: who may read VolumeAttachments may read this map, so no key is ever in it.
+  // The kind alone: every user who may read VolumeAttachments may read this map, so no key is ever in it.
   [inBandAuthKey]: z.enum(authKinds, { error: `is not one of ${authKinds.join(", ")}` }).optional(),
 });
 

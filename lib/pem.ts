@@ -1,8 +1,8 @@
 /**
  * Certificates in PEM texts, read before anything of them reaches TLS.
  *
- * Deno's TLS builds objects of all certificates to trust within the handshake, and one that it cannot read is thrown out of
- * an event callback there, where nobody can catch it: a text of one Secret would end the process.
+ * Deno's TLS parses all certificates to trust within the handshake. For one that it cannot read it throws in an event
+ * callback, where no caller can catch the error: a text of one Secret would end the process.
  */
 import { Buffer } from "node:buffer";
 import { X509Certificate } from "node:crypto";
@@ -15,7 +15,7 @@ export interface PemCertificates {
   readonly problems: readonly string[];
 }
 
-/** The texts read last: the same few come with every call. */
+/** The texts that were read last, because the same few come with every call. */
 const known = new Map<string, PemCertificates>();
 const mostKnown = 16;
 
@@ -37,7 +37,7 @@ export function pemProblem({ pem, problems }: PemCertificates): string | undefin
   return pem === "" ? "holds no PEM certificate" : undefined;
 }
 
-/** The certificates of a PEM text of ours, each by itself. */
+/** The certificates of a PEM text that readPem has returned, one by one. */
 export function splitPem(pem: string): readonly X509Certificate[] {
   return (pem.match(/-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----/g) ?? []).map((block) =>
     new X509Certificate(block)
@@ -69,7 +69,7 @@ function readBlock(body: string | undefined): Uint8Array | string {
   if (!/^[A-Za-z0-9+/]+={0,2}$/.test(base64) || base64.length % 4 !== 0) return "is not base64";
   const der = Buffer.from(base64, "base64");
   try {
-    // TLS makes both of it.
+    // TLS makes both objects from it.
     new X509Certificate(der).toLegacyObject();
     // TLS passes over a certificate that something follows, and X509Certificate does not mind.
     return lengthOfDer(der) === der.length ? der : "has more than a certificate in it";

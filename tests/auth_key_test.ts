@@ -120,6 +120,6 @@ Deno.test("keysFor asks for what is missing only, and takes from whom it asks wh
   assert(half.host.equals(host) && half.controller?.equals(otherController));
   const none = await keysFor("unidirectional", { host: undefined, controller: undefined }, source);
   assert(none.host.equals(otherHost) && none.controller?.equals(otherController));
-  const failing = () => Promise.reject(new TypeError("nobody"));
-  await assert.rejects(keysFor("bidirectional", { host, controller: undefined }, failing), /nobody/);
+  const failing = () => Promise.reject(new TypeError("no source"));
+  await assert.rejects(keysFor("bidirectional", { host, controller: undefined }, failing), /no source/);
 });

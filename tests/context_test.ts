@@ -56,7 +56,7 @@ for (const [what, print] of ways) {
   });
 }
 
-Deno.test("promise 10: Secrets show nothing to whoever walks their properties", () => {
+Deno.test("promise 10: Secrets show nothing to code that walks their properties", () => {
   const copy: unknown = structuredClone(secrets);
 
   assert.deepEqual(Object.keys(secrets), []);
@@ -263,7 +263,7 @@ Deno.test("unlessAborted answers as the promise does, or rejects first with the 
   controller.abort(new Error("enough"));
 
   await assert.rejects(pending, { message: "enough" });
-  // The work's own late failure is nobody's unhandled rejection.
+  // The work's own late failure is not an unhandled rejection.
   const late = unlessAborted(Promise.reject(new Error("late")), controller.signal);
   await assert.rejects(late, { message: "enough" });
   work.reject(new Error("much later"));

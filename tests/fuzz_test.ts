@@ -4,7 +4,7 @@
  * the caller wrote as an option.
  *
  * Each door is tried for a fixed time from a fixed seed, so a run is repeated exactly on the same machine as far as it
- * gets: a second in the test suite, as long as wanted with `deno task test:fuzz --seconds 60 [--seed N]`.
+ * gets: a second in the test suite, as long as requested with `deno task test:fuzz --seconds 60 [--seed N]`.
  */
 import assert from "node:assert/strict";
 import { parseArgs } from "node:util";
@@ -493,14 +493,14 @@ Deno.test("fuzz: whatever a management API answers, the error is foreseen and sa
     const used = DurosAPI.methods.filter(({ name }) => /Volume|Snapshot|GetClusterInfo|GetCluster$/.test(name));
     const message = fc.oneof(...used.map((method) => randomMessage(method.output, words)));
     const none = new Secrets();
-    const wanted = {
+    const request = {
       name: "pvc-1",
       requiredBytes: 1n << 30n,
       limitBytes: 0n,
       parameters: { "mgmt-endpoint": endpoint, "mgmt-scheme": "grpc", "replica-count": "1", "project-name": "default" },
     };
     const asked = [
-      (ctx: RequestContext) => backend.createVolume(ctx, none, wanted),
+      (ctx: RequestContext) => backend.createVolume(ctx, none, request),
       (ctx: RequestContext) => backend.getVolume(ctx, none, id),
       (ctx: RequestContext) => backend.grantAccess(ctx, none, id, { hostNqn: "nqn.host", shared: false }),
       (ctx: RequestContext) => backend.revokeAccess(ctx, none, id, "nqn.host"),
@@ -508,7 +508,7 @@ Deno.test("fuzz: whatever a management API answers, the error is foreseen and sa
       (ctx: RequestContext) =>
         backend.expansion?.expandVolume(ctx, none, id, { requiredBytes: 2n << 30n, limitBytes: 0n }),
       (ctx: RequestContext) => backend.snapshots?.createSnapshot(ctx, none, { name: "s", sourceVolumeId: id }),
-      (ctx: RequestContext) => backend.capacity?.getCapacity(ctx, wanted.parameters),
+      (ctx: RequestContext) => backend.capacity?.getCapacity(ctx, request.parameters),
     ];
     await fuzz("answers of the management API", fc.tuple(message, fc.nat(asked.length - 1)), async ([told, which]) => {
       answer = told;

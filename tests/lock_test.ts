@@ -45,7 +45,7 @@ Deno.test("promise 9: of racing KeyedLock.take calls exactly one wins", async ()
   assert.equal(results.filter(({ status }) => status === "fulfilled").length, 1);
 });
 
-Deno.test("KeyedLock.take gets a key that was let go of, and a second release of the first holder changes nothing", () => {
+Deno.test("KeyedLock.take gets a key that was released, and a second release of the first holder changes nothing", () => {
   const locks = new KeyedLock();
   const first = locks.take("k", "first");
   first[Symbol.dispose]();
@@ -78,7 +78,7 @@ Deno.test("KeyedLock.wait serves its callers first come, first served, one at a 
   using _free = locks.take("subsystem s", "afterwards");
 });
 
-Deno.test("KeyedLock lets nobody slip in between a release and the wake-up of the next in line", async () => {
+Deno.test("KeyedLock lets no caller slip in between a release and the wake-up of the next in line", async () => {
   const locks = new KeyedLock();
   const first = locks.take("k", "first");
   const second = locks.wait("k", "second", never);
@@ -154,7 +154,7 @@ Deno.test("KeyedLock.wait gives up in the line of a later holder", async () => {
   using _free = locks.take("k", "afterwards");
 });
 
-Deno.test("KeyedLock loses no wake-up when a caller gives up in the same turn in which its predecessor lets go", async () => {
+Deno.test("KeyedLock loses no wake-up when a caller gives up in the same turn in which its predecessor releases the key", async () => {
   for (const abortFirst of [true, false]) {
     const locks = new KeyedLock();
     const first = locks.take("k", "first");

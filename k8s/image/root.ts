@@ -38,7 +38,7 @@ const runtimeLibraries = {
   "libgcc-s1": ["libgcc_s.so.1"],
 };
 
-/** Other files of packages that belong into the image. */
+/** Other files of packages that belong in the image. */
 const dataFiles: Readonly<Record<string, readonly string[]>> = {
   // The features that mkfs.ext4 enables.
   e2fsprogs: ["/etc/mke2fs.conf"],

@@ -377,12 +377,12 @@ export class Testbed {
     return tails;
   }
 
-  /** Paths of the logs that contain one of these texts. */
-  async logsContaining(texts: readonly string[]): Promise<readonly string[]> {
+  /** Paths of the logs that contain one of these words. */
+  async logsContaining(words: readonly string[]): Promise<readonly string[]> {
     const found: string[] = [];
     for (const { log } of this.#processes.values()) {
       const text = await readText(log) ?? "";
-      if (texts.some((one) => text.includes(one))) found.push(log);
+      if (words.some((word) => text.includes(word))) found.push(log);
     }
     return found;
   }

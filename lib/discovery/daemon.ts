@@ -17,7 +17,7 @@
  * - Connections that the kernel does not heal are healed as with the direct attacher (connection_watch.ts).
  * - A subsystem that no file names any more is disconnected when nothing uses its devices, which is checked immediately
  *   before. Connections that no file ever named are never touched. A connection to an address that left the log page is
- *   dropped only while it does not work and, for each of its namespaces, another one does.
+ *   dropped only while it does not work and another one does for each of its namespaces.
  *
  * The rule behind the last points: losing a connection that is needed costs data, keeping one too many costs nothing.
  */

@@ -60,7 +60,7 @@ export interface CallOptions {
 }
 
 /**
- * The longest message that is accepted as an answer: the objects that are made of it have to fit several times into the
+ * The longest message that is accepted as an answer: the objects that are made from it have to fit several times into the
  * heap of 64 MiB that the shipped executable has.
  */
 const longestAnswerBytes = 8 << 20;

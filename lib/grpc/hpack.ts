@@ -152,7 +152,7 @@ class Reader {
     for (let shift = 0;; shift += 7) {
       const byte = this.#next();
       value += (byte & 0x7f) * 2 ** shift;
-      // Zero bytes at the end of an integer would be a way to make it as long as one likes.
+      // Zero bytes at the end of an integer could make it arbitrarily long.
       if (value > largestInteger || shift > 28) throw new Error("an integer in the header block is too large");
       if ((byte & 0x80) === 0) return value;
     }

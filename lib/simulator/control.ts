@@ -210,7 +210,7 @@ export function machineOf({ kind, machine }: DataPlane): Machine {
 /** The I/O ports of a data plane; throws UNIMPLEMENTED when hosts cannot connect to it. */
 export function pathsOf({ kind, paths }: DataPlane): Paths {
   if (paths !== undefined) return paths;
-  throw new StatusError("UNIMPLEMENTED", `Cannot change a path: nobody connects to data plane "${kind}", use "nvmet"`);
+  throw new StatusError("UNIMPLEMENTED", `Cannot change a path: no host connects to data plane "${kind}", use "nvmet"`);
 }
 
 /** A running control port. */

@@ -316,8 +316,8 @@ export interface InlineVolume {
 }
 
 /**
- * Inline volumes: a node makes them for a pod by itself and removes them after it, on clusters whose operator allows
- * that.
+ * Inline volumes: a node makes them for a pod without the controller and removes them after it, on clusters whose
+ * operator allows that.
  *
  * A mark on the cluster, which holds the CSI volume ID, identifies such a volume. A volume that has the right name and
  * not the mark is neither used nor removed.

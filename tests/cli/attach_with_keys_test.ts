@@ -36,9 +36,9 @@ Deno.test("attachVolume of a known place connects with the keys it is given", as
   const keys = newKeys();
   const { host, attacher, connected } = keyMachine(keys);
   const tools: LocalMachine = { host, attacher, hostNqn: nodeNqn, discoveryDirectory: undefined };
-  const wanted = { namespace: { ...place, inBandAuth: "unidirectional" } as const, keys };
+  const request = { namespace: { ...place, inBandAuth: "unidirectional" } as const, keys };
 
-  await attachVolume(callContext(), tools, wanted, undefined);
+  await attachVolume(callContext(), tools, request, undefined);
 
   assert.deepEqual(connected().map(([, used]) => used), [revealKeys(keys), revealKeys(keys)]);
 });

@@ -51,7 +51,7 @@ Deno.test("promise 27: a process that serves continues after exceptions in callb
   const lines = stderr.trim().split("\n").map((line) => JSON.parse(line));
   deepStrictEqual(
     lines.map(({ event, error }) => [event, String(error).split("\n")[0]]).sort(),
-    ["Error: out of a callback", "Error: that nobody handles", "Uncaught null"].map((error) => [
+    ["Error: out of a callback", "Error: that no code handles", "Uncaught null"].map((error) => [
       "continues after an uncaught exception",
       error,
     ]),

@@ -48,7 +48,7 @@ function notConnected(words: RegExp) {
 // --------------------------------------------------------------------------------------------------------------- texts
 
 const block = (body: string) => `-----BEGIN CERTIFICATE-----\n${body}\n-----END CERTIFICATE-----\n`;
-const texts: readonly (readonly [string, (good: string) => string, number, string | undefined])[] = [
+const pemTexts: readonly (readonly [string, (good: string) => string, number, string | undefined])[] = [
   ["one certificate", (good) => good, 1, undefined],
   ["two certificates", (good) => good + good, 2, undefined],
   ["CRLF", (good) => good.replaceAll("\n", "\r\n"), 1, undefined],
@@ -115,7 +115,7 @@ const texts: readonly (readonly [string, (good: string) => string, number, strin
   ],
 ];
 
-for (const [what, textOf, count, problem] of texts) {
+for (const [what, textOf, count, problem] of pemTexts) {
   Deno.test(`promise 27: a PEM text with ${what} is read without harm`, async () => {
     const { ca } = await certificate();
     const read = readPem(textOf(ca));

@@ -17,7 +17,7 @@ async function withDirectory(body: (directory: string) => Promise<void>): Promis
   }
 }
 
-/** Both ends of a connection: a client of Node's kind, which ends no way by itself, and our stream. */
+/** Both ends of a connection: a client of Node's kind, which does not end on its own, and our stream. */
 async function withPair(body: (client: net.Socket, server: Duplex) => Promise<void>): Promise<void> {
   await withDirectory(async (directory) => {
     const path = join(directory, "pair.sock");

@@ -245,14 +245,16 @@ for (
     const capability = blockCapability();
     await n.stage({ "host-encryption-passphrase": passphrase }, capability);
     const { list, readText, readLink, run } = n.host;
-    const texts = new Map<string, string>(Object.entries(files));
+    const procFiles = new Map<string, string>(Object.entries(files));
     n.host.list = (directory) => {
-      const below = [...texts.keys()].filter((path) => path.startsWith(`${directory}/`));
+      const below = [...procFiles.keys()].filter((path) => path.startsWith(`${directory}/`));
       if (below.length === 0) return list.call(n.host, directory);
       return Promise.resolve([...new Set(below.map((path) => path.slice(directory.length + 1).split("/")[0] ?? ""))]);
     };
-    n.host.readText = (path) => texts.has(path) ? Promise.resolve(texts.get(path)) : readText.call(n.host, path);
-    n.host.readLink = (path: string = "") => texts.has(path) ? Promise.resolve(texts.get(path)) : readLink.call(n.host);
+    n.host.readText = (path) =>
+      procFiles.has(path) ? Promise.resolve(procFiles.get(path)) : readText.call(n.host, path);
+    n.host.readLink = (path: string = "") =>
+      procFiles.has(path) ? Promise.resolve(procFiles.get(path)) : readLink.call(n.host);
     n.host.run = (program, args, options) =>
       args[0] === "close"
         ? Promise.resolve({ code: 5, stdout: "", stderr: "Device is still in use." })

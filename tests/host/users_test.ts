@@ -80,7 +80,7 @@ Deno.test("holdersOfDevice finds nothing on a device that nothing holds, and on 
 });
 
 Deno.test({
-  name: "loopDevicesOn names the loop device on a bound device node, by whichever path it was opened",
+  name: "loopDevicesOn names the loop device on a bound device node, by any path by which it was opened",
   ignore: !needs("root", "loop"),
   async fn() {
     await using machine = await loopMachine();

@@ -181,7 +181,10 @@ function aboutHere() {
 // --------------------------------------------------------------------------------------------------------- measurements
 
 /** Runs `work` with a test bed in a directory of its own, which is removed afterwards. */
-async function withRig<T>(variant: Variant, work: (testbed: Testbed, signal: AbortSignal) => Promise<T>): Promise<T> {
+async function withTestbed<T>(
+  variant: Variant,
+  work: (testbed: Testbed, signal: AbortSignal) => Promise<T>,
+): Promise<T> {
   return await interruptible(async (signal) => {
     const home = await Deno.makeTempDir({ prefix: "lbcsi-bench-" });
     // The same simulator for every variant, so that its speed does not show in the comparison.
@@ -230,7 +233,7 @@ async function start(testbed: Testbed, role: Role, signal: AbortSignal): Promise
 async function measureStartUp(variant: Variant, { startUps }: Effort): Promise<readonly StartUp[]> {
   const rows: StartUp[] = [];
   for (const role of ["identity", "controller", "node"] as const) {
-    const times = await withRig(variant, async (testbed, signal) => {
+    const times = await withTestbed(variant, async (testbed, signal) => {
       const times: number[] = [];
       // The first is not counted: it fills the caches of the disk, of the runtime and of this client.
       for (let run = -1; run < startUps; run++) {
@@ -256,7 +259,7 @@ async function measureStartUp(variant: Variant, { startUps }: Effort): Promise<r
 async function measureMemory(variant: Variant, { memoryCalls }: Effort): Promise<readonly Memory[]> {
   const rows: Memory[] = [];
   for (const role of ["identity", "controller", "node"] as const) {
-    await withRig(variant, async (testbed, signal) => {
+    await withTestbed(variant, async (testbed, signal) => {
       const running = await start(testbed, role, signal);
       const channel = testbed.channel(role);
       await waitUntilIdle(running);
@@ -285,7 +288,7 @@ async function measureThroughput(
   variant: Variant,
   effort: Effort,
 ): Promise<{ readonly throughput: readonly Throughput[]; readonly memory: Memory }> {
-  return await withRig(variant, async (testbed, signal) => {
+  return await withTestbed(variant, async (testbed, signal) => {
     await testbed.startSimulator("none", signal);
     // What is measured is the driver, not how long the cluster takes to make and forget a volume.
     await testbed.ask("PATCH", "/behaviour", { creationMs: 0, deletionMs: 0 });

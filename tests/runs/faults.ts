@@ -19,7 +19,7 @@
  * What of the node is cut between two tools: publish makes the target before its mount, unpublish removes it after its
  * umount, unstage removes the entry after its umount; so each of these lies between two cut points of the table. A stage
  * writes the discovery entry before its first tool, in more than one step: strace kills the node before it renames the
- * finished file. Every call to the machine, those that only look included, is cut off in node_cutoff_test.ts.
+ * finished file. Every call to the machine, those that only look included, is cut off in cutoff_test.ts.
  *
  * Exit status: 0 when every life ended well and at least one cut was made in every flow; 1 otherwise.
  */

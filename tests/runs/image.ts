@@ -106,7 +106,7 @@ async function lookAt(kind: ImageKind, image: string, entered: Entered): Promise
     return Promise.resolve();
   });
 
-  await check(`${kind}: nothing is setuid, setgid or writable by everybody, but /tmp`, async () => {
+  await check(`${kind}: nothing is setuid, setgid or writable by every user, except /tmp`, async () => {
     const found = await must("find", image, "-perm", "/7002", "!", "-type", "l");
     assert.deepEqual(found.trim().split("\n"), [join(image, "tmp")]);
   });
@@ -321,7 +321,7 @@ try {
 } finally {
   if (options.keep) console.log(`left: ${directory}`);
   else {
-    // Mounts keep what is below them; this namespace has nobody else's.
+    // Mounts keep what is below them; this namespace has only ours.
     await run(["umount", "-R", "-l", join(directory, "node-entered/root"), join(directory, "controller-entered/root")]);
     await run(["umount", "-R", "-l", join(directory, "home")]);
     for (const kind of imageKinds) await run(["umount", join(directory, `${kind}-entered/memory`)]);

@@ -92,7 +92,7 @@ async function startController(fsType: string, patience: AbortSignal): Promise<v
   }
   const jwtPath = join(home, "jwt");
   await Deno.writeTextFile(jwtPath, jwt, { mode: 0o600 });
-  // Free space is told to those only who may see the whole cluster.
+  // The cluster reports free space only to tokens that may see the whole cluster.
   const adminPath = join(home, "admin-jwt");
   await Deno.writeTextFile(adminPath, adminJwt, { mode: 0o600 });
   const cluster = { name: "simulated", scheme: "grpc", jwt: adminPath, projects: ["default"], endpoints: grpc };

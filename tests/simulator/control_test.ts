@@ -286,7 +286,7 @@ for (
       "/paths/down",
       `{"server":0}`,
       400,
-      /^Cannot change a path: nobody connects to data plane "none", use "nvmet"/,
+      /^Cannot change a path: no host connects to data plane "none", use "nvmet"/,
     ],
     [
       "a path in a state that NVMe has not",

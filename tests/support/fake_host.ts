@@ -96,7 +96,7 @@ export class FakeHost implements Host {
   readonly mounts: FakeMount[] = [];
   readonly controllers: Controller[] = [];
   readonly discoveryDirectory = "/etc/discovery-client/discovery.d";
-  /** Which keys hosts have to connect with, by subsystem NQN; others are open to everybody. */
+  /** Which keys hosts have to connect with, by subsystem NQN; others are open to every host. */
   readonly demands = new Map<string, FakeKeys>();
   /** Whether the kernel has DH-HMAC-CHAP; false: as before 6.0; "takes keys": as a later one that was built without. */
   authenticates: boolean | "takes keys" = true;

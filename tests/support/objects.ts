@@ -1,7 +1,7 @@
 /** Kubernetes objects, and whether what they refer to is there. */
 import { parseAllDocuments } from "yaml";
 
-type Texts = Readonly<Record<string, string>>;
+type StringMap = Readonly<Record<string, string>>;
 
 export interface Container {
   readonly name: string;
@@ -33,7 +33,7 @@ export interface PodSpec {
 interface Metadata {
   readonly name: string;
   readonly namespace?: string;
-  readonly labels?: Texts;
+  readonly labels?: StringMap;
 }
 
 /** A pod, or what a controller makes pods of. */
@@ -50,11 +50,11 @@ export interface KubeObject {
   readonly rules?: readonly { readonly resources: readonly string[] }[];
   readonly subjects?: readonly { readonly kind: string; readonly name: string; readonly namespace: string }[];
   readonly roleRef?: { readonly kind: string; readonly name: string };
-  readonly parameters?: Texts;
-  readonly data?: Texts;
+  readonly parameters?: StringMap;
+  readonly data?: StringMap;
   readonly spec?: Partial<PodSpec> & {
     readonly template?: PodTemplate;
-    readonly selector?: { readonly matchLabels?: Texts };
+    readonly selector?: { readonly matchLabels?: StringMap };
     readonly serviceName?: string;
     readonly storageClassName?: string;
     readonly volumeAttributesClassName?: string;
@@ -97,8 +97,8 @@ const keyOf = (kind: string, name: string, namespace: string | undefined) =>
   clusterScoped.includes(kind) ? `${kind} ${name}` : `${kind} ${namespace}/${name}`;
 
 /**
- * Names that objects refer to and nobody has, objects that are there twice, mounts of volumes that a pod has not, volumes
- * that nobody mounts, and selectors that do not find their pods. `outside`: what is there besides, "KIND NAME" or
+ * Names that objects refer to and no object has, objects that are there twice, mounts of volumes that a pod does not have,
+ * volumes that no container mounts, and selectors that do not find their pods. `outside`: what else is there, "KIND NAME" or
  * "KIND NAMESPACE/NAME".
  */
 export function referenceProblems(objects: readonly KubeObject[], outside: ReadonlySet<string>): readonly string[] {
@@ -173,7 +173,7 @@ function mountProblems({ containers, initContainers = [], volumes = [] }: PodSpe
       if (mounts.some((other) => other.path === path && other.name !== name)) problems.push(`two volumes at ${path}`);
     }
   }
-  for (const name of there) if (!mounted.has(name)) problems.push(`nobody mounts volume ${name}`);
+  for (const name of there) if (!mounted.has(name)) problems.push(`no container mounts volume ${name}`);
   if (new Set(all.map(({ name }) => name)).size < all.length) problems.push("two containers have one name");
   return problems;
 }

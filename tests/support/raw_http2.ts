@@ -1,11 +1,11 @@
-/** An HTTP/2 client that sends exactly the given bytes, also those that current clients do not or must not send. */
+/** An HTTP/2 client that sends exactly the given bytes: what real clients no longer, or must not, send. */
 import assert from "node:assert/strict";
 import net from "node:net";
 import { encodeHuffman, HpackDecoder } from "../../lib/grpc/hpack.ts";
 
 export type Header = readonly [name: string, value: string];
 
-/** `plain` and `huffman` do not change the server's table; `indexed` uses it as grpc-go does. */
+/** `plain` and `huffman` leave the server's table alone; `indexed` uses it as grpc-go does. */
 export type Encoding = "plain" | "huffman" | "indexed";
 
 /** Bytes of a header block that stand for themselves. */
@@ -70,7 +70,7 @@ interface OpenReply {
 export class RawClient implements Disposable {
   readonly socket: net.Socket;
   readonly encoder = new RawEncoder();
-  /** Resolves when the server's SETTINGS have arrived. */
+  /** Resolves when the server's SETTINGS are here. */
   readonly settings: Promise<void>;
   /** Why the connection ended: the error code of GOAWAY, or "closed". */
   readonly ended: Promise<string>;
@@ -100,7 +100,7 @@ export class RawClient implements Disposable {
     this.#sending = true;
     for (const byte of bytes) {
       await new Promise<void>((resolve) => this.socket.write(Buffer.of(byte), () => resolve()));
-      // Yields, so that the server reads the byte before the next one is sent.
+      // Gives the server a turn, so that it reads the byte before there are more.
       await new Promise((resolve) => setImmediate(resolve));
     }
     this.#sending = false;
@@ -112,7 +112,7 @@ export class RawClient implements Disposable {
     const reply = new Promise<Reply>((resolve, reject) => {
       this.#replies.set(stream, { blocks: [], body: Buffer.alloc(0), resolve, reject });
     });
-    // It may fail while the request is still being sent, before the test awaits it.
+    // It may fail while the request is still being sent, before a caller awaits it.
     reply.catch(() => {});
     return reply;
   }

@@ -15,7 +15,7 @@ const throwAll = () => {
   setTimeout(() => {
     throw new Error("out of a callback");
   });
-  Promise.reject(new Error("that nobody handles"));
+  Promise.reject(new Error("that no code handles"));
 };
 if (when === "before") {
   throwAll();

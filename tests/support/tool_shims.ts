@@ -7,7 +7,7 @@ import { join } from "node:path";
 /** Where a run of a tool waits. */
 export interface HeldTool {
   readonly program: string;
-  /** Of the waiting process, which becomes the tool when it is let go before its run. */
+  /** Of the waiting process, which becomes the tool when it is released before its run. */
   readonly pid: number;
 }
 
@@ -70,7 +70,7 @@ export async function toolShims(home: string, nvmeDirectory?: string): Promise<T
     held: read,
     async release() {
       await Deno.remove(held);
-      // Opening waits for the one who reads.
+      // Opening waits for a reader.
       await Deno.writeTextFile(go, "go\n", { create: false });
     },
     async kill() {

@@ -1,6 +1,6 @@
 /**
  * Checks that guests share out among themselves, in a directory that all of them see: `open/` has a file for each check
- * that nobody has begun, `taken/` for each of the others. Who renames a file has the check.
+ * that no guest has begun, `taken/` for each of the others. The guest that renames a file has the check.
  */
 import { join } from "node:path";
 

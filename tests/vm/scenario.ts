@@ -1,5 +1,5 @@
 /**
- * What a file of scenarios/ is made of. Host and guest both load it: the host to know the names of the checks, the guest
+ * What a file of scenarios/ consists of. Host and guest both load it: the host to know the names of the checks, the guest
  * to run them. So nothing may happen when such a file is merely loaded.
  */
 import type { GuestTestbed, StartOptions } from "./testbed.ts";

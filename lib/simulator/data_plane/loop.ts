@@ -224,7 +224,7 @@ class LoopPlane extends FilePlane implements DataPlane {
       const address = traddr.includes(":") ? `[${traddr}]:${trsvcid}` : `${traddr}:${trsvcid}`;
       const known = identity.servers.some(({ discoveryEndpoint }) => discoveryEndpoint === address);
       if (!known || subsystemNqn !== identity.subsystemNqn) {
-        this.log.warning("discovery client found nobody", { address, subsystem: subsystemNqn });
+        this.log.warning("discovery client found no such subsystem", { address, subsystem: subsystemNqn });
         continue;
       }
       const isConnected = this.#controllers.some((controller) =>
@@ -275,7 +275,7 @@ class LoopPlane extends FilePlane implements DataPlane {
         if (controller === undefined) return { status: 1, message: `Did not find device ${option("device")}` };
         await this.enqueue(async () => {
           this.#controllers.splice(this.#controllers.indexOf(controller), 1);
-          // The devices first, as long as their place in the tree is there.
+          // The devices first, while their place in the tree still exists.
           await this.reconcile();
           this.#tree.removeController(controller);
         });

@@ -294,7 +294,7 @@ class NvmetPlane extends FilePlane implements DataPlane {
     if (subsystem.owner === undefined || !granted.has(subsystem.owner)) subsystem.owner = [...granted.keys()][0];
     const grants = subsystem.owner === undefined ? "" : granted.get(subsystem.owner) ?? "";
     const allowed = new Set([...granted].filter(([, others]) => others === grants).map(([host]) => host));
-    this.#logRefused(subsystem, granted, allowed);
+    this.#logRejectedHosts(subsystem, granted, allowed);
 
     const cutOff = [...subsystem.allowed].filter((host) => !allowed.has(host));
     for (const host of cutOff) await this.#deny(subsystem, host);
@@ -320,7 +320,7 @@ class NvmetPlane extends FilePlane implements DataPlane {
     else await this.#serve(subsystem);
   }
 
-  #logRefused(subsystem: Subsystem, granted: ReadonlyMap<string, string>, allowed: ReadonlySet<string>): void {
+  #logRejectedHosts(subsystem: Subsystem, granted: ReadonlyMap<string, string>, allowed: ReadonlySet<string>): void {
     for (const host of granted.keys()) {
       const key = `${subsystem.nqn} ${host}`;
       if (allowed.has(host)) this.#rejected.delete(key);

@@ -28,7 +28,7 @@ export interface DataPlaneSettings {
 /**
  * Opens the data plane that `settings` ask for.
  *
- * @param stack removes the directory that was made for lack of a state directory
+ * @param stack removes the directory that was made because there is no state directory
  * @throws StatusError FAILED_PRECONDITION when the machine lacks what the data plane needs
  */
 export async function openDataPlane(

@@ -246,8 +246,8 @@ async function askCluster(ctx: RequestContext, cluster: Cluster, hostNqn: string
     const nothing = { addresses: [], discovery: [], hasDataPath: true, connected: undefined, inBandAuth: undefined };
     return { checks: [check], rejection, ...nothing };
   }
-  const toAddresses = (texts: readonly string[]) =>
-    [...new Set(texts)].sort().map(parseAddress).filter((address) => address !== undefined);
+  const toAddresses = (endpoints: readonly string[]) =>
+    [...new Set(endpoints)].sort().map(parseAddress).filter((address) => address !== undefined);
   const simulator = simulatorCheck(info.ETag);
   const addresses = toAddresses(info.nvmeEndpoints);
   const discovery = toAddresses(info.discoveryEndpoints);

@@ -71,7 +71,7 @@ export class Cluster {
   }
 
   /**
-   * Calls a method of the management API, at whichever endpoint answers: see ClusterEndpoints.call.
+   * Calls a method of the management API, at an endpoint that answers: see ClusterEndpoints.call.
    *
    * @throws StatusError INTERNAL, too, when the answer does not fit the request
    */

@@ -452,7 +452,7 @@ interface Member {
   lastFailure: string;
 }
 
-/** A call that is running, at whichever member. */
+/** A call that is running, at any member. */
 interface ApiCall<I extends DescMessage, O extends DescMessage> extends ApiRequest<I, O> {
   readonly ctx: RequestContext;
   /** Aborts with the caller's signal, and when another member has answered. */

@@ -210,7 +210,7 @@ class LightosInlineVolumes implements InlineVolumeStore {
       const { own } = await this.#namesakes(ctx, place, podSecrets, volumeId);
       if (own === undefined) return;
       await this.#backend.deleteVolume(ctx, podSecrets, own.storageId);
-      ctx.log.info("removed a volume that nobody could remove later", { volume: own.uuid, name: volumeId });
+      ctx.log.info("removed a volume that no later call could remove", { volume: own.uuid, name: volumeId });
     } catch (error) {
       // A token without any right has not made anything either.
       if (hasCode(error, "UNAUTHENTICATED", "PERMISSION_DENIED")) return;

@@ -75,7 +75,7 @@ export const parametersSchema = z.strictObject({
 export function parseParameters(ctx: RequestContext, parameters: Readonly<Record<string, string>>): LightosParameters {
   const parsed = parametersSchema.safeParse(parameters);
   if (!parsed.success) {
-    // The driver removes mkfs-options before, for the node.
+    // The driver has removed mkfs-options, which is for the node.
     const known = [...Object.keys(parametersSchema.shape), "mkfs-options"];
     const problems = problemsOf(parsed.error, parameters, known);
     throw ctx.error("INVALID_ARGUMENT", `StorageClass parameter ${problems.join("; ")}`);

@@ -64,7 +64,7 @@ export function parseTrustOptions(values: {
 }
 
 /**
- * What applies: for each part, what the first source says that says something.
+ * What applies: each part comes from the first source that has it.
  *
  * @throws StatusError INVALID_ARGUMENT when keys are pinned and the certificate is not verified, because then the pins
  *   would have no effect

@@ -51,7 +51,7 @@ export async function converge<S, R>(
     } catch (error) {
       // When the deadline cut off a look, what came before it says more.
       if (seen !== undefined && ctx.signal.aborted) throw busyError(ctx, seen, error);
-      // Something may have been made. INTERNAL would be final for the caller, who could leave it behind.
+      // Something may have been made. INTERNAL is final for the caller, which could leave it behind.
       if (isChanged && hasCode(error, "INTERNAL")) {
         throw new StatusError("UNAVAILABLE", `${error.message}; repeat the call`, { cause: error });
       }

@@ -9,8 +9,8 @@
  * - Of the routes, only those named in this room are called. Some others wipe an array or end PoseidonOS (5.5). Every
  *   request but a GET has a `param` object, because without one DAgent blocks for half an hour.
  *
- * DAgent has neither TLS nor credentials: everybody who can connect to its port has every right. So nothing here is
- * secret.
+ * DAgent has neither TLS nor credentials: every program that can connect to its port has every right. So nothing here
+ * is secret.
  */
 import type * as z from "zod";
 import { formatSeconds, type RequestContext, timeLimit, unlessAborted } from "../../context.ts";
@@ -116,7 +116,7 @@ export class Dagent {
    * Runs `work`, which looks and changes, when everything of ours that came before it has ended. A change that its
    * caller gave up is part of that.
    *
-   * @param what for the errors of those who wait meanwhile: `creating volume "pvc-1"`
+   * @param what names the work in the errors of callers that wait for it: `creating volume "pvc-1"`
    * @throws StatusError ABORTED when the caller's time ends before its turn comes
    */
   async exclusively<T>(ctx: RequestContext, what: string, work: () => Promise<T>): Promise<T> {

@@ -4,7 +4,7 @@
  *
  * PoseidonOS has no access lists: every host that can connect to the port gets in. So a volume is exported when a node
  * is granted access and un-exported when it is revoked, through a subsystem of its own whose NQN names volume and node.
- * That subsystem is how PoseidonOS remembers who has a volume; and a host that lost its grant finds no such subsystem.
+ * That subsystem is how PoseidonOS remembers which node has a volume; and a host that lost its grant finds no such subsystem.
  * A volume is exported in one place only, so only one node can have it.
  *
  * PoseidonOS forgets exports, subsystems and listeners when it starts. Granting the same node again makes them again
@@ -112,7 +112,7 @@ export function unexportChange({ name }: PoseidonVolume, array: string): Next<ne
 
 /** From whom a volume is taken, and how it is found. */
 export interface UnexportOptions {
-  /** Host NQN of the node; undefined: everybody. */
+  /** Host NQN of the node; undefined: every host. */
   readonly host: string | undefined;
   /**
    * The volume as the array shows it now; undefined when the array certainly has none of this UUID. Called only when

@@ -91,7 +91,7 @@ export interface PoseidonParameters extends Qos {
 
 /** Reads StorageClass parameters; throws INVALID_ARGUMENT that names each bad one. */
 export function parseParameters(ctx: RequestContext, parameters: TextMap): PoseidonParameters {
-  // The driver removes mkfs-options before, for the node.
+  // The driver has removed mkfs-options, which is for the node.
   const known = [...Object.keys(parametersSchema.shape), "mkfs-options"];
   const data = parse(ctx, { what: "StorageClass parameter", schema: parametersSchema, known }, parameters);
   const host = data.provisionerIP;

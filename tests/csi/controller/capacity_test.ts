@@ -78,8 +78,8 @@ Deno.test("GetCapacity passes over keys that are for the orchestrator or the nod
   strictEqual(withoutOthers.availableCapacity, free);
 });
 
-type CapacityWish = Extract<MessageInitShape<typeof GetCapacityRequestSchema>, { readonly $typeName?: never }>;
-const badCapacityWishes: readonly (readonly [what: string, request: CapacityWish, message: RegExp])[] = [
+type CapacityRequest = Extract<MessageInitShape<typeof GetCapacityRequestSchema>, { readonly $typeName?: never }>;
+const badRequests: readonly (readonly [what: string, request: CapacityRequest, message: RegExp])[] = [
   [
     "an unknown parameter",
     { parameters: { "replica-cout": "3" } },
@@ -93,7 +93,7 @@ const badCapacityWishes: readonly (readonly [what: string, request: CapacityWish
   ],
 ];
 
-for (const [what, request, message] of badCapacityWishes) {
+for (const [what, request, message] of badRequests) {
   Deno.test(`GetCapacity rejects ${what} with INVALID_ARGUMENT`, async () => {
     await using env = await startCapacity();
 
@@ -106,7 +106,7 @@ for (const [what, request, message] of badCapacityWishes) {
 
 const mount = { case: "mount" as const, value: {} };
 const emptyTopology = { segments: {} };
-const adviceOfCapacity: readonly (readonly [what: string, request: CapacityWish, expected: bigint])[] = [
+const adviceOfCapacity: readonly (readonly [what: string, request: CapacityRequest, expected: bigint])[] = [
   ["a topology without segments, as csi-provisioner 5 sends it", { accessibleTopology: emptyTopology }, free],
   [
     "access mode UNKNOWN, as csi-provisioner 3.6 sends it",

@@ -8,7 +8,7 @@ import { gib, none, openLightos, quiet } from "../../support/backends.ts";
 import { eventually } from "../../support/simulator.ts";
 import { makeSources, startSnapshots, uuidOf } from "../../support/snapshots.ts";
 
-/** The context of a caller who can go away at once. */
+/** The context of a caller that can go away at once. */
 function leavable(): { readonly ctx: RequestContext; readonly leave: () => void } {
   const caller = new AbortController();
   return {

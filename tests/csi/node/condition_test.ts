@@ -79,12 +79,12 @@ async function published(capability: Capability, options: { readonly?: boolean; 
 
 type Stats = Awaited<ReturnType<ReturnType<typeof nodeCalls>["stats"]>>;
 
-function assertWell({ usage, volumeCondition }: Stats): void {
+function assertHealthy({ usage, volumeCondition }: Stats): void {
   assert.deepEqual([volumeCondition?.abnormal, volumeCondition?.message], [false, "healthy"]);
   assert.ok((usage?.[0]?.total ?? 0n) > 0n);
 }
 
-function assertTrouble({ volumeCondition }: Stats, message: RegExp): void {
+function assertAbnormal({ volumeCondition }: Stats, message: RegExp): void {
   assert.equal(volumeCondition?.abnormal, true, volumeCondition?.message ?? "");
   assert.match(volumeCondition?.message ?? "", message);
 }
@@ -100,7 +100,7 @@ for (
   nodeTest(`NodeGetVolumeStats reports ${what} as healthy`, async () => {
     await using n = await published(capability, { readonly });
 
-    assertWell(await n.stats());
+    assertHealthy(await n.stats());
   });
 }
 
@@ -113,7 +113,7 @@ nodeTest(
 
     const after = await n.stats();
 
-    assertTrouble(
+    assertAbnormal(
       after,
       /^ext4 of .*nvme0n1 \(.*\) at ".*\/pod" has lost its device: reads and writes fail, the pod has/,
     );
@@ -129,17 +129,17 @@ nodeTest("NodeGetVolumeStats reports a raw block volume whose device has gone", 
   await n.machine.tool("mknod", join(n.machine.directory, "dev/nvme9n9"), "b", "259", "65535");
   await n.machine.tool("mount", "--bind", join(n.machine.directory, "dev/nvme9n9"), n.target);
 
-  assertTrouble(await n.stats(), /^the device node at ".*\/pod" has lost its device: reads and writes fail/);
+  assertAbnormal(await n.stats(), /^the device node at ".*\/pod" has lost its device: reads and writes fail/);
 });
 
 nodeTest("NodeGetVolumeStats reports a file system that the kernel made read-only after an error", async () => {
   await using n = await published(mountCapability("ext4", Mode.SINGLE_NODE_WRITER, ["errors=remount-ro"]));
-  assertWell(await n.stats());
+  assertHealthy(await n.stats());
   const loop = n.namespace.loop.slice("/dev/".length);
   await Deno.writeTextFile(`/sys/fs/ext4/${loop}/trigger_fs_error`, "test\n");
 
-  assertTrouble(await n.stats(), /is read-only although it should not|takes no writes/);
-  assertTrouble(await n.stats(n.staging), /is read-only although it should not|takes no writes/);
+  assertAbnormal(await n.stats(), /is read-only although it should not|takes no writes/);
+  assertAbnormal(await n.stats(n.staging), /is read-only although it should not|takes no writes/);
 });
 
 nodeTest(
@@ -148,7 +148,7 @@ nodeTest(
     await using n = await published(mountCapability("ext4"));
     await n.machine.tool("mount", "-o", "remount,ro", n.staging);
 
-    assertTrouble(await n.stats(), /is read-only although it should not/);
+    assertAbnormal(await n.stats(), /is read-only although it should not/);
   },
 );
 
@@ -164,12 +164,12 @@ for (const [what, capability] of [["mounted", mountCapability("ext4")], ["raw bl
       await n.connect("nvme1", "live");
       const withOne = await n.stats();
 
-      assertTrouble(
+      assertAbnormal(
         without,
         /has no live path to nqn\..* \(nvme0 connecting, nvme1 resetting\): reads and writes wait or/,
       );
       assert.ok((without.usage?.[0]?.total ?? 0n) > 0n);
-      assertWell(withOne);
+      assertHealthy(withOne);
     },
   );
 
@@ -180,7 +180,7 @@ for (const [what, capability] of [["mounted", mountCapability("ext4")], ["raw bl
 
     const stats = await broken.stats({ volumeId: volumeId(uuid), volumePath: n.target });
 
-    assertTrouble(stats, /cannot be read \(EIO: i\/o error, read\)/);
+    assertAbnormal(stats, /cannot be read \(EIO: i\/o error, read\)/);
     assert.ok((stats.usage?.[0]?.total ?? 0n) > 0n);
   });
 }
@@ -191,7 +191,7 @@ nodeTest("NodeGetVolumeStats reports a file system that fails statfs, with the s
 
   const stats = await broken.stats({ volumeId: volumeId(uuid), volumePath: n.target });
 
-  assertTrouble(stats, /^ext4 of .* at ".*\/pod" cannot be looked at \(EIO: i\/o error, statfs\)$/);
+  assertAbnormal(stats, /^ext4 of .* at ".*\/pod" cannot be looked at \(EIO: i\/o error, statfs\)$/);
   assert.deepEqual(stats.usage?.map(({ unit, total }) => [unit, total]), [[Unit.BYTES, BigInt(64 * mib)]]);
 });
 

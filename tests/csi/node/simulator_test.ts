@@ -105,7 +105,7 @@ nodeTest("promise 14: NodeStageVolume goes on as soon as the cluster lets this h
   const volume = await n.volume("v1");
   const staged = n.stage(n.stageRequest(volume));
   await eventually(
-    "the Discovery-Client is told",
+    "the Discovery-Client has a file",
     () => [...Deno.readDirSync(n.sim.addresses.discoveryDir ?? "")].length > 0,
   );
 

@@ -86,8 +86,7 @@ const makings: readonly Making[] = [
 
 for (const { fsType, sizeMib, mkfsOptions, step } of makings) {
   Deno.test({
-    name:
-      `promise 8: the next stage finishes a mkfs.${fsType} ${mkfsOptions} that was killed, whichever write it was at`,
+    name: `promise 8: the next stage finishes a mkfs.${fsType} ${mkfsOptions} that was killed at any write`,
     ignore,
     fn: () =>
       withDisk(sizeMib, async (disk) => {

@@ -290,7 +290,7 @@ for (const [who, machine] of [["reconcile", directAttacher], ["the daemon", daem
     }
   });
 
-  Deno.test(`${who} makes no second connection without native multipath, for it would be a second device`, async () => {
+  Deno.test(`${who} makes no second connection without native multipath, because it would be a second device`, async () => {
     const looked = await machine();
     const { host } = looked;
     host.multipath = false;

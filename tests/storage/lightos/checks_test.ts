@@ -98,7 +98,7 @@ Deno.test("promise 11: doctor says plainly that a certificate is not verified, o
   match(first.found, /its certificate is NOT verified: anybody in between can read the token$/);
   const second = checkNamed(clear.checks, `endpoint ${grpc[0]}`);
   strictEqual(second.verdict, "warning");
-  match(second.found, /in clear text: whoever is in between can read the token$/);
+  match(second.found, /in clear text: anybody in between can read the token$/);
 });
 
 Deno.test("doctor says that the cluster's CA is missing, once for each endpoint", async () => {

@@ -1,4 +1,4 @@
-/** Inline volumes on LightOS: what pods may ask for, whose token does what, and how volumes are told and found. */
+/** Inline volumes on LightOS: what pods may ask for, which token is used for what, and how volumes are found again. */
 import assert from "node:assert/strict";
 import { createLogger, requestContext, Secrets } from "../../../lib/context.ts";
 import { isFinal, StatusError } from "../../../lib/error.ts";
@@ -195,7 +195,7 @@ Deno.test("a cluster file whose clusters allow no inline volumes is an obstacle,
   assert.equal(s.volumes.obstacle(), undefined);
 });
 
-Deno.test("the path of a pod is told back whatever is in it, and left out when it does not fit", async () => {
+Deno.test("the path of a pod is returned whatever is in it, and left out when it does not fit", async () => {
   await using s = await started();
   const paths = ["/a b/é~$`/pods/x", `/${"a".repeat(180)}/${"ü".repeat(300)}`, `/${"a".repeat(1200)}`];
 
@@ -365,7 +365,7 @@ async function life(volumes: InlineVolumeStore, secrets: Secrets): Promise<void>
 
 for (const payer of ["operator", "pod"] as const) {
   for (const when of ["before", "after"] as const) {
-    Deno.test(`promise 8: an inline volume paid by the ${payer} leaves nothing, whichever call is lost ${when} its effect`, async () => {
+    Deno.test(`promise 8: an inline volume paid by the ${payer} leaves nothing when any call is lost ${when} its effect`, async () => {
       await using s = await started();
       const secrets = payer === "pod" ? new Secrets({ jwt: s.sim.control.token(["default"]) }) : none;
       await life(s.volumes, secrets);

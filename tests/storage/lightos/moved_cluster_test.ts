@@ -150,13 +150,13 @@ Deno.test("promise 13: without a cluster file a volume ID works as long as one o
   const secrets = new Secrets({ jwt: simulator.addresses.jwt });
   await using backend = lightosBackend(lightosOptions);
   const volume = await backend.createVolume(within(10_000), secrets, lightosRequest(simulator.addresses.grpc));
-  await using anew = lightosBackend(lightosOptions);
+  await using newDriver = lightosBackend(lightosOptions);
   await simulator.control.stopEndpoints({ scheme: "grpc", server: 0 });
   await simulator.control.stopEndpoints({ scheme: "grpc", server: 1 });
 
-  await anew.grantAccess(within(10_000), secrets, volume.id, { hostNqn: hostNqn("a.node"), shared: false });
-  await anew.revokeAccess(within(10_000), secrets, volume.id, undefined);
-  await anew.deleteVolume(within(10_000), secrets, volume.id);
+  await newDriver.grantAccess(within(10_000), secrets, volume.id, { hostNqn: hostNqn("a.node"), shared: false });
+  await newDriver.revokeAccess(within(10_000), secrets, volume.id, undefined);
+  await newDriver.deleteVolume(within(10_000), secrets, volume.id);
 
   deepStrictEqual(simulator.control.visible(hostNqn("a.node")), []);
 });

@@ -14,7 +14,7 @@ Deno.test("the error about a server that is not a DAgent says so", async () => {
   );
 });
 
-/** A proxy in front of DAgent that hands requests on, and answers some of them by itself afterwards. */
+/** A proxy in front of DAgent that forwards requests, and answers some of them itself afterwards. */
 async function proxyOf(dagent: string, answer: (method: string, path: string) => Response | undefined) {
   const server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen: () => {} }, async (request) => {
     const { pathname } = new URL(request.url);

@@ -54,22 +54,22 @@ Deno.test("a volume on a degraded array is abnormal, and can be used", async () 
   const { condition } = await t.get(id);
 
   deepStrictEqual([condition?.usable, condition?.reason], [true, "ArrayDegraded"]);
-  const troubled = await t.backend.listing?.listAbnormal(within(5000), none, { maxEntries: 0, startingToken: "" });
-  deepStrictEqual(troubled?.entries.map((volume) => volume.id), [id]);
+  const abnormal = await t.backend.listing?.listAbnormal(within(5000), none, { maxEntries: 0, startingToken: "" });
+  deepStrictEqual(abnormal?.entries.map((volume) => volume.id), [id]);
 });
 
 Deno.test("the capacity of PoseidonOS is what is left, and nothing where no volume can be added", async () => {
   await using t = await startPoseidonBackend({ capacityBytes: 16n * gib }, true);
   await t.create();
-  const measure = (parameters: Record<string, string>) => t.backend.capacity?.getCapacity(within(5000), parameters);
+  const capacity = (parameters: Record<string, string>) => t.backend.capacity?.getCapacity(within(5000), parameters);
 
-  deepStrictEqual(await measure({}), { availableBytes: 15n * gib, minimumVolumeBytes: mib });
-  deepStrictEqual(await measure(poseidonParameters(t.sim)), { availableBytes: 15n * gib, minimumVolumeBytes: mib });
+  deepStrictEqual(await capacity({}), { availableBytes: 15n * gib, minimumVolumeBytes: mib });
+  deepStrictEqual(await capacity(poseidonParameters(t.sim)), { availableBytes: 15n * gib, minimumVolumeBytes: mib });
   for (let number = 0; number < 255; number++) {
-    const wish = { array: "POSArray", sizeBytes: mib, maxiops: 0n, maxbw: 0n, uuid: "" };
-    await t.model.createVolume({ ...wish, name: `v${number}x` });
+    const settings = { array: "POSArray", sizeBytes: mib, maxiops: 0n, maxbw: 0n, uuid: "" };
+    await t.model.createVolume({ ...settings, name: `v${number}x` });
   }
-  deepStrictEqual(await measure({}), { availableBytes: 0n, minimumVolumeBytes: mib });
+  deepStrictEqual(await capacity({}), { availableBytes: 0n, minimumVolumeBytes: mib });
 });
 
 Deno.test("promise 13: lists of PoseidonOS show a volume under each ID that it may have, page by page", async () => {

@@ -149,8 +149,8 @@ Deno.test("CreateVolume on PoseidonOS that runs out of time says that PoseidonOS
 Deno.test("promise 22: CreateVolume on a full array is RESOURCE_EXHAUSTED before the array says so", async () => {
   await using t = await startPoseidonBackend();
   for (let number = 0; number < 256; number++) {
-    const wish = { array: "POSArray", sizeBytes: mib, maxiops: 0n, maxbw: 0n, uuid: "" };
-    await t.model.createVolume({ ...wish, name: `v${number}x` });
+    const settings = { array: "POSArray", sizeBytes: mib, maxiops: 0n, maxbw: 0n, uuid: "" };
+    await t.model.createVolume({ ...settings, name: `v${number}x` });
   }
 
   await rejects(t.create(), failsWith("RESOURCE_EXHAUSTED", /has 256 volumes, 256 are allowed; delete one/));

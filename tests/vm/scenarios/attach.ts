@@ -104,7 +104,7 @@ export const scenario = of([
         assert.equal(controllers().every((one) => one.hostNqn === hostNqn(nodeId)), true);
 
         await volume.end();
-        await until("the daemon lets go", () => controllers().length === 0, 120);
+        await until("the daemon disconnects", () => controllers().length === 0, 120);
         await testbed.nothingLeft();
       } finally {
         daemon.kill("SIGTERM");

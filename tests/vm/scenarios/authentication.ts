@@ -1,6 +1,6 @@
 /**
  * In-band authentication (DH-HMAC-CHAP) against the kernel's target, where the guest's kernel has it (trixie); elsewhere
- * (bookworm) that it is refused with the reason, and that the kernel is told no key.
+ * (bookworm) that it is rejected with the reason, and that the kernel receives no key.
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";

@@ -1,6 +1,6 @@
 /**
  * `lbcsi discovery-client` against the kernel's target: log pages, referrals, paths that go and come back, a daemon that is
- * killed under I/O. What it is told is written as LightOS' documentation has it, not by the driver.
+ * killed under I/O. Its input files are written as LightOS' documentation has it, not by the driver.
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";
@@ -44,7 +44,7 @@ class Daemon implements AsyncDisposable {
     const args = [...program, "discovery-client", "--discovery-dir", this.directory, "--poll", "1"];
     const begin = this.said().length;
     await Deno.mkdir(this.directory, { recursive: true });
-    // The shell opens the log: it has to go on when nobody reads from a pipe.
+    // The shell opens the log: it has to go on when no process reads from a pipe.
     const script = `log=$1; shift; exec "$@" 2>>"$log"`;
     this.#process = new Deno.Command("sh", {
       args: ["-c", script, "sh", this.log, ...args],
@@ -87,7 +87,7 @@ const line = (target: Target, port = 4421) => `-t tcp -a 127.0.0.1 -s ${port} -q
 
 const checks: readonly Check[] = [
   {
-    name: "the daemon connects what log pages and referrals list, follows them, and lets go when the file goes",
+    name: "the daemon connects what log pages and referrals list, follows them, and disconnects when the file goes",
     limitSeconds: 900,
     async run(testbed) {
       await using target = new Target(testbed.home, [us]);
@@ -121,7 +121,7 @@ const checks: readonly Check[] = [
     },
   },
   {
-    name: "the daemon keeps a device that is mounted, in a container too, and lets go after the umount",
+    name: "the daemon keeps a device that is mounted, in a container too, and disconnects it after the umount",
     limitSeconds: 900,
     async run(testbed) {
       await using target = new Target(testbed.home, [us]);
@@ -178,7 +178,7 @@ const checks: readonly Check[] = [
       await until("its device", () => devicesWith(target.uuid).length === 1, patience);
       const device = deviceOf(target.uuid);
       const before = controllers().map(({ name }) => name);
-      // Writes and reads back blocks until it is told to end; the first error ends it too.
+      // Writes and reads back blocks until its file is removed; the first error ends it too.
       const go = join(testbed.home, "go");
       await Deno.writeTextFile(go, "");
       const script = `n=0; while [ -e ${go} ]; do

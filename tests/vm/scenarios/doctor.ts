@@ -72,7 +72,7 @@ const checks: readonly Check[] = [
     },
   },
   {
-    name: "promise 21: doctor finds our host ID under another host NQN, and what the kernel makes of it is told",
+    name: "promise 21: doctor finds our host ID under another host NQN, and says how the kernel reacts",
     limitSeconds: 900,
     async run(testbed) {
       const other = "nqn.2014-08.org.example:other";

@@ -195,7 +195,7 @@ export const scenario = of([
         volumeCapability: capabilityOf("ext4"),
         secrets: { "host-encryption-passphrase": passphrase },
       };
-      // Without a file system and without our mark nothing proves that nobody has used it.
+      // Without a file system and without our mark nothing proves that it was never used.
       await assertCallFails(
         testbed.nodeCall(Node.method.nodeStageVolume, request),
         "FAILED_PRECONDITION",

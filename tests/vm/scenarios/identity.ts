@@ -39,7 +39,7 @@ export const scenario = of([
 
       await enable(testbed, one, false);
       await enable(testbed, two, false);
-      // The kernel gives the lowest free number to whoever comes first.
+      // The kernel gives the lowest free number to the first device that comes.
       if (names[0] === undefined || names[1] === undefined || names[0] < names[1]) {
         await enable(testbed, two, true);
         await enable(testbed, one, true);
@@ -59,7 +59,7 @@ export const scenario = of([
     },
   },
   {
-    name: "promise 2: a mount whose device went and came back under another name is taken down and made anew",
+    name: "promise 2: a mount whose device went and came back under another name is unmounted and made again",
     async run(testbed) {
       const volume = await testbed.volume();
       const other = await testbed.volume({ use: "block" });

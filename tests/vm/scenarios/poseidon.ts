@@ -1,4 +1,4 @@
-/** PoseidonOS over the kernel's own NVMe/TCP: a subsystem for each export, and what happens to it when POS starts anew. */
+/** PoseidonOS over the kernel's own NVMe/TCP: a subsystem for each export, and what happens to it when POS starts again. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { type Check, impatient, scenario as of } from "../scenario.ts";
@@ -65,7 +65,7 @@ export const scenario = of([
     },
   },
   {
-    name: "PoseidonOS starts anew and forgets its exports: attaching again brings the volume back with its data",
+    name: "PoseidonOS starts again and forgets its exports: attaching again brings the volume back with its data",
     async run(testbed) {
       const volume = await testbed.volume();
       await volume.stage();
@@ -75,7 +75,7 @@ export const scenario = of([
 
       await testbed.processes.ask("POST", "/restart", {});
       assert.deepEqual(await subsystemNqns(testbed), []);
-      // What an orchestrator does when the node is told to use the volume again.
+      // What an orchestrator does when the node has to use the volume again.
       await volume.grant();
       await until("the kernel is connected again", () => controllers().some(({ state }) => state === "live"), 60);
       await volume.stage();

@@ -114,7 +114,7 @@ export const scenario: Scenario = {
         },
       },
       {
-        name: "promise 4: after the reboot, volumes that nobody stages again are unpublished and unstaged",
+        name: "promise 4: after the reboot, volumes that are not staged again are unpublished and unstaged",
         async run(testbed) {
           for (const known of load().filter(({ again }) => !again)) await volumeOf(testbed, known).end();
           await testbed.nothingLeft();

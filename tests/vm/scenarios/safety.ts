@@ -6,7 +6,7 @@ import { assertCallFails, devicesWith, type GuestTestbed, read, run, tool, until
 
 const mib = 1 << 20;
 
-/** Tells whether anybody wrote to a volume: its file's time, its blocks, and what is at both ends. */
+/** Shows whether a volume was written to: its file's time, its blocks, and what is at both ends. */
 function fingerprint(path: string): string {
   const { mtime, blocks, size } = Deno.statSync(path);
   using file = Deno.openSync(path);
