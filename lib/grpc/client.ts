@@ -109,31 +109,16 @@ export class Channel implements Disposable {
   ): Promise<MessageShape<O>> {
     options.signal.throwIfAborted();
     await this.#connected(options);
-    const definition = methodDefinition(method);
     return await new Promise((resolve, reject) => {
-      let headers: grpc.Metadata | undefined;
-      const started = performance.now();
       const pending = this.#client.makeUnaryRequest(
-        definition.path,
-        definition.requestSerialize,
-        definition.responseDeserialize as (bytes: Buffer) => MessageShape<O>,
-        create(method.input, request) as Message,
-        metadata(options),
-        options.deadline === undefined ? {} : { deadline: options.deadline },
+        ...callArguments(method, request, options),
         (error, response) => {
-          options.signal.removeEventListener("abort", giveUp);
-          if (error !== null) {
-            reject(
-              options.signal.aborted
-                ? options.signal.reason
-                : callError(error, headers, wasCalmedSince(this.address, started)),
-            );
-          } else resolve(response as MessageShape<O>);
+          running[Symbol.dispose]();
+          if (error === null) resolve(response as MessageShape<O>);
+          else reject(running.failure(error));
         },
       );
-      pending.on("metadata", (metadata: grpc.Metadata) => headers = metadata);
-      const giveUp = () => pending.cancel();
-      options.signal.addEventListener("abort", giveUp, { once: true });
+      const running = new RunningCall(pending, this.address, options.signal);
     });
   }
 
@@ -145,30 +130,13 @@ export class Channel implements Disposable {
   ): AsyncGenerator<MessageShape<O>> {
     options.signal.throwIfAborted();
     await this.#connected(options);
-    const definition = methodDefinition(method);
-    const pending = this.#client.makeServerStreamRequest(
-      definition.path,
-      definition.requestSerialize,
-      definition.responseDeserialize as (bytes: Buffer) => MessageShape<O>,
-      create(method.input, request) as Message,
-      metadata(options),
-      options.deadline === undefined ? {} : { deadline: options.deadline },
-    );
-    let headers: grpc.Metadata | undefined;
-    const started = performance.now();
-    pending.on("metadata", (metadata: grpc.Metadata) => headers = metadata);
-    const giveUp = () => pending.cancel();
-    options.signal.addEventListener("abort", giveUp, { once: true });
+    const pending = this.#client.makeServerStreamRequest(...callArguments(method, request, options));
+    using running = new RunningCall(pending, this.address, options.signal);
     try {
       for await (const message of pending) yield message as MessageShape<O>;
     } catch (error) {
-      throw options.signal.aborted ? options.signal.reason : callError(
-        error as grpc.ServiceError,
-        headers,
-        wasCalmedSince(this.address, started),
-      );
+      throw running.failure(error as grpc.ServiceError);
     } finally {
-      options.signal.removeEventListener("abort", giveUp);
       pending.cancel();
     }
   }
@@ -201,6 +169,57 @@ export class Channel implements Disposable {
 
   [Symbol.dispose](): void {
     this.#client.close();
+  }
+}
+
+/** What grpc-js makes a call with, whatever its kind. */
+function callArguments<I extends DescMessage, O extends DescMessage>(
+  method: DescMethodUnary<I, O> | DescMethodServerStreaming<I, O>,
+  request: MessageInitShape<I>,
+  options: CallOptions,
+) {
+  const definition = methodDefinition(method);
+  return [
+    definition.path,
+    definition.requestSerialize,
+    definition.responseDeserialize as (bytes: Buffer) => MessageShape<O>,
+    create(method.input, request) as Message,
+    metadata(options),
+    options.deadline === undefined ? {} : { deadline: options.deadline },
+  ] as const;
+}
+
+/** The parts of the calls of grpc-js that RunningCall uses. */
+interface PendingCall {
+  cancel(): void;
+  on(event: "metadata", listener: (metadata: grpc.Metadata) => void): unknown;
+}
+
+/** A call that was sent. It is cancelled when `signal` aborts, until this is disposed. */
+class RunningCall implements Disposable {
+  readonly #address: string;
+  readonly #signal: AbortSignal;
+  readonly #cancel: () => void;
+  readonly #started = performance.now();
+  /** Of the answer; undefined: nothing has come. */
+  #headers: grpc.Metadata | undefined;
+
+  constructor(pending: PendingCall, address: string, signal: AbortSignal) {
+    this.#address = address;
+    this.#signal = signal;
+    this.#cancel = () => pending.cancel();
+    pending.on("metadata", (metadata) => this.#headers = metadata);
+    signal.addEventListener("abort", this.#cancel, { once: true });
+  }
+
+  /** What the caller receives for an error of grpc-js: a CallError, or the reason of the signal when that has aborted. */
+  failure(error: grpc.ServiceError): unknown {
+    if (this.#signal.aborted) return this.#signal.reason;
+    return callError(error, this.#headers, wasCalmedSince(this.#address, this.#started));
+  }
+
+  [Symbol.dispose](): void {
+    this.#signal.removeEventListener("abort", this.#cancel);
   }
 }
 
