@@ -24,14 +24,13 @@ import {
   type DemoVolume,
   nodeId,
   nodePublish,
-  nodeUnpublish,
   prepareVolume,
   publish,
   publishToSecondNodeFails,
   remove,
   stage,
+  takeFromNode,
   unpublish,
-  unstage,
 } from "./volume_calls.ts";
 
 const demoFsTypes = ["ext4", "xfs", "btrfs"] as const;
@@ -219,13 +218,9 @@ async function fileSystemVolume(scenario: Scenario, fsType: DemoFsType, thorough
     await same("after the crash");
   }
 
-  await nodeUnpublish(scenario, volume);
-  await unstage(scenario, volume);
-  await unpublish(scenario, volume);
+  await takeFromNode(scenario, volume);
   if (thorough) {
-    await nodeUnpublish(scenario, volume, "again");
-    await unstage(scenario, volume, "again");
-    await unpublish(scenario, volume, "again");
+    await takeFromNode(scenario, volume, "again");
     await scenario.crash("controller", () => testbed.startController(signal));
   }
 
@@ -235,9 +230,7 @@ async function fileSystemVolume(scenario: Scenario, fsType: DemoFsType, thorough
   scenario.verify("no mkfs ran", scenario.commands.every(({ command }) => !programOf(command).startsWith("mkfs")));
   await nodePublish(scenario, volume);
   await same("after a new stage");
-  await nodeUnpublish(scenario, volume);
-  await unstage(scenario, volume);
-  await unpublish(scenario, volume);
+  await takeFromNode(scenario, volume);
   await remove(scenario, volume);
   if (thorough) await remove(scenario, volume, "again");
 }
@@ -293,17 +286,13 @@ async function blockVolume(scenario: Scenario): Promise<void> {
   };
   await same("through the target");
   await nodePublish(scenario, volume, "again");
-  await nodeUnpublish(scenario, volume);
-  await unstage(scenario, volume);
-  await unpublish(scenario, volume);
+  await takeFromNode(scenario, volume);
   terminal.note("attach it once more: the data must be there");
   await publish(scenario, volume);
   await stage(scenario, volume);
   await nodePublish(scenario, volume);
   await same("after a new stage");
-  await nodeUnpublish(scenario, volume);
-  await unstage(scenario, volume);
-  await unpublish(scenario, volume);
+  await takeFromNode(scenario, volume);
   await remove(scenario, volume);
 }
 

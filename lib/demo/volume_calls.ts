@@ -124,8 +124,15 @@ export async function nodePublish(scenario: Scenario, volume: DemoVolume, repeat
   );
 }
 
+/** Ends the use of the volume on the node `nodeId`: removes it from its target path, unstages it, and unpublishes it. */
+export async function takeFromNode(scenario: Scenario, volume: DemoVolume, repeat?: Repeat): Promise<void> {
+  await nodeUnpublish(scenario, volume, repeat);
+  await unstage(scenario, volume, repeat);
+  await unpublish(scenario, volume, repeat);
+}
+
 /** Removes the volume from its target path. */
-export async function nodeUnpublish(scenario: Scenario, volume: DemoVolume, repeat?: Repeat): Promise<void> {
+async function nodeUnpublish(scenario: Scenario, volume: DemoVolume, repeat?: Repeat): Promise<void> {
   await scenario.call(scenario.testbed.node, Node.method.nodeUnpublishVolume, {
     volumeId: volume.id,
     targetPath: volume.target,
@@ -134,7 +141,7 @@ export async function nodeUnpublish(scenario: Scenario, volume: DemoVolume, repe
 }
 
 /** Unstages the volume on the node. */
-export async function unstage(scenario: Scenario, volume: DemoVolume, repeat?: Repeat): Promise<void> {
+async function unstage(scenario: Scenario, volume: DemoVolume, repeat?: Repeat): Promise<void> {
   await scenario.call(scenario.testbed.node, Node.method.nodeUnstageVolume, {
     volumeId: volume.id,
     stagingTargetPath: volume.staging,
