@@ -62,23 +62,30 @@ function readOrThrow<T>(path: string, read: () => T): T {
 }
 
 /** INVALID_ARGUMENT for a file that cannot be used. */
-export function fileError(path: string, problem: string, cause?: unknown): StatusError {
+function fileError(path: string, problem: string, cause?: unknown): StatusError {
   return new StatusError("INVALID_ARGUMENT", `Cannot use cluster file ${path}: ${problem}`, { cause });
 }
 
+/** What the entries of a file are called and how one is read. */
+interface EntryFormat<T> {
+  /** The only key of the file, with the list of entries: `clusters`. */
+  readonly plural: string;
+  readonly schema: z.ZodType<T>;
+  /** The keys that a map at some place of an entry may have, for suggestions. */
+  readonly keysAt: (place: readonly PropertyKey[]) => readonly string[];
+}
+
 /**
- * Reads the text of a file, YAML or JSON (which is YAML too), with `schema`.
+ * Reads the entries in the text of a file, YAML or JSON (which is YAML too).
  *
  * @param path names the file in errors
- * @param keysAt the keys that a map at some place of the file may have, for suggestions
  * @throws StatusError INVALID_ARGUMENT that lists each bad key with what is wrong
  */
-export function parseConfigText<T>(
+export function parseEntries<T>(
   path: string,
   text: string,
-  schema: z.ZodType<T>,
-  keysAt: (place: readonly PropertyKey[]) => readonly string[],
-): T {
+  { plural, schema, keysAt }: EntryFormat<T>,
+): readonly T[] {
   let content: unknown;
   try {
     // The warnings of the library would go to stderr, with lines of the file.
@@ -87,9 +94,12 @@ export function parseConfigText<T>(
     // The lines after the first one quote the file.
     throw fileError(path, (messageOf(error).split("\n", 1)[0] ?? "").replace(/:$/, ""), error);
   }
-  const parsed = schema.safeParse(content);
-  if (parsed.success) return parsed.data;
-  throw fileError(path, parsed.error.issues.map((issue) => describeIssue(issue, content, keysAt)).join("; "));
+  const parsed = z.strictObject({
+    [plural]: z.array(schema, { error: `is missing, give a list of ${plural}` }).min(1, "is empty"),
+  }, { error: `is not a map with the key ${plural}` }).safeParse(content);
+  if (parsed.success) return parsed.data[plural] ?? [];
+  const keys = (place: readonly PropertyKey[]) => place.length === 0 ? [plural] : keysAt(place);
+  throw fileError(path, parsed.error.issues.map((issue) => describeIssue(issue, content, keys)).join("; "));
 }
 
 /** Schema of a list of texts: one text with commas, or a list. `problem` is what errors say of anything else. */
@@ -103,18 +113,20 @@ export function textListSchema(problem: string) {
 export const entryNameSchema = z.string({ error: "is not a text, quotes make it one" })
   .regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/, 'is not a name of 1 to 63 letters, digits, ".", "_", "-"');
 
-/** An entry of a file, with all endpoints that belong to it. */
-interface NamedEndpoints {
-  readonly name: string;
-  readonly endpoints: readonly Endpoint[];
-}
-
 /**
- * What is wrong with entries that share a name or an endpoint: it would be unclear which of them a volume ID belongs to.
+ * Throws INVALID_ARGUMENT for entries that share a name or an endpoint, because it would be unclear which of them a volume
+ * ID belongs to.
  *
- * @param plural what the entries are called: `clusters`
+ * @param path names the file in errors
+ * @param entries of `plural`, each with all endpoints that belong to it
+ * @param others what else is wrong with the file
  */
-export function sharingProblems(plural: string, entries: readonly NamedEndpoints[]): readonly string[] {
+export function assertDistinct(
+  path: string,
+  plural: string,
+  entries: readonly { readonly name: string; readonly endpoints: readonly Endpoint[] }[],
+  others: readonly string[] = [],
+): void {
   const problems: string[] = [];
   const names = new Set<string>();
   const owners = new Map<string, string>();
@@ -127,7 +139,8 @@ export function sharingProblems(plural: string, entries: readonly NamedEndpoints
       owners.set(endpoint, name);
     }
   }
-  return problems;
+  problems.push(...others);
+  if (problems.length > 0) throw fileError(path, problems.join("; "));
 }
 
 function describeIssue(

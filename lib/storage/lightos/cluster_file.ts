@@ -41,12 +41,11 @@ import {
   schemes,
 } from "../../volume_id.ts";
 import {
+  assertDistinct,
   type ConfigFiles,
   entryNameSchema,
-  fileError,
-  parseConfigText,
+  parseEntries,
   reloadingFile,
-  sharingProblems,
   textListSchema,
 } from "../cluster_file.ts";
 import { pemProblem, readPem } from "../../pem.ts";
@@ -223,10 +222,6 @@ const clusterSchema = z.strictObject({
   error: "needs jwt beside it: a call that removes an inline volume brings no token",
 });
 
-const configSchema = z.strictObject({
-  clusters: z.array(clusterSchema, { error: "is missing, give a list of clusters" }).min(1, "is empty"),
-}, { error: "is not a map with the key clusters" });
-
 /**
  * The clusters in the text of a cluster file.
  *
@@ -235,15 +230,11 @@ const configSchema = z.strictObject({
  *   an endpoint, because it would be unclear which of them a volume ID belongs to
  */
 export function parseConfig(path: string, text: string): readonly ClusterEntry[] {
-  const { clusters } = parseConfigText(
-    path,
-    text,
-    configSchema,
-    (place) =>
-      Object.keys(
-        (place.length === 0 ? configSchema : place.at(-1) === "ephemeral" ? inlineSchema : clusterSchema).shape,
-      ),
-  );
+  const clusters = parseEntries(path, text, {
+    plural: "clusters",
+    schema: clusterSchema,
+    keysAt: (place) => Object.keys((place.at(-1) === "ephemeral" ? inlineSchema : clusterSchema).shape),
+  });
   const entries = clusters.map(({ name, endpoints, formerEndpoints, idEndpoints, scheme, ...rest }) => ({
     name,
     endpoints,
@@ -261,8 +252,7 @@ export function parseConfig(path: string, text: string): readonly ClusterEntry[]
     },
   }));
   const named = entries.map((entry) => ({ name: entry.name, endpoints: allEndpoints(entry) }));
-  const problems = [...sharingProblems("clusters", named), ...longIdProblems(entries)];
-  if (problems.length > 0) throw fileError(path, problems.join("; "));
+  assertDistinct(path, "clusters", named, longIdProblems(entries));
   return entries;
 }
 

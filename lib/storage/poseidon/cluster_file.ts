@@ -15,12 +15,11 @@ import * as z from "zod";
 import type { Logger } from "../../context.ts";
 import { type Endpoint, formatEndpoint, isArrayName, parseEndpoints } from "../../volume_id.ts";
 import {
+  assertDistinct,
   type ConfigFiles,
   entryNameSchema,
-  fileError,
-  parseConfigText,
+  parseEntries,
   reloadingFile,
-  sharingProblems,
   textListSchema,
 } from "../cluster_file.ts";
 
@@ -77,10 +76,6 @@ const systemSchema = z.strictObject({
   ).transform((names) => [...new Set(names)]),
 }, { error: "is not a map of keys" });
 
-const configSchema = z.strictObject({
-  systems: z.array(systemSchema, { error: "is missing, give a list of systems" }).min(1, "is empty"),
-}, { error: "is not a map with the key systems" });
-
 /**
  * The systems in the text of a file.
  *
@@ -89,18 +84,13 @@ const configSchema = z.strictObject({
  *   endpoint, because it would be unclear which of them a volume ID belongs to
  */
 export function parseSystems(path: string, text: string): readonly KnownSystem[] {
-  const { systems } = parseConfigText(
-    path,
-    text,
-    configSchema,
-    (place) => Object.keys((place.length === 0 ? configSchema : systemSchema).shape),
-  );
+  const systems = parseEntries(path, text, {
+    plural: "systems",
+    schema: systemSchema,
+    keysAt: () => Object.keys(systemSchema.shape),
+  });
   const known = systems.map((system) => ({ ...system, idEndpoint: system.idEndpoint ?? system.endpoint }));
-  const problems = sharingProblems(
-    "systems",
-    known.map((system) => ({ name: system.name, endpoints: endpointsOf(system) })),
-  );
-  if (problems.length > 0) throw fileError(path, problems.join("; "));
+  assertDistinct(path, "systems", known.map((system) => ({ name: system.name, endpoints: endpointsOf(system) })));
   return known;
 }
 
