@@ -1,6 +1,6 @@
 /**
  * Volumes of PoseidonOS: found by UUID, created, deleted, and their limits of speed (facts:
- * docs/reference/poseidonos-api.md sections 6, 7 and 11).
+ * docs/reference/poseidonos-api.md sections 6 and 11).
  *
  * PoseidonOS knows volumes by name, and names are used again. So the driver chooses the UUID of a new volume itself,
  * derived from the request's name and the place: a repeated request recognises its own volume, even when the answer
