@@ -1,4 +1,5 @@
 /** The keys of the Secrets in calls. Other keys are ignored, unless they look like a mistyped key of this driver. */
+import { slipsBetween } from "./suggestion.ts";
 
 /** All keys that this driver reads. */
 export const secretKeys: readonly string[] = [
@@ -23,7 +24,8 @@ export function secretKeyProblem(key: string): string | undefined {
   const isLike = /^(mgmt|dhchap|host-encryption)-/.test(plain) || plain === "jwt";
   if (!isLike) return undefined;
   // `mgmt-ca` is the beginning of a key.
-  const distanceTo = (known: string) => plainOf(known).startsWith(`${plain}-`) ? 1 : distance(plain, plainOf(known));
+  const distanceTo = (known: string) =>
+    plainOf(known).startsWith(`${plain}-`) ? 1 : slipsBetween(plain, plainOf(known));
   const [nearest] = secretKeys.map((known) => ({ known, distance: distanceTo(known) }))
     .sort((a, b) => a.distance - b.distance);
   return nearest !== undefined && nearest.distance <= 3
@@ -38,18 +40,4 @@ export function isTakenAsItIs(key: string): boolean {
 
 function plainOf(key: string): string {
   return key.toLowerCase().replaceAll(/[_.]/g, "-");
-}
-
-/** How many letters have to be added, removed or replaced to turn one text into the other (Levenshtein). */
-function distance(a: string, b: string): number {
-  let row = Array.from({ length: b.length + 1 }, (_, at) => at);
-  for (const [i, letter] of [...a].entries()) {
-    const next = [i + 1];
-    for (let j = 1; j <= b.length; j++) {
-      const change = (row[j - 1] ?? 0) + (letter === b[j - 1] ? 0 : 1);
-      next.push(Math.min(change, (row[j] ?? 0) + 1, (next[j - 1] ?? 0) + 1));
-    }
-    row = next;
-  }
-  return row[b.length] ?? 0;
 }

@@ -1,4 +1,4 @@
-/** Finds the known word that an unknown one was most likely meant to be. */
+/** Finds the known word that an unknown one was most likely meant to be, and how far two words are apart. */
 
 /**
  * The word of `known` that `word` was most likely meant to be: the one with the fewest slips of the keyboard (a character
@@ -10,7 +10,7 @@ export function closestWord(word: string, known: readonly string[]): string | un
   let best: string | undefined;
   let fewest = Math.max(1, Math.floor(plain.length / 3)) + 1;
   for (const candidate of known) {
-    const slips = distance(plain, plainForm(candidate));
+    const slips = slipsBetween(plain, plainForm(candidate));
     if (slips >= fewest) continue;
     best = candidate;
     fewest = slips;
@@ -43,8 +43,11 @@ function plainForm(word: string): string {
   return word.slice(0, longestWord).toLowerCase().replace(/[-_.]/g, "");
 }
 
-/** The restricted Damerau-Levenshtein distance: a swapped pair of letters is not changed again. */
-function distance(a: string, b: string): number {
+/**
+ * How many slips of the keyboard turn one text into the other: the restricted Damerau-Levenshtein distance, in which a
+ * swapped pair of letters is not changed again.
+ */
+export function slipsBetween(a: string, b: string): number {
   let beforePrevious: number[] = [];
   let previous = Array.from({ length: b.length + 1 }, (_, column) => column);
   for (let row = 1; row <= a.length; row++) {
