@@ -141,11 +141,7 @@ function joinOption(args: readonly string[], option: string): readonly string[] 
 }
 
 /** After a mkfs that failed: erases the mark again if the device is still blank otherwise. */
-async function eraseMarkIfBlank(
-  host: Host,
-  ctx: RequestContext,
-  device: BlockDevice,
-): Promise<void> {
+async function eraseMarkIfBlank(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const offset = markOffset(device);
   if (offset === undefined) return;
   const read = createDeviceReader(host, ctx, device);

@@ -121,11 +121,7 @@ export async function writeMark(host: Host, ctx: RequestContext, device: BlockDe
  *
  * @throws StatusError UNAVAILABLE when the device cannot be read or written
  */
-export async function eraseMark(
-  host: Host,
-  ctx: RequestContext,
-  device: BlockDevice,
-): Promise<void> {
+export async function eraseMark(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   const offset = markOffset(device);
   if (offset === undefined) return;
   try {
@@ -145,11 +141,7 @@ export async function eraseMark(
  *
  * @throws StatusError UNAVAILABLE when there is a mark that cannot be erased
  */
-export async function abandonUnfinished(
-  host: Host,
-  ctx: RequestContext,
-  device: BlockDevice,
-): Promise<void> {
+export async function abandonUnfinished(host: Host, ctx: RequestContext, device: BlockDevice): Promise<void> {
   try {
     if (!await isUnfinished(readerOf(host, ctx, device), device)) return;
   } catch (error) {
