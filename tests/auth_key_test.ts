@@ -28,7 +28,7 @@ for (
     text("03", 64),
   ]
 ) {
-  Deno.test(`DhchapKey takes ${good.slice(0, 10)} with ${good.length} characters, blanks around it aside`, () => {
+  Deno.test(`DhchapKey takes ${good.slice(0, 10)} with ${good.length} characters, and ignores blanks around it`, () => {
     assert.equal(DhchapKey.parse(`\n${good} \n`).reveal(), good);
   });
 }
@@ -59,7 +59,7 @@ for (
   });
 }
 
-Deno.test("DhchapKey.generate makes a key that is taken, of 256 bits for SHA-256, and another one each time", () => {
+Deno.test("DhchapKey.generate makes a valid key, of 256 bits for SHA-256, and another one each time", () => {
   const keys = Array.from({ length: 20 }, () => DhchapKey.generate());
 
   for (const key of keys) assert(DhchapKey.parse(key.reveal()).equals(key));
@@ -103,7 +103,7 @@ Deno.test("givenKeys refuses a key of the controller without one of the host", (
   });
 });
 
-Deno.test("keysFor asks for what is missing only, and takes from whom it asks what that one knows", async () => {
+Deno.test("keysFor asks its source only when a key is missing, and takes each missing key that the source has", async () => {
   const [host, controller, otherHost, otherController] = Array.from({ length: 4 }, () => DhchapKey.generate());
   assert(host && controller && otherHost && otherController);
   let asked = 0;

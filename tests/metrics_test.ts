@@ -395,7 +395,7 @@ Deno.test("lbcsi-controller has the right to serve metrics", async () => {
   const testbed = new Testbed(sockets, restricted, { simulator: program });
   try {
     const options = ["--jwt-path", join(sockets, "jwt"), "--log-level", "info", ...toAnyPort];
-    // Where this machine names certificates for all programs is none of the directories that it may read.
+    // The place of this machine's certificates is none of the directories that it may read.
     await testbed.startService("controller", options, AbortSignal.timeout(60_000), { SSL_CERT_FILE: "" });
 
     const { values } = await readMetrics(testbed, "controller");

@@ -174,7 +174,7 @@ exit 0`,
 });
 
 Deno.test({
-  name: "demo that finds a loop device left over ends with status 1, and takes it away",
+  name: "demo that finds a loop device left over ends with status 1, and detaches it",
   ignore: !machine,
   fn: async () => {
     const { code, text, home } = await run(["--fs", "ext4"], {

@@ -201,7 +201,7 @@ Deno.test("the daemon follows referrals, also in a circle, and drops a discovery
 
   await settle();
   assert.deepEqual(connected(), ["192.0.2.1:8009", "192.0.2.2:4420", "192.0.2.2:8009"]);
-  // Not before those that may refer to it have told.
+  // Not before the log pages that may refer to it are read.
   nvmeCommands();
   await make().daemon.look();
   assert.deepEqual(nvmeCommands(), []);

@@ -412,7 +412,7 @@ Deno.test("a server stream is not made faster than its caller reads, and leaving
     const stream = channel.stream(SnapshotMetadata.method.getMetadataAllocated, {}, { signal: patient() });
     const first = await stream.next();
     assert.equal(first.value?.blockMetadata.length, 10_000);
-    // The maker stops by itself once the windows and buffers are full: a message has some 100 KiB.
+    // The handler pauses once the windows and buffers are full: a message has some 100 KiB.
     let before = -1;
     while (before !== made) {
       before = made;

@@ -268,7 +268,7 @@ for (
   });
 }
 
-Deno.test("promise 4: NodeUnstageVolume takes a closed mapper, and one whose device has gone", async () => {
+Deno.test("promise 4: NodeUnstageVolume accepts a closed mapper, and one whose device has gone", async () => {
   const n = node();
   await n.stage();
   n.host.mounts.splice(0);

@@ -44,7 +44,7 @@ interface Memory {
   readonly role: Role;
   readonly when: string;
   readonly rssMiB: number;
-  /** The part that is the process's own: not backed by files, which its like share. */
+  /** The part that is the process's own: not backed by files, which processes of the same program share. */
   readonly anonymousMiB: number;
 }
 

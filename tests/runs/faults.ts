@@ -115,7 +115,7 @@ interface Flow {
 
 const flows: readonly Flow[] = [
   // The ID of a volume or snapshot is known from the answer only: CSI has the orchestrator repeat the call before it may
-  // delete, and that is what an orchestrator does which has changed its mind.
+  // delete, and an orchestrator that has changed its mind does so.
   {
     name: "CreateVolume",
     on: "controller",

@@ -36,7 +36,7 @@ const toolOutputs: Readonly<Record<string, string>> = {
 // As Linux 6.1 and 6.12 list them, whether they were built to authenticate or not.
 export const fabricsOptions =
   "instance=-1,cntlid=-1,transport=%s,traddr=%s,trsvcid=%s,nqn=%s,dhchap_secret=%s,dhchap_ctrl_secret=%s\n";
-// The addresses are zeros for those who may not see them.
+// The addresses are zeros for processes that may not see them.
 export const symbols = "0000000000000000 T nvmf_connect_admin_queue\t[nvme_fabrics]\n" +
   "0000000000000000 T nvme_auth_negotiate\t[nvme_core]\n";
 
@@ -58,9 +58,12 @@ export const wellFiles: Readonly<Record<string, string>> = {
 };
 
 export interface MachineChange {
-  /** Files that are there besides, or have another text, in which ROOT is the machine's directory; undefined: the file and its directory are not there. */
+  /**
+   * Further files, or other texts of files, in which ROOT is the machine's directory; undefined: the file and its directory
+   * are not there.
+   */
   readonly files?: Readonly<Record<string, string | undefined>>;
-  /** What the kernel answers to who opens a file, as to a user without rights (root may open all of this machine). */
+  /** What the kernel answers to a process that opens a file, as to a user without rights: root may open everything here. */
   readonly refusals?: Readonly<Record<string, string>>;
   /** What tools print; undefined: it is not installed. */
   readonly tools?: Readonly<Record<string, string | undefined>>;

@@ -1,4 +1,4 @@
-// A process that calls a server by turns which fails every call, and exits when it has been told so: <host:port> <calls>
+// A process that makes calls to a server, one after the other, and exits when each has failed: <host:port> <calls>
 // [ms after which it gives up every other call].
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";

@@ -6,7 +6,7 @@ const lacking =
 const passing = /: (50[0-9]|429) |connection reset|unexpected EOF|timeout/;
 const pausesMs = [2_000, 10_000, 30_000] as const;
 
-/** Does again what failed for a reason that passes, up to three times. */
+/** Repeats what failed for a temporary reason, up to three times. */
 export async function fetching<T>(body: () => Promise<T>): Promise<T> {
   for (const pauseMs of pausesMs) {
     try {

@@ -55,7 +55,7 @@ export async function enter(
   }
   // The mount alone: an overlay itself takes no changes with the mount of util-linux 2.41.
   await tool("mount", "-o", "remount,bind,ro", root);
-  // A cache of `deno run`, which the compiled executable has not.
+  // A cache of `deno run`, which the compiled executable does not have.
   await Deno.mkdir(join(root, denoDir));
   await Deno.chmod(join(root, denoDir), 0o777);
   return { root, words: ["chroot", ...(user === undefined ? [] : [`--userspec=${user}`]), root] };

@@ -42,7 +42,7 @@ export interface PodTemplate {
   readonly spec: PodSpec;
 }
 
-/** What the kinds that we use have, as far as tests look at it. Other kinds of tests see to it that it has this form. */
+/** What the kinds that we use have, as far as tests look at it. Other tests check that it has this form. */
 export interface KubeObject {
   readonly apiVersion: string;
   readonly kind: string;

@@ -8,7 +8,7 @@ import fc from "fast-check";
 /** Begins every text that must never become an argument of its own. */
 export const injected = "--injected";
 
-/** Any message of `schema`; `words` are texts that lead further than arbitrary ones, IDs and paths that exist. */
+/** Any message of `schema`; `words` are texts that get further than arbitrary ones, IDs and paths that exist. */
 export function randomMessage(schema: DescMessage, words: readonly string[], depth = 0): fc.Arbitrary<Message> {
   const fields = schema.members.map((member) => {
     if (member.kind === "oneof") {

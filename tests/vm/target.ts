@@ -2,7 +2,7 @@
  * The kernel's NVMe/TCP target of the guest, by hand: for checks that are about connections and log pages, where a whole
  * simulated cluster would only be in the way. One subsystem, one namespace of 64 MiB in a file, ports on 127.0.0.1.
  *
- * Order and texts as configfs of Linux 6.1 wants them: everything goes in the reverse order in which it came, and an
+ * Order and texts as configfs of Linux 6.1 requires them: everything goes in the reverse order in which it came, and an
  * address may change only while its port offers nothing.
  */
 import { join } from "node:path";

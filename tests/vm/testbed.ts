@@ -179,7 +179,7 @@ export class Volume {
   readonly staging: string;
   readonly target: string;
   readonly capability: Capability;
-  /** What CreateVolume has said of it, for every later call. */
+  /** What CreateVolume has answered, for every later call. */
   readonly context: Record<string, string>;
   publishContext: Record<string, string> = {};
   /** For ControllerPublishVolume, beside the token. */

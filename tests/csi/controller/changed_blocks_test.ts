@@ -155,7 +155,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "GetMetadataAllocated goes on behind starting_offset, with the tuple that reaches over it first",
+  name: "GetMetadataAllocated continues after starting_offset, and begins with the tuple that contains it",
   ignore,
   fn: async () => {
     await using env = await start();

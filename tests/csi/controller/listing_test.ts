@@ -197,7 +197,7 @@ for (const [hosts, count] of [[70, 1100], [300, 300]] as const) {
   });
 }
 
-Deno.test("ListVolumes asks LightOS for less when an answer would be larger than is taken", async () => {
+Deno.test("ListVolumes asks LightOS for less when an answer would be larger than it accepts", async () => {
   await using env = await startListing({ capacityBytes: 1n << 60n, behaviour: behaviour() });
   // 10 MB in all.
   await makeMany(env.simulator, 140, manyHosts(900));

@@ -128,7 +128,7 @@ Deno.test("ListSnapshots by ID reaches a cluster that the file does not name, wi
   await rejects(env.snapshots({ snapshotId }), answers("UNAUTHENTICATED", /JWT: none was given/));
 });
 
-Deno.test("ListSnapshots without a cluster file finds imported snapshots by their IDs, and takes no garbage for one", async () => {
+Deno.test("ListSnapshots without a cluster file finds imported snapshots by their IDs, and does not mistake garbage for one", async () => {
   await using simulator = await startSimulator();
   await using controller = await startController({});
   const secrets = { jwt: simulator.addresses.jwt };
@@ -155,7 +155,7 @@ Deno.test("ListSnapshots without a cluster file finds imported snapshots by thei
   );
 });
 
-Deno.test("ListSnapshots shows no snapshot before it is cut for good", async () => {
+Deno.test("ListSnapshots shows no snapshot before it is complete", async () => {
   await using env = await startListing();
   const volumeId = await env.create("one");
   const { control } = env.simulator;

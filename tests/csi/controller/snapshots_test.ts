@@ -139,7 +139,7 @@ Deno.test("CreateSnapshot that runs out of time says what it waited for, and its
   deepStrictEqual(env.cluster.snapshots.map(({ uuid }) => uuid), [uuidOf(snapshot.snapshotId)]);
 });
 
-Deno.test("promise 18: CreateSnapshot looks through the husk of a failed one", async () => {
+Deno.test("promise 18: CreateSnapshot ignores the husk of a failed one", async () => {
   await using env = await startSnapshots();
   const sourceVolumeId = await env.volume("v");
   env.control.behave({ failCreations: 1 });

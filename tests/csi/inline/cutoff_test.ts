@@ -34,7 +34,7 @@ class ClusterHost extends FakeHost {
     }
   }
 
-  /** Begins to count calls again, and forgets the namespaces that the cluster shows no more, as the kernel does. */
+  /** Counts calls from zero again, and forgets the namespaces that the cluster does not show any more. */
   begin(cut?: FakeHost["cut"]): void {
     this.calls = 0;
     this.commands.length = 0;
@@ -95,7 +95,7 @@ for (const [strategy, readonly] of [["discovery-client", false], ["direct", true
     const calls = host.calls;
     assert.deepEqual(host.leftovers(), []);
     let tried = 0;
-    // What a kill after a call leaves, one before the next call leaves too. Once is enough to see that it is so.
+    // A kill after a call leaves what one before the next call leaves. To see that once is enough.
     const whens = strategy === "direct" ? ["after"] as const : ["before", "after"] as const;
 
     for (let at = 1; at <= calls; at++) {

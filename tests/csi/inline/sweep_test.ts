@@ -81,7 +81,7 @@ for (const [fsType, place] of [["ext4", "ext4"], ["xfs", "xfs"], ["btrfs", `btrf
   });
 }
 
-inlineTest("a sweep keeps every volume while kubelet's directory is not there to be looked at", async () => {
+inlineTest("a sweep keeps every volume while kubelet's directory is missing", async () => {
   await using n = await inlineNode();
   const targetPath = await n.target();
   await n.publish(inlineRequest(targetPath));
@@ -122,7 +122,7 @@ inlineTest(
   },
 );
 
-inlineTest("promise 9: a sweep waits with a leftover that a call works on", async () => {
+inlineTest("promise 9: a sweep postpones a leftover while a call for it runs", async () => {
   await using n = await inlineNode();
   const targetPath = await n.target();
   await n.publish(inlineRequest(targetPath));

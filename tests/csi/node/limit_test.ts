@@ -23,7 +23,7 @@ const nodeId = "n1.node";
 const uuidOf = (n: number) => `0f2c6a5e-54d1-4c39-9a77-${String(n).padStart(12, "0")}`;
 const stagingOf = (n: number) => `/staging/${n}`;
 
-/** A node that connects by itself, with `count` volumes on a cluster that lets it have all of them. */
+/** A node that connects itself, with `count` volumes on a cluster that lets it have all of them. */
 async function node(most: number, count: number) {
   const host = new FakeHost();
   for (let n = 1; n <= count; n++) {

@@ -57,7 +57,7 @@ Deno.test("promise 4: without a live path nothing is started that would hang, an
   assert.deepEqual([host.mounts, host.controllers], [[], []]);
 });
 
-Deno.test("promise 4: without a live path no target is unmounted either that is the last mount of its volume", async () => {
+Deno.test("promise 4: without a live path no target that is the last mount of its volume is unmounted either", async () => {
   const { host, setStates, ...calls } = node();
   host.addNamespace(uuid, subsystemNqn);
   await calls.stage(stage);
@@ -105,7 +105,7 @@ Deno.test("one live path of two is enough for every call", async () => {
   assert.deepEqual(host.mounts, []);
 });
 
-Deno.test("promise 14: a namespace whose announcement was lost is found, for the kernel is asked to look", async () => {
+Deno.test("promise 14: a namespace whose announcement was lost is found, because the kernel is asked to look", async () => {
   const { host, ...calls } = node();
   host.addNamespace(neighbour, subsystemNqn);
   host.connect(subsystemNqn, hostNqn("n1.node"));

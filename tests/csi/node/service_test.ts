@@ -99,7 +99,7 @@ nodeTest("node calls answer INVALID_ARGUMENT for each missing required field bef
   assert.deepEqual(n.machine.commands, []);
 });
 
-nodeTest("node calls for an unknown volume ID answer NOT_FOUND, or OK to take away what is not there", async () => {
+nodeTest("node calls for an unknown volume ID answer NOT_FOUND, or OK where there is nothing to undo", async () => {
   await using n = await node();
   const volumeId = "fake-vol-id-1a2b3c4d-5";
 

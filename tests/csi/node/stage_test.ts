@@ -219,7 +219,7 @@ nodeTest(
   },
 );
 
-nodeTest("promise 2: NodeStageVolume takes a dead mount down and mounts the device that is there now", async () => {
+nodeTest("promise 2: NodeStageVolume unmounts a dead mount and mounts the device that is there now", async () => {
   await using n = await node();
   await n.stage(n.stageRequest());
   await n.machine.hide(n.namespace);

@@ -101,7 +101,7 @@ nodeTest("promise 4: NodeUnpublishVolume and NodeUnstageVolume succeed where not
 });
 
 nodeTest(
-  "promise 4: NodeUnstageVolume of a busy mount answers FAILED_PRECONDITION saying who, and works afterwards",
+  "promise 4: NodeUnstageVolume of a busy mount answers FAILED_PRECONDITION naming the process, and works afterwards",
   async () => {
     await using n = await node();
     await n.stage(n.stageRequest());

@@ -80,7 +80,7 @@ Deno.test("direct attach with a wrong key says so, with each address, and connec
   assert.deepEqual(connected(), []);
 });
 
-Deno.test("direct attach with another key of the controller than its own says which may be wrong", async () => {
+Deno.test("direct attach with a wrong key of the controller says which key may be wrong", async () => {
   const keys = newKeys("bidirectional");
   const { attacher, call } = keyMachine(keys);
 
@@ -126,7 +126,7 @@ Deno.test("direct attach without a key to a subsystem that demands one says so",
   );
 });
 
-Deno.test("direct attach with keys refuses an NQN that would be another option, and asks the kernel nothing", async () => {
+Deno.test("direct attach with keys rejects an NQN that would be another option, and asks the kernel nothing", async () => {
   const { host, attacher, call } = keyMachine(undefined);
   const keys = newKeys();
 
@@ -141,7 +141,7 @@ Deno.test("direct attach with keys refuses an NQN that would be another option, 
 
 // -------------------------------------------------------------------------------------------------------- no such kernel
 
-Deno.test("direct attach with keys on a kernel without them refuses before it writes any, because the kernel would log it", async () => {
+Deno.test("direct attach with keys on a kernel without them fails before it writes any, because the kernel would log it", async () => {
   const { host, attacher, call } = keyMachine(undefined);
   host.authenticates = false;
 
@@ -154,7 +154,7 @@ Deno.test("direct attach with keys on a kernel without them refuses before it wr
   assert.deepEqual([host.commands, host.controllers], [[], []]);
 });
 
-Deno.test("direct attach with keys on a kernel that takes them and was built without refuses before it connects", async () => {
+Deno.test("direct attach with keys fails before it connects on a kernel that accepts keys and was built without authentication", async () => {
   const { host, attacher, call } = keyMachine(undefined);
   host.authenticates = "takes keys";
 
@@ -167,7 +167,7 @@ Deno.test("direct attach with keys on a kernel that takes them and was built wit
   assert.deepEqual([host.commands, host.controllers], [[], []]);
 });
 
-Deno.test("direct attach with keys drops what such a kernel has connected, when it did not show what it can", async () => {
+Deno.test("direct attach with keys drops what such a kernel has connected, when it does not show what it supports", async () => {
   const { host, attacher, call } = keyMachine(undefined);
   host.authenticates = "takes keys";
   host.showsSymbols = false;

@@ -119,7 +119,7 @@ Deno.test("direct attach names the other host NQN at the address when the kernel
   );
 });
 
-Deno.test("direct attach connects to an address where an own connection is dead or being deleted, whatever nvme-cli says", async () => {
+Deno.test("direct attach connects to an address where a connection of ours is dead or being deleted, whatever nvme-cli says", async () => {
   for (const state of ["dead", "deleting", "deleting (no IO)"]) {
     const { host, attacher } = directHost();
     await attacher.attach(callContext(), namespace);
@@ -185,7 +185,7 @@ Deno.test("promise 3: direct detach refuses to disconnect a namespace that is mo
   assert.equal(traddrs().length, 2);
 });
 
-Deno.test("promise 3: direct detach drops no connection that has got a name of its own meanwhile", async () => {
+Deno.test("promise 3: direct detach drops no foreign connection that has taken the name of one of ours meanwhile", async () => {
   const { host, attacher, traddrs } = directHost();
   await attacher.attach(callContext(), namespace);
   const run = host.run.bind(host);

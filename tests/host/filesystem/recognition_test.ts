@@ -41,7 +41,7 @@ const atTheEnd: readonly Lookalike[] = [
   },
 ];
 
-/** What blkid answers that is asked for everything. */
+/** What blkid answers when it looks for all types. */
 async function blkid({ machine, namespace }: Disk): Promise<string> {
   return (await machine.tool("sh", "-c", `blkid -p -s TYPE -o value ${namespace.path} || echo exit $?`)).trim();
 }
@@ -274,7 +274,7 @@ for (const head of ["ext4", "xfs"] as const) {
   });
 }
 
-/** Leaves of what is on the device its first 8 KiB, and bytes without any meaning behind them. */
+/** Keeps the first 8 KiB of the device, and puts bytes without any meaning behind them. */
 async function overwriteBody({ namespace }: Disk, sizeMib: number): Promise<void> {
   const noise = new Uint8Array(64 << 10);
   for (let at = 8 << 10; at < sizeMib * mib; at += noise.length) {

@@ -404,7 +404,7 @@ Deno.test({
 
 for (const fsType of ["xfs", "btrfs"] as const) {
   Deno.test({
-    name: `promise 8: mountVolume begins a ${fsType} again that the mkfs of an earlier version was killed at`,
+    name: `promise 8: mountVolume makes a ${fsType} again when the mkfs of an earlier version was killed`,
     ignore,
     fn: () =>
       withDisk(320, async (disk) => {

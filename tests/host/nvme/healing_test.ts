@@ -156,7 +156,7 @@ for (const [who, machine] of [["reconcile", directAttacher], ["the daemon", daem
     assert.equal(host.devices.length, 2);
   });
 
-  Deno.test(`promise 2: ${who} resets nothing for a namespace that was withdrawn while others are in use, and stops to rescan`, async () => {
+  Deno.test(`promise 2: ${who} resets nothing for a namespace that was withdrawn while others are in use, and stops rescanning`, async () => {
     const looked = await machine([uuid, other]);
     const { host } = looked;
     const names = namesOf(looked);
@@ -259,7 +259,7 @@ for (const [who, machine] of [["reconcile", directAttacher], ["the daemon", daem
     }
   });
 
-  Deno.test(`promise 2: ${who} leaves connections alone whose addresses take no other, and stops to try`, async () => {
+  Deno.test(`promise 2: ${who} leaves connections alone whose addresses accept no other, and stops trying`, async () => {
     const looked = await machine();
     const { host } = looked;
     for (const name of namesOf(looked)) looked.controller(name).state = "connecting";
@@ -275,7 +275,7 @@ for (const [who, machine] of [["reconcile", directAttacher], ["the daemon", daem
     assert.deepEqual(await looked.look(200), []);
   });
 
-  Deno.test(`${who} makes a connection again that is dead or has been deleting for ever`, async () => {
+  Deno.test(`${who} makes a connection again that is dead or stays in deletion`, async () => {
     for (const state of ["dead", "deleting", "deleting (no IO)"]) {
       const looked = await machine();
       const [, second] = namesOf(looked);
@@ -324,7 +324,7 @@ Deno.test("the daemon does nothing about a namespace whose file was removed, whe
   assert.deepEqual(await look(100), []);
 });
 
-Deno.test("reconcile rescans and resets live connections that do not show what a volume waits for, and then lets it be", async () => {
+Deno.test("reconcile rescans and resets live connections that do not show what a volume waits for, and then stops", async () => {
   const { host, look, attacher } = await directAttacher([]);
   host.addNamespace(uuid, nqn);
   for (const name of ["nvme0", "nvme1"]) host.hidden.set(`${name} ${uuid}`, "withdrawn");

@@ -28,7 +28,7 @@ import {
 const shellNode = "shell.node";
 const us = hostNqn(shellNode);
 
-/** The initiator does not tell, the target does; Debian builds its kernels with both or with none. */
+/** The initiator does not show it, the target does; Debian builds its kernels with both or with none. */
 async function canAuthenticate(): Promise<boolean> {
   const directory = "/sys/kernel/config/nvmet/hosts/nqn.2014-08.org.example:trial";
   await Deno.mkdir(directory, { recursive: true });

@@ -66,7 +66,7 @@ class Daemon implements AsyncDisposable {
     return status?.code ?? -1;
   }
 
-  /** Written elsewhere and renamed, as the documentation wants it. */
+  /** Written elsewhere and renamed, as the documentation requires. */
   async writeFile(name: string, ...lines: readonly string[]): Promise<void> {
     const temporary = join(this.directory, `tmp.dc.${name}`);
     await Deno.writeTextFile(temporary, lines.map((line) => `${line}\n`).join(""));

@@ -1,4 +1,4 @@
-/** The node's own end, in order and without, and the machine's. */
+/** The end of the node's process, in order or killed, and a power cut of the machine. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { Scenario } from "../scenario.ts";
@@ -22,7 +22,7 @@ interface Saved {
   readonly directory: string;
   readonly use: "ext4" | "xfs" | "block";
   readonly publishContext: Record<string, string>;
-  /** Whether a pod wants it again after the reboot. */
+  /** Whether a pod uses it again after the reboot. */
   readonly again: boolean;
 }
 

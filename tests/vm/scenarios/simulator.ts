@@ -172,7 +172,7 @@ export const scenario = of([
       assert.deepEqual(names("/run/lbcsi-simulator"), []);
       assert.equal(await tool("losetup", "-l", "-n"), "");
 
-      // And it refuses an address that somebody else has.
+      // And it rejects an address that another program has.
       for (
         const [attribute, value] of Object.entries({
           trtype: "tcp",
