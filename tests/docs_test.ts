@@ -504,6 +504,18 @@ Deno.test("tasks that documents name exist", () => {
   deepStrictEqual(named.filter((name) => !Object.hasOwn(config.tasks, name)), []);
 });
 
+Deno.test("docs/promises.md has the promises that tests keep, and no other", () => {
+  const kept = sourcesOf("tests").filter((path) => path.endsWith(".ts")).flatMap((path) =>
+    [...Deno.readTextFileSync(root + path).matchAll(/["'`]promise (\d+): /g)].map(([, number]) => Number(number))
+  );
+  const listed = tables(textOf("docs/promises.md")).filter(({ head }) => head[0] === "#").flatMap(({ rows }) =>
+    rows.map(([number]) => Number(number))
+  );
+
+  ok(listed.length > 20, `${listed.length}`);
+  deepStrictEqual([...new Set(kept)].sort((a, b) => a - b), listed);
+});
+
 // ------------------------------------------------------------------------------------------------------- messages
 
 function sourcesOf(directory: string): readonly string[] {
