@@ -504,6 +504,24 @@ Deno.test("tasks that documents name exist", () => {
   deepStrictEqual(named.filter((name) => !Object.hasOwn(config.tasks, name)), []);
 });
 
+Deno.test("docs/developing.md names functions where they are", () => {
+  const lib = sourcesOf("lib");
+  const wrong: string[] = [];
+  let count = 0;
+  for (const line of prose(textOf("docs/developing.md")).split("\n")) {
+    const linked = [...line.matchAll(/\]\(\.\.\/([^)#]+\.ts)\)/g)].map(([, path = ""]) => path);
+    const places = line.startsWith("|") && linked.length > 0 ? linked : lib;
+    for (const name of codeIn(line).filter((code) => /^[a-z]+[A-Z]\w*$/.test(code))) {
+      count++;
+      const isThere = places.some((path) => new RegExp(`\\b${name}\\b`).test(Deno.readTextFileSync(root + path)));
+      if (!isThere) wrong.push(`${name}: ${linked.join(", ")}`);
+    }
+  }
+
+  ok(count > 6, `${count}`);
+  deepStrictEqual(wrong, []);
+});
+
 Deno.test("docs/promises.md has the promises that tests keep, and no other", () => {
   const kept = sourcesOf("tests").filter((path) => path.endsWith(".ts")).flatMap((path) =>
     [...Deno.readTextFileSync(root + path).matchAll(/["'`]promise (\d+): /g)].map(([, number]) => Number(number))
