@@ -1,5 +1,5 @@
 /** Checks of the documents: links, commands, citations, tables that repeat facts of the code, and messages. */
-import { deepStrictEqual, ok, strictEqual } from "node:assert/strict";
+import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { parse, parseAllDocuments } from "yaml";
 import config from "../deno.json" with { type: "json" };
 import { blocksOf, documentPaths, refreshed, root, run, runsOf } from "../docs/outputs.ts";
@@ -430,6 +430,19 @@ Deno.test({
       },
     );
     strictEqual(volume.capacityBytes, 1n << 30n);
+  },
+});
+
+Deno.test({
+  name: "the commands in docs/host.md attach a volume of a simulated machine, and detach it",
+  ignore: !needs("root", "loop", "curl", "mkfs.ext4"),
+  fn: async () => {
+    const block = blocksOf(textOf("docs/host.md")).find(({ text }) => text.includes("--data loop"));
+
+    const printed = await run(block ?? { info: "", from: 0, to: 0, text: "" });
+
+    match(printed, /\/dev\/nvme0n1 \S+\/mnt\n/);
+    match(printed, /^ {2}mount {2}\S+\/mnt {2}ext4 {2}rw$/m);
   },
 });
 
