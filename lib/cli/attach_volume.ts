@@ -105,7 +105,7 @@ export async function attachVolume(
     readOnly: mount.readOnly,
     shared: false,
     mkfsOptions: "",
-    formats: mount.format,
+    mayFormat: mount.format,
   });
   const fsType = mountsAt(await mountTable(host), path).at(-1)?.fsType ?? "";
   return { device, mount: { path, fsType, readOnly: mount.readOnly } };

@@ -177,11 +177,11 @@ function listedPath(controller: NvmeController, anaState: string | undefined): L
 }
 
 function listedMount(mount: Mount): ListedMount {
-  const isNode = mount.fsType === "devtmpfs" || mount.root !== "/" && /\/nvme\d+n\d+/.test(mount.root);
+  const isDeviceNode = mount.fsType === "devtmpfs" || mount.root !== "/" && /\/nvme\d+n\d+/.test(mount.root);
   return {
     path: mount.path,
-    type: isNode ? "block" : "filesystem",
-    fileSystem: isNode ? undefined : mount.fsType,
+    type: isDeviceNode ? "block" : "filesystem",
+    fileSystem: isDeviceNode ? undefined : mount.fsType,
     readOnly: mount.options.includes("ro"),
   };
 }

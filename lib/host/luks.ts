@@ -74,7 +74,7 @@ export interface OpenMapperOptions {
   /** Other hosts may have it open: nothing is formatted, and no passphrase changed. */
   readonly shared: boolean;
   /** Whether a blank device is encrypted. */
-  readonly formats: boolean;
+  readonly mayFormat: boolean;
   /** Where a mapper whose device has gone may be mounted; such a mount is unmounted. */
   readonly stagingPath: string;
   /** What the device holds, as content.ts finds before anything is formatted. */
@@ -150,7 +150,7 @@ async function encryptIfBlank(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  options: Pick<OpenMapperOptions, "contentOf" | "formats"> & OpenParameters,
+  options: Pick<OpenMapperOptions, "contentOf" | "mayFormat"> & OpenParameters,
 ): Promise<void> {
   const content = await options.contentOf(device);
   if (content === "other") {
@@ -159,7 +159,7 @@ async function encryptIfBlank(
   const isHalfMade = content === "luks" && await isWithoutKeys(host, ctx, device);
   if (content !== "blank" && !isHalfMade) return;
   const state = isHalfMade ? "holds an encryption that was never finished" : "is blank";
-  if (!options.formats) {
+  if (!options.mayFormat) {
     throw ctx.error("FAILED_PRECONDITION", `${device.path} ${state}, the volume has to be staged first`);
   }
   if (options.readOnly || options.shared) {

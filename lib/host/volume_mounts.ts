@@ -4,10 +4,10 @@ import { type Mount, mountTable } from "./mount_table.ts";
 import { attachedVolumes, type BlockDevice, deviceNumbered } from "./nvme/devices.ts";
 
 /**
- * How a mount relates to a volume: `ours` is the volume's file system, `our node` its device node; `dead` is a mount of an NVMe
+ * How a mount relates to a volume: `ours` is the volume's file system, `our device node` its device node; `dead` is a mount of an NVMe
  * namespace that is not on this machine any more; `foreign` is everything else.
  */
-export type Relation = "ours" | "our node" | "dead" | "foreign";
+export type Relation = "ours" | "our device node" | "dead" | "foreign";
 
 /** How `mount` relates to the volume whose block device is `device`; undefined: it has none now. */
 export async function relationOf(host: Host, mount: Mount, device: BlockDevice | undefined): Promise<Relation> {
@@ -19,7 +19,7 @@ export async function relationOf(host: Host, mount: Mount, device: BlockDevice |
       // The kernel removes the node with the device. A bound node does not reserve the number: the next device can get the
       // same number and the same name.
       if (mount.root.endsWith("//deleted")) return "dead";
-      if (device !== undefined && number === device.number) return "our node";
+      if (device !== undefined && number === device.number) return "our device node";
       return await isPresent(host, number) ? "foreign" : "dead";
     }
     // Directories can have such names too: pods choose the names of their subPaths.
@@ -66,16 +66,16 @@ export async function mountsOf(host: Host, table: readonly Mount[], device: Bloc
   for (const mount of table) {
     if (mount.number !== device.number && namespaceName(mount.root) === undefined && mount.fsType !== "btrfs") continue;
     const relation = await relationOf(host, mount, device);
-    if (relation === "ours" || relation === "our node") found.push(mount);
+    if (relation === "ours" || relation === "our device node") found.push(mount);
   }
   return found;
 }
 
-/** A mount of the volume as a file system (`ours`) or as a block device (`our node`), at any path; undefined: none. */
+/** A mount of the volume as a file system (`ours`) or as a block device (`our device node`), at any path; undefined: none. */
 export async function mountAs(
   host: Host,
   device: BlockDevice,
-  relation: "ours" | "our node",
+  relation: "ours" | "our device node",
 ): Promise<Mount | undefined> {
   for (const mount of await mountsOf(host, await mountTable(host), device)) {
     if (await relationOf(host, mount, device) === relation) return mount;

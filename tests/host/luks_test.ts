@@ -361,7 +361,7 @@ Deno.test({
     const open = () =>
       openMapper(machine.host, callContext(), device, {
         passphrases: () => ({ current: passphrase, previous: undefined }),
-        formats: true,
+        mayFormat: true,
         settings: { ...defaultLuksSettings, pbkdf: "pbkdf2" },
         readOnly: false,
         shared: false,

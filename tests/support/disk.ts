@@ -19,6 +19,7 @@ export const mountOptions: DiskMountOptions = {
   flags: [],
   readOnly: false,
   shared: false,
+  mayFormat: true,
   mkfsOptions: "",
 };
 

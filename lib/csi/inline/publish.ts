@@ -107,7 +107,10 @@ function parseRequest(
   const { readOnly: isFlaggedReadOnly } = parseMountFlags(flags);
   parseMkfsOptions(fsType ?? defaultFsType, mkfsOptions);
   const readOnly = request.readonly || isReaderOnly(access.mode) || isFlaggedReadOnly;
-  return { attributes, mountSettings: { fsType, defaultFsType, mkfsOptions, flags, readOnly, shared: false } };
+  return {
+    attributes,
+    mountSettings: { fsType, defaultFsType, mkfsOptions, flags, readOnly, shared: false, mayFormat: true },
+  };
 }
 
 interface Creation {

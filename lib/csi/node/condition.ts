@@ -68,11 +68,12 @@ export async function probeDeadMount(
   mount: Mount,
 ): Promise<VolumeReport> {
   return await probe(options, ctx, { uuid, name: `${mount.fsType} at "${mount.path}"` }, async () => {
-    const isNode = mount.root !== "/";
-    const message = `${isNode ? "the device node" : describeMount(mount)} at "${mount.path}" has lost its device: ` +
+    const isDeviceNode = mount.root !== "/";
+    const message =
+      `${isDeviceNode ? "the device node" : describeMount(mount)} at "${mount.path}" has lost its device: ` +
       `reads and writes fail, the pod has to be started again`;
     // For a bound device node, statfs reports the size of the directory of devices.
-    const usage = isNode ? undefined : await usageIfAny(options.host, mount.path);
+    const usage = isDeviceNode ? undefined : await usageIfAny(options.host, mount.path);
     return { usage, condition: unusable("DeviceGone", message) };
   });
 }

@@ -95,10 +95,10 @@ async function showAtTarget(host: Host, ctx: RequestContext, publication: Public
   const table = await mountTable(host);
   const there = mountsAt(table, target).at(-1);
   const relation = there === undefined ? undefined : await relationOf(host, there, device);
-  if (there !== undefined && (relation === "ours" || relation === "our node")) {
+  if (there !== undefined && (relation === "ours" || relation === "our device node")) {
     assertSamePublish(ctx, there, relation, publication);
     // An unpublish that was cut off may have made the device writable under a read-only mount.
-    if (relation === "our node") await setReadOnly(host, ctx, device, { readOnly });
+    if (relation === "our device node") await setReadOnly(host, ctx, device, { readOnly });
     return;
   }
   assertSingleTarget(ctx, mountsElsewhere(table, await mountsOf(host, table, device), staging, target), publication);
@@ -124,7 +124,7 @@ async function showAtTarget(host: Host, ctx: RequestContext, publication: Public
 function assertSamePublish(
   ctx: RequestContext,
   mount: Mount,
-  relation: "ours" | "our node",
+  relation: "ours" | "our device node",
   { access, readOnly, target }: Publication,
 ): void {
   const differences: string[] = [];
@@ -192,7 +192,7 @@ async function assertShown(
 ): Promise<void> {
   const mount = mountsAt(await mountTable(host), target).at(-1);
   const relation = mount === undefined ? undefined : await relationOf(host, mount, device);
-  if (relation === (access.type === "block" ? "our node" : "ours")) return;
+  if (relation === (access.type === "block" ? "our device node" : "ours")) return;
   // Another namespace took the device name in the meantime. If the mount stayed, every call for either volume would
   // find a foreign mount at the target.
   if (access.type === "block" && mount?.root.endsWith(`/${device.name}`)) {

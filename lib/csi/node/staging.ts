@@ -96,7 +96,7 @@ export async function stageVolume(
     settings: luks,
     readOnly,
     shared: isShared(access.mode),
-    formats: !request.isRepair,
+    mayFormat: !request.isRepair,
     stagingPath: path,
     contentOf: async (device) => {
       const { kind } = await contentOf(host, ctx, device);
@@ -121,7 +121,7 @@ export async function stageVolume(
     readOnly,
     shared: isShared(access.mode),
     mkfsOptions: request.mkfsOptions,
-    formats: !request.isRepair,
+    mayFormat: !request.isRepair,
     ...(request.isRepair ? { unformattedAdvice: blankAdvice } : {}),
   });
   return device;

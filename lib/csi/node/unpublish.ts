@@ -47,7 +47,7 @@ async function makeWritable(host: Host, ctx: RequestContext, device: BlockDevice
   if (!device.readOnly && mount?.options.includes("ro") !== true) return;
   const others = mountsElsewhere(table, await mountsOf(host, table, device), path);
   // Without a mount: a publish ended between the write protection and its mount.
-  const isBlock = mount === undefined || await relationOf(host, mount, device) === "our node";
+  const isBlock = mount === undefined || await relationOf(host, mount, device) === "our device node";
   if (isBlock && others.length === 0) {
     await setReadOnly(host, ctx, device, { readOnly: false, force: mount !== undefined });
   }

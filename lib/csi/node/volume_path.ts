@@ -32,7 +32,7 @@ export async function findAtPath(
   if (mount !== undefined) {
     const relation = await relationOf(host, mount, device);
     if (device !== undefined && relation === "ours") return { kind: "mount", device, mount };
-    if (device !== undefined && relation === "our node") return { kind: "block", device };
+    if (device !== undefined && relation === "our device node") return { kind: "block", device };
     if (relation === "dead") return { kind: "dead", mount };
   } else if (device !== undefined && await host.blockNumber(path) === device.number) {
     return { kind: "block", device };

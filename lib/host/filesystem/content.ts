@@ -34,6 +34,9 @@ export type Content =
   /** A mkfs or luksFormat of ours for this namespace was killed: see unfinished.ts and luks_label.ts. */
   | { readonly kind: "unfinished" };
 
+/** A content that a file system may be made over: provably nothing, or a mkfs of ours that did not finish. */
+export type EmptyContent = Extract<Content, { readonly kind: "blank" | "unfinished" }>;
+
 /**
  * What the device holds: a file system that we can mount, or provably nothing.
  *

@@ -15,7 +15,7 @@ import { recheckDevice } from "../nvme/recheck.ts";
 import { processesAt } from "../processes.ts";
 import { mountsOf } from "../volume_mounts.ts";
 import { viewOf } from "./bytes.ts";
-import { contentOf, encryptedError } from "./content.ts";
+import { contentOf, type EmptyContent, encryptedError } from "./content.ts";
 import { createDeviceReader, type DeviceReader } from "./device_reader.ts";
 import type { FsType } from "./fs_type.ts";
 import { fileSystemUuid } from "./fs_uuid.ts";
@@ -52,11 +52,11 @@ export async function ensureFilesystem(
   if (found.kind === "luks") throw encryptedError(ctx, device);
   const fsType = options.fsType ?? options.defaultFsType;
   const { mkfsOptions } = options;
-  await format(host, ctx, device, { fsType, mkfsOptions, isUnfinished: found.kind === "unfinished" });
+  await format(host, ctx, device, { fsType, mkfsOptions, content: found });
 }
 
 /**
- * Makes a file system. The caller has proved that the device is blank or unfinished (contentOf).
+ * Makes a file system on a device that contentOf has proved blank or unfinished; nothing else is accepted as `content`.
  *
  * @throws StatusError INVALID_ARGUMENT for bad options; FAILED_PRECONDITION when the device is mounted or a tool fails;
  *   UNAVAILABLE when the device is in use or has changed
@@ -65,12 +65,13 @@ export async function format(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  { fsType, mkfsOptions, isUnfinished }: {
+  { fsType, mkfsOptions, content }: {
     readonly fsType: FsType;
     readonly mkfsOptions: string;
-    readonly isUnfinished: boolean;
+    readonly content: EmptyContent;
   },
 ): Promise<void> {
+  const isUnfinished = content.kind === "unfinished";
   const userOptions = parseMkfsOptions(fsType, mkfsOptions);
   const mounted = await mountsOf(host, await mountTable(host), device);
   if (mounted[0] !== undefined) {

@@ -8,7 +8,7 @@ import { recheckDevice } from "../nvme/recheck.ts";
 import { unmount, unmountAll } from "../unmount.ts";
 import { mountAs, mountsOf, relationOf } from "../volume_mounts.ts";
 import { assertReplayed, repairFileSystem } from "./check.ts";
-import { type Content, contentOf, encryptedError } from "./content.ts";
+import { contentOf, type EmptyContent, encryptedError } from "./content.ts";
 import { eraseStaleMark, format, type FormatOptions } from "./format.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
 import { canGrowMountedExt4, ensureGrown } from "./grow.ts";
@@ -26,8 +26,8 @@ export interface MountOptions extends FormatOptions {
   readonly readOnly: boolean;
   /** Other hosts may have it mounted at the same time. */
   readonly shared: boolean;
-  /** Whether a file system is made on a blank device. Absent: it is, as the first mount of a volume requires. */
-  readonly formats?: boolean;
+  /** Whether a file system is made on a blank device, as the first mount of a volume requires. */
+  readonly mayFormat: boolean;
   /** Ends the error for a blank device that is not to be formatted. */
   readonly unformattedAdvice?: string;
 }
@@ -51,7 +51,7 @@ export async function mountVolume(
   options: MountOptions,
 ): Promise<void> {
   const { path } = options;
-  const fsType = await mountUngrown(host, ctx, device, options);
+  const fsType = await mountAtPresentSize(host, ctx, device, options);
   if (options.readOnly || parseMountFlags(options.flags).readOnly) return;
   // The device may be larger than the origin of a clone, or may have grown at any time since it was read.
   if (fsType === "ext4" && !await canGrowMountedExt4(host)) return await growBeforeMount(host, ctx, device, options);
@@ -87,11 +87,11 @@ async function growBeforeMount(
     return;
   }
   await unmountAll(host, growing, path, device);
-  await mountUngrown(host, ctx, device, options);
+  await mountAtPresentSize(host, ctx, device, options);
 }
 
 /** Mounts the file system, see mountVolume, and leaves its size as it is unless it can only grow before it is mounted. */
-async function mountUngrown(
+async function mountAtPresentSize(
   host: Host,
   outer: RequestContext,
   device: BlockDevice,
@@ -102,14 +102,14 @@ async function mountUngrown(
   const flags = parseMountFlags(options.flags);
   // From here on, `ro` and `rw` are in `readOnly` and not among the flags.
   const request = { ...options, flags: flags.rest, readOnly: options.readOnly || flags.readOnly };
-  const present = await keepWorkingMount(host, ctx, device, request);
+  const present = await keepOrUnmount(host, ctx, device, request);
   if (present !== undefined) return present;
 
-  const node = await mountAs(host, device, "our node");
-  if (node !== undefined) {
+  const asBlock = await mountAs(host, device, "our device node");
+  if (asBlock !== undefined) {
     throw ctx.error(
       "FAILED_PRECONDITION",
-      `${device.path} is in use as a block device at "${node.path}", a file system is damaged by that`,
+      `${device.path} is in use as a block device at "${asBlock.path}", a file system is damaged by that`,
     );
   }
   const fsType = await prepareFileSystem(host, ctx, device, request);
@@ -134,7 +134,7 @@ async function mountUngrown(
  * The type of the volume's file system if it is mounted at the path already, works, and is as requested. Unmounts what is
  * broken or dead there; undefined: nothing is mounted there now.
  */
-async function keepWorkingMount(
+async function keepOrUnmount(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
@@ -145,7 +145,12 @@ async function keepWorkingMount(
   if (top === undefined) return undefined;
   if (await relationOf(host, top, device) === "ours") {
     const condition = await checkMount(host, ctx, device, { mount: top, readOnly });
-    if (condition === undefined) return assertSameMount(ctx, top, options);
+    if (condition === undefined) {
+      const fsType = fsTypes.find((fsType) => fsType === top.fsType);
+      const differences = mountDifferences(top, options);
+      if (differences.length === 0 && fsType !== undefined) return fsType;
+      throw ctx.error("ALREADY_EXISTS", `it is mounted there already, ${differences.join(", ")}`);
+    }
     await assertNotUsedElsewhere(host, ctx, device, { path, condition });
     ctx.log.warning("mounts again what does not work", { device: device.path, path, error: condition });
   }
@@ -178,18 +183,18 @@ async function prepareFileSystem(
     if (readOnly && shared) await assertReplayed(host, ctx, device, fsType);
     return fsType;
   }
-  assertMayFormat(ctx, device, content.kind, options);
+  assertMayFormat(ctx, device, content, options);
   const fsType = options.fsType ?? options.defaultFsType;
   const { mkfsOptions } = options;
-  await format(host, ctx, device, { fsType, mkfsOptions, isUnfinished: content.kind === "unfinished" });
+  await format(host, ctx, device, { fsType, mkfsOptions, content });
   return fsType;
 }
 
 function assertMayFormat(
   ctx: RequestContext,
   device: BlockDevice,
-  kind: Exclude<Content["kind"], "luks" | "filesystem">,
-  { readOnly, shared, formats, unformattedAdvice }: MountOptions,
+  content: EmptyContent,
+  { readOnly, shared, mayFormat, unformattedAdvice }: MountOptions,
 ): void {
   if (readOnly || shared) {
     throw ctx.error(
@@ -197,8 +202,8 @@ function assertMayFormat(
       `${device.path} has no file system, and with read-only or shared access none is made; mount it once for writing`,
     );
   }
-  if (formats !== false) return;
-  const state = kind === "blank" ? "is blank" : "holds a file system that was never finished";
+  if (mayFormat) return;
+  const state = content.kind === "blank" ? "is blank" : "holds a file system that was never finished";
   const advice = unformattedAdvice ?? "and none is made unless it is asked for";
   throw ctx.error("FAILED_PRECONDITION", `${device.path} ${state}, ${advice}`);
 }
@@ -223,13 +228,13 @@ async function assertNotUsedElsewhere(
 // The mount options that the mount table shows. The others cannot be compared.
 const visibleOptions = ["noexec", "nosuid", "nodev", "noatime", "nodiratime", "sync", "dirsync"];
 
-/** Throws ALREADY_EXISTS, naming each difference, when `mount` is not as requested; returns the type of its file system. */
-function assertSameMount(ctx: RequestContext, mount: Mount, options: MountOptions): FsType {
+/** How `mount` differs from the requested one; also a file system of an unknown type is a difference. */
+function mountDifferences(mount: Mount, options: MountOptions): readonly string[] {
   const shown = new Set([...mount.options, ...mount.superOptions]);
   const requested = new Set(options.flags);
   const differences: string[] = [];
-  const fsType = fsTypes.find((fsType) => fsType === mount.fsType);
-  if (fsType === undefined || (options.fsType !== undefined && options.fsType !== fsType)) {
+  const isKnownType = fsTypes.some((fsType) => fsType === mount.fsType);
+  if (!isKnownType || (options.fsType !== undefined && options.fsType !== mount.fsType)) {
     differences.push(`file system ${mount.fsType} instead of ${options.fsType ?? fsTypes.join(" or ")}`);
   }
   const isReadOnly = shown.has("ro");
@@ -250,6 +255,5 @@ function assertSameMount(ctx: RequestContext, mount: Mount, options: MountOption
   if (!shown.has("noatime") && !requested.has("noatime") && isStrict !== requested.has("strictatime")) {
     differences.push(`${isStrict ? "with" : "without"} strictatime`);
   }
-  if (differences.length === 0 && fsType !== undefined) return fsType;
-  throw ctx.error("ALREADY_EXISTS", `it is mounted there already, ${differences.join(", ")}`);
+  return differences;
 }
