@@ -21,7 +21,7 @@ import { CallError, Channel } from "../lib/grpc/client.ts";
 import { serve, service } from "../lib/grpc/server.ts";
 import { createDirectAttacher } from "../lib/host/attach/direct.ts";
 import { createDiscoveryClientAttacher } from "../lib/host/attach/discovery_client.ts";
-import { contentOf } from "../lib/host/filesystem/content.ts";
+import { probeContent } from "../lib/host/filesystem/content.ts";
 import { parseMountTable } from "../lib/host/mount_table.ts";
 import { controllersOf } from "../lib/host/nvme/controllers.ts";
 import { findDevice } from "../lib/host/nvme/devices.ts";
@@ -178,7 +178,7 @@ Deno.test("fuzz: mount tables, sysfs and the output of tools", async () => {
     assert(device !== undefined);
     host.answers.set("blkid", { code, stdout: first, stderr: second });
     try {
-      await contentOf(host, within(5000), device);
+      await probeContent(host, within(5000), device);
     } catch (error) {
       isForeseen(error, false);
     }
@@ -273,6 +273,7 @@ for (const attach of ["discovery-client", "direct"] as const) {
         nodeId: "n1.node",
         defaultFsType: "ext4",
         parseId: parseVolumeId,
+        canExpand: true,
       });
       for (const { method, request } of steps) {
         // Longer waits are for devices that never come.
@@ -417,6 +418,7 @@ Deno.test("fuzz: bytes that are no message answer INVALID_ARGUMENT", async () =>
     nodeId: "n1.node",
     defaultFsType: "ext4",
     parseId: parseVolumeId,
+    canExpand: true,
   });
   const server = await serve({ listen: { path }, log: quiet, services: [service(Node, handlers)] });
   const client = new grpc.Client(`unix://${path}`, grpc.credentials.createInsecure());

@@ -149,14 +149,14 @@ function assertNodeSettings(settings: NodeSettings): void {
 }
 
 /** What the node service is built from. */
-interface NodeParts {
+interface NodeServiceParts {
   readonly host: Host;
   readonly attacher: Attacher;
   readonly locks: KeyedLock;
   readonly openCluster: () => ReturnType<typeof openLightos>;
 }
 
-async function createNodeService(settings: NodeSettings, { host, attacher, locks, openCluster }: NodeParts) {
+async function createNodeService(settings: NodeSettings, { host, attacher, locks, openCluster }: NodeServiceParts) {
   const { inlineVolumes } = await import("../csi/inline/inline_volumes.ts");
   const { volumeLimit } = await import("../csi/node/limit.ts");
   const { nodeHandlers } = await import("../csi/node/service.ts");
@@ -178,7 +178,7 @@ async function createNodeService(settings: NodeSettings, { host, attacher, locks
     parseId: backend === "poseidon"
       ? (text) => ({ uuid: parsePoseidonId(text).uuid, hostEncryption: undefined })
       : parseVolumeId,
-    expansion: canExpandVolumes(backend),
+    canExpand: canExpandVolumes(backend),
     volumeHealth: settings["csi-1.13"],
     ...(backend === "poseidon" ? {} : {
       authentication: { keysOf: async (...args) => await (await openCluster()).authentication.keysOf(...args) },

@@ -44,7 +44,7 @@ export interface Roots {
 /** The machine. All calls of a node share one. */
 export interface Host extends VolumeOperations {
   readonly roots: Roots;
-  /** Which volumes owe an answer. */
+  /** Which volumes have not answered an operation. */
   readonly pending: PendingAnswers;
   /**
    * Runs a command with `LC_ALL=C` in a process group of its own. A non-zero exit is returned, not thrown.

@@ -78,7 +78,7 @@ export interface OpenMapperOptions {
   /** Where a mapper whose device has gone may be mounted; such a mount is unmounted. */
   readonly stagingPath: string;
   /** What the device holds, as content.ts finds before anything is formatted. */
-  readonly contentOf: (device: BlockDevice) => Promise<"blank" | "luks" | "other">;
+  readonly probeContent: (device: BlockDevice) => Promise<"blank" | "luks" | "other">;
 }
 
 /**
@@ -150,9 +150,9 @@ async function encryptIfBlank(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,
-  options: Pick<OpenMapperOptions, "contentOf" | "mayFormat"> & OpenParameters,
+  options: Pick<OpenMapperOptions, "probeContent" | "mayFormat"> & OpenParameters,
 ): Promise<void> {
-  const content = await options.contentOf(device);
+  const content = await options.probeContent(device);
   if (content === "other") {
     throw ctx.error("FAILED_PRECONDITION", `${device.path} holds a file system in the clear, it is left alone`);
   }

@@ -29,7 +29,7 @@ export async function isNeverUsed(
   return header.subarray(24, 72).toString("latin1").replace(/\0.*$/s, "") === newLabel;
 }
 
-/** Reads the LUKS header of a volume; throws UNAVAILABLE while the volume owes an answer. */
+/** Reads the LUKS header of a volume; throws UNAVAILABLE while the volume has a pending operation. */
 export function headerReader(host: Host, ctx: RequestContext, device: BlockDevice) {
   return (offsetBytes: bigint, lengthBytes: number) =>
     host.pending.answer(

@@ -1,14 +1,14 @@
 /**
- * The volumes that owe an answer. A file system that is frozen or has no path blocks the thread that asks it in the kernel, and
- * a question cannot be cancelled: the thread stays blocked until the volume answers, even after the call that asked has ended.
- * So a volume that owes an answer is asked nothing more until it has answered. All calls of a node share this memory: stage,
- * publish, unpublish, unstage, expand and the statistics.
+ * The volumes that have not answered. A file system that is frozen or has no path blocks the thread that asks it in the kernel,
+ * and a question cannot be cancelled: the thread stays blocked until the volume answers, even after the call that asked has
+ * ended. So a volume with a pending operation is asked nothing more until it has answered. All calls of a node share this
+ * memory: stage, publish, unpublish, unstage, expand and the statistics.
  */
 import { type RequestContext, timeLimit, unlessAborted } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
 
-/** A question that a volume has not answered. */
-export interface Owed {
+/** An operation that a volume has not answered. */
+export interface PendingOperation {
   /** `a read of /dev/nvme0n1`. */
   readonly what: string;
   /** For how long, in milliseconds. */
@@ -16,10 +16,10 @@ export interface Owed {
 }
 
 /** The outcome of a question. */
-export type Answer<T> =
+export type PendingOutcome<T> =
   | { readonly kind: "answered"; readonly value: T }
   /** This question or an earlier one was not answered. */
-  | { readonly kind: "silent"; readonly owed: Owed };
+  | { readonly kind: "silent"; readonly pending: PendingOperation };
 
 interface Question {
   readonly what: string;
@@ -45,14 +45,16 @@ const patienceMs = 10_000;
 export class PendingAnswers {
   readonly #questions = new Map<string, Set<Question>>();
 
-  /** How many volumes owe an answer, and the longest time for which one has, in ms. For metrics. */
-  get debt(): { readonly volumes: number; readonly longestMs: number } {
-    const owed = [...this.#questions.keys()].map((volume) => this.owedBy(volume)).filter((owed) => owed !== undefined);
-    return { volumes: owed.length, longestMs: Math.max(0, ...owed.map(({ ms }) => ms)) };
+  /** How many volumes have a pending operation, and the longest time since one began, in ms. For metrics. */
+  get unanswered(): { readonly volumes: number; readonly longestMs: number } {
+    const pending = [...this.#questions.keys()].map((volume) => this.pendingOperation(volume)).filter((pending) =>
+      pending !== undefined
+    );
+    return { volumes: pending.length, longestMs: Math.max(0, ...pending.map(({ ms }) => ms)) };
   }
 
-  /** What a volume owes, so that it must not be asked now; undefined: nothing. */
-  owedBy(volume: string): Owed | undefined {
+  /** What a volume has not answered, so that it must not be asked now; undefined: nothing. */
+  pendingOperation(volume: string): PendingOperation | undefined {
     const now = performance.now();
     for (const { what, began, isAbandoned } of this.#questions.get(volume) ?? []) {
       if (isAbandoned || now - began >= patienceMs) return { what, ms: now - began };
@@ -60,15 +62,15 @@ export class PendingAnswers {
     return undefined;
   }
 
-  /** Throws UNAVAILABLE while a volume owes an answer. */
-  assertNothingOwed(ctx: RequestContext, volume: string): void {
-    const owed = this.owedBy(volume);
-    if (owed !== undefined) throw owedError(ctx, owed);
+  /** Throws UNAVAILABLE while a volume has a pending operation. */
+  assertAnswering(ctx: RequestContext, volume: string): void {
+    const pending = this.pendingOperation(volume);
+    if (pending !== undefined) throw notAnsweringError(ctx, pending);
   }
 
   /**
-   * Asks a volume, unless it owes an answer. Rejects with the reason of `signal`, while the question continues, or with the
-   * error of `question`.
+   * Asks a volume, unless it has a pending operation. Rejects with the reason of `signal`, while the question continues, or
+   * with the error of `question`.
    *
    * @param question gets no signal, because nothing can end it
    */
@@ -76,11 +78,11 @@ export class PendingAnswers {
     { signal }: Pick<RequestContext, "signal">,
     options: AskOptions,
     question: () => Promise<T>,
-  ): Promise<Answer<T>> {
+  ): Promise<PendingOutcome<T>> {
     const { volume, what, longestMs = 2 ** 31 - 1 } = options;
     signal.throwIfAborted();
-    const earlier = this.owedBy(volume);
-    if (earlier !== undefined) return { kind: "silent", owed: earlier };
+    const earlier = this.pendingOperation(volume);
+    if (earlier !== undefined) return { kind: "silent", pending: earlier };
     const asked: Question = { what, began: performance.now(), isAbandoned: false };
     const questions = this.#questions.get(volume) ?? new Set();
     this.#questions.set(volume, questions.add(asked));
@@ -95,29 +97,31 @@ export class PendingAnswers {
       if (!limit.signal.aborted || error !== limit.signal.reason) throw error;
       asked.isAbandoned = true;
       signal.throwIfAborted();
-      return { kind: "silent", owed: { what, ms: performance.now() - asked.began } };
+      return { kind: "silent", pending: { what, ms: performance.now() - asked.began } };
     }
   }
 
   /**
    * Asks a volume, for callers that cannot continue without the answer.
    *
-   * @throws StatusError UNAVAILABLE when the volume does not answer, naming what it owes and since when
+   * @throws StatusError UNAVAILABLE when the volume does not answer, naming the pending operation and since when
    */
   async answer<T>(ctx: RequestContext, options: AskOptions, question: () => Promise<T>): Promise<T> {
     try {
       const answer = await this.ask(ctx, options, question);
       if (answer.kind === "answered") return answer.value;
-      throw owedError(ctx, answer.owed);
+      throw notAnsweringError(ctx, answer.pending);
     } catch (error) {
       // The caller's deadline has passed: the error names what it waited for.
-      const owed = ctx.signal.aborted && hasCode(error, "DEADLINE_EXCEEDED") ? this.owedBy(options.volume) : undefined;
-      throw owed === undefined ? error : owedError(ctx, owed, error);
+      const pending = ctx.signal.aborted && hasCode(error, "DEADLINE_EXCEEDED")
+        ? this.pendingOperation(options.volume)
+        : undefined;
+      throw pending === undefined ? error : notAnsweringError(ctx, pending, error);
     }
   }
 }
 
-function owedError(ctx: RequestContext, { what, ms }: Owed, cause?: unknown): StatusError {
+function notAnsweringError(ctx: RequestContext, { what, ms }: PendingOperation, cause?: unknown): StatusError {
   return ctx.error(
     "UNAVAILABLE",
     `the volume has not answered ${what} for ${Math.round(ms / 1000)} s, it is asked nothing more until it ` +

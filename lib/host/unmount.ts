@@ -45,7 +45,7 @@ export async function assertUnmountCanEnd(
   const asked = { volume: device.uuid, what: `a write at "${path}"`, longestMs: longestWriteMs };
   const answer = await host.pending.ask(ctx, asked, write);
   if (answer.kind === "answered") return;
-  const { what, ms } = answer.owed;
+  const { what, ms } = answer.pending;
   throw ctx.error(
     "UNAVAILABLE",
     `${describeMount(here)} has not answered ${what} for ${Math.round(ms / 1000)} s, it is frozen or its ` +

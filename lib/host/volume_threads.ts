@@ -9,8 +9,8 @@ import { type VolumeOperations, volumeOperations } from "./volume_operations.ts"
 
 /** How many of the process's own threads volumes may use for operations that have just begun. The driver needs the rest. */
 const ownThreads = 12;
-/** And how many of them may be blocked. */
-const mostBlocked = 8;
+/** With this many of them blocked, new operations go to workers. */
+const blockedBeforeWorkers = 8;
 const workerThreads = 28;
 const mostWorkers = 8;
 /** After this time an operation counts as blocked: healthy storage answers faster. */
@@ -58,7 +58,7 @@ export class VolumeThreads {
       const now = performance.now();
       const ages = [...this.#own.values()].map((began) => now - began);
       const recent = ages.filter((ms) => ms < blockedMs);
-      if (ages.length - recent.length >= mostBlocked) return undefined;
+      if (ages.length - recent.length >= blockedBeforeWorkers) return undefined;
       if (recent.length < ownThreads) break;
       await this.#nextEnd(blockedMs - Math.max(...recent));
     }
@@ -107,7 +107,7 @@ async function call<N extends Name>(operations: VolumeOperations, name: N, args:
 }
 
 /** The answer of a worker to the operation with this number. */
-type Answer =
+type WorkerMessage =
   | { readonly id: number; readonly value: unknown }
   | { readonly id: number; readonly message: string; readonly code: unknown };
 
@@ -125,7 +125,7 @@ class OperationWorker {
     const url = URL.createObjectURL(new Blob([program], { type: "text/javascript" }));
     this.#worker = new Worker(url, { type: "module" });
     URL.revokeObjectURL(url);
-    this.#worker.onmessage = ({ data }) => this.#answered(data as Answer);
+    this.#worker.onmessage = ({ data }) => this.#answered(data as WorkerMessage);
     this.#worker.onerror = (event) => {
       event.preventDefault();
       this.#end(new Error(`the worker for operations on volumes has ended (${event.message})`));
@@ -145,7 +145,7 @@ class OperationWorker {
     return await answer.promise as Result<N>;
   }
 
-  #answered(answer: Answer): void {
+  #answered(answer: WorkerMessage): void {
     const open = this.#open.get(answer.id);
     this.#open.delete(answer.id);
     if ("message" in answer) {
@@ -173,7 +173,7 @@ function serve(makeOperations: () => Promise<VolumeOperations>): void {
     onmessage: (
       event: { readonly data: { readonly id: number; readonly name: string; readonly args: unknown[] } },
     ) => void;
-    postMessage: (answer: Answer) => void;
+    postMessage: (answer: WorkerMessage) => void;
   };
   const made = makeOperations();
   scope.onmessage = async ({ data: { id, name, args } }) => {

@@ -62,6 +62,7 @@ async function start() {
         nodeId,
         defaultFsType: "ext4",
         parseId: (text) => parseVolumeId(text),
+        canExpand: true,
       }),
     ),
   };

@@ -366,7 +366,7 @@ Deno.test({
         readOnly: false,
         shared: false,
         stagingPath: machine.directory,
-        contentOf: () => Promise.resolve("luks"),
+        probeContent: () => Promise.resolve("luks"),
       });
     const opens = async () => {
       const args = ["open", "--test-passphrase", "--key-file", keyFile, path];

@@ -65,6 +65,7 @@ export function nodeCalls(
     nodeId: "n1.node",
     defaultFsType: "ext4" as const,
     parseId: (text: string) => parseVolumeId(text),
+    canExpand: true,
     volumes: undefined,
     ...given,
   };

@@ -9,7 +9,7 @@ import { hasCode, messageOf } from "../../error.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import { hostNqn, nodeIdProblem, toPublishContext } from "../../namespace.ts";
 import { isShared, longestVolumeId, parseCapability, requireText, withoutOrchestratorKeys } from "../request.ts";
-import { whenFull } from "./full_cluster.ts";
+import { withFullClusterCode } from "./full_cluster.ts";
 import { type ControllerOptions, lockVolumeOnNode, lockVolumeSoon } from "./options.ts";
 import { assertSharingSupported } from "./sharing.ts";
 
@@ -40,7 +40,7 @@ async function publishVolume(
   assertOurNode(ctx, nodeId, controller.nodeIdSuffix);
   using _node = lockVolumeOnNode(controller, "ControllerPublishVolume", volumeId, nodeId);
   using _held = await lockVolumeSoon(controller, "ControllerPublishVolume", volumeId, call.signal);
-  const namespace = await whenFull(
+  const namespace = await withFullClusterCode(
     "UNAVAILABLE",
     "; this is no limit of the node",
     () =>

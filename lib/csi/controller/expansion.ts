@@ -4,7 +4,7 @@ import { Secrets } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import type { Expansion } from "../../storage/backend.ts";
 import { longestVolumeId, parseCapability, requireText, statedCapability } from "../request.ts";
-import { whenFull } from "./full_cluster.ts";
+import { withFullClusterCode } from "./full_cluster.ts";
 import { type ControllerOptions, lockVolume } from "./options.ts";
 
 /** The call of the Controller service that grows volumes, for a backend that can. */
@@ -19,7 +19,7 @@ export function expansionHandlers(controller: ControllerOptions, expansion: Expa
       const capability = statedCapability(request.volumeCapability);
       if (capability !== undefined) parseCapability(ctx, capability);
       using _held = lockVolume(controller, "ControllerExpandVolume", volumeId);
-      const { capacityBytes } = await whenFull(
+      const { capacityBytes } = await withFullClusterCode(
         "OUT_OF_RANGE",
         "; ask for less, in Kubernetes by a smaller size in the claim, or make room on the cluster",
         () => expansion.expandVolume(ctx, new Secrets(request.secrets), volumeId, range),

@@ -11,7 +11,7 @@ import { hasCode, type StatusCode, StatusError } from "../../error.ts";
  * The result of `work`. An error RESOURCE_EXHAUSTED, which storage clusters return before they begin anything, gets the
  * code `code` instead, and `advice` after its message.
  */
-export async function whenFull<T>(code: StatusCode, advice: string, work: () => Promise<T>): Promise<T> {
+export async function withFullClusterCode<T>(code: StatusCode, advice: string, work: () => Promise<T>): Promise<T> {
   try {
     return await work();
   } catch (error) {

@@ -4,7 +4,7 @@ import { type RequestContext, Secrets } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import type { Modification } from "../../storage/backend.ts";
 import { longestVolumeId, requireText, withoutOrchestratorKeys } from "../request.ts";
-import { whenFull } from "./full_cluster.ts";
+import { withFullClusterCode } from "./full_cluster.ts";
 import { type ControllerOptions, lockVolume } from "./options.ts";
 
 /** The call of the Controller service that changes parameters, for a backend that can. */
@@ -21,7 +21,7 @@ export function modificationHandlers(controller: ControllerOptions, modification
       // Bad parameters are an error before an unknown volume is.
       modification.merge(ctx, {}, mutable);
       using _held = lockVolume(controller, "ControllerModifyVolume", volumeId);
-      await whenFull(
+      await withFullClusterCode(
         "FAILED_PRECONDITION",
         "; make room on the cluster, or choose another class",
         () => modification.modifyVolume(ctx, new Secrets(request.secrets), volumeId, mutable),

@@ -13,7 +13,7 @@ import type { Snapshot, Snapshots } from "../../storage/backend.ts";
 import type { Controller, CreateSnapshotRequest } from "../../../proto/gen/csi_pb.ts";
 import { assertNoTopology, longestVolumeId, requireText, withoutOrchestratorKeys } from "../request.ts";
 import { assertNoControlCharacters, ownerOf } from "./creation.ts";
-import { whenFull } from "./full_cluster.ts";
+import { withFullClusterCode } from "./full_cluster.ts";
 import { parsePageRequest } from "./paging.ts";
 
 /** The calls of the Controller service that are about snapshots. */
@@ -88,7 +88,7 @@ async function createSnapshot(
     throw ctx.error("INVALID_ARGUMENT", `VolumeSnapshotClass parameter ${keys} is unknown, there are none`);
   }
   using _held = locks.take(`snapshot name "${name}"`, "CreateSnapshot");
-  const snapshot = await whenFull(
+  const snapshot = await withFullClusterCode(
     "FAILED_PRECONDITION",
     "; make room on the cluster, or delete the snapshot that was asked for",
     () =>

@@ -3,8 +3,8 @@
  * writes that its mount promises. Kubelet asks once a minute for each volume in use (docs/reference/csi.md section 11).
  *
  * A file system or device may never answer, and a question cannot be taken back: it holds a thread until the device
- * answers or disappears. So the answer comes after ten seconds at most, and a volume that still owes an answer gets no
- * new question.
+ * answers or disappears. So the answer comes after ten seconds at most, and a volume with a pending operation gets no new
+ * question.
  */
 import { type RequestContext, requestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
@@ -119,7 +119,7 @@ async function probe(
     const asked = { volume: uuid, what: `a look at ${name}`, longestMs };
     const answer = await host.pending.ask(ctx, asked, () => question(probing));
     if (answer.kind === "answered") return answer.value;
-    const seconds = Math.round(answer.owed.ms / 1000);
+    const seconds = Math.round(answer.pending.ms / 1000);
     return { usage: undefined, condition: unusable("NotAnswering", `${name} has not answered for ${seconds} s`) };
   } catch (error) {
     ctx.signal.throwIfAborted();

@@ -12,14 +12,14 @@ import type { BlockDevice } from "../../host/nvme/devices.ts";
 import { recheckDevice } from "../../host/nvme/recheck.ts";
 import { assertNotInline } from "../inline/inline_id.ts";
 import { longestPath, longestVolumeId, parseCapability, requireText, statedCapability } from "../request.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 import { findAtPath } from "./volume_path.ts";
 
 /**
  * CSI specification, "NodeExpandVolume" (docs/reference/csi.md 7.8, 9). Answers the size that the device has in the
  * end.
  */
-export async function nodeExpandVolume(node: NodeService, request: NodeExpandVolumeRequest, call: RequestContext) {
+export async function nodeExpandVolume(node: NodeParts, request: NodeExpandVolumeRequest, call: RequestContext) {
   const { host } = node;
   const parsing = call.doing("expand the volume");
   const volumeId = requireText(parsing, "volume_id", request.volumeId, longestVolumeId);
@@ -31,16 +31,16 @@ export async function nodeExpandVolume(node: NodeService, request: NodeExpandVol
   const id = node.parseId(volumeId);
   const ctx = call.with({ volume: id.uuid }).doing(`expand the volume ${id.uuid}`);
   using _held = node.locks.take(`volume ${id.uuid}`, "NodeExpandVolume");
-  host.pending.assertNothingOwed(ctx, id.uuid);
+  host.pending.assertAnswering(ctx, id.uuid);
 
   const shown = await findAtPath(host, ctx, id, given);
   if (shown.kind === "dead") {
     throw ctx.error("UNAVAILABLE", `${describeMount(shown.mount)} at "${shown.mount.path}" has lost its device`);
   }
   const { encrypts } = shown.device;
-  const namespace = encrypts === undefined ? shown.device : encrypts.beneath;
-  if (namespace === undefined) throw ctx.error("UNAVAILABLE", `${shown.device.path} has lost its device`);
-  const { sizeBytes } = await waitForSize(host, ctx, namespace, requiredBytes);
+  const namespaceDevice = encrypts === undefined ? shown.device : encrypts.beneath;
+  if (namespaceDevice === undefined) throw ctx.error("UNAVAILABLE", `${shown.device.path} has lost its device`);
+  const { sizeBytes } = await waitForSize(host, ctx, namespaceDevice, requiredBytes);
   if (limitBytes > 0n && sizeBytes > limitBytes) {
     throw ctx.error("OUT_OF_RANGE", `it has ${sizeBytes} bytes already, at most ${limitBytes} are wanted`);
   }

@@ -19,11 +19,11 @@ import { inlineUuid, isInlineId } from "../inline/inline_id.ts";
 import { longestPath, longestVolumeId, requireText } from "../request.ts";
 import { clipMessage, toVolumeHealth } from "../volume_health.ts";
 import { type ConditionOptions, probeDeadMount, probeDevice, probeMount } from "./condition.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 import { findVolumeDevice, type VolumeOnNode } from "./volume.ts";
 
 /** What the health calls use of the node service. */
-export type NodeHealthOptions = ConditionOptions & Pick<NodeService, "parseId">;
+export type NodeHealthOptions = ConditionOptions & Pick<NodeParts, "parseId">;
 
 /**
  * CSI specification 1.13, "NodeGetVolumeHealth". The call may come for a volume whose stage or publish has failed. A
@@ -51,7 +51,7 @@ export async function nodeGetVolumeHealth(
 }
 
 /** CSI specification 1.13, "NodeGetStorageHealth". A node without connections reports nothing. */
-export async function nodeGetStorageHealth({ host, nodeId }: Pick<NodeService, "host" | "nodeId">) {
+export async function nodeGetStorageHealth({ host, nodeId }: Pick<NodeParts, "host" | "nodeId">) {
   const ours = (await allControllers(host)).filter((controller) =>
     controller.hostNqn === hostNqn(nodeId) && !controller.isDiscovery
   );
@@ -90,15 +90,15 @@ async function conditionsOf(
 ): Promise<readonly AbnormalCondition[]> {
   const { host } = options;
   const device = await findVolumeDevice(host, id);
-  const { healthy, dead, isAnyThere } = await lookAtPaths(host, device, paths);
+  const { ownMount, dead, isAnyThere } = await lookAtPaths(host, device, paths);
   if (dead !== undefined) {
     const { condition } = await probeDeadMount(options, ctx, id.uuid, dead);
     return withReducedPaths(host, device, condition);
   }
   if (device !== undefined) {
-    const { condition } = healthy === undefined
+    const { condition } = ownMount === undefined
       ? await probeDevice(options, ctx, device)
-      : await probeMount(options, ctx, device, healthy);
+      : await probeMount(options, ctx, device, ownMount);
     return withReducedPaths(host, device, condition);
   }
   const problem = "this node has no block device of it";
@@ -112,7 +112,7 @@ async function conditionsOf(
  */
 async function lookAtPaths(host: Host, device: BlockDevice | undefined, paths: readonly string[]) {
   const table = await mountTable(host);
-  let healthy: Mount | undefined;
+  let ownMount: Mount | undefined;
   let dead: Mount | undefined;
   let isAnyThere = false;
   for (const given of paths) {
@@ -123,9 +123,9 @@ async function lookAtPaths(host: Host, device: BlockDevice | undefined, paths: r
     isAnyThere ||= mount !== undefined || await host.kindOf(path) !== "absent";
     const relation = mount === undefined ? undefined : await relationOf(host, mount, device);
     if (relation === "dead") dead ??= mount;
-    if (relation === "ours") healthy ??= mount;
+    if (relation === "ours") ownMount ??= mount;
   }
-  return { healthy, dead, isAnyThere };
+  return { ownMount, dead, isAnyThere };
 }
 
 /** The conditions of a volume: the one that a probe found, and a reduced number of connections. */

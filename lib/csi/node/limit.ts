@@ -11,6 +11,7 @@ import type { RequestContext } from "../../context.ts";
 import type { Host } from "../../host/host.ts";
 import { volumesInUse } from "../../host/volume_mounts.ts";
 
+/** Admits volumes to this node, up to a number. */
 export interface VolumeLimit {
   /**
    * Admits a volume; it counts as in use until the answer is disposed. A volume that is in use already is always

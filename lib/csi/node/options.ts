@@ -5,6 +5,7 @@ import type { InlineVolumes } from "../inline/options.ts";
 import type { ConditionOptions } from "./condition.ts";
 import type { StagingOptions } from "./staging.ts";
 
+/** The options of the node service. */
 export interface NodeOptions extends StagingOptions, ConditionOptions {
   /** Shared with the attacher: `volume <uuid>` is taken here, `subsystem <nqn>` there. */
   readonly locks: KeyedLock;
@@ -16,13 +17,13 @@ export interface NodeOptions extends StagingOptions, ConditionOptions {
   readonly inline?: InlineVolumes;
   /** Whether volumes may be mounted in directories of the operating system. */
   readonly allowSystemPaths?: boolean;
-  /** Whether volumes of this driver can grow. */
-  readonly expansion?: boolean;
+  /** Whether volumes of this driver can grow; never true by default, because a storage system has to be able to. */
+  readonly canExpand: boolean;
   /** Whether the health calls of CSI 1.13 are announced and served; tools for 1.12 fail on their capabilities. */
   readonly volumeHealth?: boolean;
 }
 
-/** The first argument of every handler of the node service. */
-export interface NodeService extends NodeOptions {
+/** What every handler of the node service works with, its first argument. */
+export interface NodeParts extends NodeOptions {
   readonly inline: InlineVolumes;
 }

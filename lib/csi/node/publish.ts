@@ -12,18 +12,18 @@ import type { BlockDevice } from "../../host/nvme/devices.ts";
 import { recheckDevice } from "../../host/nvme/recheck.ts";
 import { isInlineId } from "../inline/inline_id.ts";
 import { type Access, isReaderOnly, longestVolumeId, parseCapability, requirePath, requireText } from "../request.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 import { assertMountPath } from "./mount_path.ts";
 import { setReadOnly } from "./read_only.ts";
 import { ensureStaged } from "./repair.ts";
 import { assertNotMounted } from "./staging.ts";
-import { parsePlace } from "./volume.ts";
+import { parseRemoteNamespace } from "./volume.ts";
 
 /**
  * CSI specification, "NodePublishVolume" (docs/reference/csi.md 7.5). Stages the volume again where its staging is
  * broken.
  */
-export async function nodePublishVolume(node: NodeService, request: NodePublishVolumeRequest, call: RequestContext) {
+export async function nodePublishVolume(node: NodeParts, request: NodePublishVolumeRequest, call: RequestContext) {
   const { host } = node;
   const parsing = call.doing("publish the volume");
   const volumeId = requireText(parsing, "volume_id", request.volumeId, longestVolumeId);
@@ -44,9 +44,9 @@ export async function nodePublishVolume(node: NodeService, request: NodePublishV
   const givenStaging = requirePath(parsing, "staging_target_path", request.stagingTargetPath);
   const id = node.parseId(volumeId);
   const ctx = call.with({ volume: id.uuid }).doing(`publish the volume ${id.uuid}`);
-  const namespace = parsePlace(ctx, id, request.publishContext);
+  const namespace = parseRemoteNamespace(ctx, id, request.publishContext);
   using _held = node.locks.take(`volume ${id.uuid}`, "NodePublishVolume");
-  host.pending.assertNothingOwed(ctx, id.uuid);
+  host.pending.assertAnswering(ctx, id.uuid);
 
   const { target, staging } = await resolvePaths(node, ctx, givenTarget, givenStaging);
   const secrets = new Secrets(request.secrets);
@@ -71,7 +71,7 @@ interface Publication {
 
 /** The paths of a publish without symbolic links; throws for one where no volume may be mounted. */
 async function resolvePaths(
-  { host, allowSystemPaths = false }: NodeService,
+  { host, allowSystemPaths = false }: NodeParts,
   ctx: RequestContext,
   givenTarget: string,
   givenStaging: string,

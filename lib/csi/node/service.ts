@@ -14,7 +14,7 @@ import { inlineVolumes } from "../inline/inline_volumes.ts";
 import { nodeExpandVolume } from "./expand.ts";
 import { nodeGetStorageHealth, nodeGetVolumeHealth } from "./health.ts";
 import { nodeGetCapabilities, nodeGetInfo } from "./info.ts";
-import type { NodeOptions, NodeService } from "./options.ts";
+import type { NodeOptions, NodeParts } from "./options.ts";
 import { nodePublishVolume } from "./publish.ts";
 import { nodeStageVolume } from "./stage.ts";
 import { nodeGetVolumeStats } from "./stats.ts";
@@ -23,7 +23,7 @@ import { nodeUnstageVolume } from "./unstage.ts";
 
 /** The handlers of CSI's Node service. The health calls of CSI 1.13 answer UNIMPLEMENTED without `volumeHealth`. */
 export function nodeHandlers(options: NodeOptions): Handlers<typeof Node> {
-  const node: NodeService = {
+  const node: NodeParts = {
     ...options,
     inline: options.inline ?? inlineVolumes({ ...options, volumes: undefined }),
   };

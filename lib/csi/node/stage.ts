@@ -14,13 +14,13 @@ import {
   requirePath,
   requireText,
 } from "../request.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 import { assertMountPath } from "./mount_path.ts";
 import { stageVolume } from "./staging.ts";
-import { parsePlace } from "./volume.ts";
+import { parseRemoteNamespace } from "./volume.ts";
 
 /** CSI specification, "NodeStageVolume" (docs/reference/csi.md 7.3). */
-export async function nodeStageVolume(node: NodeService, request: NodeStageVolumeRequest, call: RequestContext) {
+export async function nodeStageVolume(node: NodeParts, request: NodeStageVolumeRequest, call: RequestContext) {
   const { host } = node;
   const parsing = call.doing("stage the volume");
   const volumeId = requireText(parsing, "volume_id", request.volumeId, longestVolumeId);
@@ -33,11 +33,11 @@ export async function nodeStageVolume(node: NodeService, request: NodeStageVolum
   if (access.type === "mount") parseMountFlags(access.mountFlags);
   const id = node.parseId(volumeId);
   const ctx = call.with({ volume: id.uuid }).doing(`stage the volume ${id.uuid}`);
-  const namespace = parsePlace(ctx, id, request.publishContext);
+  const namespace = parseRemoteNamespace(ctx, id, request.publishContext);
   const secrets = new Secrets(request.secrets);
   if (id.hostEncryption !== undefined) parsePassphrases(ctx, secrets);
   using _held = node.locks.take(`volume ${id.uuid}`, "NodeStageVolume");
-  host.pending.assertNothingOwed(ctx, id.uuid);
+  host.pending.assertAnswering(ctx, id.uuid);
 
   const path = await resolveStagingPath(node, ctx, given, access);
   await stageVolume(node, ctx, { volumeId, id, access, namespace, secrets, path, mkfsOptions, isRepair: false });
@@ -46,7 +46,7 @@ export async function nodeStageVolume(node: NodeService, request: NodeStageVolum
 
 /** The staging path without symbolic links; throws where the volume cannot be staged there without hiding files. */
 async function resolveStagingPath(
-  { host, allowSystemPaths = false }: NodeService,
+  { host, allowSystemPaths = false }: NodeParts,
   ctx: RequestContext,
   given: string,
   access: Access,

@@ -11,7 +11,7 @@ import type { DhchapKeys } from "../../auth_key.ts";
 import type { RequestContext, Secrets } from "../../context.ts";
 import { hasCode, StatusError } from "../../error.ts";
 import type { Attacher } from "../../host/attach/attacher.ts";
-import { contentOf } from "../../host/filesystem/content.ts";
+import { probeContent } from "../../host/filesystem/content.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
 import { mountVolume } from "../../host/filesystem/mount.ts";
 import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
@@ -87,19 +87,19 @@ export async function stageVolume(
   const { host, luks = defaultLuksSettings } = options;
   const { access, id, path } = request;
   using _counted = await options.limit?.admit(ctx, id.uuid);
-  const namespace = await attachedDevice(options, ctx, request);
-  await assertHasPath(host, ctx, namespace);
+  const namespaceDevice = await attachAndWait(options, ctx, request);
+  await assertHasPath(host, ctx, namespaceDevice);
   const readOnly = isReaderOnly(access.mode) ||
     (access.type === "mount" && parseMountFlags(access.mountFlags).readOnly);
-  const device = id.hostEncryption === undefined ? namespace : await openMapper(host, ctx, namespace, {
+  const device = id.hostEncryption === undefined ? namespaceDevice : await openMapper(host, ctx, namespaceDevice, {
     passphrases: () => passphrasesOf(ctx, request),
     settings: luks,
     readOnly,
     shared: isShared(access.mode),
     mayFormat: !request.isRepair,
     stagingPath: path,
-    contentOf: async (device) => {
-      const { kind } = await contentOf(host, ctx, device);
+    probeContent: async (device) => {
+      const { kind } = await probeContent(host, ctx, device);
       return kind === "blank" || kind === "luks" ? kind : "other";
     },
   });
@@ -127,15 +127,15 @@ export async function stageVolume(
   return device;
 }
 
-/** Makes the namespace's device appear. Its connections are authenticated where the volume asks for that. */
-async function attachedDevice(
+/** Attaches the namespace and waits for its device. Its connections are authenticated where the volume asks for that. */
+async function attachAndWait(
   options: StagingOptions,
   ctx: RequestContext,
   request: StageRequest,
 ): Promise<BlockDevice> {
   const { host, attacher } = options;
   const { namespace, id } = request;
-  if (namespace === undefined) return await attachedBefore(host, ctx, id.uuid);
+  if (namespace === undefined) return await findDeviceOfOtherDriver(host, ctx, id.uuid);
   const { subsystemNqn, inBandAuth } = namespace;
   const keys = await keysToAttach(options, ctx, request, namespace);
   if (keys !== "unknown") await attacher.attach(ctx, namespace, keys);
@@ -164,7 +164,7 @@ async function keysToAttach(
 }
 
 /** The device of a volume that another driver attached, so that there is no publish context of this driver. */
-async function attachedBefore(host: Host, ctx: RequestContext, uuid: string): Promise<BlockDevice> {
+async function findDeviceOfOtherDriver(host: Host, ctx: RequestContext, uuid: string): Promise<BlockDevice> {
   const device = await findDevice(host, uuid);
   if (device !== undefined) return await recheckDevice(host, ctx, device);
   throw ctx.error(

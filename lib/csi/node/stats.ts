@@ -4,21 +4,21 @@ import type { RequestContext } from "../../context.ts";
 import { inlineUuid, isInlineId } from "../inline/inline_id.ts";
 import { longestPath, longestVolumeId, requireText } from "../request.ts";
 import { probeDeadMount, probeDevice, probeMount, type VolumeReport } from "./condition.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 import { findAtPath, type ShownVolume } from "./volume_path.ts";
 
 /**
  * CSI specification, "NodeGetVolumeStats" (docs/reference/csi.md 7.7, 11). A path that does not show this volume is
  * NOT_FOUND. A volume that is dead, does not answer or has become read-only is answered with that condition.
  */
-export async function nodeGetVolumeStats(node: NodeService, request: NodeGetVolumeStatsRequest, call: RequestContext) {
+export async function nodeGetVolumeStats(node: NodeParts, request: NodeGetVolumeStatsRequest, call: RequestContext) {
   const parsing = call.doing("measure the volume");
   const volumeId = requireText(parsing, "volume_id", request.volumeId, longestVolumeId);
   const given = requireText(parsing, "volume_path", request.volumePath, longestPath);
   const id = isInlineId(volumeId) ? { uuid: await inlineUuid(node.host, volumeId, given) } : node.parseId(volumeId);
   const ctx = call.with({ volume: id.uuid }).doing(`measure the volume ${id.uuid}`);
   const shown = await findAtPath(node.host, ctx, id, given);
-  const { usage, condition } = await probe(node, ctx, id.uuid, shown);
+  const { usage, condition } = await probeShown(node, ctx, id.uuid, shown);
   // Logged, because kubelet shows a condition only where its administrator has switched that on.
   if (condition !== undefined) {
     ctx.log.warning("found an abnormal volume condition", { path: given, error: condition.message });
@@ -29,7 +29,7 @@ export async function nodeGetVolumeStats(node: NodeService, request: NodeGetVolu
   };
 }
 
-function probe(node: NodeService, ctx: RequestContext, uuid: string, shown: ShownVolume): Promise<VolumeReport> {
+function probeShown(node: NodeParts, ctx: RequestContext, uuid: string, shown: ShownVolume): Promise<VolumeReport> {
   switch (shown.kind) {
     case "mount":
       return probeMount(node, ctx, shown.device, shown.mount);

@@ -24,7 +24,7 @@ export async function unmountVolume(
   try {
     await unmountAll(host, ctx, path, device);
   } catch (error) {
-    if (hasCode(error, "FAILED_PRECONDITION")) host.pending.assertNothingOwed(ctx, uuid);
+    if (hasCode(error, "FAILED_PRECONDITION")) host.pending.assertAnswering(ctx, uuid);
     throw error;
   }
 }

@@ -8,14 +8,14 @@ import { mountsOf, relationOf } from "../../host/volume_mounts.ts";
 import type { BlockDevice } from "../../host/nvme/devices.ts";
 import { isInlineId } from "../inline/inline_id.ts";
 import { longestVolumeId, requirePath, requireText } from "../request.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 import { setReadOnly } from "./read_only.ts";
 import { unmountVolume } from "./unmount.ts";
-import { findVolumeDevice, idUnlessUnused } from "./volume.ts";
+import { findVolumeDevice, parseIdIfMounted } from "./volume.ts";
 
 /** CSI specification, "NodeUnpublishVolume" (docs/reference/csi.md 7.6). It undoes any part of a publish. */
 export async function nodeUnpublishVolume(
-  node: NodeService,
+  node: NodeParts,
   request: NodeUnpublishVolumeRequest,
   call: RequestContext,
 ) {
@@ -28,7 +28,7 @@ export async function nodeUnpublishVolume(
   }
   const given = requirePath(parsing, "target_path", request.targetPath);
   const path = await canonicalPath(host, given);
-  const id = await idUnlessUnused(node, volumeId, path);
+  const id = await parseIdIfMounted(node, volumeId, path);
   if (id === undefined || path === undefined) return {};
   const ctx = call.with({ volume: id.uuid }).doing(`unpublish the volume ${id.uuid}`);
   using _held = node.locks.take(`volume ${id.uuid}`, "NodeUnpublishVolume");

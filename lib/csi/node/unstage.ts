@@ -11,19 +11,19 @@ import { type BlockDevice, findDevice } from "../../host/nvme/devices.ts";
 import { usersOf } from "../../host/users.ts";
 import { assertNotInline } from "../inline/inline_id.ts";
 import { longestVolumeId, requirePath, requireText } from "../request.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 import { unmountVolume } from "./unmount.ts";
-import { findVolumeDevice, idUnlessUnused } from "./volume.ts";
+import { findVolumeDevice, parseIdIfMounted } from "./volume.ts";
 
 /** CSI specification, "NodeUnstageVolume" (docs/reference/csi.md 7.4). It undoes any part of a stage. */
-export async function nodeUnstageVolume(node: NodeService, request: NodeUnstageVolumeRequest, call: RequestContext) {
+export async function nodeUnstageVolume(node: NodeParts, request: NodeUnstageVolumeRequest, call: RequestContext) {
   const { host } = node;
   const parsing = call.doing("unstage the volume");
   const volumeId = requireText(parsing, "volume_id", request.volumeId, longestVolumeId);
   const given = requirePath(parsing, "staging_target_path", request.stagingTargetPath);
   assertNotInline(parsing, volumeId);
   const path = await canonicalPath(host, given);
-  const id = await idUnlessUnused(node, volumeId, path);
+  const id = await parseIdIfMounted(node, volumeId, path);
   if (id === undefined) return {};
   const ctx = call.with({ volume: id.uuid }).doing(`unstage the volume ${id.uuid}`);
   using _held = node.locks.take(`volume ${id.uuid}`, "NodeUnstageVolume");

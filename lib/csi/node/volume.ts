@@ -8,7 +8,7 @@ import { type BlockDevice, findDevice } from "../../host/nvme/devices.ts";
 import { findMapper } from "../../host/mapper.ts";
 import { fromPublishContext, type RemoteNamespace } from "../../namespace.ts";
 import type { VolumeId } from "../../volume_id.ts";
-import type { NodeService } from "./options.ts";
+import type { NodeParts } from "./options.ts";
 
 /** The part of a volume ID that the node uses. */
 export type VolumeOnNode = Pick<VolumeId, "uuid"> & Partial<Pick<VolumeId, "hostEncryption">>;
@@ -29,7 +29,7 @@ export async function findVolumeDevice(
  *
  * @throws StatusError INVALID_ARGUMENT when the context is of another volume
  */
-export function parsePlace(
+export function parseRemoteNamespace(
   ctx: RequestContext,
   { uuid }: VolumeOnNode,
   publishContext: Readonly<Record<string, string>>,
@@ -43,8 +43,8 @@ export function parsePlace(
  * The parsed ID of a volume to unstage or unpublish. Undefined when the ID is not one of this driver and nothing is
  * mounted at `path`: then there is nothing to do.
  */
-export async function idUnlessUnused(
-  { host, parseId }: NodeService,
+export async function parseIdIfMounted(
+  { host, parseId }: NodeParts,
   volumeId: string,
   path: string | undefined,
 ): Promise<VolumeOnNode | undefined> {

@@ -43,7 +43,7 @@ export type EmptyContent = Extract<Content, { readonly kind: "blank" | "unfinish
  * @throws StatusError FAILED_PRECONDITION for everything else, naming it; UNAVAILABLE when the device cannot be read, has no
  *   size, or is not this namespace any more
  */
-export async function contentOf(host: Host, ctx: RequestContext, device: BlockDevice): Promise<Content> {
+export async function probeContent(host: Host, ctx: RequestContext, device: BlockDevice): Promise<Content> {
   const contentError = (problem: string) => ctx.error("FAILED_PRECONDITION", problem);
   const now = await recheckDevice(host, ctx, device);
   if (now.sizeBytes === 0n) {
@@ -57,7 +57,7 @@ export async function contentOf(host: Host, ctx: RequestContext, device: BlockDe
   }
 
   const read = createDeviceReader(host, ctx, now);
-  const type = await typeOf(host, ctx, now);
+  const type = await detectType(host, ctx, now);
   if (await isHalfMade(read, now, type)) return { kind: "unfinished" };
   if (type === "crypto_LUKS") return { kind: "luks" };
   if (type !== undefined) return await fileSystemContent(ctx, read, now, type);
@@ -114,7 +114,7 @@ export function encryptedError(ctx: RequestContext, device: BlockDevice): Status
  * @throws StatusError FAILED_PRECONDITION for anything else, for a partition table, and for several of ours of which none is
  *   provably the real one
  */
-async function typeOf(
+async function detectType(
   host: Host,
   ctx: RequestContext,
   device: BlockDevice,

@@ -1,4 +1,4 @@
-/** Reads of a volume's device: they end with the caller, and no volume that owes an answer is read (pending.ts). */
+/** Reads of a volume's device: they end with the caller, and no volume with a pending operation is read (pending.ts). */
 import type { RequestContext } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
 import type { Host } from "../host.ts";
@@ -7,7 +7,7 @@ import type { BlockDevice } from "../nvme/devices.ts";
 /** Reads bytes of one device; throws when it cannot. */
 export type DeviceReader = (offsetBytes: bigint, lengthBytes: number) => Promise<Uint8Array>;
 
-/** A reader of `device` that throws UNAVAILABLE when the device cannot be read or its volume owes an answer. */
+/** A reader of `device` that throws UNAVAILABLE when the device cannot be read or its volume has a pending operation. */
 export function createDeviceReader(host: Host, ctx: RequestContext, device: BlockDevice): DeviceReader {
   const ask = volumeQuestioner(host, ctx, device);
   return async (offsetBytes, lengthBytes) => {

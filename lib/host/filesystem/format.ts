@@ -15,7 +15,7 @@ import { recheckDevice } from "../nvme/recheck.ts";
 import { processesAt } from "../processes.ts";
 import { mountsOf } from "../volume_mounts.ts";
 import { viewOf } from "./bytes.ts";
-import { contentOf, type EmptyContent, encryptedError } from "./content.ts";
+import { type EmptyContent, encryptedError, probeContent } from "./content.ts";
 import { createDeviceReader, type DeviceReader } from "./device_reader.ts";
 import type { FsType } from "./fs_type.ts";
 import { fileSystemUuid } from "./fs_uuid.ts";
@@ -47,7 +47,7 @@ export async function ensureFilesystem(
   options: FormatOptions,
 ): Promise<void> {
   const ctx = outer.doing(`make a file system on namespace ${device.uuid}`);
-  const found = await contentOf(host, ctx, device);
+  const found = await probeContent(host, ctx, device);
   if (found.kind === "filesystem") return;
   if (found.kind === "luks") throw encryptedError(ctx, device);
   const fsType = options.fsType ?? options.defaultFsType;
@@ -56,7 +56,7 @@ export async function ensureFilesystem(
 }
 
 /**
- * Makes a file system on a device that contentOf has proved blank or unfinished; nothing else is accepted as `content`.
+ * Makes a file system on a device that probeContent has proved blank or unfinished; nothing else is accepted as `content`.
  *
  * @throws StatusError INVALID_ARGUMENT for bad options; FAILED_PRECONDITION when the device is mounted or a tool fails;
  *   UNAVAILABLE when the device is in use or has changed

@@ -27,7 +27,7 @@ export async function checkMount(
  * Why a mount of `device` cannot be read, or undefined. A volume that does not answer does not count as broken, because a
  * mount that hangs must be left alone.
  *
- * @throws the reason of `ctx.signal`; StatusError UNAVAILABLE while the volume owes an answer (pending.ts)
+ * @throws the reason of `ctx.signal`; StatusError UNAVAILABLE while the volume has a pending operation (pending.ts)
  */
 export async function checkReadable(
   host: Host,

@@ -8,7 +8,7 @@ import { recheckDevice } from "../nvme/recheck.ts";
 import { unmount, unmountAll } from "../unmount.ts";
 import { mountAs, mountsOf, relationOf } from "../volume_mounts.ts";
 import { assertReplayed, repairFileSystem } from "./check.ts";
-import { contentOf, type EmptyContent, encryptedError } from "./content.ts";
+import { type EmptyContent, encryptedError, probeContent } from "./content.ts";
 import { eraseStaleMark, format, type FormatOptions } from "./format.ts";
 import { type FsType, fsTypes } from "./fs_type.ts";
 import { canGrowMountedExt4, ensureGrown } from "./grow.ts";
@@ -166,7 +166,7 @@ async function prepareFileSystem(
   options: MountOptions,
 ): Promise<FsType> {
   const { readOnly, shared } = options;
-  const content = await contentOf(host, ctx, device);
+  const content = await probeContent(host, ctx, device);
   if (content.kind === "luks") throw encryptedError(ctx, device);
   if (content.kind === "filesystem") {
     const { fsType, isSmaller } = content;

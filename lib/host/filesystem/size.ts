@@ -24,7 +24,7 @@ export interface FileSystemSize {
 /**
  * The size of a mounted file system now.
  *
- * @throws StatusError UNAVAILABLE when the device has no super block of that type, cannot be read, or owes an answer
+ * @throws StatusError UNAVAILABLE when the device has no super block of that type, cannot be read, or has a pending operation
  */
 export async function measureFileSystem(
   host: Host,

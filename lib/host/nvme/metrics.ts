@@ -29,8 +29,8 @@ export async function machineSamples(
     ["lbcsi_volumes_attached", [], devices.length],
     ["lbcsi_volumes_in_use", [], used.length],
     ["lbcsi_volumes_without_path", [], withoutPath],
-    ["lbcsi_volumes_not_answering", [], host.pending.debt.volumes],
-    ["lbcsi_longest_unanswered_seconds", [], host.pending.debt.longestMs / 1000],
+    ["lbcsi_volumes_not_answering", [], host.pending.unanswered.volumes],
+    ["lbcsi_longest_unanswered_seconds", [], host.pending.unanswered.longestMs / 1000],
     ...controllers.map(({ isDiscovery, state }): Sample => [
       "lbcsi_nvme_connections",
       [isDiscovery ? "discovery" : "io", state],

@@ -59,6 +59,7 @@ async function startNode({ volumeHealth = true } = {}) {
     nodeId,
     defaultFsType: "ext4",
     parseId: parseVolumeId,
+    canExpand: true,
     volumeHealth,
   });
   const path = join(directory, "csi.sock");

@@ -116,7 +116,7 @@ nodeTest(
         "UNAVAILABLE",
         /Cannot expand the volume .*: the volume has not answered/,
       );
-      assert.deepEqual(n.host.pending.debt.volumes, 1);
+      assert.deepEqual(n.host.pending.unanswered.volumes, 1);
       // The pod ends all the same: its target is not the last mount.
       await n.unpublish(n.unpublishRequest);
       await rejects(n.unstage(n.unstageRequest), "UNAVAILABLE", /it is frozen .* fsfreeze --unfreeze/);
@@ -124,7 +124,7 @@ nodeTest(
       await n.machine.tool("fsfreeze", "--unfreeze", n.staging);
     }
 
-    await until(() => n.host.pending.debt.volumes === 0);
+    await until(() => n.host.pending.unanswered.volumes === 0);
     await n.publish(n.publishRequest());
   },
 );
@@ -148,11 +148,11 @@ nodeTest("promise 26: 36 frozen volumes, each asked for its statistics, leave a 
     }
     caller.abort(new StatusError("DEADLINE_EXCEEDED", "Cannot finish in time"));
     await Promise.all(asked);
-    assert.equal(n.host.pending.debt.volumes, 36);
+    assert.equal(n.host.pending.unanswered.volumes, 36);
   } finally {
     for (const { staging } of volumes) await n.machine.tool("fsfreeze", "--unfreeze", staging);
   }
-  await until(() => n.host.pending.debt.volumes === 0);
+  await until(() => n.host.pending.unanswered.volumes === 0);
 });
 
 /** One more volume of a node, staged. */

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { type StatusCode } from "../../../lib/error.ts";
-import { contentOf } from "../../../lib/host/filesystem/content.ts";
+import { probeContent } from "../../../lib/host/filesystem/content.ts";
 import { type MountOptions, mountVolume } from "../../../lib/host/filesystem/mount.ts";
 import { assertSame, copyOf, type Disk, mib, mountOptions, withDisk, write } from "../../support/disk.ts";
 import { fakeDisk } from "../../support/fake_disk.ts";
@@ -199,14 +199,14 @@ Deno.test({
     }),
 });
 
-Deno.test("contentOf accepts no exit code of blkid but 0, 2 and 8", async () => {
+Deno.test("probeContent accepts no exit code of blkid but 0, 2 and 8", async () => {
   const { host, device } = await fakeDisk();
   host.answers.set("blkid", { code: 4, stderr: "blkid: usage error" });
   await rejects(
-    contentOf(host, callContext(), device),
+    probeContent(host, callContext(), device),
     "UNAVAILABLE",
     /blkid cannot tell what .* \(exit 4: blkid: usage/,
   );
   host.answers.set("blkid", { code: 8 });
-  await rejects(contentOf(host, callContext(), device), "FAILED_PRECONDITION", /more than one kind/);
+  await rejects(probeContent(host, callContext(), device), "FAILED_PRECONDITION", /more than one kind/);
 });

@@ -1,7 +1,7 @@
 /** A file system is recognised by itself, whatever its files contain and whatever was written around it. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { contentOf } from "../../../lib/host/filesystem/content.ts";
+import { probeContent } from "../../../lib/host/filesystem/content.ts";
 import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
 import { assertSame, copyOf, type Disk, mib, mountOptions, withDisk, write } from "../../support/disk.ts";
 import { needs } from "../../support/needs.ts";
@@ -375,12 +375,12 @@ Deno.test({
 
 Deno.test({
   name:
-    "promise 29: contentOf takes a LUKS volume for one, whatever its last blocks look like and with its second header alone",
+    "promise 29: probeContent takes a LUKS volume for one, whatever its last blocks look like and with its second header alone",
   ignore,
   fn: () =>
     withDisk(320, async (disk) => {
       const { machine, namespace, device } = disk;
-      const found = async () => (await contentOf(machine.host, callContext(), await device())).kind;
+      const found = async () => (await probeContent(machine.host, callContext(), await device())).kind;
       await write(namespace.path, 16 << 10, await secondLuksHeader(disk, 16 << 10));
       assert.equal(await found(), "luks");
 

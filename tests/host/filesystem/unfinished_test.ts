@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
-import { contentOf } from "../../../lib/host/filesystem/content.ts";
+import { probeContent } from "../../../lib/host/filesystem/content.ts";
 import type { FsType } from "../../../lib/host/filesystem/fs_type.ts";
 import { fileSystemUuid } from "../../../lib/host/filesystem/fs_uuid.ts";
 import { type MountOptions, mountVolume } from "../../../lib/host/filesystem/mount.ts";
@@ -397,7 +397,7 @@ Deno.test({
         /mkfs.ext4 failed with exit/,
       );
 
-      const { kind } = await contentOf(disk.machine.host, callContext(), await disk.device());
+      const { kind } = await probeContent(disk.machine.host, callContext(), await disk.device());
       assert.equal(kind, "blank");
     }),
 });
