@@ -10,7 +10,7 @@ import { Buffer } from "node:buffer";
 import { randomBytes } from "node:crypto";
 import { crc32 } from "node:zlib";
 import * as z from "zod";
-import { type Secrets, Unprintable } from "./context.ts";
+import { type Secrets, Unprintable } from "./secrets.ts";
 
 /** Which side proves that it knows a key: the host to the controller, or each to the other. */
 export const authKinds = ["unidirectional", "bidirectional"] as const;

@@ -1,4 +1,4 @@
-import { timeLimit } from "./context.ts";
+import { timeLimit } from "./timing.ts";
 import { StatusError } from "./error.ts";
 
 interface Held {

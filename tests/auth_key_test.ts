@@ -3,8 +3,8 @@ import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { inspect } from "node:util";
 import { crc32 } from "node:zlib";
-import { Secrets } from "../lib/context.ts";
 import { DhchapKey, givenKeys, keysFor } from "../lib/auth_key.ts";
+import { Secrets } from "../lib/secrets.ts";
 
 /** The text form, made without the code under test. */
 function text(hash: string, bytes: number, spoil = 0): string {

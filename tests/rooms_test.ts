@@ -82,6 +82,9 @@ const mayUseDeno = [
   "lib/host/volume_operations.ts",
   "lib/host/volume_threads.ts",
   "lib/context.ts",
+  "lib/log.ts",
+  // Names the symbol Deno.customInspect.
+  "lib/secrets.ts",
   "lib/grpc/unix_socket.ts",
   "lib/simulator/",
   "lib/demo/",

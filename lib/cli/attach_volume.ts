@@ -9,7 +9,7 @@
  * types the ID of the wrong volume does not.
  */
 import { type DhchapKeys, type GivenKeys, givenKeys, keysFor } from "../auth_key.ts";
-import type { RequestContext, Secrets } from "../context.ts";
+import type { RequestContext } from "../context.ts";
 import type { Attacher } from "../host/attach/attacher.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
 import { mountVolume } from "../host/filesystem/mount.ts";
@@ -17,10 +17,11 @@ import type { Host } from "../host/host.ts";
 import { canonicalPath } from "../host/mount_point.ts";
 import { mountsAt, mountTable } from "../host/mount_table.ts";
 import { assertAuthenticated } from "../host/nvme/authentication.ts";
-import { assertHasPath } from "../host/nvme/paths.ts";
 import type { BlockDevice } from "../host/nvme/devices.ts";
+import { assertHasPath } from "../host/nvme/paths.ts";
 import { waitForDevice } from "../host/nvme/wait.ts";
 import type { RemoteNamespace } from "../namespace.ts";
+import type { Secrets } from "../secrets.ts";
 import type { StorageBackend } from "../storage/backend.ts";
 
 /** This machine, and the name under which it connects. */

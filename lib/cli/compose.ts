@@ -2,11 +2,11 @@
  * Builds backends and attachers from settings: the only place where the concrete parts of the driver meet. Each part is
  * loaded when it is needed.
  */
-import type { Logger } from "../context.ts";
 import type { Attacher } from "../host/attach/attacher.ts";
 import type { Host } from "../host/host.ts";
 import type { ConnectionTuning } from "../host/nvme/connect_options.ts";
 import type { KeyedLock } from "../lock.ts";
+import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
 import { hostNqn } from "../namespace.ts";
 import type { LightosOptions } from "../storage/lightos/cluster.ts";

@@ -1,5 +1,5 @@
 /** `lbcsi controller`: serves the CSI identity and controller services. */
-import { createLogger } from "../context.ts";
+import { createLogger } from "../log.ts";
 import { defineCommand, type ListCommands } from "./command.ts";
 import { openLightos, openPoseidon } from "./compose.ts";
 import {

@@ -1,6 +1,6 @@
 /** `lbcsi discovery-client`: keeps this machine connected to the subsystems that the files of a directory name. */
 import * as z from "zod";
-import { createLogger } from "../context.ts";
+import { createLogger } from "../log.ts";
 import { defineCommand, type ListCommands } from "./command.ts";
 import { assertDirectory } from "./discovery_directory.ts";
 import { readKeyFiles } from "./key_files.ts";

@@ -1,8 +1,9 @@
 /** `lbcsi doctor`: says what is wrong with this machine and the cluster. */
 import * as z from "zod";
 import type { Check } from "../check.ts";
-import { type RequestContext, Secrets } from "../context.ts";
+import type { RequestContext } from "../context.ts";
 import { hostNqn, isSubsystemOf, nodeIdProblem } from "../namespace.ts";
+import { Secrets } from "../secrets.ts";
 import type { SystemReport } from "../storage/backend.ts";
 import { type Endpoint, parseEndpoints, schemes } from "../volume_id.ts";
 import { defineCommand } from "./command.ts";

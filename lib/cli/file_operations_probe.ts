@@ -1,5 +1,5 @@
 /** Whether file operations of this process still end: they run on a few threads, and all of them can be blocked. */
-import { timeLimit, unlessAborted } from "../context.ts";
+import { timeLimit, unlessAborted } from "../timing.ts";
 
 /**
  * A probe that starts `operation`, any file operation on a local disk, and returns whether it ended in time. While one has

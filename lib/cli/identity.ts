@@ -1,5 +1,5 @@
 /** `lbcsi identity`: serves the CSI identity service alone. */
-import { createLogger } from "../context.ts";
+import { createLogger } from "../log.ts";
 import { defineCommand, type ListCommands } from "./command.ts";
 import { assertPoseidonOptions } from "./compose.ts";
 import { serviceOptions } from "./option_groups.ts";

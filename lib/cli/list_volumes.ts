@@ -6,7 +6,8 @@
  * Discovery-Client, which answer from memory. A device is read (for the type of a file system that is not mounted) only
  * when it has a live path, and for a short time.
  */
-import { type RequestContext, timeLimit } from "../context.ts";
+import { timeLimit } from "../timing.ts";
+import type { RequestContext } from "../context.ts";
 import { messageOf } from "../error.ts";
 import { fsTypes } from "../host/filesystem/fs_type.ts";
 import type { Host } from "../host/host.ts";

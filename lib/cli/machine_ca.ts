@@ -1,5 +1,5 @@
 /** The CA certificates that this machine trusts. */
-import type { Logger } from "../context.ts";
+import type { Logger } from "../log.ts";
 import { readPem } from "../pem.ts";
 import { readFileIfPresent } from "./option_files.ts";
 

@@ -1,6 +1,8 @@
 /** Logs the problems of this machine that `lbcsi doctor` would find, before the first volume meets them. */
-import { backgroundContext, type Logger, unlessAborted } from "../context.ts";
+import { unlessAborted } from "../timing.ts";
+import { backgroundContext } from "../context.ts";
 import { messageOf } from "../error.ts";
+import type { Logger } from "../log.ts";
 import { isSubsystemOf } from "../namespace.ts";
 import {
   type controllerAndNodeOptions,

@@ -1,11 +1,11 @@
 /** `lbcsi node`: serves the CSI identity and node services. */
 import * as z from "zod";
-import { createLogger } from "../context.ts";
 import { StatusError } from "../error.ts";
-import type { LuksSettings } from "../host/luks.ts";
 import type { Attacher } from "../host/attach/attacher.ts";
 import type { Host } from "../host/host.ts";
+import type { LuksSettings } from "../host/luks.ts";
 import type { KeyedLock } from "../lock.ts";
+import { createLogger } from "../log.ts";
 import { isSubsystemOf, nodeIdProblem } from "../namespace.ts";
 import { parsePoseidonId, parseVolumeId } from "../volume_id.ts";
 import { defineCommand, type ListCommands } from "./command.ts";

@@ -3,7 +3,7 @@
  * in the file of that command.
  */
 import * as z from "zod";
-import { logLevels } from "../context.ts";
+import { logLevels } from "../log.ts";
 import { absolutePath, listenAddress, switchSchema, unixEndpoint, wholeNumber } from "./option_schemas.ts";
 import type { Options } from "./options.ts";
 

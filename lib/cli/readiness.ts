@@ -5,10 +5,11 @@
  * It runs no program and waits for nothing.
  */
 import { type Check, runCheck } from "../check.ts";
-import type { Logger, RequestContext } from "../context.ts";
+import type { RequestContext } from "../context.ts";
 import type { FsType } from "../host/filesystem/fs_type.ts";
 import type { Host } from "../host/host.ts";
 import { programProblem } from "../host/programs.ts";
+import type { Logger } from "../log.ts";
 import { checkNvmeTcp, checkRights } from "./doctor/kernel.ts";
 import { fileSystemTools, mountTools, type Tool } from "./doctor/tools.ts";
 

@@ -1,7 +1,9 @@
 /** Restores lost connections to volumes from time to time. */
-import { type Logger, requestContext, sleep, timeLimit } from "../context.ts";
+import { sleep, timeLimit } from "../timing.ts";
+import { requestContext } from "../context.ts";
 import { messageOf } from "../error.ts";
 import type { Attacher } from "../host/attach/attacher.ts";
+import type { Logger } from "../log.ts";
 
 const longestReconciliationMs = 300_000;
 

@@ -1,7 +1,7 @@
 /** Serves CSI on a socket until a signal ends the process. */
 import { dirname } from "node:path";
-import type { Logger } from "../context.ts";
 import type { Service } from "../grpc/server.ts";
+import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
 import { canExpandVolumes, driverNames } from "./compose.ts";
 import type { serviceOptions } from "./option_groups.ts";

@@ -1,6 +1,6 @@
 /** Serves the metrics of this process over HTTP. */
-import type { Logger } from "../context.ts";
 import type { Host } from "../host/host.ts";
+import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
 import { isSubsystemOf } from "../namespace.ts";
 import type { BackendName } from "./compose.ts";

@@ -1,6 +1,7 @@
 /** What commands that a person runs at a shell have in common. */
-import { backgroundContext, createLogger, type RequestContext } from "../context.ts";
+import { backgroundContext, type RequestContext } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
+import { createLogger } from "../log.ts";
 import type { shellLogOptions } from "./option_groups.ts";
 import type { Settings } from "./options.ts";
 import { surviveUncaught } from "./uncaught.ts";

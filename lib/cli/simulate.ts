@@ -1,6 +1,6 @@
 /** `lbcsi simulate`: runs a simulated storage cluster. */
 import * as z from "zod";
-import { createLogger, type Logger } from "../context.ts";
+import { createLogger, type Logger } from "../log.ts";
 import { schemes } from "../volume_id.ts";
 import { defineCommand } from "./command.ts";
 import { logOptions, simulatedBackendOption } from "./option_groups.ts";

@@ -1,7 +1,8 @@
 /** `lbcsi sweep`: lists or removes the inline volumes of a node that is dead. */
 import * as z from "zod";
-import { backgroundContext, createLogger, type RequestContext } from "../context.ts";
+import { backgroundContext, type RequestContext } from "../context.ts";
 import { messageOf } from "../error.ts";
+import { createLogger } from "../log.ts";
 import { hostNqn, nodeIdProblem } from "../namespace.ts";
 import type { InlineVolume, InlineVolumeStore } from "../storage/backend.ts";
 import { defineCommand } from "./command.ts";

@@ -2,7 +2,7 @@
  * The last line of defence of a process that serves: an uncaught exception ends the work that it came from, mostly one
  * connection, and not the work for all other volumes.
  */
-import type { Logger } from "../context.ts";
+import type { Logger } from "../log.ts";
 
 /**
  * Until it is disposed, uncaught exceptions of event callbacks and unhandled rejections are logged and do not end the

@@ -1,5 +1,5 @@
 /** Environment variables that look like options of this driver and are not: most often a typing error. */
-import type { Logger } from "../context.ts";
+import type { Logger } from "../log.ts";
 import { didYouMean } from "../suggestion.ts";
 import type { ListCommands } from "./command.ts";
 import type { Options } from "./options.ts";

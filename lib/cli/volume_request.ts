@@ -1,8 +1,9 @@
 /** The volume and the machine that the options of attach and detach name. */
 import type { GivenKeys } from "../auth_key.ts";
-import { type Logger, Secrets } from "../context.ts";
 import type { ConnectionTuning } from "../host/nvme/connect_options.ts";
+import type { Logger } from "../log.ts";
 import { hostNqn, inBandAuthKey, nodeIdProblem, type TransportAddress } from "../namespace.ts";
+import { Secrets } from "../secrets.ts";
 import { parseVolumeId } from "../volume_id.ts";
 import type { AttachRequest, LocalMachine } from "./attach_volume.ts";
 import { createAttacher, openLightos, openPoseidon } from "./compose.ts";

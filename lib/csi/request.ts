@@ -13,10 +13,12 @@ import {
   type VolumeCapability,
   VolumeCapability_AccessMode_Mode as Mode,
 } from "../../proto/gen/csi_pb.ts";
-import type { Fields, RequestContext, Secrets } from "../context.ts";
+import type { RequestContext } from "../context.ts";
 import { hasCode } from "../error.ts";
 import { type FsType, fsTypes } from "../host/filesystem/fs_type.ts";
 import type { Passphrases } from "../host/luks.ts";
+import type { Fields } from "../log.ts";
+import type { Secrets } from "../secrets.ts";
 import { longestId, uuidInId } from "../volume_id.ts";
 
 /** How a volume is to be used: a valid `VolumeCapability`. */

@@ -1,5 +1,5 @@
 /** A process of the program under test, and its log. */
-import { sleep } from "../context.ts";
+import { sleep } from "../timing.ts";
 import { StatusError } from "../error.ts";
 import { readText } from "./machine.ts";
 

@@ -5,7 +5,7 @@
 import { join } from "node:path";
 import * as z from "zod";
 import { Identity } from "../../proto/gen/csi_pb.ts";
-import { sleep } from "../context.ts";
+import { sleep } from "../timing.ts";
 import { messageOf } from "../error.ts";
 import { CallError, Channel } from "../grpc/client.ts";
 import { hostNqn } from "../namespace.ts";

@@ -21,17 +21,19 @@
  *
  * The rule behind the last points: losing a connection that is needed costs data, keeping one too many costs nothing.
  */
-import { backgroundContext, type Logger, type RequestContext, sleep } from "../context.ts";
+import { sleep } from "../timing.ts";
+import { backgroundContext, type RequestContext } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
 import { type Host, kindBehind } from "../host/host.ts";
-import { disconnectController } from "../host/nvme/disconnect.ts";
-import { readDiscoveryLog } from "../host/nvme/discovery_log.ts";
-import { applyRemedy } from "../host/nvme/remedies.ts";
 import { ConnectionWatch } from "../host/nvme/connection_watch.ts";
-import { isNeeded } from "../host/nvme/paths.ts";
 import { allControllers, isUsable, type NvmeController } from "../host/nvme/controllers.ts";
 import { devicesOf, hasNamespaces } from "../host/nvme/devices.ts";
+import { disconnectController } from "../host/nvme/disconnect.ts";
+import { readDiscoveryLog } from "../host/nvme/discovery_log.ts";
+import { isNeeded } from "../host/nvme/paths.ts";
+import { applyRemedy } from "../host/nvme/remedies.ts";
 import { allUsersOf } from "../host/users.ts";
+import type { Logger } from "../log.ts";
 import { formatAddress } from "../namespace.ts";
 import { type ConnectionSettings, Connector } from "./connections.ts";
 import type { Entry } from "./entries.ts";

@@ -7,10 +7,10 @@
  * Symbolic links are followed, because Kubernetes shows the files of a ConfigMap as links: `c1` leads to `..data/c1`, and
  * `..data` to the directory of the current version, whose name begins with two dots too. Names that begin so are skipped.
  */
-import type { Logger } from "../context.ts";
 import { messageOf } from "../error.ts";
 import { temporaryPrefix } from "../host/attach/discovery_client.ts";
 import { type Host, kindBehind } from "../host/host.ts";
+import type { Logger } from "../log.ts";
 import { type Entry, parseInput } from "./entries.ts";
 
 interface InputFile {

@@ -1,7 +1,8 @@
 /** Addresses of host names in entries, by the machine's own resolver. */
-import { backgroundContext, type Logger } from "../context.ts";
+import { backgroundContext } from "../context.ts";
 import { messageOf } from "../error.ts";
 import type { Host } from "../host/host.ts";
+import type { Logger } from "../log.ts";
 import type { TransportAddress } from "../namespace.ts";
 import { type Entry, isIpAddress } from "./entries.ts";
 import type { ProblemLog } from "./tasks.ts";

@@ -1,6 +1,6 @@
 /** Logs the states of connections. */
-import type { Logger } from "../context.ts";
 import type { NvmeController } from "../host/nvme/controllers.ts";
+import type { Logger } from "../log.ts";
 import { placeOf, type RequestedSubsystem } from "./plan.ts";
 
 /** Logs one line when a connection of ours stops working, works again, or disappears. */

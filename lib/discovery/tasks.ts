@@ -1,6 +1,7 @@
 /** Work that goes on beside the looks of the daemon, and problems that are logged once. */
-import { backgroundContext, type Fields, type Logger, type RequestContext } from "../context.ts";
+import { backgroundContext, type RequestContext } from "../context.ts";
 import { messageOf } from "../error.ts";
+import type { Fields, Logger } from "../log.ts";
 
 const firstPauseMs = 1000;
 const longestPauseMs = 60_000;

@@ -12,8 +12,8 @@ import {
   type MessageShape,
 } from "@bufbuild/protobuf";
 import grpc from "@grpc/grpc-js";
-import { formatSeconds } from "../context.ts";
 import type { StatusCode } from "../error.ts";
+import { formatSeconds } from "../timing.ts";
 import { wasCalmedSince } from "./goaway.ts";
 import { methodDefinition } from "./method.ts";
 import { credentials, tlsNameOptions, type Trust } from "./tls.ts";

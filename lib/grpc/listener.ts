@@ -4,8 +4,8 @@ import net from "node:net";
 import { dirname } from "node:path";
 import type { Duplex } from "node:stream";
 import tls from "node:tls";
-import type { Logger } from "../context.ts";
 import { StatusError } from "../error.ts";
+import type { Logger } from "../log.ts";
 import { acceptAnyAuthority } from "./authority.ts";
 import { isListening, listenUnix, type UnixListener } from "./unix_socket.ts";
 

@@ -18,7 +18,8 @@ import type {
   MessageShape,
 } from "@bufbuild/protobuf";
 import grpc from "@grpc/grpc-js";
-import type { Fields, Logger, RequestContext } from "../context.ts";
+import type { RequestContext } from "../context.ts";
+import type { Fields, Logger } from "../log.ts";
 import { type Listen, startListener } from "./listener.ts";
 import { methodDefinition } from "./method.ts";
 import { CallRunner } from "./server_call.ts";

@@ -3,8 +3,10 @@ import "./goaway.ts";
 import type { EventEmitter } from "node:events";
 import type { DescMethod, Message } from "@bufbuild/protobuf";
 import grpc from "@grpc/grpc-js";
-import { formatSeconds, type Logger, requestContext } from "../context.ts";
+import { requestContext } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
+import type { Logger } from "../log.ts";
+import { formatSeconds } from "../timing.ts";
 import { requestOf } from "./request.ts";
 import type { AnyHandler, CallContext, ServeOptions } from "./server.ts";
 

@@ -4,7 +4,7 @@
  *
  * Paths are taken as given. Nothing here removes recursively, looks for the identity behind a device name, or knows NVMe.
  */
-import type { Logger } from "../context.ts";
+import type { Logger } from "../log.ts";
 import { PendingAnswers } from "./pending.ts";
 import type { VolumeOperations } from "./volume_operations.ts";
 

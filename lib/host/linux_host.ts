@@ -1,6 +1,6 @@
 /** The Linux machine that the driver runs on, through Deno. Volumes are touched on threads of their own (volume_threads.ts). */
-import type { Logger } from "../context.ts";
 import { StatusError } from "../error.ts";
+import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
 import type { Host, Kind, Roots } from "./host.ts";
 import { PendingAnswers } from "./pending.ts";

@@ -4,7 +4,8 @@
  * ended. So a volume with a pending operation is asked nothing more until it has answered. All calls of a node share this
  * memory: stage, publish, unpublish, unstage, expand and the statistics.
  */
-import { type RequestContext, timeLimit, unlessAborted } from "../context.ts";
+import { timeLimit, unlessAborted } from "../timing.ts";
+import type { RequestContext } from "../context.ts";
 import { hasCode, StatusError } from "../error.ts";
 
 /** An operation that a volume has not answered. */

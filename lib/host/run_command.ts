@@ -1,7 +1,7 @@
 /** Runs commands: the only place that knows how `Deno.Command` behaves when a signal aborts (it never rejects). */
 import { basename } from "node:path";
-import type { Logger } from "../context.ts";
 import { messageOf, StatusError, systemCode } from "../error.ts";
+import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
 import type { CommandResult, RunOptions } from "./host.ts";
 import { absenceOf, needOf } from "./programs.ts";

@@ -1,6 +1,6 @@
 /** Watches directories. */
-import type { Logger } from "../context.ts";
 import { messageOf } from "../error.ts";
+import type { Logger } from "../log.ts";
 
 /**
  * A watch on one directory that all its listeners share. A watcher that is opened in the same tick in which another one on the

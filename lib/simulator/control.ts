@@ -35,17 +35,17 @@
  * | POST /paths/ana               | {server, state}                                             | the ANA state that a server reports: "optimized", "inaccessible" … |
  */
 import * as z from "zod";
-import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
+import type { Logger } from "../log.ts";
 import type { Scheme } from "../volume_id.ts";
+import { anaStates, type DataPlane, type Machine, type Paths } from "./data_plane/data_plane.ts";
+import type { CallCount, CallEvent, FaultRule, Faults, HeldCall } from "./faults.ts";
 import type { Behaviour } from "./lightos/behaviour.ts";
 import type { Cluster } from "./lightos/cluster.ts";
 import { type Protection, protections, type SimPolicy, type VolumeState, volumeStates } from "./lightos/model.ts";
-import { anaStates, type DataPlane, type Machine, type Paths } from "./data_plane/data_plane.ts";
-import type { CallCount, CallEvent, FaultRule, Faults, HeldCall } from "./faults.ts";
 import type { ApiEndpoint } from "./lightos/service.ts";
-import { onFreePort } from "./port.ts";
 import type { Tokens } from "./lightos/token.ts";
+import { onFreePort } from "./port.ts";
 
 /** Selects management endpoints: those that match every given field; all of them without a field. */
 export interface EndpointFilter {

@@ -1,5 +1,5 @@
 /** Injected faults of a simulated management API, and the number of calls of each RPC. */
-import { unlessAborted } from "../context.ts";
+import { unlessAborted } from "../timing.ts";
 import type { StatusCode } from "../error.ts";
 
 /** A fault: what happens to calls of an RPC. */

@@ -11,10 +11,11 @@
  *
  * Optional parts: present means announced in the CSI capabilities, absent means not announced. No flag can contradict.
  */
-import type { Check } from "../check.ts";
-import type { RequestContext, Secrets } from "../context.ts";
 import type { AuthKind, DhchapKeys } from "../auth_key.ts";
+import type { Check } from "../check.ts";
+import type { RequestContext } from "../context.ts";
 import type { RemoteNamespace, TransportAddress } from "../namespace.ts";
+import type { Secrets } from "../secrets.ts";
 
 /** The requested size of a volume, in bytes; 0 when not given. */
 export interface CapacityRange {

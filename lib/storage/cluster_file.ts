@@ -8,8 +8,8 @@
  */
 import { parse as parseYaml } from "yaml";
 import * as z from "zod";
-import type { Logger } from "../context.ts";
 import { messageOf, StatusError } from "../error.ts";
+import type { Logger } from "../log.ts";
 import { unknownKeys } from "../suggestion.ts";
 import { type Endpoint, formatEndpoint } from "../volume_id.ts";
 

@@ -1,5 +1,6 @@
 /** How backends wait for a state that is about to change: delays between looks, and what ends the wait. */
-import { type RequestContext, requestContext, sleep, timeLimit } from "../context.ts";
+import { sleep, timeLimit } from "../timing.ts";
+import { type RequestContext, requestContext } from "../context.ts";
 import { type StatusCode, StatusError } from "../error.ts";
 
 /** Delays between looks at a state that is about to change: 100 ms, growing to 2 s. */

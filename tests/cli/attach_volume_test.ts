@@ -1,8 +1,9 @@
 /** attachVolume and detachVolume, interrupted and repeated, on a fake machine and with simulated clusters. */
 import assert from "node:assert/strict";
-import { type AttachRequest } from "../../lib/cli/attach_volume.ts";
-import { createLogger, Secrets } from "../../lib/context.ts";
+import type { AttachRequest } from "../../lib/cli/attach_volume.ts";
+import { createLogger } from "../../lib/log.ts";
 import { hostNqn } from "../../lib/namespace.ts";
+import { Secrets } from "../../lib/secrets.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { poseidonBackend } from "../../lib/storage/poseidon/backend.ts";
 import { CutOff, FakeHost } from "../support/fake_host.ts";

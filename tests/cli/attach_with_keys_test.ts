@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { attachVolume, type LocalMachine } from "../../lib/cli/attach_volume.ts";
-import { Secrets } from "../../lib/context.ts";
+import { Secrets } from "../../lib/secrets.ts";
 import { authenticatedCluster } from "../support/authenticated_cluster.ts";
 import { keyMachine, newKeys, nodeNqn, place, revealKeys } from "../support/key_machine.ts";
 import { callContext } from "../support/node_calls.ts";

@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { listAsJson, listAsText } from "../../lib/cli/list_report.ts";
 import { listVolumes } from "../../lib/cli/list_volumes.ts";
-import { createLogger } from "../../lib/context.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { createLogger } from "../../lib/log.ts";
 import {
   createFakeMachine,
   knownPlace,

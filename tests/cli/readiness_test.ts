@@ -1,9 +1,9 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { describeCheck, findMissing } from "../../lib/cli/readiness.ts";
-import { createLogger } from "../../lib/context.ts";
 import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { createLogger } from "../../lib/log.ts";
 
 /** This machine without NVMe/TCP, for a process without rights. */
 async function freshHost() {

@@ -1,11 +1,11 @@
 /** Which management endpoints receive the token of --jwt-path: a controller process, and servers that note what they receive. */
 import { deepStrictEqual, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
 import { Testbed } from "../../lib/demo/testbed.ts";
 import { StatusError } from "../../lib/error.ts";
 import { CallError } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { selfSigned } from "../../lib/simulator/certificate.ts";
 import { Controller, VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { DurosAPI } from "../../proto/gen/lightos_pb.ts";

@@ -4,14 +4,16 @@
  */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger, requestContext, Secrets } from "../../lib/context.ts";
+import { requestContext } from "../../lib/context.ts";
 import { hasCode } from "../../lib/error.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import type { FsType } from "../../lib/host/filesystem/fs_type.ts";
 import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
+import { createLogger } from "../../lib/log.ts";
 import { hostNqn, toPublishContext } from "../../lib/namespace.ts";
+import { Secrets } from "../../lib/secrets.ts";
 import type { ContentSource, Volume } from "../../lib/storage/backend.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { openLightos } from "../support/backends.ts";

@@ -5,7 +5,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { createLogger, sleep } from "../../lib/context.ts";
+import { sleep } from "../../lib/timing.ts";
 import { controllerHandlers } from "../../lib/csi/controller/service.ts";
 import { nodeHandlers } from "../../lib/csi/node/service.ts";
 import type { StatusCode } from "../../lib/error.ts";
@@ -15,6 +15,7 @@ import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_c
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../lib/lock.ts";
+import { createLogger } from "../../lib/log.ts";
 import { hostNqn } from "../../lib/namespace.ts";
 import { parseVolumeId } from "../../lib/volume_id.ts";
 import { Controller, Node } from "../../proto/gen/csi_pb.ts";

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
-import { type DhchapKeys } from "../../lib/auth_key.ts";
-import { createLogger } from "../../lib/context.ts";
+import type { DhchapKeys } from "../../lib/auth_key.ts";
 import { createDiscoveryDaemon } from "../../lib/discovery/daemon.ts";
+import { createLogger } from "../../lib/log.ts";
 import { keyMachine, newKeys, nodeNqn, revealKeys, uuid } from "../support/key_machine.ts";
 import { subsystemNqn as nqn } from "../support/loop_machine.ts";
 

@@ -2,12 +2,12 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { createLogger } from "../../lib/context.ts";
 import { createDiscoveryDaemon } from "../../lib/discovery/daemon.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import { discoveryNqn } from "../../lib/host/nvme/controllers.ts";
-import { eventually } from "../support/simulator.ts";
+import { createLogger } from "../../lib/log.ts";
 import { entry, hostId, nqn, other, otherNqn, quietHost, us, uuid } from "../support/discovery.ts";
+import { eventually } from "../support/simulator.ts";
 
 function machine(host = quietHost()) {
   host.addNamespace(uuid, nqn);

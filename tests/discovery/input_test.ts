@@ -1,10 +1,10 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
 import { DiscoveryInput } from "../../lib/discovery/input.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
-import type { FakeHost } from "../support/fake_host.ts";
+import { createLogger } from "../../lib/log.ts";
 import { entry, quietHost } from "../support/discovery.ts";
+import type { FakeHost } from "../support/fake_host.ts";
 
 function inputOf(host: FakeHost) {
   const lines: { event: string; path?: string; error?: string; level: string }[] = [];

@@ -5,9 +5,9 @@ import http2 from "node:http2";
 import net from "node:net";
 import type { Duplex } from "node:stream";
 import { acceptAnyAuthority, AuthorityFilter } from "../../lib/grpc/authority.ts";
-import { createLogger } from "../../lib/context.ts";
 import { HpackDecoder } from "../../lib/grpc/hpack.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 import {
   emptyMessage,

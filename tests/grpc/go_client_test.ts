@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { mkdtempSync, rmSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { createLogger } from "../../lib/context.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 import { unlessGoLacks } from "../support/go.ts";
 import { needs } from "../support/needs.ts";

@@ -1,10 +1,10 @@
 import assert from "node:assert/strict";
 import { linkSync, lstatSync, writeFileSync } from "node:fs";
 import net from "node:net";
-import { createLogger } from "../../lib/context.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import type { Listen } from "../../lib/grpc/listener.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 import { probe, ready, withDirectory, withServer } from "../support/rpc.ts";
 

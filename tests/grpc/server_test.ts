@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { lstatSync } from "node:fs";
-import { sleep } from "../../lib/context.ts";
+import { sleep } from "../../lib/timing.ts";
 import { StatusError } from "../../lib/error.ts";
 import { CallError } from "../../lib/grpc/client.ts";
 import type { CallContext, ServeOptions } from "../../lib/grpc/server.ts";

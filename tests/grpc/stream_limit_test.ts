@@ -1,10 +1,10 @@
 /** What a client that takes no answers costs: the driver bounds connections and open calls, and serves the others. */
 import { ok, strictEqual } from "node:assert/strict";
-import { createLogger } from "../../lib/context.ts";
 import { identityHandlers } from "../../lib/csi/identity.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
 import { mostOpenCalls } from "../../lib/grpc/stream_limit.ts";
+import { createLogger } from "../../lib/log.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 import { flags, frame, frames, preface, RawEncoder } from "../support/raw_http2.ts";
 

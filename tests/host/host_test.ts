@@ -1,9 +1,9 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
 import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost, formatDeviceNumber } from "../../lib/host/linux_host.ts";
+import { createLogger } from "../../lib/log.ts";
 import { loopMachine } from "../support/loop_machine.ts";
 import { needs } from "../support/needs.ts";
 import { rejects } from "../support/node_calls.ts";

@@ -1,13 +1,14 @@
 /** Host encryption on a fake machine: what is run, in which order, and what is refused. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger, requestContext } from "../../lib/context.ts";
+import { requestContext } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
 import { defaultLuksSettings, hasAes, openMapper } from "../../lib/host/luks.ts";
 import { markUsed } from "../../lib/host/luks_label.ts";
 import { findMapper } from "../../lib/host/mapper.ts";
 import { findDevice } from "../../lib/host/nvme/devices.ts";
+import { createLogger } from "../../lib/log.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { FakeHost } from "../support/fake_host.ts";
 import { loopMachine, subsystemNqn } from "../support/loop_machine.ts";

@@ -1,12 +1,12 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
 import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { loopDevicesOn } from "../../lib/host/loop_devices.ts";
 import { mountTable } from "../../lib/host/mount_table.ts";
 import { findDevice } from "../../lib/host/nvme/devices.ts";
 import { allUsersOf, holdersOfDevice, usersOf } from "../../lib/host/users.ts";
+import { createLogger } from "../../lib/log.ts";
 import { loopMachine } from "../support/loop_machine.ts";
 import { needs } from "../support/needs.ts";
 

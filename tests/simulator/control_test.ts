@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
-import { createLogger } from "../../lib/context.ts";
 import { StatusError } from "../../lib/error.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
+import { createLogger } from "../../lib/log.ts";
 import { type EndpointState, serveControl } from "../../lib/simulator/control.ts";
 import type { Behaviour } from "../../lib/simulator/lightos/behaviour.ts";
 import type { SimulatorAddresses } from "../../lib/simulator/lightos/simulator.ts";

@@ -1,6 +1,6 @@
 /** Cluster files are read again when they have changed, and a bad new version does no harm. */
 import { deepStrictEqual, strictEqual, throws } from "node:assert/strict";
-import { createLogger } from "../../lib/context.ts";
+import { createLogger } from "../../lib/log.ts";
 import { knownClusters } from "../../lib/storage/lightos/cluster_file.ts";
 import { failsWith, memoryFiles, quiet } from "../support/backends.ts";
 

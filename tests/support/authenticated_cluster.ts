@@ -1,6 +1,7 @@
 /** A simulated LightOS cluster that demands authenticated connections. */
 import type { AuthKind } from "../../lib/auth_key.ts";
-import { createLogger, Secrets } from "../../lib/context.ts";
+import { createLogger } from "../../lib/log.ts";
+import { Secrets } from "../../lib/secrets.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { nodeNqn } from "./key_machine.ts";
 import { callContext } from "./node_calls.ts";

@@ -1,9 +1,11 @@
 /** What tests of storage backends share: the context of a call, its errors, and backends at simulators. */
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
-import { createLogger, type Logger, type RequestContext, requestContext, Secrets } from "../../lib/context.ts";
+import { type RequestContext, requestContext } from "../../lib/context.ts";
 import { type StatusCode, StatusError } from "../../lib/error.ts";
+import { createLogger, type Logger } from "../../lib/log.ts";
 import { Metrics } from "../../lib/metrics.ts";
 import { hostNqn } from "../../lib/namespace.ts";
+import { Secrets } from "../../lib/secrets.ts";
 import type { VolumeRequest } from "../../lib/storage/backend.ts";
 import type { ConfigFiles } from "../../lib/storage/cluster_file.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";

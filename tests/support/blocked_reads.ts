@@ -2,8 +2,8 @@
  * A program for tests of the bundle: begins reads that block, more than Deno has threads for, and prints what a read says
  * that does not. `blocked_reads.ts FILE PIPE…`
  */
-import { createLogger } from "../../lib/context.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { createLogger } from "../../lib/log.ts";
 
 const [file = "", ...pipes] = Deno.args;
 const host = createLinuxHost({ log: createLogger("error") });

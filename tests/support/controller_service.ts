@@ -1,7 +1,6 @@
 /** The controller service on a socket, alone or in front of a simulated cluster, for tests. */
 import { match, ok, strictEqual } from "node:assert/strict";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { createLogger, type Logger } from "../../lib/context.ts";
 import { controllerHandlers, nodeServiceOfController } from "../../lib/csi/controller/service.ts";
 import { identityHandlers } from "../../lib/csi/identity.ts";
 import { describeRequest, redactRequest } from "../../lib/csi/request.ts";
@@ -9,6 +8,7 @@ import { type StatusCode, StatusError } from "../../lib/error.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
 import { KeyedLock } from "../../lib/lock.ts";
+import { createLogger, type Logger } from "../../lib/log.ts";
 import type { StorageBackend } from "../../lib/storage/backend.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import type { LightosOptions } from "../../lib/storage/lightos/cluster.ts";

@@ -1,6 +1,6 @@
 /** A simulator in a process of its own, with two volumes on this machine; prints their devices, then waits to be killed. */
 import { join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
+import { createLogger } from "../../lib/log.ts";
 import { defaultSimulateSettings, simulate } from "../../lib/simulator/lightos/simulator.ts";
 import { eventually } from "./simulator.ts";
 

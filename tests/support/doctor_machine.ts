@@ -1,10 +1,10 @@
 /** A machine in a directory of its own, with real programs, for the checks of `lbcsi doctor`. */
 import { dirname, join } from "node:path";
 import { type MachineCheckOptions, runMachineChecks } from "../../lib/cli/doctor/machine.ts";
-import { createLogger } from "../../lib/context.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { createLogger } from "../../lib/log.ts";
 import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
 import { callContext } from "./node_calls.ts";
 

@@ -1,7 +1,6 @@
 /** A node that makes inline volumes on a simulated cluster, with everything of its pods in a directory of its own. */
 import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
 import { volumeLimit } from "../../lib/csi/node/limit.ts";
 import { createDirectAttacher } from "../../lib/host/attach/direct.ts";
 import { createDiscoveryClientAttacher } from "../../lib/host/attach/discovery_client.ts";
@@ -9,14 +8,15 @@ import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../lib/lock.ts";
+import { createLogger } from "../../lib/log.ts";
 import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
 import type { ConfigFiles } from "../../lib/storage/cluster_file.ts";
 import { lightosBackend } from "../../lib/storage/lightos/backend.ts";
 import { knownClusters } from "../../lib/storage/lightos/cluster_file.ts";
 import { VolumeCapability_AccessMode_Mode as Mode } from "../../proto/gen/csi_pb.ts";
 import { lightosOptions } from "./backends.ts";
-import { callContext, mountCapability, nodeCalls } from "./node_calls.ts";
 import { needs } from "./needs.ts";
+import { callContext, mountCapability, nodeCalls } from "./node_calls.ts";
 import { eventually, startSimulator, type TestSimulator } from "./simulator.ts";
 
 export const inlineNodeId = "n1.node";

@@ -1,9 +1,9 @@
 /** A fake machine for connections with keys (in-band authentication). */
 import { type AuthKind, DhchapKey, type DhchapKeys } from "../../lib/auth_key.ts";
-import { createLogger } from "../../lib/context.ts";
 import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import { createDirectAttacher } from "../../lib/host/attach/direct.ts";
 import { KeyedLock } from "../../lib/lock.ts";
+import { createLogger } from "../../lib/log.ts";
 import { hostNqn, type RemoteNamespace } from "../../lib/namespace.ts";
 import { FakeHost } from "./fake_host.ts";
 import { subsystemNqn as nqn } from "./loop_machine.ts";

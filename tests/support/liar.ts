@@ -1,9 +1,9 @@
 /** A management API of LightOS that hands every call on to another one, and changes what it answers. */
 import type { DescMethodUnary, Message } from "@bufbuild/protobuf";
-import { createLogger } from "../../lib/context.ts";
 import { type StatusCode, StatusError } from "../../lib/error.ts";
 import { CallError, Channel } from "../../lib/grpc/client.ts";
 import { type CallContext, serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { DurosAPI } from "../../proto/gen/lightos_pb.ts";
 
 export interface Liar extends AsyncDisposable {

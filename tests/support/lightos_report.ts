@@ -1,7 +1,8 @@
 /** What LightOS clusters, simulated or odd, report to `lbcsi doctor`. */
 import { ok } from "node:assert/strict";
-import { createLogger, Secrets } from "../../lib/context.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
+import { Secrets } from "../../lib/secrets.ts";
 import { selfSigned } from "../../lib/simulator/certificate.ts";
 import type { SystemReport } from "../../lib/storage/backend.ts";
 import { lightosReports } from "../../lib/storage/lightos/checks.ts";

@@ -4,10 +4,10 @@
  * there is unmounted and detached.
  */
 import { join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
 import type { CommandResult, Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
+import { createLogger } from "../../lib/log.ts";
 
 export const subsystemNqn = "nqn.2019-09.com.example:cluster:1";
 

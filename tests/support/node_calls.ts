@@ -1,6 +1,17 @@
 /** Calls of the node service without a socket, for tests. */
-import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import assert from "node:assert/strict";
+import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { requestContext } from "../../lib/context.ts";
+import { inlineVolumes } from "../../lib/csi/inline/inline_volumes.ts";
+import type { NodeOptions } from "../../lib/csi/node/options.ts";
+import { nodeHandlers } from "../../lib/csi/node/service.ts";
+import { type StatusCode, StatusError } from "../../lib/error.ts";
+import type { CallContext, Handlers } from "../../lib/grpc/server.ts";
+import { KeyedLock } from "../../lib/lock.ts";
+import { createLogger, type Logger } from "../../lib/log.ts";
+import { toPublishContext } from "../../lib/namespace.ts";
+import type { InlineVolumeStore } from "../../lib/storage/backend.ts";
+import { parseVolumeId } from "../../lib/volume_id.ts";
 import {
   Node,
   NodeExpandVolumeRequestSchema,
@@ -13,16 +24,6 @@ import {
   VolumeCapability_AccessMode_Mode as Mode,
   type VolumeCapabilitySchema,
 } from "../../proto/gen/csi_pb.ts";
-import { createLogger, type Logger, requestContext } from "../../lib/context.ts";
-import { inlineVolumes } from "../../lib/csi/inline/inline_volumes.ts";
-import type { NodeOptions } from "../../lib/csi/node/options.ts";
-import { nodeHandlers } from "../../lib/csi/node/service.ts";
-import { type StatusCode, StatusError } from "../../lib/error.ts";
-import { parseVolumeId } from "../../lib/volume_id.ts";
-import { KeyedLock } from "../../lib/lock.ts";
-import { toPublishContext } from "../../lib/namespace.ts";
-import type { CallContext, Handlers } from "../../lib/grpc/server.ts";
-import type { InlineVolumeStore } from "../../lib/storage/backend.ts";
 import { subsystemNqn } from "./loop_machine.ts";
 
 export type Capability = MessageInitShape<typeof VolumeCapabilitySchema>;

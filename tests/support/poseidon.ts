@@ -1,11 +1,11 @@
-import { createLogger } from "../../lib/context.ts";
-import { defaultPosBehaviour } from "../../lib/simulator/poseidon/system.ts";
+import { createLogger } from "../../lib/log.ts";
 import {
   defaultPoseidonSettings,
   type PoseidonSettings,
   type PoseidonSimulator,
   simulatePoseidon,
 } from "../../lib/simulator/poseidon/simulator.ts";
+import { defaultPosBehaviour } from "../../lib/simulator/poseidon/system.ts";
 
 /** A simulated PoseidonOS in this process. Dispose it, with `await using`, to end it and remove every file of its own. */
 export type TestPoseidon = PoseidonSimulator & AsyncDisposable;

@@ -1,6 +1,6 @@
 // A process that serves Identity.Probe on a socket path through lib/grpc/server.ts; prints a line when it listens.
-import { createLogger } from "../../lib/context.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 
 const [path = ""] = Deno.args;

@@ -1,9 +1,10 @@
 /** A gRPC server and a channel to it, for tests. */
 import assert from "node:assert/strict";
 import { mkdtempSync, rmSync } from "node:fs";
-import { createLogger, sleep } from "../../lib/context.ts";
+import { sleep } from "../../lib/timing.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { type Handlers, serve, type ServeOptions, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { Identity, type ProbeResponse, SnapshotMetadata } from "../../proto/gen/csi_pb.ts";
 
 /** Handlers of the services of `withServer`. */

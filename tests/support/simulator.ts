@@ -1,4 +1,4 @@
-import { createLogger } from "../../lib/context.ts";
+import { createLogger } from "../../lib/log.ts";
 import {
   defaultSimulateSettings,
   simulate,

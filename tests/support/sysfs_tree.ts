@@ -1,8 +1,8 @@
 /** Directories in the shape of sysfs, with one namespace UUID and subsystem. */
 import { join } from "node:path";
-import { createLogger } from "../../lib/context.ts";
 import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
+import { createLogger } from "../../lib/log.ts";
 
 export const uuid = "0f2c6a5e-54d1-4c39-9a77-2b1f0c9d8e10";
 export const other = "1b7e2c44-8f0a-4f3e-9d55-6c1a2b3c4d5e";

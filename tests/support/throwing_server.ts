@@ -1,9 +1,9 @@
 // A process that serves Probe and throws out of event callbacks: <socket path> before|after [deaf]. "before" throws before it
 // is up; "deaf" loses its listener with it.
 import { surviveUncaught } from "../../lib/cli/uncaught.ts";
-import { createLogger } from "../../lib/context.ts";
 import { Channel } from "../../lib/grpc/client.ts";
 import { serve, service } from "../../lib/grpc/server.ts";
+import { createLogger } from "../../lib/log.ts";
 import { Identity } from "../../proto/gen/csi_pb.ts";
 
 const [path = "", when = "", more = ""] = Deno.args;

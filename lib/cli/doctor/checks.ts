@@ -4,8 +4,9 @@
  * It only reads. Nothing on the machine or the cluster is changed, no subsystem is connected, no volume is touched. What
  * does not answer costs a bounded time, and fails its own check only.
  */
+import { timeLimit } from "../../timing.ts";
 import { type Check, formatList } from "../../check.ts";
-import { type RequestContext, timeLimit } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { connectProblem, ownNames } from "../../host/tcp_probe.ts";
 import { formatAddress, hostNqn, type TransportAddress } from "../../namespace.ts";
 import type { SystemReport } from "../../storage/backend.ts";

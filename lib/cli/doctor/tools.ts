@@ -1,6 +1,7 @@
 /** What `lbcsi doctor` checks of the programs that the driver runs. */
+import { timeLimit } from "../../timing.ts";
 import { type Finding, reasonOf } from "../../check.ts";
-import { type RequestContext, timeLimit } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
 import type { Host } from "../../host/host.ts";
 import { hasAes } from "../../host/luks.ts";

@@ -4,14 +4,15 @@ import type {
   ControllerPublishVolumeRequest,
   ControllerUnpublishVolumeRequest,
 } from "../../../proto/gen/csi_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode, messageOf } from "../../error.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import { hostNqn, nodeIdProblem, toPublishContext } from "../../namespace.ts";
+import { Secrets } from "../../secrets.ts";
 import { isShared, longestVolumeId, parseCapability, requireText, withoutOrchestratorKeys } from "../request.ts";
 import { withFullClusterCode } from "./full_cluster.ts";
 import { type ControllerOptions, lockVolumeOnNode, lockVolumeSoon } from "./options.ts";
-import { assertSharingSupported } from "./sharing.ts";
+import { assertSharingSupported } from "./shared_modes.ts";
 
 /** The calls of the Controller service that give and take access. */
 export function accessHandlers(controller: ControllerOptions) {

@@ -2,10 +2,11 @@
  * The CSI SnapshotMetadata service (alpha): which blocks of a snapshot a backup has to read. Served only with the
  * option `--snapshot-metadata`.
  */
-import { type RequestContext, Secrets } from "../../context.ts";
-import type { Handlers } from "../../grpc/server.ts";
-import type { BlockRange, ChangedBlocks } from "../../storage/backend.ts";
 import { BlockMetadataType, type SnapshotMetadata } from "../../../proto/gen/csi_pb.ts";
+import type { RequestContext } from "../../context.ts";
+import type { Handlers } from "../../grpc/server.ts";
+import { Secrets } from "../../secrets.ts";
+import type { BlockRange, ChangedBlocks } from "../../storage/backend.ts";
 import { longestVolumeId, requireText } from "../request.ts";
 
 /** Tuples in one message when the caller sets no limit: about 18 KiB. */

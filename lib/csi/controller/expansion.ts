@@ -1,7 +1,7 @@
 /** ControllerExpandVolume: grows volumes that may be in use. */
 import type { Controller } from "../../../proto/gen/csi_pb.ts";
-import { Secrets } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
+import { Secrets } from "../../secrets.ts";
 import type { Expansion } from "../../storage/backend.ts";
 import { longestVolumeId, parseCapability, requireText, statedCapability } from "../request.ts";
 import { withFullClusterCode } from "./full_cluster.ts";

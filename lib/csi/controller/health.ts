@@ -7,8 +7,8 @@
  * that fails says nothing about the volume.
  */
 import type { Controller } from "../../../proto/gen/csi_pb.ts";
-import { Secrets } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
+import { Secrets } from "../../secrets.ts";
 import type { StorageBackend } from "../../storage/backend.ts";
 import { longestVolumeId, requireText } from "../request.ts";
 import { toVolumeHealth } from "../volume_health.ts";

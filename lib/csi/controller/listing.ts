@@ -1,8 +1,8 @@
 /** ListVolumes and ControllerGetVolume. They change nothing, so they lock nothing: an attach may run beside them. */
 import type { Controller } from "../../../proto/gen/csi_pb.ts";
-import { Secrets } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import { nodeIdOf } from "../../namespace.ts";
+import { Secrets } from "../../secrets.ts";
 import type { Listing, StorageBackend, Volume } from "../../storage/backend.ts";
 import { longestVolumeId, requireText } from "../request.ts";
 import { parsePageRequest } from "./paging.ts";

@@ -1,7 +1,8 @@
 /** VolumeAttributesClass: ControllerModifyVolume for volumes in use, and mutable parameters of new volumes. */
 import type { Controller } from "../../../proto/gen/csi_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import type { Handlers } from "../../grpc/server.ts";
+import { Secrets } from "../../secrets.ts";
 import type { Modification } from "../../storage/backend.ts";
 import { longestVolumeId, requireText, withoutOrchestratorKeys } from "../request.ts";
 import { withFullClusterCode } from "./full_cluster.ts";

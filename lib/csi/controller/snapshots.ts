@@ -5,15 +5,16 @@
  * is not locked: its other calls run beside a snapshot, and the cluster serialises them where it has to.
  */
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
-import { type RequestContext, Secrets } from "../../context.ts";
-import { hasCode, messageOf } from "../../error.ts";
-import type { KeyedLock } from "../../lock.ts";
-import type { Handlers } from "../../grpc/server.ts";
-import type { Snapshot, Snapshots } from "../../storage/backend.ts";
 import type { Controller, CreateSnapshotRequest } from "../../../proto/gen/csi_pb.ts";
+import type { RequestContext } from "../../context.ts";
+import { hasCode, messageOf } from "../../error.ts";
+import type { Handlers } from "../../grpc/server.ts";
+import type { KeyedLock } from "../../lock.ts";
+import { Secrets } from "../../secrets.ts";
+import type { Snapshot, Snapshots } from "../../storage/backend.ts";
 import { assertNoTopology, longestVolumeId, requireText, withoutOrchestratorKeys } from "../request.ts";
-import { assertNoControlCharacters, ownerOf } from "./creation.ts";
 import { withFullClusterCode } from "./full_cluster.ts";
+import { assertNoControlCharacters, ownerOf } from "./name_and_owner.ts";
 import { parsePageRequest } from "./paging.ts";
 
 /** The calls of the Controller service that are about snapshots. */

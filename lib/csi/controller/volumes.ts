@@ -5,12 +5,13 @@ import type {
   DeleteVolumeRequest,
   ValidateVolumeCapabilitiesRequest,
 } from "../../../proto/gen/csi_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode, messageOf } from "../../error.ts";
 import type { Handlers } from "../../grpc/server.ts";
 import type { FsType } from "../../host/filesystem/fs_type.ts";
 import { parseMkfsOptions } from "../../host/filesystem/mkfs_options.ts";
 import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
+import { Secrets } from "../../secrets.ts";
 import {
   type Access,
   assertNoTopology,
@@ -21,10 +22,10 @@ import {
   withoutOrchestratorKeys,
 } from "../request.ts";
 import { parseContentSource } from "./content_source.ts";
-import { assertNoControlCharacters, ownerOf } from "./creation.ts";
 import { mergeMutable } from "./modification.ts";
+import { assertNoControlCharacters, ownerOf } from "./name_and_owner.ts";
 import { type ControllerOptions, lockVolume } from "./options.ts";
-import { assertSharingSupported } from "./sharing.ts";
+import { assertSharingSupported } from "./shared_modes.ts";
 
 /** The calls of the Controller service that make, remove and validate volumes. */
 export function volumeHandlers(controller: ControllerOptions) {

@@ -1,19 +1,20 @@
 /** NodePublishVolume of an inline volume: makes it on the cluster and mounts it at the pod's target path. */
 import type { NodePublishVolumeRequest } from "../../../proto/gen/csi_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode, isFinal, messageOf, StatusError } from "../../error.ts";
 import { ensureFilesystem } from "../../host/filesystem/format.ts";
-import { type MountOptions, mountVolume } from "../../host/filesystem/mount.ts";
 import { parseMkfsOptions } from "../../host/filesystem/mkfs_options.ts";
+import { type MountOptions, mountVolume } from "../../host/filesystem/mount.ts";
 import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import type { Host } from "../../host/host.ts";
 import { canonicalPath, makeMountPoint, onNodeDisk, removeMountPoint } from "../../host/mount_point.ts";
 import { mountsAt, mountsElsewhere, mountTable } from "../../host/mount_table.ts";
-import { mountsOf } from "../../host/volume_mounts.ts";
-import { assertHasPath } from "../../host/nvme/paths.ts";
 import type { BlockDevice } from "../../host/nvme/devices.ts";
+import { assertHasPath } from "../../host/nvme/paths.ts";
 import { waitForDevice } from "../../host/nvme/wait.ts";
+import { mountsOf } from "../../host/volume_mounts.ts";
 import type { RemoteNamespace } from "../../namespace.ts";
+import { Secrets } from "../../secrets.ts";
 import type { InlineVolumeRequest, InlineVolumeStore } from "../../storage/backend.ts";
 import { assertMountPath } from "../node/mount_path.ts";
 import {

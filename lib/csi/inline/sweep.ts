@@ -1,5 +1,6 @@
 /** The removal of leftover inline volumes: volumes of this node whose pod ended while the node was down. */
-import { backgroundContext, type Logger, type RequestContext, sleep } from "../../context.ts";
+import { sleep } from "../../timing.ts";
+import { backgroundContext, type RequestContext } from "../../context.ts";
 import { hasCode, messageOf } from "../../error.ts";
 import type { Host } from "../../host/host.ts";
 import { canonicalPath } from "../../host/mount_point.ts";
@@ -7,6 +8,7 @@ import { mountTable } from "../../host/mount_table.ts";
 import { allControllers } from "../../host/nvme/controllers.ts";
 import { type BlockDevice, findDevice } from "../../host/nvme/devices.ts";
 import { mountedSomewhere, mountsOf } from "../../host/volume_mounts.ts";
+import type { Logger } from "../../log.ts";
 import { hostNqn } from "../../namespace.ts";
 import type { InlineVolume, InlineVolumeStore } from "../../storage/backend.ts";
 import { inlineLock } from "./inline_id.ts";

@@ -1,9 +1,10 @@
 /** The DH-HMAC-CHAP keys that a node connects a volume with. */
 import { type DhchapKeys, givenKeys, keysFor } from "../../auth_key.ts";
-import type { RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode } from "../../error.ts";
 import type { Attacher } from "../../host/attach/attacher.ts";
 import { hostNqn, type RemoteNamespace } from "../../namespace.ts";
+import type { Secrets } from "../../secrets.ts";
 import type { Authentication } from "../../storage/backend.ts";
 
 /** How this node connects, under which name, and where it can read keys. */

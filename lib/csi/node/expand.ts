@@ -1,15 +1,16 @@
 /** NodeExpandVolume: grows the file system to the size of the device. */
 import type { NodeExpandVolumeRequest } from "../../../proto/gen/csi_pb.ts";
-import { type RequestContext, sleep } from "../../context.ts";
+import { sleep } from "../../timing.ts";
+import type { RequestContext } from "../../context.ts";
 import { fsTypes } from "../../host/filesystem/fs_type.ts";
 import { ensureGrown } from "../../host/filesystem/grow.ts";
 import type { Host } from "../../host/host.ts";
 import { growMapper } from "../../host/luks.ts";
 import { describeMount, type Mount, mountTable } from "../../host/mount_table.ts";
-import { mountsOf } from "../../host/volume_mounts.ts";
-import { rescanNamespaces } from "../../host/nvme/rescan.ts";
 import type { BlockDevice } from "../../host/nvme/devices.ts";
 import { recheckDevice } from "../../host/nvme/recheck.ts";
+import { rescanNamespaces } from "../../host/nvme/rescan.ts";
+import { mountsOf } from "../../host/volume_mounts.ts";
 import { assertNotInline } from "../inline/inline_id.ts";
 import { longestPath, longestVolumeId, parseCapability, requireText, statedCapability } from "../request.ts";
 import type { NodeParts } from "./options.ts";

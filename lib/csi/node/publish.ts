@@ -1,19 +1,20 @@
 /** NodePublishVolume: shows the staged volume at the target path of a pod. */
 import { type NodePublishVolumeRequest, VolumeCapability_AccessMode_Mode as Mode } from "../../../proto/gen/csi_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { reasonOf } from "../../host/command_reason.ts";
 import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import type { Host } from "../../host/host.ts";
 import { canonicalPath, makeMountPoint } from "../../host/mount_point.ts";
 import { describeMount, type Mount, mountsAt, mountsElsewhere, mountTable } from "../../host/mount_table.ts";
-import { mountsOf, relationOf } from "../../host/volume_mounts.ts";
-import { unmount, unmountAll } from "../../host/unmount.ts";
 import type { BlockDevice } from "../../host/nvme/devices.ts";
 import { recheckDevice } from "../../host/nvme/recheck.ts";
+import { unmount, unmountAll } from "../../host/unmount.ts";
+import { mountsOf, relationOf } from "../../host/volume_mounts.ts";
+import { Secrets } from "../../secrets.ts";
 import { isInlineId } from "../inline/inline_id.ts";
 import { type Access, isReaderOnly, longestVolumeId, parseCapability, requirePath, requireText } from "../request.ts";
-import type { NodeParts } from "./options.ts";
 import { assertMountPath } from "./mount_path.ts";
+import type { NodeParts } from "./options.ts";
 import { setReadOnly } from "./read_only.ts";
 import { ensureStaged } from "./repair.ts";
 import { assertNotMounted } from "./staging.ts";

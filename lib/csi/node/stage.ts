@@ -1,9 +1,10 @@
 /** NodeStageVolume: makes the volume's device appear, and mounts its file system at the staging path. */
 import type { NodeStageVolumeRequest } from "../../../proto/gen/csi_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { parseMountFlags } from "../../host/filesystem/mount_flags.ts";
 import { canonicalPath, isEmptyDirectory, onNodeDisk } from "../../host/mount_point.ts";
 import { mountsAt, mountTable } from "../../host/mount_table.ts";
+import { Secrets } from "../../secrets.ts";
 import { assertNotInline } from "../inline/inline_id.ts";
 import {
   type Access,
@@ -14,8 +15,8 @@ import {
   requirePath,
   requireText,
 } from "../request.ts";
-import type { NodeParts } from "./options.ts";
 import { assertMountPath } from "./mount_path.ts";
+import type { NodeParts } from "./options.ts";
 import { stageVolume } from "./staging.ts";
 import { parseRemoteNamespace } from "./volume.ts";
 

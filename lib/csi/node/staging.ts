@@ -8,7 +8,7 @@
  * the node.
  */
 import type { DhchapKeys } from "../../auth_key.ts";
-import type { RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode, StatusError } from "../../error.ts";
 import type { Attacher } from "../../host/attach/attacher.ts";
 import { probeContent } from "../../host/filesystem/content.ts";
@@ -27,6 +27,7 @@ import { recheckDevice } from "../../host/nvme/recheck.ts";
 import { waitForDevice } from "../../host/nvme/wait.ts";
 import { mountAs, relationOf } from "../../host/volume_mounts.ts";
 import type { RemoteNamespace } from "../../namespace.ts";
+import type { Secrets } from "../../secrets.ts";
 import type { Authentication } from "../../storage/backend.ts";
 import { type Access, hasPassphrase, isReaderOnly, isShared, parsePassphrases } from "../request.ts";
 import { connectionKeys } from "./authentication.ts";

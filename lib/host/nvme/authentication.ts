@@ -10,8 +10,9 @@
  * The controller decides whether a connection is authenticated, when it is connected. Sysfs shows only which keys the host
  * has for a connection.
  */
+import { sleep } from "../../timing.ts";
 import { type AuthKind, DhchapKey, type DhchapKeys, type GivenKeys } from "../../auth_key.ts";
-import { type RequestContext, sleep } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";
 import type { Host } from "../host.ts";

@@ -1,5 +1,6 @@
 /** Applies the remedies that connection_watch.ts finds due, and logs them. */
-import { type RequestContext, requestContext, sleep, timeLimit } from "../../context.ts";
+import { sleep, timeLimit } from "../../timing.ts";
+import { type RequestContext, requestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import type { Host } from "../host.ts";
 import { addressText, carries, readConnectionView } from "./connection_view.ts";

@@ -6,11 +6,11 @@
  * removal do not; one bad option makes it reject the whole file; it skips temporary names in events, but not when it reads
  * the directory at its start.
  */
-import { basename, join } from "node:path";
 import { isIP } from "node:net";
+import { basename, join } from "node:path";
 import * as z from "zod";
-import type { Logger } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 
 /** One line of a file. */
 export interface DiscoveryEntry {

@@ -1,6 +1,6 @@
 /** What the data planes over files share: contents, the set of exposed namespaces, and the order of their work. */
-import type { Logger } from "../../context.ts";
 import { messageOf } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import type { Contents } from "./contents.ts";
 import type { ChangedRun, ExposedNamespace } from "./data_plane.ts";
 

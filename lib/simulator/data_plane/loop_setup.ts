@@ -1,7 +1,7 @@
 /** What a loop data plane needs of its machine: directories of its own, loop devices, and what an earlier run left there. */
 import { basename, dirname, join } from "node:path";
-import type { Logger } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import type { ClusterIdentity } from "../lightos/model.ts";
 import { lockFile } from "../state_file.ts";
 import { Contents, copySparse, exists, removeFile } from "./contents.ts";

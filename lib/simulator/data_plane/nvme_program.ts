@@ -3,8 +3,8 @@
  * a node that connects there. It passes its arguments to the simulator in a file and waits for the result.
  */
 import { basename, join } from "node:path";
-import type { Logger } from "../../context.ts";
 import { messageOf } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 
 /** How a command ended. */
 export interface CommandResult {

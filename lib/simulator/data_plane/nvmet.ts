@@ -23,8 +23,8 @@
  * configfs outlives its maker: nvmet_record.ts says how a later simulator finds and removes what an earlier one left.
  */
 import { basename, join } from "node:path";
-import type { Logger } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import { parseAddress } from "../../namespace.ts";
 import type { ClusterIdentity } from "../lightos/model.ts";
 import { Contents, exists, removeFile } from "./contents.ts";

@@ -6,8 +6,8 @@
 import { createHash } from "node:crypto";
 import { join } from "node:path";
 import * as z from "zod";
-import type { Logger } from "../../context.ts";
 import { messageOf, StatusError } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import { exists, removeFile } from "./contents.ts";
 import { allLoops, backingFile } from "./loop_device.ts";
 import { nvmetRoot, removeNamespace } from "./nvmet_configfs.ts";

@@ -1,7 +1,7 @@
 /** Opens the data plane of a simulator. */
 import { join } from "node:path";
-import type { Logger } from "../../context.ts";
 import { messageOf } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import type { ClusterIdentity } from "../lightos/model.ts";
 import { type DataPlane, noDataPlane } from "./data_plane.ts";
 

@@ -4,12 +4,13 @@
  * One endpoint is one server with one scheme; each can be stopped, started again and made to hang, as servers do.
  * Messages are those of proto/lightos.proto, meanings those of docs/reference/lightos-api.md sections 6, 14 and 15.
  */
-import type { DescMethod } from "@bufbuild/protobuf";
 import { createServer, type Socket } from "node:net";
+import type { DescMethod } from "@bufbuild/protobuf";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
-import { type Logger, sleep } from "../../context.ts";
+import { sleep } from "../../timing.ts";
 import { StatusError } from "../../error.ts";
 import { type CallContext, type Handlers, serve, type Server, service } from "../../grpc/server.ts";
+import type { Logger } from "../../log.ts";
 import type { Scheme } from "../../volume_id.ts";
 import type { FaultRule, Faults } from "../faults.ts";
 import { onFreePort } from "../port.ts";

@@ -5,8 +5,8 @@
  * there again is the same cluster and continues what was half done.
  */
 import { join } from "node:path";
-import type { Logger } from "../../context.ts";
 import { StatusError } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import type { Scheme } from "../../volume_id.ts";
 import { type Control, createControl, serveControl } from "../control.ts";
 import type { DataPlane } from "../data_plane/data_plane.ts";

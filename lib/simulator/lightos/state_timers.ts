@@ -1,6 +1,6 @@
 /** When objects of a simulated cluster change their state: one timer per object. */
-import type { Logger } from "../../context.ts";
 import { messageOf } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 
 const longestTimerMs = 2 ** 31 - 1;
 

@@ -1,5 +1,5 @@
 /** What a simulated cluster holds: the model, indexes over its volumes and snapshots, and the file that remembers it. */
-import type { Logger } from "../../context.ts";
+import type { Logger } from "../../log.ts";
 import type { DataPlane } from "../data_plane/data_plane.ts";
 import { stateText, writeState } from "../state_file.ts";
 import type { Action } from "./action.ts";

@@ -6,9 +6,10 @@
  * request without `param`. Harmful routes exist and answer with an error; `harmful` lists the requests that used them.
  */
 import * as z from "zod";
+import { sleep } from "../../timing.ts";
 import { simulatorMark } from "../../check.ts";
-import { type Logger, sleep } from "../../context.ts";
 import { messageOf } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import type { FaultRule, Faults } from "../faults.ts";
 import { type HttpAnswer, type HttpRequest, type HttpServer, serveHttp } from "../http.ts";
 import { DAgentError, type Route, type RouteCall, routesOf, versions } from "./routes.ts";

@@ -5,16 +5,16 @@
  * at a restart.
  */
 import { join } from "node:path";
-import type { Logger } from "../../context.ts";
 import { StatusError } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import { isArrayName } from "../../volume_id.ts";
 import type { DataPlane } from "../data_plane/data_plane.ts";
+import { openDataPlane } from "../data_plane/open.ts";
 import { createFaults } from "../faults.ts";
 import { lockFile } from "../state_file.ts";
-import { serveDAgent } from "./dagent.ts";
 import { createPoseidonControl, type PoseidonControl, servePoseidonControl } from "./control.ts";
+import { serveDAgent } from "./dagent.ts";
 import { defaultPosBehaviour, type PosBehaviour, PoseidonModel } from "./system.ts";
-import { openDataPlane } from "../data_plane/open.ts";
 
 /** Settings of a simulated PoseidonOS; `defaultPoseidonSettings` has a value for each. */
 export interface PoseidonSettings {

@@ -1,7 +1,8 @@
 /** Gives hosts access to LightOS volumes, takes it away, and says where a volume can be connected to. */
 import type { AuthKind } from "../../auth_key.ts";
-import type { Logger, RequestContext } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode } from "../../error.ts";
+import type { Logger } from "../../log.ts";
 import { parseAddress, type RemoteNamespace, type TransportAddress } from "../../namespace.ts";
 import type { VolumeId } from "../../volume_id.ts";
 import { aclWith, aclWithout, volumeAcl } from "./acl.ts";

@@ -10,9 +10,10 @@
  * - Changes are made with the ETag of what was read (`if-match`), so two racing changes cannot both win.
  */
 import { givenKeys } from "../../auth_key.ts";
-import type { RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { KeyedLock } from "../../lock.ts";
 import { nodeIdOf, type RemoteNamespace } from "../../namespace.ts";
+import type { Secrets } from "../../secrets.ts";
 import { parseVolumeId } from "../../volume_id.ts";
 import type {
   Authentication,
@@ -40,8 +41,9 @@ import { lightosExpansion } from "./expand_volume.ts";
 import { lightosInlineVolumes } from "./inline.ts";
 import { lightosListing, lightosSnapshotList } from "./listing.ts";
 import { lightosModification } from "./modification.ts";
-import { parseAuthKind, parseCapacityParameters, parseParameters, volumeSize } from "./parameters.ts";
+import { parseAuthKind, parseCapacityParameters, parseParameters } from "./parameters.ts";
 import { ClusterPool } from "./pool.ts";
+import { volumeSize } from "./size.ts";
 import { lightosSnapshots } from "./snapshots.ts";
 import { assertSameTrust } from "./trust.ts";
 import { ensureTrusted, lightosAuthentication } from "./trusted_hosts.ts";

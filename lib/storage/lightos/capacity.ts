@@ -4,15 +4,16 @@
  * docs/reference/lightos-api.md sections 9.9, 14 and 15).
  */
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode, StatusError } from "../../error.ts";
+import { Secrets } from "../../secrets.ts";
 import type { Endpoint, Scheme } from "../../volume_id.ts";
 import type { Capacity } from "../backend.ts";
 import { LightosError } from "./api_error.ts";
 import type { Cluster } from "./cluster.ts";
 import type { KnownClusters } from "./cluster_file.ts";
-import { gib } from "./parameters.ts";
 import type { ClusterPool } from "./pool.ts";
+import { gib } from "./size.ts";
 import type { TrustOptions } from "./trust.ts";
 
 /** The StorageClass parameters that GetCapacity needs. */

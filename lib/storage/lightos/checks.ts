@@ -10,10 +10,11 @@ import {
   DurosAPI,
 } from "../../../proto/gen/lightos_pb.ts";
 import { type Check, reasonOf, runCheck, simulatorCheck } from "../../check.ts";
-import type { RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode } from "../../error.ts";
 import { shownCertificate, type Trust } from "../../grpc/tls.ts";
 import { parseAddress, type TransportAddress } from "../../namespace.ts";
+import type { Secrets } from "../../secrets.ts";
 import { type Endpoint, formatEndpoints, type Scheme } from "../../volume_id.ts";
 import type { SystemReport } from "../backend.ts";
 import { withinTime } from "../polling.ts";

@@ -6,7 +6,8 @@
  */
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { type ClusterInfoV2, DurosAPI } from "../../../proto/gen/lightos_pb.ts";
-import type { Logger, RequestContext } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
+import type { Logger } from "../../log.ts";
 import type { Metrics } from "../../metrics.ts";
 import type { Endpoint } from "../../volume_id.ts";
 import { answerProblem } from "./answer_check.ts";

@@ -27,8 +27,10 @@
  * ../cluster_file.ts.
  */
 import * as z from "zod";
-import type { Logger } from "../../context.ts";
 import { messageOf, type StatusCode, StatusError } from "../../error.ts";
+import type { Logger } from "../../log.ts";
+import { pemProblem, readPem } from "../../pem.ts";
+import { parseQuantity } from "../../quantity.ts";
 import {
   type Endpoint,
   formatEndpoint,
@@ -48,9 +50,7 @@ import {
   reloadingFile,
   textListSchema,
 } from "../cluster_file.ts";
-import { pemProblem, readPem } from "../../pem.ts";
 import { trustConfigSchema, type TrustOptions } from "./trust.ts";
-import { parseQuantity } from "../../quantity.ts";
 
 /** One cluster of the file. */
 export interface ClusterEntry {

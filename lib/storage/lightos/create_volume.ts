@@ -19,7 +19,8 @@ import { type Origin, sourceDifference } from "./content_source.ts";
 import { deleteVolume } from "./delete_volume.ts";
 import { encryptionLabels, encryptionOf, isMadeByUs, volumeLabels } from "./labels.ts";
 import { qosPolicyLike } from "./modification.ts";
-import { type LightosParameters, sizeWithSource } from "./parameters.ts";
+import type { LightosParameters } from "./parameters.ts";
+import { sizeWithSource } from "./size.ts";
 import { goneStates, toVolume } from "./volumes.ts";
 import { lookAfterRejection, lookForEarlier, pause, waitUntilSettled } from "./waiting.ts";
 

@@ -4,11 +4,13 @@
  */
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { type ClusterInfoV2, DurosAPI } from "../../../proto/gen/lightos_pb.ts";
-import { type Fields, formatSeconds, type RequestContext, sleep, timeLimit } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { type StatusCode, StatusError } from "../../error.ts";
 import { CallError, type CallOptions, Channel } from "../../grpc/client.ts";
 import type { Trust } from "../../grpc/tls.ts";
+import type { Fields } from "../../log.ts";
 import { countManagementCall, type Sample } from "../../metrics.ts";
+import { formatSeconds, sleep, timeLimit } from "../../timing.ts";
 import { type Endpoint, formatEndpoint, parseEndpoints } from "../../volume_id.ts";
 import { abortCode, inTime } from "../polling.ts";
 import { adviceFor } from "./advice.ts";

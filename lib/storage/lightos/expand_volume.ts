@@ -1,8 +1,8 @@
 /** ControllerExpandVolume on LightOS (facts: docs/reference/lightos-api.md sections 6.8 and 9.3). */
 import { parseVolumeId } from "../../volume_id.ts";
 import type { Expansion } from "../backend.ts";
-import { volumeSize } from "./parameters.ts";
 import type { ClusterPool } from "./pool.ts";
+import { volumeSize } from "./size.ts";
 import { changeVolume, toVolume } from "./volumes.ts";
 
 /** The expansion part of the LightOS backend. */

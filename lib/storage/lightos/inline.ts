@@ -13,9 +13,10 @@
  */
 import * as z from "zod";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode, isFinal, messageOf, StatusError } from "../../error.ts";
 import { hostNqn, type RemoteNamespace } from "../../namespace.ts";
+import { Secrets } from "../../secrets.ts";
 import type { InlineVolume, InlineVolumeRequest, InlineVolumeStore, StorageBackend } from "../backend.ts";
 import type { KnownCluster, KnownClusters } from "./cluster_file.ts";
 import {

@@ -8,7 +8,8 @@ import { parseQuantity } from "../../quantity.ts";
 import { formatEndpoints } from "../../volume_id.ts";
 import type { InlineRules, KnownCluster } from "./cluster_file.ts";
 import { qosPolicyOf } from "./modification.ts";
-import { parametersSchema, problemsOf, volumeSize } from "./parameters.ts";
+import { parametersSchema, problemsOf } from "./parameters.ts";
+import { volumeSize } from "./size.ts";
 
 /** A cluster that allows inline volumes. */
 export type InlineCluster = KnownCluster & { readonly inline: InlineRules };

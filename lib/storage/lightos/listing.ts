@@ -17,8 +17,9 @@ import {
   type Volume as LightosVolume,
   Volume_StateEnum as VolumeState,
 } from "../../../proto/gen/lightos_pb.ts";
-import { type RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { hasCode } from "../../error.ts";
+import { Secrets } from "../../secrets.ts";
 import { isUuid } from "../../uuid.ts";
 import { type Endpoint, formatEndpoints, parseVolumeId, type Scheme, type VolumeId } from "../../volume_id.ts";
 import type { Listing, Page, PageRequest, Snapshot, Snapshots, Volume } from "../backend.ts";

@@ -1,7 +1,8 @@
 /** How long to wait for a management endpoint, and how to notice one that has gone silent. */
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
-import { type RequestContext, sleep, timeLimit } from "../../context.ts";
+import { sleep, timeLimit } from "../../timing.ts";
+import type { RequestContext } from "../../context.ts";
 import { CallError, type CallOptions, type Channel } from "../../grpc/client.ts";
 
 /** How long to wait for an endpoint that gives no sign of life, while there are others. */

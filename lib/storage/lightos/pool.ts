@@ -2,9 +2,9 @@
 import { createHash } from "node:crypto";
 import { clearInterval, setInterval } from "node:timers";
 import * as z from "zod";
-import type { Secrets } from "../../context.ts";
 import type { Trust } from "../../grpc/tls.ts";
 import { pemProblem, readPem } from "../../pem.ts";
+import type { Secrets } from "../../secrets.ts";
 import { type Endpoint, formatEndpoint, formatEndpoints, type Scheme } from "../../volume_id.ts";
 import { Cluster, type LightosOptions } from "./cluster.ts";
 import type { KnownCluster } from "./cluster_file.ts";

@@ -10,9 +10,11 @@
  * What PoseidonOS does not have is absent here too: snapshots, copies and growth (docs/reference/poseidonos-api.md
  * 11.6).
  */
-import type { Logger, RequestContext, Secrets } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
+import type { Logger } from "../../log.ts";
 import type { Metrics } from "../../metrics.ts";
 import { nodeIdOf, type RemoteNamespace } from "../../namespace.ts";
+import type { Secrets } from "../../secrets.ts";
 import { type Endpoint, parsePoseidonId } from "../../volume_id.ts";
 import type { Capacity, Grant, Listing, Modification, StorageBackend, Volume, VolumeRequest } from "../backend.ts";
 import type { KnownSystems } from "./cluster_file.ts";

@@ -12,7 +12,7 @@
  *         arrays: [POSArray]                  # the arrays of lists and of the capacity
  */
 import * as z from "zod";
-import type { Logger } from "../../context.ts";
+import type { Logger } from "../../log.ts";
 import { type Endpoint, formatEndpoint, isArrayName, parseEndpoints } from "../../volume_id.ts";
 import {
   assertDistinct,

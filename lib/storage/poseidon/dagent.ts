@@ -13,9 +13,10 @@
  * is secret.
  */
 import type * as z from "zod";
-import { formatSeconds, type RequestContext, timeLimit, unlessAborted } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { KeyedLock } from "../../lock.ts";
 import type { Metrics } from "../../metrics.ts";
+import { formatSeconds, timeLimit, unlessAborted } from "../../timing.ts";
 import { type Endpoint, formatEndpoint } from "../../volume_id.ts";
 import { abortCode, growingDelays, inTime, pause } from "../polling.ts";
 import { busyError, means, PoseidonError } from "./dagent_error.ts";

@@ -2,9 +2,11 @@
  * Requests to DAgent over HTTP, and its answers as data or errors (facts: docs/reference/poseidonos-api.md section 5).
  */
 import * as z from "zod";
-import { type Fields, formatSeconds, type RequestContext } from "../../context.ts";
+import type { RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
+import type { Fields } from "../../log.ts";
 import { countManagementCall, type Metrics } from "../../metrics.ts";
+import { formatSeconds } from "../../timing.ts";
 import { abortCode, inTime } from "../polling.ts";
 import { type Meaning, meaningOf } from "./codes.ts";
 import { PoseidonError } from "./dagent_error.ts";

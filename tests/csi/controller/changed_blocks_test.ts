@@ -1,9 +1,9 @@
 import { deepStrictEqual, ok, rejects, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../../lib/context.ts";
 import { snapshotMetadataHandlers } from "../../../lib/csi/controller/changed_blocks.ts";
 import { Channel } from "../../../lib/grpc/client.ts";
 import { serve, service } from "../../../lib/grpc/server.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { BlockMetadataType, type GetMetadataAllocatedResponse, SnapshotMetadata } from "../../../proto/gen/csi_pb.ts";
 import { openLightos } from "../../support/backends.ts";
 import { answers } from "../../support/controller_service.ts";

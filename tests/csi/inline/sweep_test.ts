@@ -2,8 +2,8 @@
 import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { Secrets } from "../../../lib/context.ts";
 import { Testbed } from "../../../lib/demo/testbed.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { Node } from "../../../proto/gen/csi_pb.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import {

@@ -1,9 +1,9 @@
 /** The keys that a node connects volumes with. */
 import assert from "node:assert/strict";
-import { type AuthKind, type DhchapKeys } from "../../../lib/auth_key.ts";
-import { Secrets } from "../../../lib/context.ts";
+import type { AuthKind, DhchapKeys } from "../../../lib/auth_key.ts";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import { fromPublishContext, toPublishContext } from "../../../lib/namespace.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import type { Authentication } from "../../../lib/storage/backend.ts";
 import { keyMachine, newKeys, nodeId, nodeNqn, place, revealKeys, uuid } from "../../support/key_machine.ts";
 import { subsystemNqn as nqn } from "../../support/loop_machine.ts";

@@ -8,17 +8,17 @@ import {
   type MessageInitShape,
   type MessageShape,
 } from "@bufbuild/protobuf";
-import { createLogger } from "../../../lib/context.ts";
 import { nodeGetVolumeHealth } from "../../../lib/csi/node/health.ts";
 import { nodeHandlers } from "../../../lib/csi/node/service.ts";
 import { describeRequest, redactRequest } from "../../../lib/csi/request.ts";
 import { Channel } from "../../../lib/grpc/client.ts";
 import { serve, service } from "../../../lib/grpc/server.ts";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
-import { type Host } from "../../../lib/host/host.ts";
+import type { Host } from "../../../lib/host/host.ts";
 import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../../lib/host/mount_table.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
 import { parseVolumeId } from "../../../lib/volume_id.ts";
 import {

@@ -1,10 +1,10 @@
 /** Volumes that do not answer: the driver serves all other volumes, and ends the hung one as well as it can. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { VolumeThreads } from "../../../lib/host/volume_threads.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { node, uuid } from "../../support/loop_node.ts";
 import { needs } from "../../support/needs.ts";
 import { callContext, mountCapability, publishContext, rejects, volumeId } from "../../support/node_calls.ts";

@@ -2,8 +2,10 @@
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { createLogger, requestContext, Secrets } from "../../../lib/context.ts";
+import { requestContext } from "../../../lib/context.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { hostNqn, type RemoteNamespace } from "../../../lib/namespace.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { poseidonBackend } from "../../../lib/storage/poseidon/backend.ts";
 import { needs } from "../../support/needs.ts";
 import { poseidonParameters, startPoseidon } from "../../support/poseidon.ts";

@@ -1,12 +1,12 @@
 /** The node service on the machine that the simulator plays: its kernel, its Discovery-Client, its devices. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { createDiscoveryClientAttacher } from "../../../lib/host/attach/discovery_client.ts";
 import type { Host } from "../../../lib/host/host.ts";
 import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { parseMountTable } from "../../../lib/host/mount_table.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { toPublishContext } from "../../../lib/namespace.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/model.ts";
 import { mib, nodeTest } from "../../support/loop_node.ts";

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
-import { createLogger } from "../../../lib/context.ts";
 import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
+import { createLogger } from "../../../lib/log.ts";
 import type { RemoteNamespace } from "../../../lib/namespace.ts";
 import { FakeHost } from "../../support/fake_host.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";

@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../../lib/context.ts";
 import { createDiscoveryClientAttacher, discoveryFile } from "../../../lib/host/attach/discovery_client.ts";
 import { createLinuxHost } from "../../../lib/host/linux_host.ts";
+import { createLogger } from "../../../lib/log.ts";
 import type { RemoteNamespace } from "../../../lib/namespace.ts";
 import { callContext, rejects } from "../../support/node_calls.ts";
 

@@ -1,9 +1,9 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { type AuthKind } from "../../../lib/auth_key.ts";
-import { createLogger } from "../../../lib/context.ts";
+import type { AuthKind } from "../../../lib/auth_key.ts";
 import { createLinuxHost } from "../../../lib/host/linux_host.ts";
 import { authenticationObstacle } from "../../../lib/host/nvme/authentication.ts";
+import { createLogger } from "../../../lib/log.ts";
 
 Deno.test("authenticationObstacle names what the kernel lacks, from the list of its options", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lbcsi-authentication-" });

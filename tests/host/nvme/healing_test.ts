@@ -1,10 +1,10 @@
 /** Connections that do not heal by themselves: what the direct attacher and the discovery client do about them. */
 import assert from "node:assert/strict";
-import { createLogger } from "../../../lib/context.ts";
 import { createDiscoveryDaemon } from "../../../lib/discovery/daemon.ts";
 import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";
 import { discoveryNqn } from "../../../lib/host/nvme/controllers.ts";
 import { KeyedLock } from "../../../lib/lock.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { hostNqn, type RemoteNamespace } from "../../../lib/namespace.ts";
 import { type Controller, FakeHost } from "../../support/fake_host.ts";
 import { callContext } from "../../support/node_calls.ts";

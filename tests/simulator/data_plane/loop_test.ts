@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../../lib/context.ts";
 import { StatusError } from "../../../lib/error.ts";
 import { Channel } from "../../../lib/grpc/client.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { parseDiscoveryFile } from "../../../lib/simulator/data_plane/discovery_client.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/model.ts";
 import { defaultSimulateSettings, simulate, type SimulateSettings } from "../../../lib/simulator/lightos/simulator.ts";

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { createLogger } from "../../../lib/context.ts";
 import { type StatusCode, StatusError } from "../../../lib/error.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { noDataPlane } from "../../../lib/simulator/data_plane/data_plane.ts";
 import { Action } from "../../../lib/simulator/lightos/action.ts";
 import { parseSize } from "../../../lib/simulator/lightos/arguments.ts";

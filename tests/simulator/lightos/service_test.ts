@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
 import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
-import { createLogger } from "../../../lib/context.ts";
 import { CallError, Channel } from "../../../lib/grpc/client.ts";
+import { createLogger } from "../../../lib/log.ts";
 import { selfSigned } from "../../../lib/simulator/certificate.ts";
 import { defaultSimulateSettings, simulate } from "../../../lib/simulator/lightos/simulator.ts";
 import { DurosAPI, Snapshot_StateEnum, Volume_StateEnum } from "../../../proto/gen/lightos_pb.ts";

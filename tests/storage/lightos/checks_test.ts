@@ -1,6 +1,6 @@
 /** What `lbcsi doctor` says of LightOS clusters. */
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
-import { Secrets } from "../../../lib/context.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { lightosReports } from "../../../lib/storage/lightos/checks.ts";
 import { knownClusters } from "../../../lib/storage/lightos/cluster_file.ts";
 import { ClusterHealth_State as Health } from "../../../proto/gen/lightos_pb.ts";

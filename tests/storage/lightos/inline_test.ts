@@ -1,7 +1,9 @@
 /** Inline volumes on LightOS: what pods may ask for, which token is used for what, and how volumes are found again. */
 import assert from "node:assert/strict";
-import { createLogger, requestContext, Secrets } from "../../../lib/context.ts";
+import { requestContext } from "../../../lib/context.ts";
 import { isFinal, StatusError } from "../../../lib/error.ts";
+import { createLogger } from "../../../lib/log.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import type { InlineVolumeRequest, InlineVolumeStore } from "../../../lib/storage/backend.ts";
 import {
   clusterEntry,

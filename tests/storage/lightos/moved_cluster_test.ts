@@ -1,11 +1,11 @@
 /** Clusters that have moved: old volume IDs lead to where the cluster answers today. */
 import { deepStrictEqual, rejects, strictEqual } from "node:assert/strict";
-import { Secrets } from "../../../lib/context.ts";
 import { hostNqn } from "../../../lib/namespace.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { knownClusters } from "../../../lib/storage/lightos/cluster_file.ts";
-import { startSimulator } from "../../support/simulator.ts";
 import { failsWith, lightosOptions, lightosRequest, memoryFiles, none, quiet, within } from "../../support/backends.ts";
+import { startSimulator } from "../../support/simulator.ts";
 
 /** A cluster that was moved: what it was made with, and a simulator that serves it on other ports. */
 async function movedCluster(scheme: "grpc" | "grpcs") {

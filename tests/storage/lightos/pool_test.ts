@@ -1,9 +1,9 @@
 /** TLS of the management API of LightOS: which certificates are trusted, and what errors say. */
 import { rejects, strictEqual } from "node:assert/strict";
-import { Secrets } from "../../../lib/context.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { parseVolumeId } from "../../../lib/volume_id.ts";
-import type { TestSimulator } from "../../support/simulator.ts";
 import { failsWith, none, startLightos, within } from "../../support/backends.ts";
+import type { TestSimulator } from "../../support/simulator.ts";
 
 const overTls = (simulator: TestSimulator) => ({
   "mgmt-endpoint": simulator.addresses.grpcs.join(","),

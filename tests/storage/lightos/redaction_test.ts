@@ -1,10 +1,10 @@
 /** Secrets that LightOS repeats are in no error and no log line. */
 import { ok, rejects } from "node:assert/strict";
-import { Secrets } from "../../../lib/context.ts";
 import { DhchapKey } from "../../../lib/auth_key.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { VersionSchema } from "../../../proto/gen/lightos_pb.ts";
-import { answerHttp2, grpcAnswer } from "../../support/http2_answers.ts";
 import { failsWith, hostA, none, startCluster, within } from "../../support/backends.ts";
+import { answerHttp2, grpcAnswer } from "../../support/http2_answers.ts";
 
 Deno.test("promise 10: a token or key that a server repeats is in no error and no log line", async () => {
   await using env = await startCluster(1, [], { inBandAuth: true });

@@ -1,6 +1,6 @@
 /** Tokens of calls to LightOS: where they come from, and what is said of bad ones. */
 import { rejects, strictEqual } from "node:assert/strict";
-import { Secrets } from "../../../lib/context.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { failsWith, none, startLightos, within } from "../../support/backends.ts";
 
 Deno.test("promise 10: the error about a rejected token says where it came from, and never its text", async () => {

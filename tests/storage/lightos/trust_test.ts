@@ -1,15 +1,16 @@
 /** How a management API proves who it is: names, pins, the sources of these options, and the log of unverified connections. */
 import { deepStrictEqual, ok, rejects, strictEqual, throws } from "node:assert/strict";
 import tls from "node:tls";
-import { createLogger, Secrets } from "../../../lib/context.ts";
 import { publicKeyPin } from "../../../lib/grpc/tls.ts";
+import { createLogger } from "../../../lib/log.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { selfSigned } from "../../../lib/simulator/certificate.ts";
 import type { VolumeRequest } from "../../../lib/storage/backend.ts";
 import { lightosBackend } from "../../../lib/storage/lightos/backend.ts";
 import { knownClusters } from "../../../lib/storage/lightos/cluster_file.ts";
 import { resolveTrust } from "../../../lib/storage/lightos/trust.ts";
-import { startSimulator, type TestSimulator } from "../../support/simulator.ts";
 import { failsWith, gib, lightosOptions, within } from "../../support/backends.ts";
+import { startSimulator, type TestSimulator } from "../../support/simulator.ts";
 
 const otherPin = "sha256//AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 

@@ -1,6 +1,6 @@
 /** What `lbcsi doctor` says of PoseidonOS. */
 import { deepStrictEqual, match, ok, strictEqual } from "node:assert/strict";
-import { Secrets } from "../../../lib/context.ts";
+import { Secrets } from "../../../lib/secrets.ts";
 import { poseidonBackend } from "../../../lib/storage/poseidon/backend.ts";
 import { poseidonReports } from "../../../lib/storage/poseidon/checks.ts";
 import { checkNamed } from "../../support/checks.ts";
