@@ -143,11 +143,6 @@ export function isNodeHostNqn(nqn: string): boolean {
 /** How the NQNs of the subsystems begin that this driver makes on PoseidonOS, one for each export. */
 export const poseidonNqnPrefix = "nqn.2019-04.pos:lbcsi:";
 
-/** Whether a subsystem is of the driver for that storage system; a node can have volumes of both. */
-export function isSubsystemOf(backend: "lightos" | "poseidon"): (subsystemNqn: string) => boolean {
-  return (nqn) => nqn.startsWith(poseidonNqnPrefix) === (backend === "poseidon");
-}
-
 /** The node ID in a host NQN; the NQN itself when another program made it. */
 export function nodeIdOf(nqn: string): string {
   return nqn.startsWith(hostNqnPrefix) ? nqn.slice(hostNqnPrefix.length) : nqn;

@@ -9,22 +9,44 @@ import type { KeyedLock } from "../lock.ts";
 import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
 import { hostNqn } from "../namespace.ts";
+import type { StorageBackend } from "../storage/backend.ts";
 import type { LightosOptions } from "../storage/lightos/cluster.ts";
+import type { BackendName } from "./backends.ts";
 import { readMachineCa } from "./machine_ca.ts";
 import { clusterFiles, readFileIfPresent, readRequiredCertificates, withUsageErrors } from "./option_files.ts";
 import { type connectionOptions, type hostOptions, tokenOption, type trustOptions } from "./option_groups.ts";
 import { type Settings, UsageError } from "./options.ts";
 import { version } from "./version.ts";
 
-/** Name of the CSIDriver object and the StorageClass provisioner, by storage system. */
-export const driverNames = { lightos: "csi.lightbitslabs.com", poseidon: "csi.pos.io" } as const;
+/** Settings of any command that opens a backend. */
+export type BackendSettings = LightosSettings & PoseidonSettings & { readonly backend: BackendName };
 
-/** A storage system, as `--backend` names it. */
-export type BackendName = keyof typeof driverNames;
+const openers: Readonly<
+  Record<BackendName, (settings: BackendSettings, log: Logger, metrics?: Metrics) => Promise<StorageBackend>>
+> = { lightos: openLightos, poseidon: openPoseidon };
 
-/** Whether volumes of a storage system can grow, for processes that do not open its backend. */
-export function canExpandVolumes(backend: BackendName): boolean {
-  return backend === "lightos";
+/** The backend that `--backend` names. Throws UsageError for settings and files that it cannot use. */
+export async function openBackend(
+  settings: BackendSettings,
+  log: Logger,
+  metrics?: Metrics,
+): Promise<StorageBackend> {
+  return await openers[settings.backend](settings, log, metrics);
+}
+
+/** Opens what a node asks its cluster for: inline volumes and the keys of connections. Undefined: it has neither. */
+export const nodeOpeners = { lightos: openLightos, poseidon: undefined } as const satisfies Readonly<
+  Record<BackendName, typeof openLightos | undefined>
+>;
+
+const optionChecks: Readonly<Record<BackendName, (settings: PoseidonSettings) => void>> = {
+  lightos: () => {},
+  poseidon: assertPoseidonOptions,
+};
+
+/** Throws UsageError for options that have no effect with the storage system. */
+export function assertBackendOptions(backend: BackendName, settings: PoseidonSettings): void {
+  optionChecks[backend](settings);
 }
 
 /** Settings that a LightOS backend is built from. */

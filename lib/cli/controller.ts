@@ -1,7 +1,7 @@
 /** `lbcsi controller`: serves the CSI identity and controller services. */
 import { createLogger } from "../log.ts";
 import { defineCommand, type ListCommands } from "./command.ts";
-import { openLightos, openPoseidon } from "./compose.ts";
+import { openBackend } from "./compose.ts";
 import {
   clusterFileOption,
   controllerAndNodeOptions,
@@ -45,9 +45,7 @@ async function run(settings: Settings<typeof controllerOptions>, listCommands: L
   const { service } = await import("../grpc/server.ts");
   const { Controller, Node, SnapshotMetadata } = await import("../../proto/gen/csi_pb.ts");
   const metrics = await serveMetrics(settings, "controller", settings.backend, log);
-  await using backend = settings.backend === "poseidon"
-    ? await openPoseidon(settings, log, metrics)
-    : await openLightos(settings, log, metrics);
+  await using backend = await openBackend(settings, log, metrics);
   const handlers = controllerHandlers({
     backend,
     locks: new KeyedLock(),

@@ -2,12 +2,19 @@
 import * as z from "zod";
 import type { Check } from "../check.ts";
 import type { RequestContext } from "../context.ts";
-import { hostNqn, isSubsystemOf, nodeIdProblem } from "../namespace.ts";
+import { hostNqn, nodeIdProblem } from "../namespace.ts";
 import { Secrets } from "../secrets.ts";
 import type { SystemReport } from "../storage/backend.ts";
 import { type Endpoint, parseEndpoints, schemes } from "../volume_id.ts";
+import { attachMode, type BackendName, isSubsystemOf } from "./backends.ts";
 import { defineCommand } from "./command.ts";
-import { assertPoseidonOptions, lightosOptions, readPoseidonSystems, removeProxyVariables } from "./compose.ts";
+import {
+  assertBackendOptions,
+  assertPoseidonOptions,
+  lightosOptions,
+  readPoseidonSystems,
+  removeProxyVariables,
+} from "./compose.ts";
 import type { MachineCheckOptions } from "./doctor/machine.ts";
 import {
   clusterFileOption,
@@ -117,10 +124,10 @@ function machineOptions(settings: DoctorSettings): Omit<MachineCheckOptions, "ho
   const { backend, "node-id": nodeId } = settings;
   const problem = nodeId === undefined ? undefined : nodeIdProblem(nodeId);
   if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
-  if (backend === "poseidon") assertPoseidonOptions({ attach: settings.attach });
+  assertBackendOptions(backend, { attach: settings.attach });
   return {
     nodeId,
-    attach: settings.attach ?? (backend === "poseidon" ? "direct" : "discovery-client"),
+    attach: attachMode(settings),
     discoveryDirectory: settings["discovery-dir"],
     kubeletDirectory: settings["kubelet-dir"],
     maxVolumes: settings["max-volumes"],
@@ -148,8 +155,12 @@ async function systemReports(settings: DoctorSettings, ctx: RequestContext): Pro
       inBandAuth: undefined,
     }];
   }
-  return backend === "poseidon" ? await poseidonReport(settings, ctx) : await lightosReport(settings, ctx);
+  return await clusterReports[backend](settings, ctx);
 }
+
+const clusterReports: Readonly<
+  Record<BackendName, (settings: DoctorSettings, ctx: RequestContext) => Promise<readonly SystemReport[]>>
+> = { lightos: lightosReport, poseidon: poseidonReport };
 
 async function poseidonReport(settings: DoctorSettings, ctx: RequestContext): Promise<readonly SystemReport[]> {
   // A node may not have a cluster file with PoseidonOS, but here it names the systems to check.

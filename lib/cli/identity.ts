@@ -1,7 +1,7 @@
 /** `lbcsi identity`: serves the CSI identity service alone. */
 import { createLogger } from "../log.ts";
 import { defineCommand, type ListCommands } from "./command.ts";
-import { assertPoseidonOptions } from "./compose.ts";
+import { assertBackendOptions } from "./compose.ts";
 import { serviceOptions } from "./option_groups.ts";
 import type { Settings } from "./options.ts";
 import { assertPermitted } from "./permissions.ts";
@@ -13,7 +13,7 @@ import { warnOfUnknownVariables } from "./unknown_variables.ts";
 export const identityCommand = defineCommand(serviceOptions, run);
 
 async function run(settings: Settings<typeof serviceOptions>, listCommands: ListCommands): Promise<number> {
-  if (settings.backend === "poseidon") assertPoseidonOptions(settings);
+  assertBackendOptions(settings.backend, settings);
   assertPermitted(settings);
   const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "identity" });
   await warnOfUnknownVariables(log, serviceOptions, listCommands);

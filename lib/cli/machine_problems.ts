@@ -3,7 +3,7 @@ import { unlessAborted } from "../timing.ts";
 import { backgroundContext } from "../context.ts";
 import { messageOf } from "../error.ts";
 import type { Logger } from "../log.ts";
-import { isSubsystemOf } from "../namespace.ts";
+import { attachMode, isSubsystemOf } from "./backends.ts";
 import {
   type controllerAndNodeOptions,
   hostOptions,
@@ -37,7 +37,7 @@ export async function logMachineProblems(settings: MachineSettings, log: Logger,
       // Without metrics: the commands of these checks are not part of the driver's work.
       host: createLinuxHost({ log, sysfsRoot: sysfs, devRoot: dev }),
       nodeId: settings["node-id"],
-      attach: settings.attach ?? (backend === "poseidon" ? "direct" : "discovery-client"),
+      attach: attachMode(settings),
       discoveryDirectory: settings["discovery-dir"],
       kubeletDirectory: Deno.env.get("LB_CSI_KUBELET_DIR") ?? kubeletDirectoryOption["kubelet-dir"].fallback,
       maxVolumes: settings["max-volumes"],

@@ -6,10 +6,10 @@ import type { Host } from "../host/host.ts";
 import type { LuksSettings } from "../host/luks.ts";
 import type { KeyedLock } from "../lock.ts";
 import { createLogger } from "../log.ts";
-import { isSubsystemOf, nodeIdProblem } from "../namespace.ts";
-import { parsePoseidonId, parseVolumeId } from "../volume_id.ts";
+import { nodeIdProblem } from "../namespace.ts";
+import { attachMode, isSubsystemOf, storageSystems } from "./backends.ts";
 import { defineCommand, type ListCommands } from "./command.ts";
-import { assertPoseidonOptions, canExpandVolumes, connectionTuning, createAttacher, openLightos } from "./compose.ts";
+import { assertBackendOptions, connectionTuning, createAttacher, nodeOpeners } from "./compose.ts";
 import { assertDiscoveryDirectory } from "./discovery_directory.ts";
 import { logMachineProblems } from "./machine_problems.ts";
 import {
@@ -119,13 +119,14 @@ async function run(settings: NodeSettings, listCommands: ListCommands): Promise<
   if (metrics !== undefined) await gatherMachineMetrics(metrics, host, settings.backend);
   const locks = new KeyedLock();
   const attacher = await createAttacher(
-    settings.backend === "poseidon" ? { ...settings, attach: "direct" } : settings,
+    { ...settings, attach: attachMode(settings) },
     { host, locks, tuning: connectionTuning(settings) },
   );
   // The parts that call the cluster are loaded only by nodes that make inline volumes, or when keys are asked for.
   await using opened = new AsyncDisposableStack();
-  let opening: ReturnType<typeof openLightos> | undefined;
-  const openCluster = () => opening ??= openLightos(settings, log, metrics).then((backend) => opened.use(backend));
+  const open = nodeOpeners[settings.backend];
+  let opening: ReturnType<NonNullable<typeof open>> | undefined;
+  const openCluster = open && (() => opening ??= open(settings, log, metrics).then((backend) => opened.use(backend)));
   const { handlers, inline } = await createNodeService(settings, { host, attacher, locks, openCluster });
   const stopping = new AbortController();
   const sweep = sweepUntilSettled(inline, log, stopping.signal);
@@ -144,8 +145,8 @@ function assertNodeSettings(settings: NodeSettings): void {
   const problem = nodeIdProblem(nodeId) ??
     (nodeId.endsWith(suffix) ? undefined : `it does not end in "${suffix}" (see --node-id-suffix)`);
   if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);
-  if (settings.backend === "poseidon") assertPoseidonOptions(settings);
-  else if (settings.attach !== "direct") assertDiscoveryDirectory(settings["discovery-dir"]);
+  assertBackendOptions(settings.backend, settings);
+  if (attachMode(settings) === "discovery-client") assertDiscoveryDirectory(settings["discovery-dir"]);
 }
 
 /** What the node service is built from. */
@@ -153,7 +154,8 @@ interface NodeServiceParts {
   readonly host: Host;
   readonly attacher: Attacher;
   readonly locks: KeyedLock;
-  readonly openCluster: () => ReturnType<typeof openLightos>;
+  /** Undefined: the storage system has neither inline volumes nor keys of connections. */
+  readonly openCluster: (() => ReturnType<NonNullable<typeof nodeOpeners[keyof typeof nodeOpeners]>>) | undefined;
 }
 
 async function createNodeService(settings: NodeSettings, { host, attacher, locks, openCluster }: NodeServiceParts) {
@@ -161,7 +163,7 @@ async function createNodeService(settings: NodeSettings, { host, attacher, locks
   const { volumeLimit } = await import("../csi/node/limit.ts");
   const { nodeHandlers } = await import("../csi/node/service.ts");
   const { backend, "node-id": nodeId, "default-fs": defaultFsType, "allow-system-paths": allowSystemPaths } = settings;
-  const volumes = settings.config === undefined ? undefined : (await openCluster()).inline;
+  const volumes = settings.config === undefined ? undefined : (await openCluster?.())?.inline;
   const limit = volumeLimit(host, settings["max-volumes"], isSubsystemOf(backend));
   const inline = inlineVolumes({ host, attacher, locks, nodeId, defaultFsType, volumes, limit, allowSystemPaths });
   const handlers = nodeHandlers({
@@ -175,12 +177,10 @@ async function createNodeService(settings: NodeSettings, { host, attacher, locks
     limit,
     allowSystemPaths,
     luks: luksFormat(settings),
-    parseId: backend === "poseidon"
-      ? (text) => ({ uuid: parsePoseidonId(text).uuid, hostEncryption: undefined })
-      : parseVolumeId,
-    canExpand: canExpandVolumes(backend),
+    parseId: storageSystems[backend].parseId,
+    canExpand: storageSystems[backend].canExpand,
     volumeHealth: settings["csi-1.13"],
-    ...(backend === "poseidon" ? {} : {
+    ...(openCluster === undefined ? {} : {
       authentication: { keysOf: async (...args) => await (await openCluster()).authentication.keysOf(...args) },
     }),
   });

@@ -4,6 +4,7 @@
  */
 import * as z from "zod";
 import { logLevels } from "../log.ts";
+import { backendNames } from "./backends.ts";
 import { absolutePath, listenAddress, switchSchema, unixEndpoint, wholeNumber } from "./option_schemas.ts";
 import type { Options } from "./options.ts";
 
@@ -61,7 +62,7 @@ export const serviceOptions = {
     fallback: "lightos",
     value: "NAME",
     meaning: "storage system of this deployment, the same for controller and node: lightos, poseidon (PoseidonOS)",
-    schema: z.enum(["lightos", "poseidon"], { error: "is not lightos or poseidon" }),
+    schema: z.enum(backendNames, { error: `is not ${backendNames.join(" or ")}` }),
   },
   "snapshot-metadata": {
     env: ["LB_CSI_SNAPSHOT_METADATA"],
@@ -258,7 +259,7 @@ export const simulatedBackendOption = {
     fallback: "lightos",
     value: "NAME",
     meaning: "what is simulated: lightos, poseidon (PoseidonOS)",
-    schema: z.enum(["lightos", "poseidon"], { error: "is not lightos or poseidon" }),
+    schema: z.enum(backendNames, { error: `is not ${backendNames.join(" or ")}` }),
   },
 } as const satisfies Options;
 

@@ -1,4 +1,5 @@
 /** The permissions that are compiled into the executable for controllers. */
+import { storageSystems } from "./backends.ts";
 import { type Settings, UsageError } from "./options.ts";
 import type { clusterFileOption, serviceOptions, tokenOption, trustOptions } from "./option_groups.ts";
 
@@ -15,7 +16,7 @@ export function assertPermitted(settings: PathSettings): void {
   const { endpoint, backend, "jwt-path": jwt, "mgmt-ca": ca, config } = settings;
   const uses = [
     ["endpoint", endpoint, "write"],
-    ["jwt-path", backend === "poseidon" ? undefined : jwt, "read"],
+    ["jwt-path", storageSystems[backend].takesTokens ? jwt : undefined, "read"],
     ["mgmt-ca", ca, "read"],
     ["config", config, "read"],
   ] as const;

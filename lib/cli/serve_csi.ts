@@ -3,7 +3,7 @@ import { dirname } from "node:path";
 import type { Service } from "../grpc/server.ts";
 import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
-import { canExpandVolumes, driverNames } from "./compose.ts";
+import { storageSystems } from "./backends.ts";
 import type { serviceOptions } from "./option_groups.ts";
 import type { Settings } from "./options.ts";
 import { waitForStopSignal } from "./stop_signals.ts";
@@ -45,9 +45,9 @@ export async function serveCsi({ settings, log, services, metrics, onServing }: 
   const stopSignal = waitForStopSignal();
   const { endpoint: path, backend } = settings;
   const identity = identityHandlers({
-    name: driverNames[backend],
+    name: storageSystems[backend].driverName,
     version,
-    expansion: canExpandVolumes(backend),
+    expansion: storageSystems[backend].canExpand,
     snapshotMetadata: settings["snapshot-metadata"],
   }, createFileOperationsProbe(() => Deno.realPath(dirname(path))));
   const server = await serve({

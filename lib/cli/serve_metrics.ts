@@ -2,8 +2,7 @@
 import type { Host } from "../host/host.ts";
 import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
-import { isSubsystemOf } from "../namespace.ts";
-import type { BackendName } from "./compose.ts";
+import { type BackendName, isSubsystemOf } from "./backends.ts";
 import type { metricsOption } from "./option_groups.ts";
 import type { Settings } from "./options.ts";
 import { version } from "./version.ts";

@@ -2,6 +2,7 @@
 import * as z from "zod";
 import { createLogger, type Logger } from "../log.ts";
 import { schemes } from "../volume_id.ts";
+import type { BackendName } from "./backends.ts";
 import { defineCommand } from "./command.ts";
 import { logOptions, simulatedBackendOption } from "./option_groups.ts";
 import { absolutePath, switchSchema, wholeNumber } from "./option_schemas.ts";
@@ -142,14 +143,16 @@ type SimulateSettings = Settings<typeof simulateOptions>;
 async function run(settings: SimulateSettings): Promise<number> {
   const log = createLogger(settings["log-level"], settings["log-fmt"]).with({ role: "simulator" });
   const stopSignal = waitForStopSignal();
-  const simulator = settings.backend === "poseidon"
-    ? await startPoseidon(settings, log)
-    : await startLightos(settings, log);
+  const simulator = await starters[settings.backend](settings, log);
   console.log(JSON.stringify(simulator.addresses));
   await stopSignal;
   await simulator.stop();
   return 0;
 }
+
+const starters = { lightos: startLightos, poseidon: startPoseidon } as const satisfies Readonly<
+  Record<BackendName, unknown>
+>;
 
 async function startPoseidon(settings: SimulateSettings, log: Logger) {
   const { defaultPoseidonSettings, simulatePoseidon } = await import("../simulator/poseidon/simulator.ts");

@@ -79,7 +79,8 @@ export interface Grant {
 
 /** A storage system, for the CSI services. Dispose it to close its connections. */
 export interface StorageBackend extends AsyncDisposable {
-  readonly name: "lightos" | "poseidon";
+  /** As `--backend` names it. */
+  readonly name: string;
   /**
    * Why only one host at a time can have a volume, for the error about access modes that need more. Absent: hosts may
    * share volumes.

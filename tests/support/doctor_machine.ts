@@ -5,7 +5,8 @@ import { hostIdOf } from "../../lib/host/attach/attacher.ts";
 import type { Host } from "../../lib/host/host.ts";
 import { createLinuxHost } from "../../lib/host/linux_host.ts";
 import { createLogger } from "../../lib/log.ts";
-import { hostNqn, isSubsystemOf } from "../../lib/namespace.ts";
+import { isSubsystemOf } from "../../lib/cli/backends.ts";
+import { hostNqn } from "../../lib/namespace.ts";
 import { callContext } from "./node_calls.ts";
 
 export const nodeId = "n1.node";
