@@ -5,7 +5,8 @@
  * and RESOURCE_EXHAUSTED are for an operator, ABORTED and UNAVAILABLE are retried by the orchestrator, INTERNAL is a bug
  * of ours. Callers treat every code but CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED and UNAVAILABLE as
  * final: one outside this set may be used only when nothing is going on any more and nothing was left behind. For
- * csi-provisioner RESOURCE_EXHAUSTED is final too. What callers do after each code is in docs/reference/csi.md 2.5.
+ * csi-provisioner RESOURCE_EXHAUSTED is final too, so the code for a full cluster depends on the call
+ * (csi/controller/full_cluster.ts). What callers do after each code is in docs/reference/csi.md 2.5.
  */
 
 /** The names of the gRPC status codes that an answer of ours may carry. */

@@ -23,6 +23,10 @@ const commandTable: Readonly<Record<string, TableEntry>> = {
     summary: "serve the CSI identity and node services",
     load: async () => (await import("./node.ts")).nodeCommand,
   },
+  identity: {
+    summary: "serve the CSI identity service alone",
+    load: async () => (await import("./identity.ts")).identityCommand,
+  },
   sweep: {
     summary: "list or remove the inline volumes that a dead node has left behind",
     load: async () => (await import("./sweep.ts")).sweepCommand,
@@ -44,7 +48,7 @@ const commandTable: Readonly<Record<string, TableEntry>> = {
     load: async () => (await import("./list.ts")).listCommand,
   },
   doctor: {
-    summary: "say what is wrong with this machine and the cluster, before the first pod does",
+    summary: "check this machine and the cluster",
     load: async () => (await import("./doctor.ts")).doctorCommand,
   },
   "discovery-client": {
@@ -56,12 +60,8 @@ const commandTable: Readonly<Record<string, TableEntry>> = {
     load: async () => (await import("./completion.ts")).completionCommand,
   },
   demo: {
-    summary: "show whole lives of volumes on a simulated cluster, with real file systems",
+    summary: "create, use and delete volumes on a simulated cluster",
     load: async () => (await import("./demo.ts")).demoCommand,
-  },
-  identity: {
-    summary: "serve the CSI identity service alone",
-    load: async () => (await import("./identity.ts")).identityCommand,
   },
 };
 

@@ -4,7 +4,8 @@
  * Every method is an intent and may be repeated: after success it returns the same again, after a failure or a lost
  * answer it continues from what the cluster shows. States of the cluster, polling and retries stay behind it; it
  * returns when the request is fulfilled, or throws a StatusError before `ctx.signal` has aborted, shortly before the
- * orchestrator stops waiting. Calls for different volumes may run at once; the caller keeps calls for one volume apart.
+ * orchestrator stops waiting. Calls for different volumes may run at once; the caller
+ * never runs two calls for one volume at once.
  *
  * Each method names its own action: its errors begin with `Cannot <action>: `. They reach the person who reads `kubectl
  * describe`, and name the volume, the management endpoint that answered and the cluster's own words.
@@ -152,8 +153,8 @@ export interface BlockRange {
 /** The cluster knows which blocks of a snapshot hold data, and which differ from an older snapshot. */
 export interface ChangedBlocks {
   /**
-   * The blocks of a snapshot with data, or those that differ from an older one of the same volume. There may be others
-   * among them, but none is missing. The ranges ascend and do not overlap, also across pages; the first one ends behind
+   * The blocks of a snapshot with data, or those that differ from an older one of the same volume. The result may
+   * include unchanged blocks, but never omits a changed one. The ranges ascend and do not overlap, also across pages; the first one ends behind
    * `startingOffsetBytes`. Pages are requested as they are read. Throws NOT_FOUND for an absent snapshot, OUT_OF_RANGE
    * for an offset beyond its size.
    */

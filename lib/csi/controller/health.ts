@@ -20,7 +20,7 @@ export function healthHandlers(backend: StorageBackend) {
   return {
     /** CSI specification 1.13, "ControllerGetVolumeHealth". */
     async controllerGetVolumeHealth(request, call) {
-      const ctx = call.doing("tell the health of a volume");
+      const ctx = call.doing("report the health of a volume");
       const volumeId = requireText(ctx, "volume_id", request.volumeId, longestVolumeId);
       const { condition } = await backend.getVolume(ctx, new Secrets(request.secrets), volumeId);
       // Orchestrators compare the text of IDs, and ours may have another order of endpoints than the caller's.

@@ -35,7 +35,7 @@ export async function nodeGetVolumeHealth(
   call: RequestContext,
 ) {
   const { host, parseId } = options;
-  const parsing = call.doing("tell the health of the volume");
+  const parsing = call.doing("report the health of the volume");
   const volumeId = requireText(parsing, "volume_id", request.volumeId, longestVolumeId);
   const paths = Object.entries({
     volume_publish_path: request.volumePublishPath,
@@ -44,7 +44,7 @@ export async function nodeGetVolumeHealth(
   const id: VolumeOnNode = isInlineId(volumeId)
     ? { uuid: await inlineUuid(host, volumeId, request.volumePublishPath) }
     : parseId(volumeId);
-  const ctx = call.with({ volume: id.uuid }).doing(`tell the health of the volume ${id.uuid}`);
+  const ctx = call.with({ volume: id.uuid }).doing(`report the health of the volume ${id.uuid}`);
   const conditions = await conditionsOf(options, ctx, id, paths);
   for (const { message } of conditions) ctx.log.warning("found an abnormal volume condition", { error: message });
   return { volumeHealth: toVolumeHealth(volumeId, conditions) };

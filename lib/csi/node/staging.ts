@@ -183,8 +183,8 @@ const blankAdvice =
 /** What an operator can do for a volume whose staging cannot be repaired without a secret. */
 const restageAdvice =
   "end every pod on this node that uses the volume (scale it to zero, or drain the node), so that it " +
-  "is staged again; with csi.storage.k8s.io/node-publish-secret-name and -namespace in its StorageClass, the next volumes " +
-  "mend themselves";
+  "is staged again; with csi.storage.k8s.io/node-publish-secret-name and -namespace in its StorageClass, volumes " +
+  "created afterwards are repaired automatically";
 
 function passphrasesOf(ctx: RequestContext, { secrets, isRepair }: StageRequest) {
   if (isRepair && !hasPassphrase(secrets)) {

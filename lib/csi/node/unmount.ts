@@ -8,8 +8,8 @@ import type { BlockDevice } from "../../host/nvme/devices.ts";
 /**
  * Unmounts everything at `path` that is the volume's or dead. Nothing is mounted there: done.
  *
- * A question that the volume has not answered yet keeps its mount busy; that passes, so the error is then UNAVAILABLE
- * and not FAILED_PRECONDITION.
+ * While the volume has not answered an operation, its mount is busy. That passes, so the error is UNAVAILABLE, not
+ * FAILED_PRECONDITION.
  *
  * @param path free of symbolic links
  * @param device the volume's device; undefined: it has gone

@@ -7,8 +7,8 @@
  * in between, and found zeros only.
  *
  * A device that is neither blank nor a file system may be the work of a mkfs that was killed. The driver recognises its own
- * work by a mark (unfinished.ts). Without a mark such a device is left alone: zeros in the right places and metadata of an
- * unknown writer are what a damaged file system looks like too.
+ * work by a mark (unfinished.ts). Without a mark such a device is left alone: a damaged file
+ * system can look the same.
  */
 import type { RequestContext } from "../../context.ts";
 import type { StatusError } from "../../error.ts";
@@ -28,7 +28,7 @@ import { isHalfMade, isUnfinished, wasUnfinishedWhenSmaller } from "./unfinished
 export type Content =
   /** Encrypted on the host: luks.ts opens it. */
   | { readonly kind: "luks" }
-  /** `isSmaller`: than its device, by more than it cannot use anyway. */
+  /** `isSmaller`: it can grow, because more space is free behind it than it must leave unused. */
   | { readonly kind: "filesystem"; readonly fsType: FsType; readonly isSmaller: boolean }
   | { readonly kind: "blank" }
   /** A mkfs or luksFormat of ours for this namespace was killed: see unfinished.ts and luks_label.ts. */
@@ -62,7 +62,8 @@ export async function probeContent(host: Host, ctx: RequestContext, device: Bloc
   if (type === "crypto_LUKS") return { kind: "luks" };
   if (type !== undefined) return await fileSystemContent(ctx, read, now, type);
   if (now.encrypts !== undefined) {
-    // What was never written shows as noise. Only the label of a new volume could tell it from data, and that is gone.
+    // Unwritten blocks of an encrypted device read as noise. Only the label of a new volume distinguishes them from data, and
+    // it is gone.
     throw contentError(`${now.path} holds no file system, and may have been used without one; it is left alone`);
   }
   if (await isUnfinished(read, now)) return { kind: "unfinished" };

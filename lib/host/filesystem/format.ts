@@ -113,8 +113,8 @@ export async function format(
 function mkfsArguments(fsType: FsType, { path, uuid }: BlockDevice, options: readonly string[]): readonly string[] {
   switch (fsType) {
     case "ext4":
-      // No reserved blocks: the volume has one user. A new namespace has nothing to discard. Zeroing the journal would be most
-      // of what mkfs writes, and is not needed: no block there can be mistaken for one of a journal, all are zero or noise.
+      // No reserved blocks: the volume has one user. A new namespace has nothing to discard. The journal need not
+      // be zeroed, which would be most of what mkfs writes: every block is zero or noise, so none looks like a journal block.
       return [
         ...["-q", "-m", "0", "-U", fileSystemUuid(uuid)],
         ...joinOption(joinOption(["-E", "nodiscard,lazy_journal_init=1", ...options], "-E"), "-O"),
@@ -162,9 +162,9 @@ async function eraseMarkIfBlank(host: Host, ctx: RequestContext, device: BlockDe
 }
 
 /**
- * Erases the mark in a file system whose mkfs has ended, when the driver was killed before it erased the mark. Only in one
- * that was hardly ever mounted: in any other, a block that looks like the mark is a tenant's. A mark that stayed in a free
- * block would make a volume that lost its super block look unfinished.
+ * Erases the mark in a file system whose mkfs has ended, when the driver was killed before it erased the mark. Only if
+ * the file system was hardly mounted; otherwise a block like the mark may be tenant data. A mark that stayed in a free block
+ * would make a volume that lost its super block look unfinished.
  */
 export async function eraseStaleMark(
   host: Host,

@@ -1,4 +1,4 @@
-/** Connects controllers with nvme-cli. */
+/** Makes the arguments of `nvme connect` and runs it; fabrics.ts is the kernel's own way. */
 import type { RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import { formatAddress } from "../../namespace.ts";

@@ -1,4 +1,4 @@
-/** Runs nvme-cli. */
+/** Runs nvme-cli's commands (ns-rescan, reset). connect.ts makes the arguments of its connect. */
 import type { RequestContext } from "../../context.ts";
 import { messageOf } from "../../error.ts";
 import type { CommandResult, Host } from "../host.ts";

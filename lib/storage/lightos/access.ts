@@ -10,7 +10,8 @@ import type { Cluster } from "./cluster.ts";
 import { changeVolume } from "./volumes.ts";
 
 /**
- * Puts a host on the access list of a volume. Throws FAILED_PRECONDITION when that is not possible, as `aclWith` says.
+ * Puts a host on the access list of a volume. Rejects a second node where access is for a single writer: `aclWith` throws
+ * FAILED_PRECONDITION then.
  */
 export async function allowHost(
   ctx: RequestContext,

@@ -34,7 +34,7 @@ export function nameHosts(hosts: readonly string[]): string {
 
 /**
  * The ACL with this host in it, or undefined when it needs no change. Throws FAILED_PRECONDITION when it is open to any
- * host, or when another host is in it and access is not shared.
+ * host, or when another host is in it and access is not shared: this is what rejects a second node (single-writer access).
  */
 export function aclWith(
   ctx: RequestContext,

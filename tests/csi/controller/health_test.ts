@@ -95,7 +95,7 @@ Deno.test("ControllerGetVolumeHealth answers NOT_FOUND for an unknown volume, IN
 
   await assert.rejects(health(other), answers("NOT_FOUND", /read volume 6bb32fb5/));
   await assert.rejects(health("none-exist-id"), answers("NOT_FOUND", /none-exist-id/));
-  await assert.rejects(health(""), answers("INVALID_ARGUMENT", /^Cannot tell the health of a volume: volume_id is/));
+  await assert.rejects(health(""), answers("INVALID_ARGUMENT", /^Cannot report the health of a volume: volume_id is/));
 });
 
 Deno.test("ControllerGetVolumeHealth without a token fails, and does not report the volume as healthy", async () => {

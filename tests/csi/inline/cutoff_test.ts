@@ -8,7 +8,7 @@ import { inlineHost, inlineId, inlineNode, inlineRequest } from "../../support/i
 import { rejects } from "../../support/node_calls.ts";
 import { eventually, type TestSimulator } from "../../support/simulator.ts";
 
-/** A make-believe machine that is shown the namespaces of a simulated cluster. */
+/** A FakeHost that is shown the namespaces of a simulated cluster. */
 class ClusterHost extends FakeHost {
   readonly #sim: TestSimulator;
 

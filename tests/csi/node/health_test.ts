@@ -271,7 +271,10 @@ nodeTest("NodeGetVolumeHealth answers NOT_FOUND for a volume that this node know
 
   await assert.rejects(
     health(volumeId, `${n.stagingTargetPath}-other`),
-    answers("NOT_FOUND", /^Cannot tell the health of the volume \S+: this node has no block device of it, and none of/),
+    answers(
+      "NOT_FOUND",
+      /^Cannot report the health of the volume \S+: this node has no block device of it, and none of/,
+    ),
   );
   await assert.rejects(health(volumeId, "some/path"), answers("NOT_FOUND", /no block device/));
   await assert.rejects(health("none-exist-id", n.stagingTargetPath), answers("NOT_FOUND", /none-exist-id/));

@@ -1,5 +1,5 @@
 /**
- * The node service when connections are lost, on a make-believe machine; tests/vm/scenarios/paths.ts is the real one.
+ * The node service when connections are lost, on a FakeHost; tests/vm/scenarios/paths.ts is the real one.
  */
 import assert from "node:assert/strict";
 import { createDirectAttacher } from "../../../lib/host/attach/direct.ts";

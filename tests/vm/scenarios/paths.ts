@@ -1,6 +1,6 @@
 /**
  * Connections that are lost and come back, or do not. Measured on 6.1: a device without a path makes every reader and
- * writer wait in the kernel, umount(8) too, where no signal ends it, until a path is back or ctrl_loss_tmo has passed.
+ * writer wait in the kernel, umount(8) too, out of reach of any signal, until a path is back or ctrl_loss_tmo has passed.
  */
 import assert from "node:assert/strict";
 import { scenario as of } from "../scenario.ts";
@@ -20,7 +20,7 @@ const take = (testbed: GuestTestbed, server: number, up: boolean) =>
 const states = () => controllers().map(({ state }) => state).join(" ");
 const noneLive = () => controllers().length > 0 && controllers().every(({ state }) => state !== "live");
 
-/** Processes that no signal ends, because they wait for a device. */
+/** Processes that no signal ends, because their device has no path. */
 async function stuck(): Promise<string> {
   const lines = (await tool("ps", "-eo", "state,args")).split("\n");
   return lines.filter((line) => /^D .*(mount|blkid|mkfs|nvme)/.test(line)).join("; ");
