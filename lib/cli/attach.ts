@@ -81,7 +81,7 @@ type AttachSettings = Settings<typeof attachOptions>;
 async function run(settings: AttachSettings): Promise<number> {
   assertAttachSettings(settings);
   return await runShellCommand("attach the volume", settings, async (ctx) => {
-    console.log(describeAttached(await attach(ctx, settings), settings.json));
+    await attach(ctx, settings);
   });
 }
 
@@ -107,7 +107,8 @@ function assertAttachSettings(settings: AttachSettings): void {
   assertDiscoveryDirectory(settings["discovery-dir"]);
 }
 
-async function attach(ctx: RequestContext, settings: AttachSettings): Promise<Attached> {
+/** Attaches, and prints the device before anything is closed: a script needs it even when closing fails. */
+async function attach(ctx: RequestContext, settings: AttachSettings): Promise<void> {
   const { mount, fs, format, "read-only": readOnly, address = [], discovery = [] } = settings;
   await using opened = await openVolumeRequest(settings, ctx.log, {
     addresses: address,
@@ -135,7 +136,8 @@ async function attach(ctx: RequestContext, settings: AttachSettings): Promise<At
   const mountRequest: MountRequest | undefined = mount === undefined
     ? undefined
     : { path: mount, fsType: fs, readOnly, format };
-  return await attachVolume(ctx, machine, request, mountRequest);
+  const attached = await attachVolume(ctx, machine, request, mountRequest);
+  console.log(describeAttached(attached, settings.json));
 }
 
 function describeAttached({ device, mount }: Attached, json: boolean): string {

@@ -228,7 +228,8 @@ export class DiscoveryDaemon {
     const isCurrent = pages.size === this.#pages.size &&
       [...pages].every(([key, page]) => this.#pages.get(key) === page);
     if (isCurrent) this.#dropUnlisted(unneeded);
-    for (const key of plan.released) this.#release(key);
+    // One may have been released meanwhile.
+    for (const key of plan.released) if (this.#managed.keys.has(key)) this.#release(key);
     if (isCurrent) { for (const controller of plan.unnamed) this.#drop(controller); }
     const sources = new Set(plan.sources.map(({ source }) => source.key));
     for (const key of this.#pages.keys()) if (!sources.has(key)) this.#pages.delete(key);
