@@ -122,7 +122,7 @@ async function refusedByTheNode(testbed: GuestTestbed): Promise<void> {
   volume.stageSecrets = testbed.secrets;
 
   await assertCallFails(
-    volume.stage(),
+    () => volume.stage(),
     "FAILED_PRECONDITION",
     /: the kernel was built without the authentication of NVMe/,
   );

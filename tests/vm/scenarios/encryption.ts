@@ -126,7 +126,7 @@ export const scenario = of([
       await volume.unpublish(20);
 
       await assertCallFails(
-        volume.publish(30),
+        () => volume.publish(30),
         "FAILED_PRECONDITION",
         /the call brings no passphrase; end every pod on this node/,
       );
@@ -155,7 +155,7 @@ export const scenario = of([
       assert.equal(await Deno.readTextFile(`${volume.staging}/file`), "kept");
       await volume.unstage();
       volume.stageSecrets = { "host-encryption-passphrase": passphrase };
-      await assertCallFails(volume.stage(), "INVALID_ARGUMENT", /does not open nvme\d+n\d+/);
+      await assertCallFails(() => volume.stage(), "INVALID_ARGUMENT", /does not open nvme\d+n\d+/);
       volume.stageSecrets = { "host-encryption-passphrase": "changed" };
       await volume.stage();
       assert.equal(await Deno.readTextFile(`${volume.staging}/file`), "kept");
@@ -197,7 +197,7 @@ export const scenario = of([
       };
       // Without a file system and without our mark nothing proves that it was never used.
       await assertCallFails(
-        testbed.nodeCall(Node.method.nodeStageVolume, request),
+        () => testbed.nodeCall(Node.method.nodeStageVolume, request),
         "FAILED_PRECONDITION",
         /holds no file system, and may have been used without one; it is left alone/,
       );
@@ -222,13 +222,14 @@ export const scenario = of([
       await Deno.writeTextFile(`${plain.staging}/file`, "kept");
       await plain.unstage();
       await assertCallFails(
-        testbed.nodeCall(Node.method.nodeStageVolume, {
-          volumeId: `${plain.id}|hostcrypto:luks2`,
-          publishContext: plain.publishContext,
-          stagingTargetPath: plain.staging,
-          volumeCapability: plain.capability,
-          secrets: { "host-encryption-passphrase": passphrase },
-        }),
+        () =>
+          testbed.nodeCall(Node.method.nodeStageVolume, {
+            volumeId: `${plain.id}|hostcrypto:luks2`,
+            publishContext: plain.publishContext,
+            stagingTargetPath: plain.staging,
+            volumeCapability: plain.capability,
+            secrets: { "host-encryption-passphrase": passphrase },
+          }),
         "FAILED_PRECONDITION",
         /holds a file system in the clear, it is left alone/,
       );
@@ -240,12 +241,13 @@ export const scenario = of([
       await secret.stage();
       await secret.unstage();
       await assertCallFails(
-        testbed.nodeCall(Node.method.nodeStageVolume, {
-          volumeId: secret.id.replace("|hostcrypto:luks2", ""),
-          publishContext: secret.publishContext,
-          stagingTargetPath: secret.staging,
-          volumeCapability: secret.capability,
-        }),
+        () =>
+          testbed.nodeCall(Node.method.nodeStageVolume, {
+            volumeId: secret.id.replace("|hostcrypto:luks2", ""),
+            publishContext: secret.publishContext,
+            stagingTargetPath: secret.staging,
+            volumeCapability: secret.capability,
+          }),
         "FAILED_PRECONDITION",
         /holds crypto_LUKS/,
       );

@@ -69,7 +69,7 @@ export const scenario = of([
       await tool("sh", "-c", `echo kept >${volume.target}/file && sync -f ${volume.target}`);
       const before = volume.device;
       await enable(testbed, volume, false);
-      await assertCallFails(volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
+      await assertCallFails(() => volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
       await enable(testbed, volume, true);
       assert.notEqual(volume.device, before);
 
@@ -180,7 +180,11 @@ export const scenario = of([
       await tool("umount", volume.target);
       await Deno.writeTextFile(`${volume.target}/precious`, "on the root disk");
 
-      await assertCallFails(volume.unpublish(), "FAILED_PRECONDITION", /it holds "precious", which are left alone/);
+      await assertCallFails(
+        () => volume.unpublish(),
+        "FAILED_PRECONDITION",
+        /it holds "precious", which are left alone/,
+      );
       assert.equal(await Deno.readTextFile(`${volume.target}/precious`), "on the root disk");
       await Deno.remove(`${volume.target}/precious`);
       await volume.unpublish();
@@ -203,7 +207,7 @@ export const scenario = of([
       const own = `${volume.staging}/own`;
       await Deno.writeTextFile(own, "on the node's disk");
       await assertCallFails(
-        volume.publish(),
+        () => volume.publish(),
         "FAILED_PRECONDITION",
         /staging path ".*" holds files of the node's own disk/,
       );
@@ -214,7 +218,7 @@ export const scenario = of([
       await volume.unpublish();
 
       await enable(testbed, volume, false);
-      await assertCallFails(volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
+      await assertCallFails(() => volume.publish(10), "UNAVAILABLE", /Cannot find a block device of namespace/);
       await enable(testbed, volume, true);
       await volume.publish();
       assert.equal(await Deno.readTextFile(`${volume.target}/kept`), "on the volume");

@@ -75,7 +75,7 @@ export const scenario = of([
       const volume = await testbed.volume();
       for (const server of [0, 1]) await take(testbed, server, false);
       await assertCallFails(
-        volume.stage(),
+        () => volume.stage(),
         "UNAVAILABLE",
         /took the connection \(127\.0\.0\.1:4420: refused, nothing listens there; 127\.0\.0\.2:4420: refused, nothing listens/,
       );
@@ -84,7 +84,7 @@ export const scenario = of([
       await testbed.processes.ask("GET", "/settled");
 
       await assertCallFails(
-        volume.stage(),
+        () => volume.stage(),
         "UNAVAILABLE",
         /127\.0\.0\.1:4420: not allowed: the subsystem is unknown there or has no/,
       );
@@ -105,11 +105,11 @@ export const scenario = of([
 
       const { volumeCondition } = await volume.stats();
       assert.match(volumeCondition?.message ?? "", /no live path/);
-      await assertCallFails(volume.publish(20), "UNAVAILABLE", /has no live path \(nvme\d+ \w+; nvme\d+ \w+\)/);
-      await assertCallFails(volume.stage(20), "UNAVAILABLE", /no live path|took the connection/);
+      await assertCallFails(() => volume.publish(20), "UNAVAILABLE", /has no live path \(nvme\d+ \w+; nvme\d+ \w+\)/);
+      await assertCallFails(() => volume.stage(20), "UNAVAILABLE", /no live path|took the connection/);
       await volume.unpublish(20);
       await assertCallFails(
-        volume.unstage(20),
+        () => volume.unstage(20),
         "UNAVAILABLE",
         /has no live path .* what was not yet written waits for one/,
       );
@@ -141,7 +141,7 @@ export const scenario = of([
       for (const server of [0, 1]) await take(testbed, server, false);
       const isGone = () => volumes.every(({ uuid }) => devicesWith(uuid).length === 0);
       await until("the kernel gives the devices up", isGone, 120);
-      await assertCallFails(mounted.publish(20), "UNAVAILABLE", /took the connection|no block device/);
+      await assertCallFails(() => mounted.publish(20), "UNAVAILABLE", /took the connection|no block device/);
       for (const server of [0, 1]) await take(testbed, server, true);
       for (const volume of volumes) await volume.unpublish(20);
 
@@ -172,11 +172,11 @@ export const scenario = of([
       await ana("inaccessible");
 
       await assertCallFails(
-        volume.publish(20),
+        () => volume.publish(20),
         "UNAVAILABLE",
         /no live path \(nvme\d+ live, inaccessible; nvme\d+ live, inaccessible\)/,
       );
-      await assertCallFails(volume.unstage(20), "UNAVAILABLE", /no live path/);
+      await assertCallFails(() => volume.unstage(20), "UNAVAILABLE", /no live path/);
       await ana("optimized");
 
       await volume.publish();
@@ -200,7 +200,7 @@ export const scenario = of([
       await Deno.writeTextFile(`${volume.target}/unwritten`, "after");
 
       await volume.unpublish(20);
-      await assertCallFails(volume.unstage(20), "UNAVAILABLE", /has no live path/);
+      await assertCallFails(() => volume.unstage(20), "UNAVAILABLE", /has no live path/);
       assert.equal(await stuck(), "");
       await until("the kernel gives the device up", () => devicesWith(volume.uuid).length === 0, 90);
       await volume.unstage(20);

@@ -25,7 +25,7 @@ const lives = (["ext4", "block"] as const).map((use): Check => ({
     const path = use === "block" ? volume.target : join(volume.target, "file");
     await Deno.writeTextFile(path, `text on ${use}`, { create: use !== "block" });
     await tool("sync", path);
-    await assertCallFails(volume.grant("other.node"), "FAILED_PRECONDITION", /guest\.node has it/);
+    await assertCallFails(() => volume.grant("other.node"), "FAILED_PRECONDITION", /guest\.node has it/);
     const { usage } = await volume.stats();
     const total = Number(usage[0]?.total);
     assert(total > 0.8 * 2 ** 30 && total <= 2 ** 30, `${total} bytes`);

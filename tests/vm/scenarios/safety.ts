@@ -101,8 +101,8 @@ export const scenario = of([
       const before = fingerprint(file);
       await volume.grant();
 
-      await assertCallFails(volume.stage(), code, message);
-      await assertCallFails(volume.stage(), code, message);
+      await assertCallFails(() => volume.stage(), code, message);
+      await assertCallFails(() => volume.stage(), code, message);
 
       assert.equal(fingerprint(file), before);
       await volume.end();
@@ -126,7 +126,7 @@ export const scenario = of([
       const before = fingerprint(file);
       await behind(testbed, volume, "/dev/mapper/bad");
 
-      await assertCallFails(volume.stage(), "UNAVAILABLE", /cannot be read at byte|blkid cannot tell/);
+      await assertCallFails(() => volume.stage(), "UNAVAILABLE", /cannot be read at byte|blkid cannot tell/);
       assert.equal(fingerprint(file), before);
 
       await behind(testbed, volume, loop);
@@ -160,7 +160,7 @@ export const scenario = of([
       const before = fingerprint(file);
 
       await assertCallFails(
-        volume.stage(),
+        () => volume.stage(),
         "FAILED_PRECONDITION",
         /has 1073741824 bytes, but the device only 536870912: it has shrunk/,
       );
