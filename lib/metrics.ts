@@ -77,7 +77,7 @@ type LabelValues<T extends readonly string[]> = { readonly [I in keyof T]: strin
 type LabelsOf<N extends keyof Families> = LabelValues<Families[N]["labels"]>;
 
 /** The current value of a gauge. */
-export type Sample = { [N in NamesOf<"gauge">]: readonly [name: N, labels: LabelsOf<N>, value: number] }[
+export type MetricSample = { [N in NamesOf<"gauge">]: readonly [name: N, labels: LabelsOf<N>, value: number] }[
   NamesOf<"gauge">
 ];
 
@@ -99,7 +99,7 @@ const mostValues = 100;
 export class Metrics {
   readonly #series = new Map<keyof Families, Map<string, Series>>();
   readonly #values = new Map<string, Set<string>>();
-  readonly #sources = new Set<() => Iterable<Sample> | Promise<Iterable<Sample>>>();
+  readonly #sources = new Set<() => Iterable<MetricSample> | Promise<Iterable<MetricSample>>>();
 
   /** Adds one to a counter. */
   count<N extends NamesOf<"counter">>(name: N, labels: LabelsOf<N>): void {
@@ -120,7 +120,7 @@ export class Metrics {
    * Calls `source` at each reading, until disposed. Samples of several sources with the same name and labels are added
    * up.
    */
-  gather(source: () => Iterable<Sample> | Promise<Iterable<Sample>>): Disposable {
+  gather(source: () => Iterable<MetricSample> | Promise<Iterable<MetricSample>>): Disposable {
     this.#sources.add(source);
     return { [Symbol.dispose]: () => void this.#sources.delete(source) };
   }
@@ -222,7 +222,7 @@ export function callObserver(metrics: Metrics): CallObserver {
   metrics.gather(() => {
     const now = performance.now();
     const byMethod = Map.groupBy(running.values(), ({ method }) => method);
-    return [...byMethod].flatMap(([method, calls]): Sample[] => [
+    return [...byMethod].flatMap(([method, calls]): MetricSample[] => [
       ["lbcsi_csi_calls_running", [method], calls.length],
       ["lbcsi_csi_oldest_call_seconds", [method], (now - Math.min(...calls.map(({ since }) => since))) / 1000],
     ]);

@@ -77,19 +77,19 @@ export function describeOptions(options: Options): string {
   ).join("\n");
 }
 
-type Arguments = Readonly<Record<string, string | boolean | undefined>>;
+type CommandArguments = Readonly<Record<string, string | boolean | undefined>>;
 
 function parseArguments(
   args: string[],
   config: NonNullable<ParseArgsConfig["options"]>,
   words: readonly string[],
-): Arguments {
+): CommandArguments {
   const allowPositionals = words.length > 0;
   try {
     const { values, positionals } = parseArgs({ args, options: config, strict: true, allowPositionals });
     const surplus = positionals[words.length];
     if (surplus !== undefined) throw new UsageError(`Unexpected argument '${surplus}'`);
-    return { ...values as Arguments, ...Object.fromEntries(words.map((name, at) => [name, positionals[at]])) };
+    return { ...values as CommandArguments, ...Object.fromEntries(words.map((name, at) => [name, positionals[at]])) };
   } catch (error) {
     const message = error instanceof Error ? error.message : String(error);
     const [, unknown] = /^Unknown option '--([^']+)'/.exec(message) ?? [];

@@ -22,7 +22,7 @@ export interface VolumeDetails {
 }
 
 /** The volume and the machine. Dispose it when the work is done: that closes the backend. */
-export interface VolumeRequest extends AsyncDisposable {
+export interface OpenedVolumeRequest extends AsyncDisposable {
   readonly machine: LocalMachine;
   readonly request: AttachRequest;
   /** How the volume is encrypted on its host, as its ID says; undefined: it is not, or the ID is not known. */
@@ -36,7 +36,7 @@ export async function openVolumeRequest(
   settings: Settings<typeof volumeOptions>,
   log: Logger,
   details: VolumeDetails = {},
-): Promise<VolumeRequest> {
+): Promise<OpenedVolumeRequest> {
   const { volume, uuid, nqn, "node-id": nodeId } = settings;
   const problem = nodeIdProblem(nodeId);
   if (problem !== undefined) throw new UsageError(`--node-id "${nodeId}": ${problem}`);

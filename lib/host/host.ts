@@ -32,7 +32,7 @@ export interface RunOptions {
 }
 
 /** What is at a path, without following a symbolic link at its end. */
-export type Kind = "absent" | "directory" | "file" | "block" | "symlink" | "other";
+export type PathKind = "absent" | "directory" | "file" | "block" | "symlink" | "other";
 
 /** Where the machine's `/sys`, `/dev` and `/proc` are; in a container they can be at other paths. */
 export interface Roots {
@@ -53,7 +53,7 @@ export interface Host extends VolumeOperations {
    *   end; UNAVAILABLE when the machine has no process, memory or file descriptor left for it; `signal.reason` when the signal has aborted
    */
   run(program: string, args: readonly string[], options: RunOptions): Promise<CommandResult>;
-  kindOf(path: string): Promise<Kind>;
+  kindOf(path: string): Promise<PathKind>;
   /** `major:minor` of the block device node at `path` (links and bind mounts followed); undefined for everything else. */
   blockNumber(path: string): Promise<string | undefined>;
   /** `path` without symbolic links; undefined when it does not exist. */
@@ -94,7 +94,7 @@ export interface Host extends VolumeOperations {
 }
 
 /** What is at `path`, symbolic links followed; `absent` also for a link that leads nowhere. */
-export async function kindBehind(host: Pick<Host, "kindOf" | "realPath">, path: string): Promise<Kind> {
+export async function kindBehind(host: Pick<Host, "kindOf" | "realPath">, path: string): Promise<PathKind> {
   const kind = await host.kindOf(path);
   if (kind !== "symlink") return kind;
   const real = await host.realPath(path);

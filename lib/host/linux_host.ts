@@ -2,7 +2,7 @@
 import { StatusError } from "../error.ts";
 import type { Logger } from "../log.ts";
 import type { Metrics } from "../metrics.ts";
-import type { Host, Kind, Roots } from "./host.ts";
+import type { Host, PathKind, Roots } from "./host.ts";
 import { PendingAnswers } from "./pending.ts";
 import { runCommand } from "./run_command.ts";
 import { SharedWatcher } from "./shared_watcher.ts";
@@ -65,7 +65,7 @@ export function formatDeviceNumber(rdev: number): string {
   return `${major}:${minor}`;
 }
 
-async function kindOf(path: string): Promise<Kind> {
+async function kindOf(path: string): Promise<PathKind> {
   const found = await absentAsUndefined(Deno.lstat(path));
   if (found === undefined) return "absent";
   if (found.isDirectory) return "directory";

@@ -19,7 +19,7 @@ const blockedMs = 250;
 const idleMs = 60_000;
 
 type Name = keyof VolumeOperations;
-type Arguments<N extends Name> = Parameters<VolumeOperations[N]>;
+type OperationArguments<N extends Name> = Parameters<VolumeOperations[N]>;
 type Result<N extends Name> = Awaited<ReturnType<VolumeOperations[N]>>;
 
 /** Runs operations on volumes. */
@@ -40,7 +40,7 @@ export class VolumeThreads {
    *
    * @throws what the operation throws; StatusError UNAVAILABLE when so many operations are blocked that no thread is left
    */
-  async perform<N extends Name>(name: N, ...args: Arguments<N>): Promise<Result<N>> {
+  async perform<N extends Name>(name: N, ...args: OperationArguments<N>): Promise<Result<N>> {
     const thread = await this.#ownThread();
     if (thread === undefined) return await this.#worker().run(name, args);
     try {
@@ -101,8 +101,12 @@ export class VolumeThreads {
 }
 
 /** Calls an operation by its name. */
-async function call<N extends Name>(operations: VolumeOperations, name: N, args: Arguments<N>): Promise<Result<N>> {
-  const operation = operations[name] as (...args: Arguments<N>) => Promise<Result<N>>;
+async function call<N extends Name>(
+  operations: VolumeOperations,
+  name: N,
+  args: OperationArguments<N>,
+): Promise<Result<N>> {
+  const operation = operations[name] as (...args: OperationArguments<N>) => Promise<Result<N>>;
   return await operation(...args);
 }
 
@@ -136,7 +140,7 @@ class OperationWorker {
     return this.#open.size;
   }
 
-  async run<N extends Name>(name: N, args: Arguments<N>): Promise<Result<N>> {
+  async run<N extends Name>(name: N, args: OperationArguments<N>): Promise<Result<N>> {
     clearTimeout(this.#idle);
     const id = ++this.#count;
     const answer = Promise.withResolvers<unknown>();

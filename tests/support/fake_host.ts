@@ -5,7 +5,7 @@
  *
  * Exit codes and texts of the tools are those of util-linux 2.38.1, e2fsprogs 1.47.0, xfsprogs 6.1.0 and nvme-cli 2.3.
  */
-import type { CommandResult, Host, Kind, Roots } from "../../lib/host/host.ts";
+import type { CommandResult, Host, PathKind, Roots } from "../../lib/host/host.ts";
 import { parseMountTable } from "../../lib/host/mount_table.ts";
 import { PendingAnswers } from "../../lib/host/pending.ts";
 import { StatusError } from "../../lib/error.ts";
@@ -198,7 +198,7 @@ export class FakeHost implements Host {
     });
   }
 
-  kindOf(path: string): Promise<Kind> {
+  kindOf(path: string): Promise<PathKind> {
     return this.#call(() => {
       if (this.mounts.some((mount) => mount.path === path && mount.isNode)) return "block";
       if (this.#directories.has(path)) return "directory";

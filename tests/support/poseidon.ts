@@ -1,8 +1,8 @@
 import { createLogger } from "../../lib/log.ts";
 import {
   defaultPoseidonSettings,
-  type PoseidonSettings,
   type PoseidonSimulator,
+  type PoseidonSimulatorSettings,
   simulatePoseidon,
 } from "../../lib/simulator/poseidon/simulator.ts";
 import { defaultPosBehaviour } from "../../lib/simulator/poseidon/system.ts";
@@ -11,7 +11,7 @@ import { defaultPosBehaviour } from "../../lib/simulator/poseidon/system.ts";
 export type TestPoseidon = PoseidonSimulator & AsyncDisposable;
 
 /** Starts one on free ports, with one array of 16 GiB and no output. */
-export async function startPoseidon(overrides: Partial<PoseidonSettings> = {}): Promise<TestPoseidon> {
+export async function startPoseidon(overrides: Partial<PoseidonSimulatorSettings> = {}): Promise<TestPoseidon> {
   const simulator = await simulatePoseidon({
     ...defaultPoseidonSettings,
     capacityBytes: 16n << 30n,

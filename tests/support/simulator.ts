@@ -1,8 +1,8 @@
 import { createLogger } from "../../lib/log.ts";
 import {
   defaultSimulateSettings,
+  type LightosSimulatorSettings,
   simulate,
-  type SimulateSettings,
   type Simulator,
 } from "../../lib/simulator/lightos/simulator.ts";
 
@@ -22,8 +22,8 @@ const documented = Deno.env.get("SIMULATOR_AS_DOCUMENTED") === "true"
  * `sim.addresses` has the management endpoints (`grpc`, `grpcs`), `ca`, `jwt`, `adminJwt`, and with `data: "loop"` the
  * directories `discoveryDir`, `devRoot` and `sysfsRoot`; `sim.control` injects faults, counts calls and shows leftovers.
  */
-export async function startSimulator(overrides: Partial<SimulateSettings> = {}): Promise<TestSimulator> {
-  const settings: SimulateSettings = {
+export async function startSimulator(overrides: Partial<LightosSimulatorSettings> = {}): Promise<TestSimulator> {
+  const settings: LightosSimulatorSettings = {
     ...defaultSimulateSettings,
     ...overrides,
     behaviour: { creationMs: 0, deletionMs: 5, rollbackMs: 5, ...documented, ...overrides.behaviour },

@@ -3,13 +3,13 @@ import { firstNonZero } from "./bytes.ts";
 import type { DeviceReader } from "./device_reader.ts";
 
 /** A part of a device. */
-export interface Sample {
+export interface DataSample {
   readonly offsetBytes: bigint;
   readonly lengthBytes: number;
 }
 
 /** The parts of a device of this size in bytes; the whole of a small one. */
-export function samplesOf(sizeBytes: bigint): readonly Sample[] {
+export function samplesOf(sizeBytes: bigint): readonly DataSample[] {
   if (sizeBytes <= 2n * edgeBytes) return [{ offsetBytes: 0n, lengthBytes: Number(sizeBytes) }];
   const between = sizeBytes - 2n * edgeBytes;
   const offsets = copies.filter((offset) => offset > edgeBytes && offset < sizeBytes - edgeBytes);

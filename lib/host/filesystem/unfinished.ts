@@ -25,7 +25,7 @@ import { firstNonZero, textAt, uuidAt } from "./bytes.ts";
 import type { DeviceReader } from "./device_reader.ts";
 import type { FsType } from "./fs_type.ts";
 import { fileSystemUuid } from "./fs_uuid.ts";
-import { type Sample, samplesOf } from "./samples.ts";
+import { type DataSample, samplesOf } from "./samples.ts";
 
 /**
  * The offset of the mark on a device, in bytes. Undefined where there is none: on an encrypted device, whose LUKS header has a
@@ -194,9 +194,9 @@ async function holdsData(read: DeviceReader, device: BlockDevice): Promise<boole
 }
 
 /** A small device from end to end, samples of a large one. */
-function partsOf(sizeBytes: bigint): readonly Sample[] {
+function partsOf(sizeBytes: bigint): readonly DataSample[] {
   if (sizeBytes > wholeBytes) return samplesOf(sizeBytes);
-  const parts: Sample[] = [];
+  const parts: DataSample[] = [];
   for (let at = 0n; at < sizeBytes; at += pieceBytes) {
     const left = sizeBytes - at;
     parts.push({ offsetBytes: at, lengthBytes: Number(left < pieceBytes ? left : pieceBytes) });

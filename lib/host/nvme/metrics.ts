@@ -1,5 +1,5 @@
 /** Metrics of this machine's NVMe connections, read from sysfs each time. */
-import type { Sample } from "../../metrics.ts";
+import type { MetricSample } from "../../metrics.ts";
 import { isNodeHostNqn } from "../../namespace.ts";
 import type { Host } from "../host.ts";
 import { volumesInUse } from "../volume_mounts.ts";
@@ -15,7 +15,7 @@ import { isLivePath, pathsOf } from "./paths.ts";
 export async function machineSamples(
   host: Host,
   isOurs: (subsystemNqn: string) => boolean,
-): Promise<readonly Sample[]> {
+): Promise<readonly MetricSample[]> {
   const controllers = (await allControllers(host)).filter(({ transport, hostNqn, subsystemNqn }) =>
     transport === "tcp" && isNodeHostNqn(hostNqn) && isOurs(subsystemNqn)
   );
@@ -31,7 +31,7 @@ export async function machineSamples(
     ["lbcsi_volumes_without_path", [], withoutPath],
     ["lbcsi_volumes_not_answering", [], host.pending.unanswered.volumes],
     ["lbcsi_longest_unanswered_seconds", [], host.pending.unanswered.longestMs / 1000],
-    ...controllers.map(({ isDiscovery, state }): Sample => [
+    ...controllers.map(({ isDiscovery, state }): MetricSample => [
       "lbcsi_nvme_connections",
       [isDiscovery ? "discovery" : "io", state],
       1,

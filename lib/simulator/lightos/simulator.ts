@@ -20,7 +20,7 @@ import { type ApiEndpoint, serveLightos } from "./service.ts";
 import { createTokens, type Tokens } from "./token.ts";
 
 /** Settings of a simulator; `defaultSimulateSettings` has a value for each. */
-export interface SimulateSettings {
+export interface LightosSimulatorSettings {
   /** Address that the management API listens on. */
   readonly host: string;
   /** Number of storage servers; each has one management endpoint per scheme. */
@@ -57,7 +57,7 @@ export interface SimulateSettings {
 }
 
 /** Three servers on this machine without a data plane. */
-export const defaultSimulateSettings: SimulateSettings = {
+export const defaultSimulateSettings: LightosSimulatorSettings = {
   host: "127.0.0.1",
   servers: 3,
   schemes: ["grpc", "grpcs"],
@@ -118,7 +118,7 @@ export interface Simulator {
  * @throws StatusError INVALID_ARGUMENT for impossible settings; FAILED_PRECONDITION when a port is taken, the state
  *   directory holds something else, or the machine lacks what the data plane needs
  */
-export async function simulate(settings: SimulateSettings, log: Logger): Promise<Simulator> {
+export async function simulate(settings: LightosSimulatorSettings, log: Logger): Promise<Simulator> {
   if (!Number.isInteger(settings.servers) || settings.servers < 1 || settings.servers > 16) {
     throw new StatusError("INVALID_ARGUMENT", `Cannot simulate ${settings.servers} servers: 1 to 16 are possible`);
   }
@@ -186,7 +186,7 @@ export async function simulate(settings: SimulateSettings, log: Logger): Promise
 
 /** What the management endpoints of a simulator are made from. */
 interface EndpointParts {
-  readonly settings: SimulateSettings;
+  readonly settings: LightosSimulatorSettings;
   readonly record: IdentityRecord;
   readonly cluster: Cluster;
   readonly tokens: Tokens;

@@ -17,7 +17,7 @@ import { serveDAgent } from "./dagent.ts";
 import { defaultPosBehaviour, type PosBehaviour, PoseidonModel } from "./system.ts";
 
 /** Settings of a simulated PoseidonOS; `defaultPoseidonSettings` has a value for each. */
-export interface PoseidonSettings {
+export interface PoseidonSimulatorSettings {
   /** Address that DAgent listens on. */
   readonly host: string;
   /** DAgent's port; 0 takes a free one. */
@@ -35,7 +35,7 @@ export interface PoseidonSettings {
   readonly sysfsRoot: string | undefined;
 }
 
-export const defaultPoseidonSettings: PoseidonSettings = {
+export const defaultPoseidonSettings: PoseidonSimulatorSettings = {
   host: "127.0.0.1",
   port: 0,
   controlPort: 0,
@@ -80,7 +80,7 @@ const targetAddress = "127.0.0.1";
 const transportServiceId = "1158";
 
 /** Starts a simulated PoseidonOS; throws what simulate throws. */
-export async function simulatePoseidon(settings: PoseidonSettings, log: Logger): Promise<PoseidonSimulator> {
+export async function simulatePoseidon(settings: PoseidonSimulatorSettings, log: Logger): Promise<PoseidonSimulator> {
   const bad = settings.arrays.filter((name) => !isArrayName(name));
   if (settings.arrays.length === 0 || bad.length > 0) {
     throw new StatusError("INVALID_ARGUMENT", `Cannot simulate arrays "${settings.arrays.join('", "')}": bad names`);

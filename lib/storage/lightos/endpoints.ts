@@ -9,7 +9,7 @@ import { type StatusCode, StatusError } from "../../error.ts";
 import { CallError, type CallOptions, Channel } from "../../grpc/client.ts";
 import type { Trust } from "../../grpc/tls.ts";
 import type { Fields } from "../../log.ts";
-import { countManagementCall, type Sample } from "../../metrics.ts";
+import { countManagementCall, type MetricSample } from "../../metrics.ts";
 import { formatSeconds, sleep, timeLimit } from "../../timing.ts";
 import { type Endpoint, formatEndpoint, parseEndpoints } from "../../volume_id.ts";
 import { abortCode, inTime } from "../polling.ts";
@@ -58,9 +58,9 @@ export class ClusterEndpoints implements Disposable {
   }
 
   /** The state of its endpoints now, for the metrics. */
-  samples(): readonly Sample[] {
+  samples(): readonly MetricSample[] {
     const security = this.#trust === undefined ? "clear" : this.#trust.verify ? "verified" : "unverified";
-    return this.#members.flatMap((member): Sample[] => {
+    return this.#members.flatMap((member): MetricSample[] => {
       const endpoint = formatEndpoint(member.endpoint);
       return [
         ["lbcsi_mgmt_connections", [endpoint, security], member.channel === undefined ? 0 : 1],

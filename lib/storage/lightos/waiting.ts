@@ -144,7 +144,9 @@ export async function pause(ctx: RequestContext, delays: Iterator<number, never>
 }
 
 /**
- * Whether a look failed because the server is overloaded: csi-provisioner gives up a volume after RESOURCE_EXHAUSTED.
+ * Whether a look failed because the server is overloaded. A look needs no space, so here RESOURCE_EXHAUSTED cannot mean a
+ * full cluster, as it does for what creates or grows (csi/controller/full_cluster.ts). Passed on, it would make
+ * csi-provisioner give up a volume that may exist.
  */
 function isOverload({ code }: LightosError): boolean {
   return code === "RESOURCE_EXHAUSTED";

@@ -5,7 +5,11 @@ import { Channel } from "../../../lib/grpc/client.ts";
 import { createLogger } from "../../../lib/log.ts";
 import { parseDiscoveryFile } from "../../../lib/simulator/data_plane/discovery_client.ts";
 import type { SimVolume } from "../../../lib/simulator/lightos/model.ts";
-import { defaultSimulateSettings, simulate, type SimulateSettings } from "../../../lib/simulator/lightos/simulator.ts";
+import {
+  defaultSimulateSettings,
+  type LightosSimulatorSettings,
+  simulate,
+} from "../../../lib/simulator/lightos/simulator.ts";
 import { DurosAPI } from "../../../proto/gen/lightos_pb.ts";
 import { needs } from "../../support/needs.ts";
 import { eventually, startSimulator, type TestSimulator } from "../../support/simulator.ts";
@@ -266,7 +270,7 @@ Deno.test({
       child.kill("SIGKILL");
       await child.status;
       await forgetVolume(stateDir, gone.uuid);
-      const settings: SimulateSettings = { ...defaultSimulateSettings, data: "loop", stateDir };
+      const settings: LightosSimulatorSettings = { ...defaultSimulateSettings, data: "loop", stateDir };
 
       const sim = await simulate(settings, createLogger("error"));
       try {
