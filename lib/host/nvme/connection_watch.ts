@@ -174,7 +174,7 @@ export class ConnectionWatch {
 
   /** Notes how long something has been wrong, and returns it when its remedy is due. */
   #due({ kind, subsystem, controller, about, reason }: ConnectionFinding, now: number, touched: Set<string>) {
-    // By address: a connection that was made again counts as the same one, unless that it did not come back is the problem.
+    // By address: a connection that was made again counts as the same one. By name too where its loss is the problem.
     const name = kind === "reconnect" ? ` ${controller.name}` : "";
     const key = `${kind} ${subsystem} ${addressText(controller)}${name}`;
     touched.add(key);
