@@ -3,8 +3,8 @@
  *
  * RESOURCE_EXHAUSTED is not final for most sidecars: they repeat the same request until it succeeds, and until then the
  * object can neither be changed nor deleted. So only CreateVolume keeps that code, because csi-provisioner treats it as
- * final there. LightOS may mean overload by this code too: waiting.ts reads it so where it looks for what an earlier call
- * made, because a look needs no space. The reasons for each code are in docs/reference/csi.md 2.5.
+ * final there. LightOS may mean overload by this code too: what only reads gets UNAVAILABLE for it (lightos/endpoints.ts),
+ * because a read needs no space. The reasons for each code are in docs/reference/csi.md 2.5.
  */
 import { hasCode, type StatusCode, StatusError } from "../../error.ts";
 

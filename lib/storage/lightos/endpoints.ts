@@ -510,12 +510,20 @@ function newMember(endpoint: Endpoint): Member {
   return { endpoint, channel: undefined, isVersionKnown: false, retryAt: 0, failures: 0, lastFailure: "not tried" };
 }
 
-/** Code and problem of the error for what a server answered. */
+/**
+ * Code and problem of the error for what a server answered. A read needs no space: RESOURCE_EXHAUSTED means there that the
+ * server is overloaded, and not that the cluster is full, as it does for what creates or grows. Passed on, it would make
+ * callers give up what may exist (csi/controller/full_cluster.ts).
+ */
 function answerError<I extends DescMessage, O extends DescMessage>(
   { method, credentials }: ApiCall<I, O>,
   address: string,
   { code, message: details }: CallError,
 ): readonly [StatusCode, string] {
+  const isOverloaded = code === "RESOURCE_EXHAUSTED" && reads.has(method.name);
+  if (isOverloaded) {
+    return ["UNAVAILABLE", `LightOS at ${address} answered ${method.name} with ${code}: ${details}; repeat the call`];
+  }
   const isAboutToken = code === "UNAUTHENTICATED" || code === "PERMISSION_DENIED";
   const token = isAboutToken ? `; JWT: ${credentials.source}${describeLifetime(credentials)}` : "";
   const ourCode = code === "UNKNOWN" || code === "DATA_LOSS" ? "INTERNAL" : code;

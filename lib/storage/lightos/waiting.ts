@@ -81,7 +81,7 @@ export async function waitUntilSettled<T extends StatefulObject>(
     } catch (error) {
       if (hasCode(error, "NOT_FOUND")) return undefined;
       // It exists: a caller that forgets it now would leave it behind.
-      throw error instanceof LightosError && (isFinal(error) || isOverload(error)) ? repeatableError(error) : error;
+      throw error instanceof LightosError && isFinal(error) ? repeatableError(error) : error;
     }
   }
 }
@@ -89,15 +89,13 @@ export async function waitUntilSettled<T extends StatefulObject>(
 /**
  * Looks for what an earlier call may have made.
  *
- * @throws StatusError UNAVAILABLE, which is not final, when the server fails with INTERNAL or is overloaded
- *   (RESOURCE_EXHAUSTED); else what `look` throws
+ * @throws StatusError UNAVAILABLE, which is not final, when the server fails with INTERNAL; else what `look` throws
  */
 export async function lookForEarlier<T>(look: () => Promise<T>): Promise<T> {
   try {
     return await look();
   } catch (error) {
-    const isServerFailure = error instanceof LightosError && (error.code === "INTERNAL" || isOverload(error));
-    throw isServerFailure ? repeatableError(error) : error;
+    throw error instanceof LightosError && error.code === "INTERNAL" ? repeatableError(error) : error;
   }
 }
 
@@ -141,15 +139,6 @@ export function unknownStateError(
 /** Waits before the next look; when the call ends first, the error says what was `seen` last. */
 export async function pause(ctx: RequestContext, delays: Iterator<number, never>, seen: string): Promise<void> {
   await pauseUnlessLate(ctx, delays, (reason) => lateError(ctx, abortCode(ctx.signal), seen, reason));
-}
-
-/**
- * Whether a look failed because the server is overloaded. A look needs no space, so here RESOURCE_EXHAUSTED cannot mean a
- * full cluster, as it does for what creates or grows (csi/controller/full_cluster.ts). Passed on, it would make
- * csi-provisioner give up a volume that may exist.
- */
-function isOverload({ code }: LightosError): boolean {
-  return code === "RESOURCE_EXHAUSTED";
 }
 
 /** The error with a code after which a caller repeats its call. */

@@ -151,6 +151,36 @@ for (const [what, rpc, code, message, call] of callsOnFullCluster) {
   });
 }
 
+const callsOnBusyCluster: readonly (readonly [what: string, call: typeof callsOnFullCluster[number][4]])[] = [
+  ...callsOnFullCluster.filter(([what]) => what !== "CreateVolume").map(([what, , , , call]) => [what, call] as const),
+  [
+    "ControllerExpandVolume",
+    (env, volumeId) =>
+      env.call(Controller.method.controllerExpandVolume, {
+        volumeId,
+        capacityRange: { requiredBytes: 2n << 30n },
+        secrets: env.secrets,
+      }),
+  ],
+];
+
+for (const [what, call] of callsOnBusyCluster) {
+  Deno.test(`promise 30: ${what} of a cluster that is too busy to be read answers UNAVAILABLE, not that it is full`, async () => {
+    await using env = await startControlledCluster();
+    const { control } = env.simulator;
+    const volumeId = await env.create("pvc-1");
+    control.addPolicy({ name: "p", description: "", limit: { kind: "iops", read: 256, write: 256 } });
+    for (const rpc of ["GetVolume", "ListVolumes", "ListSnapshots"]) {
+      control.fail({ rpc, count: 0, code: "RESOURCE_EXHAUSTED", message: "too many requests" });
+    }
+
+    await rejects(
+      call(env, volumeId),
+      answers("UNAVAILABLE", /^Cannot .* with RESOURCE_EXHAUSTED: too many requests; repeat the call$/),
+    );
+  });
+}
+
 Deno.test("promise 30: the controller answers csi-resizer's question for node capabilities with none, and serves no other node call", async () => {
   await using controller = await startController({});
 
