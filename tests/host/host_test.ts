@@ -355,7 +355,7 @@ Deno.test("a program that cannot be started for lack of file descriptors is UNAV
     await Deno.writeTextFile(
       script,
       `import { createLinuxHost } from ${url("../../lib/host/linux_host.ts")};
-      import { createLogger } from ${url("../../lib/context.ts")};
+      import { createLogger } from ${url("../../lib/log.ts")};
       const host = createLinuxHost({ log: createLogger("error") });
       const run = () => host.run("touch", [Deno.args[0] ?? ""], { signal: AbortSignal.timeout(20_000), onAbort: "finish" })
         .then(({ code }) => ["ran", code], (error) => [error.code, error.message]);
