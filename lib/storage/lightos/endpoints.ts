@@ -128,7 +128,7 @@ export class ClusterEndpoints implements Disposable {
    */
   async #callAny<I extends DescMessage, O extends DescMessage>(call: ApiCall<I, O>): Promise<MessageShape<O>> {
     const { ctx } = call;
-    const isRead = reads.has(call.method.name);
+    const isRead = isReadMethod(call.method.name);
     const tried = new Set<Member>();
     const running = new Map<Member, Promise<Ended<MessageShape<O>>>>();
     const failing: { readonly member: Member; readonly details: string }[] = [];
@@ -224,7 +224,7 @@ export class ClusterEndpoints implements Disposable {
   ): Promise<Attempt<MessageShape<O>>> {
     const { ctx, method, request, headers } = call;
     const address = formatEndpoint(member.endpoint);
-    const isRead = reads.has(method.name);
+    const isRead = isReadMethod(method.name);
     // A read goes on beside those at other members.
     using limit = timeLimit(call.signal, isRead ? patienceFor(ctx, false) : patienceMs);
     const connectTimeoutMs = Math.min(silenceMs, patienceMs);
@@ -492,19 +492,10 @@ const failingCodes: ReadonlySet<string> = new Set<CallError["code"]>([
   "UNAVAILABLE",
   "UNKNOWN",
 ]);
-/** Methods that change nothing, so that they can be sent again after a lost answer. */
-const reads: ReadonlySet<string> = new Set([
-  "GetVersion",
-  "GetVolume",
-  "ListVolumes",
-  "GetSnapshot",
-  "ListSnapshots",
-  "GetClusterInfo",
-  "GetCluster",
-  "GetHost",
-  "GetTrustedHostSecret",
-  "ListTrustedHosts",
-]);
+/** Whether a method changes nothing, so that it can be sent again after a lost answer; LightOS' names say it. */
+function isReadMethod(name: string): boolean {
+  return /^(Get|List)[A-Z]/.test(name);
+}
 
 function newMember(endpoint: Endpoint): Member {
   return { endpoint, channel: undefined, isVersionKnown: false, retryAt: 0, failures: 0, lastFailure: "not tried" };
@@ -520,7 +511,7 @@ function answerError<I extends DescMessage, O extends DescMessage>(
   address: string,
   { code, message: details }: CallError,
 ): readonly [StatusCode, string] {
-  const isOverloaded = code === "RESOURCE_EXHAUSTED" && reads.has(method.name);
+  const isOverloaded = code === "RESOURCE_EXHAUSTED" && isReadMethod(method.name);
   if (isOverloaded) {
     return ["UNAVAILABLE", `LightOS at ${address} answered ${method.name} with ${code}: ${details}; repeat the call`];
   }

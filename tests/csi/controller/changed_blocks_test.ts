@@ -215,3 +215,21 @@ Deno.test({
     }
   },
 });
+
+Deno.test({
+  name: "GetMetadataAllocated of a cluster that is too busy to be read answers UNAVAILABLE, and later the blocks",
+  ignore,
+  fn: async () => {
+    await using env = await start();
+    const snapshot = await env.snapshot("s");
+    const { control } = env.simulator;
+    control.fail({ rpc: "ListChangedBlocks", count: 0, code: "RESOURCE_EXHAUSTED", message: "too many requests" });
+
+    await rejects(
+      env.allocated(snapshot),
+      answers("UNAVAILABLE", /ListChangedBlocks with RESOURCE_EXHAUSTED: too many requests; repeat the call$/),
+    );
+    control.clearFaults();
+    assertWellFormed(await env.allocated(snapshot));
+  },
+});
